@@ -1,0 +1,49 @@
+"""What every decoder promises. Beam search, greedy decoding and the commands know only this.
+
+Letters: B photos, R rows (captions being written: R = B x beams, the beams of a photo side by side),
+P cells, V words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from captioning.grid import Grid
+
+
+class State(NamedTuple):
+    """What a decoder carries from word to word.
+
+    photos: tensors with a row a photo (B, ...), the same at every step, such as the attention's keys;
+    rows: tensors with a row a caption (R, ...), such as the LSTM's hidden state. R is a multiple of B.
+    """
+
+    photos: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
+
+    def reorder(self, rows: Tensor) -> State:
+        """Row i goes on from row `rows[i]` (R',) int64, of the same photo: a beam's parent."""
+        return State(self.photos, tuple(tensor.index_select(0, rows) for tensor in self.rows))
+
+    def keep(self, photos: Tensor, rows: Tensor) -> State:
+        """Only these photos (int64) and these rows (int64) of theirs go on; the others have finished."""
+        return State(
+            tuple(tensor.index_select(0, photos) for tensor in self.photos),
+            tuple(tensor.index_select(0, rows) for tensor in self.rows),
+        )
+
+
+class Step(NamedTuple):
+    log_probabilities: Tensor  # (R, V) float32
+    attention: Tensor | None  # (R, P), rows sum to one; None for a decoder that does not attend
+    state: State
+
+
+class Decoder(Protocol):
+    def begin(self, grid: Grid) -> State:
+        """The state before the first word, one row a photo."""
+
+    def step(self, words: Tensor, state: State) -> Step:
+        """Feed the words (R,) int64 just written, <start> at first; R may be any multiple of the photos."""

@@ -1,0 +1,1 @@
+"""Stage 1a: annotation files -> captions.jsonl and vocab.json."""
