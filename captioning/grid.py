@@ -43,16 +43,18 @@ class Grid:
     def mean(self) -> Tensor:
         """The mean of the output cells (B, C)."""
         weights = self.pooling.mean(0).to(self.cells.dtype)  # (N,)
-        return (weights @ self.cells.flatten(0, 0)) if self.cells.dim() == 2 else weights @ self.cells
+        return weights @ self.cells
 
     def select(self, photos: Tensor) -> Grid:
         """The same for these photos (K,) int64, in this order."""
         return Grid(self.cells.index_select(0, photos), self.pooling)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Grid:
-        return Grid(
-            self.cells.to(device, non_blocking=non_blocking), self.pooling.to(device, non_blocking=non_blocking)
-        )
+    def to(self, device: torch.device, dtype: torch.dtype) -> Grid:
+        cells = self.cells.to(device, non_blocking=True).to(dtype)  # travel in the stored type, then widen
+        return Grid(cells, self.pooling.to(device))
+
+    def pin_memory(self) -> Grid:
+        return Grid(self.cells.pin_memory(), self.pooling)
 
 
 def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:

@@ -1,0 +1,69 @@
+"""Checkpoints: safe, atomic, self-contained. Tensors and plain data, read with weights_only=True, always.
+
+A checkpoint is a dict: format, config, vocabulary, encoder (name, transform, weights' name and sha256; the
+weights themselves unless they are torchvision's), decoder, epoch, step, best, and the state that `--resume` needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+FORMAT = "kantu checkpoint 1"
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write to a temporary file beside `path`, sync it, rename it: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write the checkpoint ({error.strerror}); free some space and --resume") from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read one of our checkpoints onto the CPU; a folder stands for its best.pt, else its last.pt.
+
+    Raises UserError where there is none or it is not ours.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), None)
+        if file is None:
+            raise UserError(f"{path}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {path.name}")
+        path = file
+    if not path.is_file():
+        raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
+        raise UserError(f"{path}: not a Kantu checkpoint, or damaged ({_first_line(error)}); give a run in checkpoints/") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise UserError(f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); train again")
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(" .")
+
+
+def state_sha256(state: dict[str, torch.Tensor]) -> str:
+    """The sha256 of a state dict: names, shapes, types and bytes, whatever file it came in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""Where the arithmetic runs, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from config import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        raise UserError(f"--device {name}: not on this machine, which has {', '.join(there)}") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device, half: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """`auto` is `half` where the device computes in it natively, else bfloat16 where it does, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return half if has_bfloat16 or half == torch.float16 else torch.float32
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return ""
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+    """Matrix products in `precision`; nothing changes for float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def rng_state(device: torch.device) -> dict:
+    """The random generators as plain tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,203 @@
+"""Any torchvision classifier, cut before its last pooling: photos -> Grid.
+
+The cut is found in the model's own graph (torch.fx), so that ResNets, MobileNets, VGG, Inception, ConvNeXt and the
+rest need no code of their own. `resnet18.layer3` cuts earlier, after that layer: a finer, cheaper map.
+
+Letters: B photos, S pixels a side, C channels, h x w native cells (N = h w).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision import models
+
+from captioning.checkpoint import load_checkpoint, state_sha256
+from captioning.grid import Grid, grid_pooling
+from captioning.images import Transform
+from config import UserError
+
+POOLINGS = ("adaptive_avg_pool2d", "mean")  # how torchvision's classifiers pool, as a function or a method
+
+
+class Encoder(nn.Module):
+    """name: torchvision's, `.LAYER` added where cut earlier; weights: where they came from."""
+
+    def __init__(self, name: str, weights: str, transform: Transform):
+        super().__init__()
+        self.name, self.weights, self.transform = name, weights, transform
+        self.body = cut_classifier(name)
+        self.eval()  # eval: BatchNorm must not learn from our photos
+
+    def forward(self, photos: Tensor) -> Grid:
+        """Photos (B, 3, S, S) uint8 -> their Grid; the cells have the type that autocast computes in."""
+        features = self.body(self.transform.normalise(photos))  # (B, C, h, w)
+        if features.dim() != 4:
+            raise UserError(f"--encoder {self.name}: ends in no spatial map but in {tuple(features.shape[1:])}")
+        height, width = features.shape[2:]
+        cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory: no copy
+        return Grid(cells, grid_pooling(height, width).to(cells.device))
+
+    @torch.no_grad()
+    def output_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of the native map."""
+        size = self.transform.image_size
+        try:
+            features = self.body(torch.zeros(1, 3, size, size, device=next(self.parameters()).device))
+        except RuntimeError as error:
+            raise UserError(f"--image-size {size}: too small for {self.name} ({str(error).splitlines()[0][:80]})") from None
+        if features.dim() != 4:
+            raise UserError(f"--encoder {self.name}: ends in no spatial map but in {tuple(features.shape[1:])}; try resnet101")
+        channels, height, width = features.shape[1:]
+        return height, width, channels
+
+    def recipe(self) -> dict:
+        """What decides the features, as plain data: kept in feature files and checkpoints."""
+        return {
+            "name": self.name,
+            "weights": self.weights,
+            "sha256": state_sha256(self.body.state_dict()),
+            "transform": self.transform.to_dict(),
+        }
+
+    def to_checkpoint(self) -> dict:
+        """The recipe and the weights; torchvision's own are left out: their name and sha256 find them again."""
+        state = None if self.weights == "imagenet" else self.body.state_dict()
+        return {**self.recipe(), "state": state}
+
+
+def cut_classifier(name: str) -> fx.GraphModule:
+    """The classifier's graph up to the input of its last pooling, or up to the end of a named layer."""
+    model_name, _, layer = name.partition(".")
+    if model_name not in models.list_models(module=models):
+        raise UserError(f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16")
+    # Inception and GoogLeNet: their weights want inputs in -1..1, which they make themselves, and no slow initialisation
+    extra = {"transform_input": True, "init_weights": True} if model_name in ("inception_v3", "googlenet") else {}
+    model = models.get_model(model_name, weights=None, **extra).eval()
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception:
+        raise UserError(f"--encoder {model_name}: its graph cannot be traced; try resnet101 or mobilenet_v2") from None
+    last = _end_of_layer(graph, layer) if layer else _before_last_pooling(graph, model)
+    if last is None:
+        choices = ", ".join(child for child, _ in model.named_children())
+        wanted = f"no layer {layer!r} (it has {choices})" if layer else "does not end in a pooled spatial map"
+        raise UserError(f"--encoder {name}: {wanted}; try resnet101 or mobilenet_v2")
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            graph.erase_node(node)
+            break
+    graph.output(last)
+    graph.eliminate_dead_code()
+    body = fx.GraphModule(model, graph)
+    body.delete_all_unused_submodules()
+    return body.to(memory_format=torch.channels_last)
+
+
+def _before_last_pooling(graph: fx.Graph, model: nn.Module) -> fx.Node | None:
+    for node in reversed(graph.nodes):
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        called = getattr(node.target, "__name__", node.target) if node.op.startswith("call_") else None
+        if isinstance(module, nn.AdaptiveAvgPool2d) or called in POOLINGS:
+            return node.args[0]
+    return None
+
+
+def _end_of_layer(graph: fx.Graph, layer: str) -> fx.Node | None:
+    inside = [node for node in graph.nodes if layer in dict(node.meta.get("nn_module_stack", {}))
+              or any(path == layer for path, _ in node.meta.get("nn_module_stack", {}).values())]  # fmt: skip
+    return inside[-1] if inside else None
+
+
+def load_encoder(
+    name: str | None, weights: str | None, image_size: int | None, seed: int = 0
+) -> Encoder:
+    """An encoder as the flags --encoder, --weights, --image-size describe it; a run brings all three.
+
+    Random weights are those of `seed`; their BatchNorm still wants `calibrate`.
+    """
+    weights = weights or "imagenet"
+    if weights not in ("imagenet", "random") and _is_run(Path(weights)):
+        if name or image_size:
+            raise UserError(f"--weights {weights}: a run brings its --encoder and --image-size; leave those out")
+        return encoder_from_checkpoint(load_checkpoint(Path(weights)), weights)
+    name, transform = name or "resnet101", Transform(image_size or 256)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = Encoder(name, weights, transform)
+    if weights == "imagenet":
+        encoder.body.load_state_dict(_body_part(_torchvision_weights(name), encoder, "torchvision"))
+    elif weights != "random":
+        encoder.body.load_state_dict(_body_part(_read_state(Path(weights)), encoder, weights))
+    return encoder
+
+
+def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None) -> Encoder:
+    """The very encoder that a run was trained with."""
+    saved = checkpoint["encoder"]
+    transform = Transform(saved["transform"]["image_size"], *(tuple(saved["transform"][k]) for k in ("mean", "std")))
+    encoder = Encoder(saved["name"], weights or saved["weights"], transform)
+    state = saved["state"] or _body_part(_torchvision_weights(saved["name"]), encoder, "torchvision")
+    encoder.body.load_state_dict(state)
+    if state_sha256(encoder.body.state_dict()) != saved["sha256"]:
+        raise UserError(f"{saved['name']}: its weights are not those the run was trained with; extract and train again")
+    return encoder
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() or path.name in ("best.pt", "last.pt")
+
+
+def _torchvision_weights(name: str) -> dict[str, Tensor]:
+    """The first ImageNet weights that torchvision published: those of the papers' recipes."""
+    weights = next(iter(models.get_model_weights(name.partition(".")[0])))
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise UserError(f"{weights.url}: cannot be downloaded ({error}); fetch it elsewhere and give --weights FILE") from None
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise UserError(f"--weights {path}: not a state dict that can be read safely; save model.state_dict() there") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"--weights {path}: holds no state dict; save model.state_dict() there")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _body_part(state: dict[str, Tensor], encoder: Encoder, source: str) -> dict[str, Tensor]:
+    """The body's share of a classifier's state dict, in the body's types; the classifier itself is left out."""
+    part = {}
+    for key, own in encoder.body.state_dict().items():
+        if key not in state and key.endswith("num_batches_tracked"):  # files older than torch 0.4.1 lack it
+            part[key] = own
+        elif key not in state or state[key].shape != own.shape:
+            there = f"shape {tuple(state[key].shape)}, not {tuple(own.shape)}" if key in state else "missing"
+            raise UserError(f"--weights {source}: not of {encoder.name} ({key}: {there}); name its --encoder")
+        else:
+            part[key] = state[key].to(own.dtype)
+    return part
+
+
+@torch.no_grad()
+def calibrate(encoder: Encoder, photos: Iterable[Tensor]) -> None:
+    """Set BatchNorm's statistics to those of the photos, batches of (B, 3, S, S) uint8: random weights need it."""
+    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    for batch in photos:
+        encoder(batch)
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.eval()

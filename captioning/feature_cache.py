@@ -1,0 +1,247 @@
+"""features.h5: the one file that knows its layout.
+
+    features (N, h, w, C) float16 or float32: 14x14, or the CNN's own cells with --grid native
+    pooled   (N, C) float32: the mean of the 14x14
+    images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
+    done     (N,) uint8: 1 once the row is safely on disk
+    attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision, torch
+
+Every array is one contiguous block, allocated when the file is made, so that its place never moves: rows are written
+and read at their offsets, by any number of processes, without a lock, and a kill can spoil no HDF5 metadata.
+
+Letters: N photos, B photos of a batch, h x w cells, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioning.grid import SIDE, Grid, grid_pooling, native_places
+from config import UserError
+
+FORMAT = "kantu features 1"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where an array lies in the file."""
+
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def map(self, path: Path) -> np.ndarray:
+        return np.memmap(path, self.dtype, "r", self.offset, self.shape)
+
+
+def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, precision: str) -> dict:
+    """The attributes of a feature file, from an encoder's recipe."""
+    transform = recipe["transform"]
+    return {
+        "format": FORMAT,
+        "encoder": recipe["name"],
+        "weights": recipe["weights"],
+        "weights_sha256": recipe["sha256"],
+        "image_size": transform["image_size"],
+        "mean": list(transform["mean"]),
+        "std": list(transform["std"]),
+        "grid": grid,
+        "native_grid": list(native_grid),
+        "precision": precision,
+    }
+
+
+class FeatureWriter:
+    """Makes features.h5, or goes on with one of the same recipe and photos.
+
+    Raises UserError where there is a file of another recipe, or no room on the disk.
+    """
+
+    def __init__(self, path: Path, ids: Sequence[str], attributes: dict, channels: int, dtype: str, overwrite: bool):
+        self.path = path
+        side = (SIDE, SIDE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
+        self.shape = (len(ids), *side, channels)
+        attributes = {**attributes, "dtype": dtype}
+        if path.exists() and not overwrite:
+            self._check_same(ids, attributes)
+        else:
+            self._check_room(np.dtype(dtype))
+            self._make(ids, attributes, np.dtype(dtype))
+        self.blocks = _read_layout(path)[0]
+        self.file = os.open(path, os.O_RDWR)
+
+    def _check_same(self, ids: Sequence[str], wanted: dict) -> None:
+        blocks, found, found_ids = _read_layout(self.path)
+        wanted = {**wanted, "shape": list(self.shape[1:])}
+        found = {**found, "dtype": str(blocks["features"].dtype), "shape": list(blocks["features"].shape[1:])}
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{self.path}: was made with {name} {found.get(name)}, not {value}; "
+                    "give --overwrite to replace it, or --out for another file"
+                )
+        if found_ids != list(ids):
+            raise UserError(f"{self.path}: holds the photos of another data set; give --overwrite to replace it")
+
+    def _check_room(self, dtype: np.dtype) -> None:
+        needed = self.nbytes(dtype)
+        freed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        free = shutil.disk_usage(self.path.parent).free + freed
+        if needed > free:
+            raise UserError(
+                f"{self.path}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
+                "make room, give --grid native, or --out on another disk"
+            )
+
+    def nbytes(self, dtype: np.dtype) -> int:
+        """Bytes of features and pooled."""
+        return int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize + self.shape[0] * self.shape[-1] * 4
+
+    def _make(self, ids: Sequence[str], attributes: dict, dtype: np.dtype) -> None:
+        """All metadata is written here, under a temporary name, before the first photo."""
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
+            for name, shape, kind in (
+                ("features", self.shape, dtype),
+                ("pooled", (self.shape[0], self.shape[-1]), np.dtype("float32")),
+                ("done", self.shape[:1], np.dtype("uint8")),
+            ):
+                _allocate(file, name, shape, kind)
+            file.create_dataset("images", data=list(ids), dtype=h5py.string_dtype("utf-8"))
+            file.attrs.update(attributes)
+            file.attrs["torch"] = torch.__version__
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def missing(self) -> np.ndarray:
+        """Rows still to be done, (M,) int64."""
+        return np.flatnonzero(self.blocks["done"].map(self.path) != 1)
+
+    def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor) -> None:
+        """rows (B,) int64; features (B, h, w, C); pooled (B, C). They are on disk before `done` says so."""
+        block = self.blocks["features"]
+        features = np.ascontiguousarray(features.to(getattr(torch, str(block.dtype))).numpy())
+        pooled = np.ascontiguousarray(pooled.float().numpy())
+        try:
+            for i, row in enumerate(rows):
+                self._put("features", row, features[i])
+                self._put("pooled", row, pooled[i])
+            os.fdatasync(self.file)  # first the rows, then the word that they are there
+            for row in rows:
+                self._put("done", row, np.ones((), np.uint8))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room and run the same command") from None
+
+    def _put(self, name: str, row: int, values: np.ndarray) -> None:
+        block = self.blocks[name]
+        data, offset = memoryview(values.reshape(-1).view(np.uint8)), block.offset + int(row) * block.row_bytes
+        while data:  # a write may be short where the disk fills up
+            written = os.pwrite(self.file, data, offset)
+            data, offset = data[written:], offset + written
+
+    def close(self) -> None:
+        os.fsync(self.file)
+        os.close(self.file)
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A contiguous dataset whose place is fixed now; features are not filled, since every row will be written."""
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_layout(h5py.h5d.CONTIGUOUS)
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if name == "done" else h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, plan)
+
+
+def _read_layout(path: Path) -> tuple[dict[str, Block], dict, list[str]]:
+    """The blocks, the attributes and the ids of a feature file; no lock is taken, nothing stays open."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            if attributes.get("format") != FORMAT:
+                raise KeyError(f"format {attributes.get('format')!r}, not {FORMAT!r}")
+            blocks = {
+                name: Block(file[name].id.get_offset(), file[name].shape, file[name].dtype)
+                for name in ("features", "pooled", "done")
+            }
+            ids = file["images"].asstr()[:].tolist()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run: python extract_features.py {path.parent}") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120].strip("'\"")
+        raise UserError(f"{path}: not a Kantu feature file ({reason}); extract again with --overwrite") from None
+    size = os.path.getsize(path)
+    if any(block.offset + len(ids) * block.row_bytes > size for block in blocks.values()):
+        raise UserError(f"{path}: is cut short ({size:,} bytes); extract again with --overwrite")
+    return blocks, attributes, ids
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+class FeatureReader:
+    """Rows of a finished feature file as Grids on the CPU. Safe in any number of processes, however they start.
+
+    Of a 14x14 file only the rows and columns that ARE native cells are read, where there are such.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.blocks, self.attributes, self.ids = _read_layout(self.path)
+        self.rows = {photo: row for row, photo in enumerate(self.ids)}
+        height, width = self.blocks["features"].shape[1:3]
+        if self.attributes["grid"] == "14":
+            places = [native_places(cells) for cells in self.attributes["native_grid"]]
+            if None not in places:
+                height, width = self.attributes["native_grid"]
+            self.places = np.ix_(*places) if None not in places and (height, width) != (SIDE, SIDE) else None
+        else:
+            self.places = None
+        self.height, self.width, self.channels = height, width, self.blocks["features"].shape[3]
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}  # each process maps the file anew
+
+    def _map(self, name: str) -> np.ndarray:
+        if name not in self._maps:
+            self._maps[name] = self.blocks[name].map(self.path)
+        return self._maps[name]
+
+    def done(self) -> np.ndarray:
+        """(N,) bool: the rows that are there."""
+        return self._map("done") == 1
+
+    def read(self, rows: np.ndarray) -> Grid:
+        """The feature maps of rows (B,) int64."""
+        block = self._map("features")
+        cells = np.empty((len(rows), self.height, self.width, self.channels), block.dtype)
+        for i, row in enumerate(rows):
+            cells[i] = block[row] if self.places is None else block[row][self.places]
+        return Grid(torch.from_numpy(cells).flatten(1, 2), grid_pooling(self.height, self.width))
+
+    def read_pooled(self, rows: np.ndarray) -> Grid:
+        """The mean of each map alone, as a grid of one cell: all that a decoder without attention looks at."""
+        return Grid(torch.from_numpy(self._map("pooled")[rows])[:, None], grid_pooling(1, 1))
+
+    def recipe(self) -> dict:
+        """The encoder's recipe, as Encoder.recipe gives it."""
+        a = self.attributes
+        transform = {"image_size": a["image_size"], "mean": tuple(a["mean"]), "std": tuple(a["std"])}
+        return {"name": a["encoder"], "weights": a["weights"], "sha256": a["weights_sha256"], "transform": transform}

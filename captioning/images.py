@@ -1,0 +1,79 @@
+"""Decoding, and THE transform: the one place where a photo becomes a tensor.
+
+The whole photo is squashed to a square (bilinear, antialiased), RGB in 0..1, then ImageNet's mean and
+deviation. Workers hand over bytes (uint8); the normalisation happens on the device, where it is free.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class PhotoError(Exception):
+    """A photo that cannot be read; the text names the file and why."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to a photo. Kept in feature files and checkpoints, and compared on load."""
+
+    image_size: int = 256  # pixels a side
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def squash(self, photo: Image.Image) -> Tensor:
+        """An RGB photo of any size -> (3, S, S) uint8."""
+        size = (self.image_size, self.image_size)
+        if photo.size != size:
+            photo = photo.resize(size, Image.Resampling.BILINEAR)  # PIL's bilinear is antialiased
+        return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+
+    def normalise(self, photos: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> float32, channels last in memory, on the device it is on."""
+        mean, std = (torch.tensor(v, device=photos.device).view(3, 1, 1) for v in (self.mean, self.std))
+        photos = photos.to(torch.float32, memory_format=torch.channels_last)
+        return (photos - 255 * mean) / (255 * std)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def open_photo(path: Path | str) -> Image.Image:
+    """A photo file as an upright RGB image: grey, CMYK, palette, alpha and 16-bit are converted.
+
+    Raises PhotoError where the file is missing, truncated, no image, or absurdly large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise PhotoError(f"{path}: no such file") from None
+    except Image.UnidentifiedImageError:
+        raise PhotoError(f"{path}: not an image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise PhotoError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # PIL's readers raise whatever a broken file makes them stumble over
+        raise PhotoError(f"{path}: {error or type(error).__name__}".replace("\n", " ")) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as an upright RGB one."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: PIL would clip it to white
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")  # what is transparent looks white, as on a page
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
