@@ -95,10 +95,10 @@ def _first_has(entries: object, key: str) -> bool:
 def _describe(data: object) -> str:
     """What a JSON file holds, in a few words."""
     if isinstance(data, dict):
-        return f"an object with the keys {', '.join(sorted(map(str, data))[:8])}" if data else "an empty object"
-    if isinstance(data, list):
-        return f"a list whose first entry is {_describe(data[0])}" if data else "an empty list"
-    return f"a {type(data).__name__}"
+        return f"an object with the keys {sorted(data)[:8]}" if data else "an empty object"
+    if isinstance(data, list) and data and not isinstance(data[0], list):
+        return f"a list whose first entry is {_describe(data[0])}"
+    return "an empty list" if data == [] else f"a {type(data).__name__}"
 
 
 def _read_ai_challenger(path: Path, data: list, images: str, split: str) -> Iterator[Record]:
@@ -132,7 +132,7 @@ def _read_karpathy(path: Path, data: dict, images: str, split: None) -> Iterator
         split = _field(path, "image", number, entry, "split", str)
         split = "train" if split == "restval" else split  # COCO's left-over val photos: everybody trains on them
         if split not in SPLITS:
-            raise UserError(f"{place} ({name}): split {split!r}; it must be train, restval, val or test")
+            raise UserError(f"{place} ({name!r}): split {split!r}; it must be train, restval, val or test")
         name = os.path.join(str(entry.get("filepath", "")), name)
         captions = [_sentence(place, sentence) for sentence in sentences]
         yield _record(place, images, name, str(entry.get("cocoid", entry["filename"])), split, captions)
@@ -158,10 +158,10 @@ def _field(path: Path, kind: str, number: int, entry: object, key: str, wanted: 
 
 def _record(place: str, images: str, name: str, id: str, split: str, captions: list) -> Record:
     """A record, once its path is safe and its captions are text and not all empty."""
-    if not name or UNSAFE.search(name):
-        raise UserError(f"{place}: image {name!r} is no path inside the image folder; mend or remove the entry")
+    if not name or UNSAFE.search(name) or UNSAFE.search(id):
+        raise UserError(f"{place}: {id!r}, {name!r}: no path inside the image folder; mend or remove the entry")
     if any(type(caption) is not str for caption in captions):
-        raise UserError(f"{place} ({name}): a caption that is not text; mend or remove it")
+        raise UserError(f"{place} ({name!r}): a caption that is not text; mend or remove it")
     if not any(map(str.strip, captions)):
-        raise UserError(f"{place} ({name}): no caption; add one or remove the entry")
+        raise UserError(f"{place} ({name!r}): no caption; add one or remove the entry")
     return Record(os.path.join(images, name), id, split, tuple(captions))
