@@ -85,9 +85,9 @@ class ExtractFeatures:
     """
 
     data: Positional[Path]  # folder made by python -m preprocess
-    encoder: str = "resnet101"  # torchvision classifier; NAME.LAYER cuts it earlier, as in resnet18.layer3
+    encoder: str | None = None  # torchvision classifier (resnet101); NAME.LAYER cuts earlier, as in resnet18.layer3
     weights: str = "imagenet"  # imagenet (torchvision's), random, a state-dict file, or a run in checkpoints/
-    image_size: int = 256  # pixels; the whole photo is squashed to this square
+    image_size: int | None = None  # pixels (256); the whole photo is squashed to this square
     grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own (smaller, same training)
     dtype: Literal["float16", "float32"] = "float16"  # of the stored features
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the CNN's arithmetic
@@ -99,7 +99,8 @@ class ExtractFeatures:
     overwrite: bool = False  # replace features made with other settings
 
     def __post_init__(self):
-        check_at_least("--image-size", self.image_size, 32)
+        if self.image_size is not None:
+            check_at_least("--image-size", self.image_size, 32)
         check_at_least("--batch-size", self.batch_size, 1)
         check_at_least("--workers", self.workers, 0)
         check_share("--allow-missing", self.allow_missing)

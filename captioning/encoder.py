@@ -8,8 +8,7 @@ Letters: B photos, S pixels a side, C channels, h x w native cells (N = h w).
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +17,10 @@ from torchvision import models
 
 from captioning.checkpoint import load_checkpoint, state_sha256
 from captioning.grid import Grid, grid_pooling
-from captioning.images import Transform
+from captioning.images import Transform, in_batches, photo_batches
 from config import UserError
 
+CALIBRATION_PHOTOS = 256
 POOLINGS = ("adaptive_avg_pool2d", "mean")  # how torchvision's classifiers pool, as a function or a method
 
 
@@ -118,7 +118,7 @@ def load_encoder(
 ) -> Encoder:
     """An encoder as the flags --encoder, --weights, --image-size describe it; a run brings all three.
 
-    Random weights are those of `seed`; their BatchNorm still wants `calibrate`.
+    Random weights are those of `seed`; their BatchNorm still wants `calibrate_on`.
     """
     weights = weights or "imagenet"
     if weights not in ("imagenet", "random") and _is_run(Path(weights)):
@@ -189,15 +189,19 @@ def _body_part(state: dict[str, Tensor], encoder: Encoder, source: str) -> dict[
 
 
 @torch.no_grad()
-def calibrate(encoder: Encoder, photos: Iterable[Tensor]) -> None:
-    """Set BatchNorm's statistics to those of the photos, batches of (B, 3, S, S) uint8: random weights need it."""
+def calibrate_on(encoder: Encoder, paths: Sequence[str], batch_size: int, workers: int) -> None:
+    """Set BatchNorm's statistics to those of the first photos: random weights say nothing without it."""
+    some = range(min(CALIBRATION_PHOTOS, len(paths)))
+    batches = photo_batches(paths, in_batches(some, batch_size), encoder.transform, workers)
     norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
-    for batch in photos:
-        encoder(batch)
+    for batch in batches:
+        if batch.indices:
+            encoder(batch.photos)
     for norm in norms:
         norm.momentum = 0.1
         norm.eval()
+    print(f"--weights random: {encoder.name} has learnt nothing; its BatchNorm is calibrated on {len(some)} photos")

@@ -71,15 +71,15 @@ class FeatureWriter:
     """
 
     def __init__(self, path: Path, ids: Sequence[str], attributes: dict, channels: int, dtype: str, overwrite: bool):
-        self.path = path
+        self.path, self.dtype = path, np.dtype(dtype)
         side = (SIDE, SIDE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
         self.shape = (len(ids), *side, channels)
         attributes = {**attributes, "dtype": dtype}
         if path.exists() and not overwrite:
             self._check_same(ids, attributes)
         else:
-            self._check_room(np.dtype(dtype))
-            self._make(ids, attributes, np.dtype(dtype))
+            self._check_room()
+            self._make(ids, attributes)
         self.blocks = _read_layout(path)[0]
         self.file = os.open(path, os.O_RDWR)
 
@@ -96,8 +96,8 @@ class FeatureWriter:
         if found_ids != list(ids):
             raise UserError(f"{self.path}: holds the photos of another data set; give --overwrite to replace it")
 
-    def _check_room(self, dtype: np.dtype) -> None:
-        needed = self.nbytes(dtype)
+    def _check_room(self) -> None:
+        needed = self.nbytes()
         freed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         free = shutil.disk_usage(self.path.parent).free + freed
         if needed > free:
@@ -106,23 +106,23 @@ class FeatureWriter:
                 "make room, give --grid native, or --out on another disk"
             )
 
-    def nbytes(self, dtype: np.dtype) -> int:
+    def nbytes(self) -> int:
         """Bytes of features and pooled."""
-        return int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize + self.shape[0] * self.shape[-1] * 4
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize + self.shape[0] * self.shape[-1] * 4
 
-    def _make(self, ids: Sequence[str], attributes: dict, dtype: np.dtype) -> None:
+    def _make(self, ids: Sequence[str], attributes: dict) -> None:
         """All metadata is written here, under a temporary name, before the first photo."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
             for name, shape, kind in (
-                ("features", self.shape, dtype),
+                ("features", self.shape, self.dtype),
                 ("pooled", (self.shape[0], self.shape[-1]), np.dtype("float32")),
                 ("done", self.shape[:1], np.dtype("uint8")),
             ):
                 _allocate(file, name, shape, kind)
             file.create_dataset("images", data=list(ids), dtype=h5py.string_dtype("utf-8"))
             file.attrs.update(attributes)
-            file.attrs["torch"] = torch.__version__
+            file.attrs["torch"] = str(torch.__version__)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
@@ -193,6 +193,11 @@ def _read_layout(path: Path) -> tuple[dict[str, Block], dict, list[str]]:
 
 def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def encoder_file(path: Path) -> Path:
+    """Where the encoder that made a feature file is kept: a run that trains on it takes it along."""
+    return path.with_suffix(".encoder.pt")
 
 
 class FeatureReader:

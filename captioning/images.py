@@ -7,13 +7,16 @@ deviation. Workers hand over bytes (uint8); the normalisation happens on the dev
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -77,3 +80,62 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")  # what is transparent looks white, as on a page
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+class PhotoBatch(NamedTuple):
+    indices: list[int]  # of the photos that could be read, into the list of paths
+    photos: Tensor  # (B, 3, S, S) uint8
+    failures: list[str]  # why the others could not
+
+
+def read_photos(paths: Sequence[Path | str], indices: Sequence[int], transform: Transform) -> PhotoBatch:
+    """The photos paths[i] for each i of `indices`, squashed; those that cannot be read are left out."""
+    readable, photos, failures = [], [], []
+    for index in indices:
+        try:
+            photos.append(transform.squash(open_photo(paths[index])))
+            readable.append(int(index))
+        except PhotoError as error:
+            failures.append(str(error))
+    size = transform.image_size
+    return PhotoBatch(readable, torch.stack(photos) if photos else torch.empty(0, 3, size, size), failures)
+
+
+class _PhotoFiles(Dataset):
+    """A list of indices -> a PhotoBatch."""
+
+    def __init__(self, paths: Sequence[Path | str], transform: Transform):
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, indices: Sequence[int]) -> PhotoBatch:
+        return read_photos(self.paths, indices, self.transform)
+
+
+def photo_batches(
+    paths: Sequence[Path | str], batches: Iterable[Sequence[int]], transform: Transform, workers: int
+) -> Iterable[PhotoBatch]:
+    """Read the photos of each batch of indices, in order, in `workers` processes (0: in this one)."""
+    return DataLoader(
+        _PhotoFiles(paths, transform), sampler=batches, batch_size=None, num_workers=workers,
+        generator=torch.Generator(),  # of its own: reading photos must not move the training's random numbers
+    )  # fmt: skip
+
+
+def in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[first : first + size] for first in range(0, len(indices), size)]
+
+
+class Unreadable:
+    """Counts the photos that cannot be read; too many of them stop the work."""
+
+    def __init__(self, total: int, allowed: float):
+        self.total, self.allowed, self.reasons = total, allowed, []
+
+    def add(self, failures: Sequence[str]) -> None:
+        """Raises PhotoError once more than the allowed share has failed."""
+        self.reasons.extend(failures)
+        if len(self.reasons) > self.allowed * self.total:
+            raise PhotoError(
+                f"{self.reasons[0]}; {len(self.reasons)} of {self.total} photos cannot be read so far, more than "
+                f"--allow-missing {self.allowed}: mend them, or allow more"
+            )

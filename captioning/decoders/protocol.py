@@ -1,14 +1,15 @@
 """What every decoder promises. Beam search, greedy decoding and the commands know only this.
 
 Letters: B photos, R rows (captions being written: R = B x beams, the beams of a photo side by side),
-P cells, V words.
+W words of all captions packed, P cells, V vocabulary.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from captioning.grid import Grid
 
@@ -41,9 +42,29 @@ class Step(NamedTuple):
     state: State
 
 
+class TeacherForced(NamedTuple):
+    scores: Tensor  # (W, V): unnormalised, before the softmax; packed like the words
+    coverage: Tensor | None  # (R, P): the attention a caption gave each cell, summed over its words
+
+
 class Decoder(Protocol):
+    sees_cells: bool  # False: the pooled map is enough
+
     def begin(self, grid: Grid) -> State:
         """The state before the first word, one row a photo."""
 
     def step(self, words: Tensor, state: State) -> Step:
         """Feed the words (R,) int64 just written, <start> at first; R may be any multiple of the photos."""
+
+    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
+        """The scores of the next word after each of `words` (W,), the true ones, packed longest caption first.
+
+        photo (R,) int64: which photo of the grid each caption describes.
+        """
+
+
+def initialise(embedding: nn.Embedding, vocabulary: nn.Linear) -> None:
+    """As in the published recipe: uniform in +-0.1, no bias."""
+    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+    nn.init.uniform_(vocabulary.weight, -0.1, 0.1)
+    nn.init.zeros_(vocabulary.bias)
