@@ -1,9 +1,10 @@
-"""A caption -> its words, by one of three tokenizers. All of them drop punctuation and symbols.
+"""A caption -> its words, by one of three tokenizers.
 
     jieba        Chinese words: jieba's precise mode with its hidden Markov model
     character    every Chinese character by itself; a run of other letters and digits is one word, in lower case
-    whitespace   lower case, cut at spaces; a mark inside a word goes and the word stays whole, as in Karpathy's
-                 tokens: "man's" -> mans, "T-shirt." -> tshirt
+    whitespace   lower case, cut at spaces
+
+All drop punctuation and symbols, as the tokens of Karpathy's files do: "a man's T-shirt." -> a mans t shirt.
 """
 
 from __future__ import annotations
@@ -30,48 +31,40 @@ _han = re.compile(f"[{HAN}]")
 _character = re.compile(f"[{HAN}]|[^{HAN}\\s]+")
 
 
-class _Marks(dict):
-    """A table for `str.translate`, filled as characters are met: letters, digits and accents stay, the rest goes.
+class _Letters(dict):
+    """A table for `str.translate`, filled as characters are met: letters, digits and accents stay.
 
-    A punctuation mark or symbol leaves `gap`; a full-width one (，。 and the like), which writes no space beside
-    it, leaves a space in any tokenizer. Full-width letters and digits become ordinary ones.
+    An apostrophe goes and its word stays whole; every other mark, symbol or space becomes a space. Full-width
+    letters and digits become ordinary ones. What is not seen (zero-width, surrogates) goes.
     """
 
-    def __init__(self, gap: str):
-        super().__init__()
-        self.gap = gap
-
     def __missing__(self, code: int) -> str:
-        self[code] = self._written(code)
+        self[code] = self._written(chr(code))
         return self[code]
 
-    def _written(self, code: int) -> str:
-        character = chr(code)
+    def _written(self, character: str) -> str:
         kind = unicodedata.category(character)
-        if kind == "Mn" and unicodedata.name(character, "").startswith("VARIATION SELECTOR"):  # an emoji's
+        if character in "'\u2019" or unicodedata.name(character, "").startswith("VARIATION SELECTOR"):  # an emoji's
             return ""
         if kind[0] in "LN" or kind in ("Mn", "Mc"):
             wide = unicodedata.decomposition(character).startswith("<wide>")
             return unicodedata.normalize("NFKC", character) if wide else character
-        if kind[0] in "PS":
-            return " " if unicodedata.east_asian_width(character) in "WF" else self.gap
-        return " " if kind[0] == "Z" or kind == "Cc" else ""
+        return " " if kind[0] in "PSZ" or kind == "Cc" else ""
 
 
-_marks_to_spaces = _Marks(" ")
-_marks_to_nothing = _Marks("")
+_letters = _Letters()
 
 
 def _cut_with_jieba(caption: str) -> str:
-    return " ".join(_jieba().cut(caption.translate(_marks_to_spaces)))
+    return " ".join(_jieba().cut(caption.translate(_letters)))
 
 
 def _cut_by_character(caption: str) -> str:
-    return " ".join(_character.findall(caption.translate(_marks_to_spaces).lower()))
+    return " ".join(_character.findall(caption.translate(_letters).lower()))
 
 
 def _cut_at_whitespace(caption: str) -> str:
-    return caption.translate(_marks_to_nothing).lower()
+    return caption.translate(_letters).lower()
 
 
 # Each writes a caption with its words apart: a plain text crosses processes many times faster than a list of words.
@@ -125,7 +118,7 @@ def tokenize_all(captions: Sequence[str], tokenizer: str, workers: int = 1) -> I
 
 
 def _cut_chunk(tokenizer: str, captions: Sequence[str]) -> str:
-    """A line a caption. No caption brings a line break of its own: the tables turn them into spaces."""
+    """A line a caption. No caption brings a line break of its own: the table turns them into spaces."""
     return "\n".join(map(TOKENIZERS[tokenizer], captions))
 
 
