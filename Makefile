@@ -1,0 +1,36 @@
+# Every target does its own set-up first: a virtual environment in .venv, once, and again when the versions change.
+
+PYTHON ?= python3
+# Not ?=: many desktops set LANGUAGE=en_US:en in the environment, for gettext.
+LANGUAGE = zh
+unexport LANGUAGE
+
+PACKAGES := .venv/packages-installed
+
+.PHONY: help demo test lint
+
+help:
+	@echo "make demo   drawn scenes -> features -> training -> captions, in minutes (LANGUAGE=zh or en)"
+	@echo "make test   ruff and the tests (PYTEST_ARGS='-k beam' for some of them)"
+	@echo "make lint   ruff alone"
+	@echo "Each sets up .venv first, about 6 GB, once. Another Python: make test PYTHON=python3.12"
+
+demo: $(PACKAGES)
+	.venv/bin/python demo.py --language $(LANGUAGE)
+
+test: lint
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(PACKAGES)
+	.venv/bin/ruff check
+
+# The stamp is written last, so that an interrupted set-up is taken up again where it stopped.
+$(PACKAGES): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv >/dev/null 2>&1 || \
+	  { echo "error: $(PYTHON) -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv: about 6 GB, once."
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@.venv/bin/uv pip install --python .venv/bin/python -c constraints.txt -e '.[dashboard,test]'
+	@touch $@
