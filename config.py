@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -251,14 +252,45 @@ def _one_line(boxes: str) -> str:
 def run(command: type[Config], work: Callable[[Config], None]) -> None:
     """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
         work(parse(command))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; nothing is lost: the same command (train.py: with --resume) goes on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a question that is asked between two steps, when everything can be saved.
+
+    The second Ctrl-C does not wait.
+    """
+
+    def __enter__(self) -> StopRequest:
+        self.requested = False
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def check(self) -> None:
+        """Stop here if a stop was asked for."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def as_plain_data(config: object) -> dict:

@@ -38,7 +38,7 @@ def main(config: ExtractFeatures) -> None:
           f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
           f"{len(photos) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
     unreadable = extract(config, encoder, writer, photos, rows, device, precision)
-    for reason in unreadable.reasons[:10]:
+    for reason in list(unreadable.reasons)[:10]:
         print(f"skipped: {reason}")
     if len(unreadable.reasons) > 10:
         print(f"skipped: {len(unreadable.reasons) - 10} more")

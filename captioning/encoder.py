@@ -55,6 +55,26 @@ class Encoder(nn.Module):
         channels, height, width = features.shape[1:]
         return height, width, channels
 
+    def unfreeze(self, first: str | None) -> list[nn.Parameter]:
+        """Let the layers from `first` on learn -> their parameters. None: from layer2 in a ResNet, else all."""
+        names = [name for name, _ in self.body.named_parameters()]
+        if first is None:
+            first = "layer2" if any(name.startswith("layer2.") for name in names) else "all"
+        begin = 0 if first == "all" else next((i for i, n in enumerate(names) if (n + ".").startswith(first + ".")), None)
+        if begin is None:
+            layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise UserError(f"--unfreeze-from {first}: {self.name} has {layers}, or say all")
+        for i, parameter in enumerate(self.body.parameters()):
+            parameter.requires_grad_(i >= begin)
+        return [parameter for parameter in self.body.parameters() if parameter.requires_grad]
+
+    def tune(self, batch_norm: bool) -> None:
+        """Ready for training. BatchNorm keeps ImageNet's statistics unless it still has everything to learn."""
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(batch_norm)
+
     def recipe(self) -> dict:
         """What decides the features, as plain data: kept in feature files and checkpoints."""
         return {

@@ -25,8 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captioning.checkpoint import load_checkpoint
 from captioning.grid import SIDE, Grid, grid_pooling, native_places
 from config import UserError
+from preprocess.captions import Photo
 
 FORMAT = "kantu features 1"
 
@@ -195,6 +197,17 @@ def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
+def saved_encoder(reader: FeatureReader) -> dict:
+    """The encoder behind a feature file, for the checkpoints of the runs that train on it."""
+    file = encoder_file(reader.path)
+    if not file.exists():
+        raise UserError(f"{file}: the encoder of {reader.path} is missing; extract again with --overwrite")
+    encoder = load_checkpoint(file)["encoder"]
+    if encoder["sha256"] != reader.attributes["weights_sha256"]:
+        raise UserError(f"{file}: is not the encoder of {reader.path}; extract again with --overwrite")
+    return encoder
+
+
 def encoder_file(path: Path) -> Path:
     """Where the encoder that made a feature file is kept: a run that trains on it takes it along."""
     return path.with_suffix(".encoder.pt")
@@ -223,6 +236,20 @@ class FeatureReader:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # each process maps the file anew
+
+    def present(self, photos: Sequence[Photo], allowed: float, dataset: Path) -> list[Photo]:
+        """Those of the photos that have a row. Raises UserError where more than the share `allowed` has none."""
+        done = self.done()
+        there = [photo for photo in photos if (row := self.rows.get(photo.id)) is not None and done[row]]
+        missing = len(photos) - len(there)
+        if missing > allowed * len(photos):
+            known = any(photo.id in self.rows for photo in photos)
+            wrong = "" if known else "of another data set: "
+            raise UserError(
+                f"{self.path}: {wrong}no features for {missing:,} of {len(photos):,} images; "
+                f"run: python extract_features.py {dataset}" + ("" if known else " --overwrite")
+            )
+        return there
 
     def _map(self, name: str) -> np.ndarray:
         if name not in self._maps:

@@ -6,6 +6,7 @@ deviation. Workers hand over bytes (uint8); the normalisation happens on the dev
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -118,7 +119,14 @@ def photo_batches(
     return DataLoader(
         _PhotoFiles(paths, transform), sampler=batches, batch_size=None, num_workers=workers,
         generator=torch.Generator(),  # of its own: reading photos must not move the training's random numbers
+        worker_init_fn=quiet_worker,
     )  # fmt: skip
+
+
+def quiet_worker(_: int) -> None:
+    """Ctrl-C reaches the whole process group: the command itself ends its workers, in order and without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -129,13 +137,14 @@ class Unreadable:
     """Counts the photos that cannot be read; too many of them stop the work."""
 
     def __init__(self, total: int, allowed: float):
-        self.total, self.allowed, self.reasons = total, allowed, []
+        self.total, self.allowed = total, allowed
+        self.reasons: dict[str, None] = {}  # in order, each once however many epochs meet it
 
     def add(self, failures: Sequence[str]) -> None:
         """Raises PhotoError once more than the allowed share has failed."""
-        self.reasons.extend(failures)
+        self.reasons.update(dict.fromkeys(failures))
         if len(self.reasons) > self.allowed * self.total:
             raise PhotoError(
-                f"{self.reasons[0]}; {len(self.reasons)} of {self.total} photos cannot be read so far, more than "
+                f"{next(iter(self.reasons))}; {len(self.reasons)} of {self.total} photos cannot be read so far, more than "
                 f"--allow-missing {self.allowed}: mend them, or allow more"
             )

@@ -1,0 +1,98 @@
+"""A checkpoint made ready to caption photos: the Python interface.
+
+    from captioning.captioner import Captioner
+    captioner = Captioner.load("checkpoints/att")
+    print(captioner.caption(["photo.jpg"])[0].text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from captioning.beam_search import Caption, beam_search
+from captioning.checkpoint import load_checkpoint
+from captioning.decoders import build_decoder
+from captioning.device import autocast, pick_device, pick_precision
+from captioning.encoder import Encoder, encoder_from_checkpoint
+from captioning.grid import SIDE, Grid
+from captioning.images import open_photo, to_rgb
+from preprocess.vocabulary import Vocabulary
+
+
+@dataclass
+class Captioned:
+    """A photo's caption. attention (T, 196): a row a word, over 14x14 cells; None where the decoder has none."""
+
+    text: str
+    words: list[str]
+    log_probability: float  # natural, of the whole caption
+    finished: bool  # False: cut at max_length
+    attention: Tensor | None
+    grid: tuple[int, int] = (SIDE, SIDE)
+
+
+class Captioner:
+    """An encoder, a decoder and a vocabulary that belong together."""
+
+    def __init__(self, checkpoint: dict, device: torch.device, precision: torch.dtype):
+        self.device, self.precision = device, precision
+        self.vocabulary = Vocabulary.from_dict(checkpoint["vocabulary"])
+        self.encoder_sha256 = checkpoint["encoder"]["sha256"]
+        self.decoder_name = checkpoint["decoder"]["name"]
+        self.decoder: nn.Module = build_decoder(self.decoder_name, checkpoint["decoder"]["sizes"])
+        self.decoder.load_state_dict(checkpoint["decoder"]["state"])
+        self.decoder.to(device).eval().requires_grad_(False)
+        self._checkpoint, self._encoder = checkpoint, None
+
+    @classmethod
+    def load(cls, run: Path | str, device: str = "auto", precision: str = "auto") -> Captioner:
+        """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises config.UserError."""
+        where = pick_device(device)
+        return cls(load_checkpoint(Path(run)), where, pick_precision(precision, where))
+
+    @property
+    def encoder(self) -> Encoder:
+        """Loaded when first needed: cached features need none."""
+        if self._encoder is None:
+            encoder = encoder_from_checkpoint(self._checkpoint)
+            self._encoder = encoder.to(self.device).eval().requires_grad_(False)
+        return self._encoder
+
+    def caption(
+        self, photos: Sequence[Path | str | Image.Image | Tensor], beam_size: int = 5, max_length: int = 30
+    ) -> list[Captioned]:
+        """Captions of paths, PIL images, or tensors (3, H, W) uint8 RGB. Raises captioning.images.PhotoError."""
+        squashed = [self.encoder.transform.squash(_as_image(photo)) for photo in photos]
+        return self.caption_squashed(torch.stack(squashed), beam_size, max_length) if squashed else []
+
+    @torch.inference_mode()
+    def caption_squashed(self, photos: Tensor, beam_size: int, max_length: int) -> list[Captioned]:
+        """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
+        with autocast(self.device, self.precision):
+            return self._search(self.encoder(photos.to(self.device)), beam_size, max_length)
+
+    @torch.inference_mode()
+    def caption_grid(self, grid: Grid, beam_size: int, max_length: int) -> list[Captioned]:
+        """Captions of cached features."""
+        with autocast(self.device, self.precision):
+            return self._search(grid.to(self.device, self.precision), beam_size, max_length)
+
+    def _search(self, grid: Grid, beam_size: int, max_length: int) -> list[Captioned]:
+        return [self._in_words(caption) for caption in beam_search(self.decoder, grid, beam_size, max_length)]
+
+    def _in_words(self, caption: Caption) -> Captioned:
+        words = self.vocabulary.decode(caption.words)
+        text = self.vocabulary.joined(words)
+        return Captioned(text, words, caption.log_probability, caption.finished, caption.attention)
+
+
+def _as_image(photo: Path | str | Image.Image | Tensor) -> Image.Image:
+    if isinstance(photo, Tensor):
+        return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy()).convert("RGB")
+    return to_rgb(photo) if isinstance(photo, Image.Image) else open_photo(photo)
