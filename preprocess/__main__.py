@@ -92,10 +92,11 @@ def _hold_out(records: list[Record]) -> list[Record]:
 
 def _present(records: list[Record], allow_missing: float) -> tuple[list[Record], int]:
     """The records whose photo is on disk, and the number of the others."""
+    files = functools.cache(_files)
     present, missing = [], []
     for record in records:
         folder, name = os.path.split(record.image)
-        (present if name in _files(folder) else missing).append(record)
+        (present if name in files(folder) else missing).append(record)
     if len(missing) > allow_missing * len(records):
         share = len(missing) / len(records)
         raise UserError(
@@ -105,7 +106,6 @@ def _present(records: list[Record], allow_missing: float) -> tuple[list[Record],
     return present, len(missing)
 
 
-@functools.cache
 def _files(folder: str) -> frozenset[str]:
     """The names of the files in a folder: one look at it, not one at each of 240,000 photos."""
     try:

@@ -87,9 +87,10 @@ class Vocabulary:
     @classmethod
     def from_dict(cls, data: object) -> Vocabulary:
         """The vocabulary that `to_dict` wrote. Raises UserError for anything else."""
-        names = set(cls.__dataclass_fields__)
-        if not isinstance(data, dict) or set(data) != names or not isinstance(data["words"], (list, tuple)):
-            raise UserError(f"not a vocabulary: it has the keys {', '.join(sorted(names))}, and words is a list")
+        keys = list(cls.__dataclass_fields__)
+        if not isinstance(data, dict) or data.keys() != set(keys) or not isinstance(data["words"], (list, tuple)):
+            wanted = f"an object with the keys {', '.join(keys)}, words a list"
+            raise UserError(f"not a vocabulary ({wanted}); make it anew with: python -m preprocess")
         return cls(**{**data, "words": tuple(data["words"])})
 
     def save(self, path: Path) -> None:

@@ -1,0 +1,211 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from config import UserError
+from preprocess.annotations import Record, read_annotations
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotation files are not beside the project")
+
+AI_CHALLENGER = [{"url": "", "image_id": "a.jpg", "caption": ["一只狗", "狗"]}]
+COCO = {
+    "images": [{"id": 9, "file_name": "9.jpg"}, {"id": 7, "file_name": "7.jpg"}],
+    "annotations": [
+        {"image_id": 7, "id": 1, "caption": "A cat"},
+        {"image_id": 9, "id": 2, "caption": "A dog"},
+        {"image_id": 7, "id": 3, "caption": "The cat"},
+    ],
+}
+KARPATHY = {
+    "images": [
+        {"filename": "1.jpg", "filepath": "val2014", "cocoid": 1, "split": "restval", "sentences": [{"raw": "A dog."}]},
+        {"filename": "2.jpg", "split": "test", "sentences": [{"tokens": ["two", "dogs"]}, {"raw": "Dogs"}]},
+    ]
+}
+
+
+def read(tmp_path, data, split="train"):
+    file = tmp_path / "annotations.json"
+    file.write_text(data if isinstance(data, str) else json.dumps(data), "utf-8")
+    return read_annotations(file, tmp_path, split)
+
+
+def refused(tmp_path, data, split="train"):
+    """The error's text, which must be one line that begins with the file."""
+    with pytest.raises(UserError) as error:
+        read(tmp_path, data, split)
+    text = str(error.value)
+    assert text.startswith(str(tmp_path / "annotations.json")) and "\n" not in text and "; " in text
+    return text
+
+
+def test_ai_challenger_is_recognised(tmp_path):
+    assert read(tmp_path, AI_CHALLENGER) == [Record(f"{tmp_path}/a.jpg", "a.jpg", "train", ("一只狗", "狗"))]
+
+
+def test_coco_keeps_the_order_of_images_and_groups_their_captions(tmp_path):
+    assert read(tmp_path, COCO, "val") == [
+        Record(f"{tmp_path}/9.jpg", "9", "val", ("A dog",)),
+        Record(f"{tmp_path}/7.jpg", "7", "val", ("A cat", "The cat")),
+    ]
+
+
+def test_karpathy_brings_its_own_splits_and_restval_is_train(tmp_path):
+    assert read(tmp_path, KARPATHY, None) == [
+        Record(f"{tmp_path}/val2014/1.jpg", "1", "train", ("A dog.",)),
+        Record(f"{tmp_path}/2.jpg", "2.jpg", "test", ("two dogs", "Dogs")),
+    ]
+
+
+def test_the_name_of_the_file_does_not_matter(tmp_path):
+    file = tmp_path / "captions_val2017.karpathy"
+    file.write_bytes(json.dumps(AI_CHALLENGER).encode("utf-8-sig"))
+    assert read_annotations(file, tmp_path, "test")[0].split == "test"
+
+
+@pytest.mark.parametrize("captions", [1, 2, 5, 7])
+def test_any_number_of_captions_will_do(tmp_path, captions):
+    entries = [{"image_id": "a.jpg", "caption": ["狗"] * captions}]
+    assert len(read(tmp_path, entries)[0].captions) == captions
+
+
+def test_an_empty_caption_beside_a_full_one_is_no_error(tmp_path):
+    assert read(tmp_path, [{"image_id": "a.jpg", "caption": ["", "狗"]}])[0].captions == ("", "狗")
+
+
+def test_karpathy_is_sent_to_its_flag(tmp_path):
+    assert "--karpathy" in refused(tmp_path, KARPATHY)
+
+
+@pytest.mark.parametrize("data", [AI_CHALLENGER, COCO])
+def test_other_forms_are_sent_to_train(tmp_path, data):
+    assert "--train" in refused(tmp_path, data, None)
+
+
+def test_instances_are_not_captions(tmp_path):
+    data = {**COCO, "annotations": [{"image_id": 7, "bbox": [0, 0, 1, 1]}]}
+    assert "captions_*.json" in refused(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "data, found",
+    [
+        ('[{"image_id": ]', "line 1, column 15"),
+        ("", "line 1, column 1"),
+        ("<html>", "line 1, column 1"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "an empty list"),
+        ("3", "a int"),
+        ("[[[3]]]", "a list"),
+        ('{"categories": [], "images": []}', "['categories', 'images']"),
+        ('["a.jpg"]', "a str"),
+    ],
+)
+def test_a_file_of_no_known_form_is_described(tmp_path, data, found):
+    assert found in refused(tmp_path, data)
+
+
+def test_bytes_that_are_no_text_are_not_json(tmp_path):
+    file = tmp_path / "annotations.json"
+    file.write_bytes(b'["\xff\xfe"]')
+    with pytest.raises(UserError, match="not JSON"):
+        read_annotations(file, tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.jpg", "/etc/passwd", "b/../../a.jpg", "..", "b\\a.jpg", "C:/a.jpg", "a\0.jpg", "\ud800.jpg", ""]
+)
+def test_no_path_leaves_the_image_folder(tmp_path, name):
+    assert "entry 0" in refused(tmp_path, [{"image_id": name, "caption": ["狗"]}])
+    coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "dog"}]}
+    assert "image 0" in refused(tmp_path, coco)
+    karpathy = {"images": [{"filename": name, "cocoid": 1, "split": "val", "sentences": [{"raw": "dog"}]}]}
+    if name:
+        assert "image 0" in refused(tmp_path, karpathy, None)
+
+
+def test_a_file_path_may_not_leave_the_image_folder_either(tmp_path):
+    entry = {**KARPATHY["images"][0], "filepath": "../elsewhere"}
+    assert "image 0" in refused(tmp_path, {"images": [entry]}, None)
+
+
+@pytest.mark.parametrize("name", ["a..b.jpg", "b/a.jpg", "...jpg", "图 1.jpg"])
+def test_odd_names_inside_the_folder_are_fine(tmp_path, name):
+    assert read(tmp_path, [{"image_id": name, "caption": ["狗"]}])[0].image == f"{tmp_path}/{name}"
+
+
+@pytest.mark.parametrize(
+    "entry, told",
+    [
+        ({"image_id": "a.jpg", "caption": []}, "no caption"),
+        ({"image_id": "a.jpg", "caption": ["", " \t"]}, "no caption"),
+        ({"image_id": "a.jpg", "caption": [None]}, "not text"),
+        ({"image_id": "a.jpg", "caption": "狗"}, "'caption' must be a list"),
+        ({"image_id": 5, "caption": ["狗"]}, "'image_id' must be text"),
+        ({"image_id": "a.jpg"}, "no 'caption'"),
+        ("a.jpg", "no 'image_id'"),
+    ],
+)
+def test_a_bad_entry_is_named_by_its_number(tmp_path, entry, told):
+    text = refused(tmp_path, [{"image_id": "first.jpg", "caption": ["狗"]}, entry])
+    assert "entry 1" in text and told in text
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"annotations": [{"image_id": 8, "caption": "A"}]}, "annotation 0 is of image 8"),
+        ({"annotations": [{"image_id": "9", "caption": "A"}]}, "a whole number"),
+        ({"annotations": [{"image_id": 9, "caption": None}]}, "not text"),
+        ({"annotations": COCO["annotations"][:1]}, "image 0 ('9.jpg'): no caption"),
+        ({"images": [{"id": True, "file_name": "9.jpg"}]}, "a whole number"),
+        ({"images": COCO["images"] * 2}, "'9' occurs twice"),
+        ({"images": [], "annotations": []}, "holds no images"),
+    ],
+)
+def test_a_bad_coco_file_is_explained(tmp_path, change, told):
+    assert told in refused(tmp_path, {**COCO, **change})
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"split": "dev"}, "split 'dev'"),
+        ({"split": None}, "no 'split'"),
+        ({"sentences": [{}]}, "'raw'"),
+        ({"sentences": []}, "no caption"),
+    ],
+)
+def test_a_bad_karpathy_entry_is_explained(tmp_path, change, told):
+    entry = {**KARPATHY["images"][1], "filename": "3.jpg", **change}
+    assert told in refused(tmp_path, {"images": [KARPATHY["images"][0], entry]}, None)
+
+
+def test_an_image_may_occur_once(tmp_path):
+    assert "'a.jpg' occurs twice" in refused(tmp_path, AI_CHALLENGER * 2)
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="no such annotation file"):
+        read_annotations(tmp_path / "none.json", tmp_path, "train")
+    with pytest.raises(UserError, match="annotation file first"):
+        read_annotations(tmp_path, tmp_path, "train")
+    with pytest.raises(UserError, match="no such image folder"):
+        read_annotations(tmp_path / "none.json", tmp_path / "photos", "train")
+
+
+@needs_shared
+def test_the_real_files_are_read():
+    coco, flickr = SHARED / "coco_mini", SHARED / "flickr8k"
+    full = read_annotations(coco / "annotations" / "captions_val2017_full.json", coco / "val2017", "val")
+    assert len(full) == 5_000 and sum(len(record.captions) for record in full) == 25_014
+    chinese = read_annotations(flickr / "caption_train_annotations_zh.json", flickr / "images", "train")
+    assert len(chinese) == 6_000 and all(len(record.captions) == 5 for record in chinese)
+    english = read_annotations(flickr / "dataset_flickr8k.json", flickr / "images", None)
+    assert [sum(record.split == split for record in english) for split in ("train", "val")] == [6_000, 1_000]
+    challenge = read_annotations(SHARED / "ai_challenger" / "caption_train_first2.json", flickr, "train")
+    assert challenge[1].id == "b96ff46ba5b1cbe5bb4cc32b566431132ca71a64.jpg"
+    with pytest.raises(UserError, match="occurs twice"):  # the sample references list an image once a caption
+        read_annotations(SHARED / "ai_challenger" / "id_to_words.json", flickr, "train")

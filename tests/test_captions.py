@@ -1,0 +1,109 @@
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import UserError
+from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
+
+LINE = {"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["狗"]]}
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+captions = st.lists(st.lists(text, min_size=1, max_size=4).map(tuple), min_size=1, max_size=3).map(tuple)
+photos = st.lists(
+    st.builds(Photo, text, text, st.sampled_from(["train", "val", "test"]), captions),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda photo: photo.id,
+)
+
+
+def lay_down(folder, *lines):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / CAPTIONS_FILE).write_text("".join(line + "\n" for line in texts), "utf-8")
+    return folder
+
+
+def refused(folder):
+    with pytest.raises(UserError) as error:
+        list(read_captions(folder))
+    assert str(error.value).startswith(str(folder / CAPTIONS_FILE)) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@given(photos=photos)
+def test_what_was_written_is_read(tmp_path_factory, photos):
+    folder = tmp_path_factory.mktemp("data")
+    write_captions(folder / CAPTIONS_FILE, iter(photos))
+    assert list(read_captions(folder)) == photos
+
+
+def test_a_line_is_as_the_contract_says(tmp_path):
+    write_captions(tmp_path / CAPTIONS_FILE, [Photo("photos/1.jpg", "1", "train", (("a", "dog"), ("狗",)))])
+    expected = '{"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["狗"]]}\n'
+    assert (tmp_path / CAPTIONS_FILE).read_bytes() == expected.encode()
+
+
+def test_equal_words_are_one_object(tmp_path):
+    first, second = read_captions(lay_down(tmp_path, LINE, {**LINE, "id": "2"}))
+    assert first.captions[0][1] is second.captions[0][1] is sys.intern("dog")
+
+
+def test_photos_are_read_one_at_a_time(tmp_path):
+    assert next(read_captions(lay_down(tmp_path, LINE, "half a li"))).id == "1"
+
+
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    def failing():
+        yield Photo("2.jpg", "2", "train", (("a",),))
+        raise KeyboardInterrupt
+
+    lay_down(tmp_path, LINE)
+    before = (tmp_path / CAPTIONS_FILE).read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        write_captions(tmp_path / CAPTIONS_FILE, failing())
+    assert (tmp_path / CAPTIONS_FILE).read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_captions(tmp_path / "file" / CAPTIONS_FILE, [])
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("{", "JSON"),
+        ("", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ("[]", "keys"),
+        ({**LINE, "more": 1}, "keys"),
+        ({"image": "a", "id": "2"}, "keys"),
+        ({**LINE, "id": 2}, "text"),
+        ({**LINE, "image": ""}, "not empty"),
+        ({**LINE, "split": "restval"}, "restval"),
+        ({**LINE, "split": ["train"]}, "train"),
+        ({**LINE, "captions": []}, "at least one caption"),
+        ({**LINE, "captions": ["a dog"]}, "list of at least one word"),
+        ({**LINE, "captions": [["a"], []]}, "at least one word"),
+        ({**LINE, "captions": [["a", ""]]}, "empty"),
+        ({**LINE, "captions": [["a", 3]]}, "not text"),
+        (LINE, "occurs twice"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, told):
+    text = refused(lay_down(tmp_path, LINE, line))
+    assert f"{CAPTIONS_FILE}:2: " in text and told in text
+
+
+def test_a_missing_or_empty_file_names_the_command(tmp_path):
+    assert "python -m preprocess" in refused(tmp_path)
+    assert "python -m preprocess" in refused(lay_down(tmp_path))
+
+
+def test_bytes_that_are_no_text_are_a_bad_line(tmp_path):
+    (tmp_path / CAPTIONS_FILE).write_bytes(b'{"image": "\xff"}\n')
+    assert f"{CAPTIONS_FILE}:1: " in refused(tmp_path)
