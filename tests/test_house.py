@@ -1,0 +1,176 @@
+"""The house rules of DESIGN: who imports whom, how big a room is, what a command line promises."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import config
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ["config", "preprocess", "captioning"]  # the commands live above them
+GROUND = {"config", "captioning.grid", "captioning.images", "captioning.metrics", "captioning.pictures"}
+SHORTEST = {  # the shortest valid command line of each command
+    config.Preprocess: ["data/scenes", "--scenes", "20"],
+    config.ExtractFeatures: ["data/scenes"],
+    config.Train: ["data/scenes", "--run", "att"],
+    config.Generate: ["checkpoints/att", "photo.jpg"],
+}
+COMMANDS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+DEFAULT = re.compile(r"\s*\((default|required|optional|repeatable)\b.*\)$")
+
+
+def files_of_the_house() -> list[Path]:
+    """Every file we wrote: not what git, environments, caches and the commands themselves write."""
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        here = Path(folder)
+        hidden = [name for name in folders if name.startswith(".") and name != ".ci"]
+        skipped = {*hidden, "__pycache__", "build", *(name for name in folders if name.endswith(".egg-info"))}
+        if here in (ROOT / "data", ROOT / "checkpoints"):
+            skipped, names = set(folders), ["README.md"]
+        folders[:] = [name for name in folders if name not in skipped]
+        found += [here / name for name in names]
+    return sorted(found)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for path in files_of_the_house()
+    if path.suffix == ".py" and path.relative_to(ROOT).parts[0] not in ("tests", "bench")
+}
+
+
+def imports(module: str) -> set[str]:
+    """Our own modules that this one imports, wherever in the file."""
+    path = SOURCES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            submodules = {f"{base}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            names |= submodules or {base}
+    return names & (SOURCES.keys() - {module})
+
+
+def floor(module: str) -> int:
+    top = module.split(".")[0]
+    return FLOORS.index(top) if top in FLOORS else len(FLOORS)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_its_own_floor_and_those_below(module):
+    above = {name for name in imports(module) if floor(name) > floor(module)}
+    assert not above, f"{module} imports {above}"
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if floor(name) == len(FLOORS)])
+def test_commands_never_import_each_other(module):
+    commands = {name for name in imports(module) if floor(name) == len(FLOORS) or name.endswith("__main__")}
+    assert not commands, f"{module} imports {commands}"
+
+
+@pytest.mark.parametrize("module", sorted(GROUND & SOURCES.keys()))
+def test_the_ground_floor_imports_nothing_of_ours(module):
+    assert not imports(module)
+
+
+def test_imports_never_run_in_a_circle():
+    finished = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in finished:
+            for name in imports(module):
+                visit(name, [*path, module])
+            finished.add(module)
+
+    for module in SOURCES:
+        visit(module, [])
+
+
+def test_a_file_fits_in_the_head_and_the_house_in_a_week():
+    lines = {module: len(path.read_text("utf-8").splitlines()) for module, path in SOURCES.items()}
+    assert {module: count for module, count in lines.items() if count > 350} == {}
+    assert sum(lines.values()) < 6000
+
+
+def test_no_file_names_a_package_host_or_a_developers_folder():
+    foreign = re.compile(r"pypi\.org|pythonhosted\.org|index-ur[l]|find-link[s]|(?<!\w)/(?:home|Users|root|work)/\w")
+    found = []
+    for path in files_of_the_house():
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".sh", "") or path.parent.name == ".ci":
+            text = path.read_text("utf-8")
+            found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in foreign.finditer(text)]
+    assert not found
+
+
+def test_every_command_is_tried_here():
+    assert set(COMMANDS) == set(SHORTEST)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_shortest_command_line_is_valid(command):
+    assert isinstance(config.parse(command, SHORTEST[command]), command)
+
+
+def help_texts(help_page: str) -> dict[str, str]:
+    """What --help says of each flag and place, such as {"--epochs INT": "at most"}, without the defaults.
+
+    An entry starts two columns in, a box's edge counting as one; its text is on that line, or deep in on the next.
+    """
+    texts = {}
+    for entry in re.split(r"\n[│ ] (?=\S)", help_page)[1:]:
+        first, *more = (line.strip("│ ") for line in entry.splitlines()[:2])
+        flag, _, text = first.partition("  ")
+        texts[flag] = DEFAULT.sub("", (text or "".join(more)).strip())
+    return texts
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_setting(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(command, ["--help"])
+    assert not stop.value.code
+    texts = help_texts(capsys.readouterr().out)
+    assert len(texts) == len(dataclasses.fields(command)) + 1  # and --help itself
+    assert [flag for flag, text in texts.items() if not text] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag_is_one_line_and_exit_status_2(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(command, [*SHORTEST[command], "--no-such-flag", "3"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert re.fullmatch(r"error: .*--no-such-flag.*\n", said), said
+
+
+def test_the_tested_versions_let_visdom_build_and_serve():
+    versions = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE))
+    assert versions["visdom"] == "0.2.4"
+    assert int(versions["setuptools"].split(".")[0]) < 81
+    assert tuple(map(int, versions["tornado"].split(".")[:2])) < (6, 6)
+
+
+def test_visdom_serves_under_the_installed_tornado():
+    if importlib.util.find_spec("visdom") is None:
+        pytest.skip("the dashboard extra is not installed")
+    import visdom.server  # noqa: F401
+
+    assert tuple(map(int, importlib.metadata.version("tornado").split(".")[:2])) < (6, 6)
