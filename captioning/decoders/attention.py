@@ -32,14 +32,18 @@ class AttentionDecoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.key = nn.Linear(channels, attention_size)
-        self.query = nn.Linear(hidden_size, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)
-        self.gate = nn.Linear(hidden_size, channels)
         self.initial = nn.Linear(channels, 2 * hidden_size)
-        self.lstm = nn.LSTMCell(embedding_size + channels, hidden_size)
+        # What the hidden state feeds, in one product: the query W_h (A), the gate W_b (C), the LSTM's own gates (4H)
+        self.parts = [attention_size, channels, 4 * hidden_size]
+        self.from_hidden = nn.Linear(hidden_size, sum(self.parts))
+        self.word_gates = nn.Linear(embedding_size, 4 * hidden_size)
+        self.context_gates = nn.Linear(channels, 4 * hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.vocabulary = nn.Linear(hidden_size, vocabulary_size)
         initialise(self.embedding, self.vocabulary)
+        for gates in (self.word_gates, self.context_gates):
+            nn.init.uniform_(gates.weight, -(hidden_size**-0.5), hidden_size**-0.5)  # as torch.nn.LSTMCell
 
     def begin(self, grid: Grid) -> State:
         """photos: cells (B, N, C), keys (B, P, A), pooling (B, P, N); rows: h and c (B, H)."""
@@ -48,7 +52,7 @@ class AttentionDecoder(nn.Module):
         return State((grid.cells, keys, pooling), self.initial(grid.mean()).float().chunk(2, 1))
 
     def step(self, words: Tensor, state: State) -> Step:
-        hidden, cell, attention = self._advance(self._word_gates(words), *state.rows, *state.photos)
+        hidden, cell, attention = self._advance(self.word_gates(self.embedding(words)), *state.rows, *state.photos)
         scores = self.vocabulary(hidden)  # (R, V)
         return Step(F.log_softmax(scores.float(), 1), attention, State(state.photos, (hidden, cell)))
 
@@ -58,37 +62,29 @@ class AttentionDecoder(nn.Module):
         cells, keys = (tensor.index_select(0, photo) for tensor in state.photos[:2])  # (R, N, C), (R, P, A)
         hidden, cell = (tensor.index_select(0, photo) for tensor in state.rows)  # (R, H)
         hiddens, attentions = [], []
-        for gates in self._word_gates(words.data).split(words.batch_sizes.tolist()):
-            rows = len(gates)
-            hidden, cell, attention = self._advance(
-                gates, hidden[:rows], cell[:rows], cells[:rows], keys[:rows], grid.pooling
-            )
+        word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
+        for gates in word_gates.split(words.batch_sizes.tolist()):
+            if len(gates) < len(keys):  # a slice's gradient is a whole zeroed tensor: cut only when captions end
+                cells, keys = cells[: len(gates)], keys[: len(gates)]
+                hidden, cell = hidden[: len(gates)], cell[: len(gates)]
+            hidden, cell, attention = self._advance(gates, hidden, cell, cells, keys, grid.pooling)
             hiddens.append(hidden)
             attentions.append(attention)
         scores = self.vocabulary(self.dropout(torch.cat(hiddens)))  # (W, V): one product for all words
         attention, _ = pad_packed_sequence(PackedSequence(torch.cat(attentions), words.batch_sizes), batch_first=True)
         return TeacherForced(scores, attention.sum(1))
 
-    def _word_gates(self, words: Tensor) -> Tensor:
-        """The words' part of the LSTM's gates (W, 4H): it waits for no hidden state, so all words go at once."""
-        embedded = self.embedding(words)
-        return F.linear(embedded, self.lstm.weight_ih[:, : embedded.shape[1]], self.lstm.bias_ih)
-
     def _advance(
         self, word_gates: Tensor, hidden: Tensor, cell: Tensor, cells: Tensor, keys: Tensor, pooling: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of R = B K rows over B photos -> h (R, H), c (R, H), attention (R, P)."""
         photos, rows = len(cells), len(hidden)
-        query = self.query(hidden).view(photos, -1, 1, keys.shape[2])  # (B, K, 1, A)
-        scores = self.score((keys[:, None] + query).relu_()).squeeze(3)  # (B, K, P)
-        attention = scores.float().softmax(2)
+        query, gate, hidden_gates = self.from_hidden(hidden).split(self.parts, 1)
+        scores = self.score((keys[:, None] + query.view(photos, -1, 1, query.shape[1])).relu_()).squeeze(3)
+        attention = scores.float().softmax(2)  # (B, K, P)
         seen = (attention @ pooling).to(cells.dtype) @ cells  # (B, K, C): (a P) F
-        context = torch.sigmoid(self.gate(hidden)) * seen.view(rows, -1)
-        gates = (
-            word_gates
-            + F.linear(context, self.lstm.weight_ih[:, -context.shape[1] :])
-            + F.linear(hidden, self.lstm.weight_hh, self.lstm.bias_hh)
-        )
+        context = gate.sigmoid() * seen.view(rows, -1)
+        gates = word_gates + self.context_gates(context) + hidden_gates
         let_in, forget, candidate, let_out = gates.float().chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         hidden = let_out.sigmoid() * cell.tanh()

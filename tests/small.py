@@ -1,0 +1,35 @@
+"""A small data set, made once: coloured squares, a caption or two each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
+from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
+
+
+def make_small_data(folder: Path, photos: int = 24, seed: int = 0) -> Path:
+    """data/small with photos of 64x64 pixels, captions.jsonl and vocab.json -> the data folder."""
+    random = np.random.default_rng(seed)
+    data = folder / "data" / "small"
+    (data / "photos").mkdir(parents=True)
+    records = []
+    for i in range(photos):
+        colour, ground = random.choice(list(COLOURS), 2, replace=False)
+        pixels = np.full((64, 64, 3), COLOURS[ground], np.uint8)
+        x, y = random.integers(4, 36, 2)
+        pixels[y : y + 24, x : x + 24] = COLOURS[colour]
+        path = data / "photos" / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+        captions = [("a", colour, "square", "on", ground), ("a", colour, "square")][: 1 + i % 2]
+        split = "val" if i % 6 == 5 else "train"
+        records.append(Photo(str(path), f"photo{i}", split, tuple(captions)))
+    write_captions(data / CAPTIONS_FILE, records)
+    train = [caption for record in records if record.split == "train" for caption in record.captions]
+    Vocabulary.build(train, language="en", tokenizer="whitespace", min_count=1, max_words=100).save(data / VOCABULARY_FILE)
+    return data

@@ -1,0 +1,146 @@
+"""Encoders cut by their graph: the map is the classifier's own, and the weights are the ones they claim to be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision import models
+
+from captioning.checkpoint import load_checkpoint, save_checkpoint, state_sha256
+from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
+from captioning.images import Transform
+from config import UserError
+
+
+def photos(count=2, size=64):
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def same_weights(encoder, model):
+    encoder.body.load_state_dict({k: v for k, v in model.state_dict().items() if k in encoder.body.state_dict()})
+
+
+def test_a_resnet_is_the_tutorials_encoder():
+    model = models.resnet18().eval()
+    encoder = Encoder("resnet18", "random", Transform(64))
+    same_weights(encoder, model)
+    with torch.no_grad():
+        x = encoder.transform.normalise(photos())
+        body = torch.nn.Sequential(*list(model.children())[:-2])
+        tutorial = F.adaptive_avg_pool2d(body(x), 14).permute(0, 2, 3, 1).flatten(1, 2)  # NHWC
+        grid = encoder(photos())
+    torch.testing.assert_close(grid.spread(grid.cells), tutorial, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, reference",
+    [
+        ("mobilenet_v2", lambda m, x: m.features(x)),
+        ("vgg11", lambda m, x: m.features(x)),
+        ("convnext_tiny", lambda m, x: m.features(x)),
+        ("densenet121", lambda m, x: F.relu(m.features(x))),
+        ("resnet18.layer3", lambda m, x: torch.nn.Sequential(*list(m.children())[:7])(x)),
+    ],
+)
+def test_the_cut_is_the_classifiers_last_spatial_map(name, reference):
+    model = models.get_model(name.partition(".")[0]).eval()
+    encoder = Encoder(name, "random", Transform(64))
+    same_weights(encoder, model)
+    with torch.no_grad():
+        theirs = reference(model, encoder.transform.normalise(photos()))
+        ours = encoder(photos()).cells
+    torch.testing.assert_close(ours, theirs.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert encoder.output_shape() == (*theirs.shape[2:], theirs.shape[1])
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "efficientnet_b0", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_other_families_end_in_a_map_too(name):
+    height, width, channels = Encoder(name, "random", Transform(128)).output_shape()
+    assert height == width >= 2 and channels >= 500
+
+
+@pytest.mark.parametrize("name, words", [("resnet999", "not a torchvision"), ("vit_b_16", "spatial"), ("resnet18.x", "no layer")])
+def test_an_encoder_that_cannot_serve_is_refused_in_one_line(name, words):
+    with pytest.raises(UserError, match=words) as error:
+        Encoder(name, "random", Transform(64))
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_file_gives_the_same_features_as_the_model(tmp_path):
+    torch.manual_seed(5)
+    model = models.resnet18().eval()
+    half = {"module." + key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": half}, tmp_path / "weights.pth")
+    encoder = load_encoder("resnet18", str(tmp_path / "weights.pth"), 64)
+    assert torch.equal(encoder.body.conv1.weight, model.conv1.weight.half().float())
+    with pytest.raises(UserError, match="not of resnet50"):
+        load_encoder("resnet50", str(tmp_path / "weights.pth"), 64)
+
+
+def test_torchvisions_own_weights_are_read_from_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = models.resnet18()
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    name = models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    torch.save(model.state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    encoder = load_encoder("resnet18", "imagenet", 64)
+    assert torch.equal(encoder.body.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
+    assert encoder.to_checkpoint()["state"] is None
+
+
+@pytest.mark.parametrize("content", [None, b"not a state dict", "list"])
+def test_weights_that_are_none_are_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save([1, 2], path)
+    with pytest.raises(UserError, match="weights.pth") as error:
+        load_encoder("resnet18", str(path), 64)
+    assert "\n" not in str(error.value)
+
+
+def test_random_weights_are_calibrated_so_that_no_channel_explodes(small_data):
+    paths = sorted((small_data / "photos").glob("*.png"))
+    encoder = load_encoder("resnet18", "random", 64)
+    calibrate_on(encoder, paths, batch_size=8, workers=0)
+    with torch.no_grad():
+        assert encoder(photos()).cells.std() < 10
+    assert not any(module.training for module in encoder.modules())
+
+
+def test_features_do_not_depend_on_batch_size():
+    encoder = load_encoder("resnet18", "random", 64)
+    with torch.no_grad():
+        together = encoder(photos(4)).cells
+        alone = torch.cat([encoder(photo[None]).cells for photo in photos(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_an_encoder_comes_back_from_its_checkpoint(tmp_path):
+    encoder = load_encoder("resnet18.layer2", "random", 64, seed=3)
+    save_checkpoint(tmp_path / "e.pt", {"encoder": encoder.to_checkpoint()})
+    back = encoder_from_checkpoint(load_checkpoint(tmp_path / "e.pt"))
+    assert back.recipe() == encoder.recipe()
+    damaged = load_checkpoint(tmp_path / "e.pt")
+    damaged["encoder"]["state"]["conv1.weight"] += 1
+    with pytest.raises(UserError, match="not those"):
+        encoder_from_checkpoint(damaged)
+
+
+def test_unfreezing_starts_at_the_second_block_and_batch_norm_stays_put():
+    encoder = load_encoder("resnet18", "random", 64)
+    tuned = {id(p) for p in encoder.unfreeze(None)}
+    assert {name.partition(".")[0] for name, p in encoder.body.named_parameters() if id(p) in tuned} == {"layer2", "layer3", "layer4"}
+    encoder.tune(batch_norm=False)
+    before = encoder.body.bn1.running_mean.clone()
+    encoder(photos())
+    assert torch.equal(encoder.body.bn1.running_mean, before)
+    with pytest.raises(UserError, match="--unfreeze-from layer9"):
+        encoder.unfreeze("layer9")
+
+
+def test_the_digest_sees_names_shapes_and_values():
+    state = {"a": torch.zeros(4), "b": torch.ones(2, 2)}
+    others = [{"a": torch.zeros(4)}, {**state, "a": torch.zeros(2, 2)}, {**state, "b": torch.ones(2, 2) * 2}]
+    assert state_sha256(state) == state_sha256(dict(reversed(state.items())))
+    assert len({state_sha256(s) for s in [state, *others]}) == 4

@@ -1,0 +1,49 @@
+"""The exact shortcut: whatever is linear in the 14x14 map can be had from the native cells."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioning.grid import Grid, grid_pooling, native_places, pooling_matrix
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_pooling_matrix_is_adaptive_average_pooling(cells_in, cells_out):
+    values = torch.randn(1, 3, cells_in, dtype=torch.float64)
+    pooled = F.adaptive_avg_pool1d(values, cells_out)
+    torch.testing.assert_close(values @ pooling_matrix(cells_in, cells_out).T, pooled, rtol=0, atol=1e-15)
+
+
+def grid_and_map(height, width):
+    torch.manual_seed(height)
+    features = torch.randn(2, 5, height, width)
+    grid = Grid(features.flatten(2).transpose(1, 2), grid_pooling(height, width))
+    f14 = F.adaptive_avg_pool2d(features, 14).flatten(2).transpose(1, 2)  # (2, 196, 5)
+    return grid, f14
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 7), (4, 4), (1, 1), (14, 14), (16, 16), (6, 9)])
+def test_keys_context_and_mean_equal_those_of_the_pooled_map(shape):
+    grid, f14 = grid_and_map(*shape)
+    weight = torch.randn(5, 3)
+    torch.testing.assert_close(grid.spread(grid.cells @ weight), f14 @ weight)
+    attention = torch.rand(2, 4, 196).softmax(-1)
+    torch.testing.assert_close(grid.look(attention), attention @ f14)
+    torch.testing.assert_close(grid.mean(), f14.mean(1))
+
+
+def test_the_places_of_native_cells_are_those_of_the_design():
+    assert native_places(8) == [0, 2, 4, 6, 7, 9, 11, 13]
+    assert native_places(7) == [0, 2, 4, 6, 8, 10, 12]
+    assert native_places(14) == list(range(14))
+    assert native_places(10) is None and native_places(12) is None
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 7, 8, 14])
+def test_native_cells_stand_unchanged_in_the_pooled_map(side):
+    places = native_places(side)
+    features = torch.randn(1, 3, side, side)
+    f14 = F.adaptive_avg_pool2d(features, 14)
+    torch.testing.assert_close(f14[:, :, places][..., places], features)

@@ -1,0 +1,90 @@
+"""Photos of every kind become the same tensor in every stage."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from captioning.images import PhotoError, Transform, Unreadable, open_photo, photo_batches, to_rgb
+
+
+def a_photo(width=90, height=60):
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 255, (6, 9, 3), np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_the_transform_is_torchvisions_resize_and_normalise():
+    photo, transform = a_photo(), Transform(image_size=32)
+    theirs = v2.Compose([v2.PILToTensor(), v2.Resize((32, 32), antialias=True), v2.ToDtype(torch.float32, scale=True),
+                         v2.Normalize(transform.mean, transform.std)])(photo)  # fmt: skip
+    ours = transform.normalise(transform.squash(photo)[None])[0]
+    assert (ours - theirs).abs().max() < 0.02  # one step of 8 bits, 1/255/0.225, where the rounding differs
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "LA", "1", "I;16", "YCbCr"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    if mode == "I;16":
+        photo = Image.fromarray((np.asarray(a_photo().convert("L")).astype(np.uint16) * 257))
+    else:
+        photo = a_photo().convert(mode)
+    path = tmp_path / ("photo.tif" if mode in ("CMYK", "I;16", "LA", "YCbCr") else "photo.png")
+    photo.save(path)
+    opened = open_photo(path)
+    assert opened.mode == "RGB" and opened.size == (90, 60)
+    if mode in ("L", "I;16"):
+        np.testing.assert_allclose(np.asarray(opened)[..., 0], np.asarray(a_photo().convert("L")), atol=1)
+
+
+def test_a_rotated_photo_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    a_photo(90, 60).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_photo(tmp_path / "photo.jpg").size == (60, 90)
+
+
+def test_what_is_transparent_looks_white():
+    assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_unreadable_photo_is_named_with_its_reason(tmp_path):
+    good = io.BytesIO()
+    a_photo(300, 200).save(good, "JPEG")
+    files = {"missing.jpg": None, "empty.jpg": b"", "text.jpg": b"hello", "short.jpg": good.getvalue()[:-2000]}
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(PhotoError, match=name):
+            open_photo(tmp_path / name)
+    with pytest.raises(PhotoError):
+        open_photo(tmp_path)
+
+
+def test_an_absurdly_large_photo_is_refused(tmp_path, monkeypatch):
+    a_photo().save(tmp_path / "photo.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(PhotoError, match="1,000 pixels"):
+        open_photo(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_keep_their_order_and_leave_out_what_cannot_be_read(tmp_path, workers):
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        if i != 3:
+            Image.new("RGB", (8, 8), (i, i, i)).save(path)
+    batches = list(photo_batches(paths, [[0, 1], [2, 3], [4]], Transform(8), workers))
+    assert [batch.indices for batch in batches] == [[0, 1], [2], [4]]
+    assert [int(photo[0, 0, 0]) for batch in batches for photo in batch.photos] == [0, 1, 2, 4]
+    assert [len(batch.failures) for batch in batches] == [0, 1, 0]
+
+
+def test_too_many_unreadable_photos_stop_the_work():
+    unreadable = Unreadable(total=100, allowed=0.01)
+    unreadable.add(["a.jpg: broken"])
+    unreadable.add(["a.jpg: broken"])  # the same photo in the next epoch
+    with pytest.raises(PhotoError, match="--allow-missing"):
+        unreadable.add(["b.jpg: broken"])
