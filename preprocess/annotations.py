@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,9 @@ def _read_json(path: Path) -> object:
         raise UserError(f"{path}: not JSON ({error}); download or unpack it again") from None
 
 
-def _reader(path: Path, data: object, split: str | None):
+def _reader(path: Path, data: object, split: str | None) -> Callable[..., Iterator[Record]]:
     """The reader for the form that `data` has."""
-    if isinstance(data, list) and data and isinstance(data[0], dict) and "image_id" in data[0] and "caption" in data[0]:
+    if _first_has(data, "image_id") and _first_has(data, "caption"):
         karpathy, read = False, _read_ai_challenger
     elif isinstance(data, dict) and isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list):
         karpathy, read = False, _read_coco
@@ -98,7 +98,7 @@ def _describe(data: object) -> str:
         return f"an object with the keys {sorted(data)[:8]}" if data else "an empty object"
     if isinstance(data, list) and data and not isinstance(data[0], list):
         return f"a list whose first entry is {_describe(data[0])}"
-    return "an empty list" if data == [] else f"a {type(data).__name__}"
+    return "an empty list" if data == [] else f"a JSON {type(data).__name__}"
 
 
 def _read_ai_challenger(path: Path, data: list, images: str, split: str) -> Iterator[Record]:

@@ -87,7 +87,7 @@ def _jieba():
 
 
 def detect_language(captions: Sequence[str]) -> str:
-    """"zh" where most letters are Han characters, else "en"; seen from 2,000 captions evenly spread over all."""
+    """zh where most letters are Han characters, else en: a look at 2,000 captions, evenly spread over all."""
     letters = "".join(captions[:: len(captions) // SAMPLE + 1])
     han = len(_han.findall(letters))
     return "zh" if 2 * han > sum(map(str.isalpha, letters)) else "en"

@@ -43,9 +43,7 @@ class Vocabulary:
     ) -> Vocabulary:
         """The vocabulary of these captions (of train): see `from_counts`."""
         counts = Counter(chain.from_iterable(captions))
-        return cls.from_counts(
-            counts, language=language, tokenizer=tokenizer, min_count=min_count, max_words=max_words
-        )
+        return cls.from_counts(counts, language=language, tokenizer=tokenizer, min_count=min_count, max_words=max_words)
 
     @classmethod
     def from_counts(

@@ -97,10 +97,10 @@ def test_instances_are_not_captions(tmp_path):
         ("<html>", "line 1, column 1"),
         ("[" * 100_000, "not JSON"),
         ("[]", "an empty list"),
-        ("3", "a int"),
+        ("3", "a JSON int"),
         ("[[[3]]]", "a list"),
         ('{"categories": [], "images": []}', "['categories', 'images']"),
-        ('["a.jpg"]', "a str"),
+        ('["a.jpg"]', "a JSON str"),
     ],
 )
 def test_a_file_of_no_known_form_is_described(tmp_path, data, found):
@@ -128,6 +128,11 @@ def test_no_path_leaves_the_image_folder(tmp_path, name):
 
 def test_a_file_path_may_not_leave_the_image_folder_either(tmp_path):
     entry = {**KARPATHY["images"][0], "filepath": "../elsewhere"}
+    assert "image 0" in refused(tmp_path, {"images": [entry]}, None)
+
+
+def test_an_id_that_cannot_be_written_is_refused(tmp_path):
+    entry = {**KARPATHY["images"][0], "cocoid": "\ud800"}
     assert "image 0" in refused(tmp_path, {"images": [entry]}, None)
 
 

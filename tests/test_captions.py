@@ -67,6 +67,14 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_who_is_reading_the_old_file_goes_on_reading_it(tmp_path):
+    lay_down(tmp_path, LINE, {**LINE, "id": "2"})
+    with open(tmp_path / CAPTIONS_FILE, "rb") as old:
+        write_captions(tmp_path / CAPTIONS_FILE, [Photo("3.jpg", "3", "train", (("a",),))])
+        assert len(old.readlines()) == 2
+    assert [photo.id for photo in read_captions(tmp_path)] == ["3"]
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
