@@ -98,7 +98,7 @@ def test_instances_are_not_captions(tmp_path):
         ("[" * 100_000, "not JSON"),
         ("[]", "an empty list"),
         ("3", "a JSON int"),
-        ("[[[3]]]", "a list"),
+        ("[[[3]]]", "a JSON list"),
         ('{"categories": [], "images": []}', "['categories', 'images']"),
         ('["a.jpg"]', "a JSON str"),
     ],
