@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioning.batches import Batch
+from captioning.decoders.protocol import full
 from captioning.grid import Grid
 
 
@@ -34,7 +34,7 @@ class CrossEntropy:
 
     def loss(self, decoder: nn.Module, grid: Grid, batch: Batch) -> Loss:
         scores, coverage = decoder(grid, batch.words, batch.photo)
-        cross_entropy = F.cross_entropy(scores.float(), batch.targets)
+        cross_entropy = F.cross_entropy(full(scores), batch.targets)
         objective = cross_entropy
         if coverage is not None and self.alpha_c:
             objective = objective + self.alpha_c * (1 - coverage).square().mean()

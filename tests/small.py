@@ -20,7 +20,7 @@ def make_small_data(folder: Path, photos: int = 24, seed: int = 0) -> Path:
     (data / "photos").mkdir(parents=True)
     records = []
     for i in range(photos):
-        colour, ground = random.choice(list(COLOURS), 2, replace=False)
+        colour, ground = map(str, random.choice(list(COLOURS), 2, replace=False))
         pixels = np.full((64, 64, 3), COLOURS[ground], np.uint8)
         x, y = random.integers(4, 36, 2)
         pixels[y : y + 24, x : x + 24] = COLOURS[colour]

@@ -83,7 +83,7 @@ def test_torchvisions_own_weights_are_read_from_its_cache(tmp_path, monkeypatch)
     name = models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     torch.save(model.state_dict(), tmp_path / "hub" / "checkpoints" / name)
     encoder = load_encoder("resnet18", "imagenet", 64)
-    assert torch.equal(encoder.body.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
+    assert torch.equal(encoder.body.get_parameter("layer4.1.conv2.weight"), model.layer4[1].conv2.weight)
     assert encoder.to_checkpoint()["state"] is None
 
 

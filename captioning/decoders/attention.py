@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from captioning.decoders.protocol import State, Step, TeacherForced, initialise
+from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
 
 
@@ -49,12 +49,12 @@ class AttentionDecoder(nn.Module):
         """photos: cells (B, N, C), keys (B, P, A), pooling (B, P, N); rows: h and c (B, H)."""
         keys = grid.spread(self.key(grid.cells))  # projected once a photo, on the native cells: P (W_f F)
         pooling = grid.pooling.expand(len(grid), -1, -1)  # a view: it takes no memory
-        return State((grid.cells, keys, pooling), self.initial(grid.mean()).float().chunk(2, 1))
+        return State((grid.cells, keys, pooling), full(self.initial(grid.mean())).chunk(2, 1))
 
     def step(self, words: Tensor, state: State) -> Step:
         hidden, cell, attention = self._advance(self.word_gates(self.embedding(words)), *state.rows, *state.photos)
         scores = self.vocabulary(hidden)  # (R, V)
-        return Step(F.log_softmax(scores.float(), 1), attention, State(state.photos, (hidden, cell)))
+        return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, (hidden, cell)))
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
         """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
@@ -81,11 +81,11 @@ class AttentionDecoder(nn.Module):
         photos, rows = len(cells), len(hidden)
         query, gate, hidden_gates = self.from_hidden(hidden).split(self.parts, 1)
         scores = self.score((keys[:, None] + query.view(photos, -1, 1, query.shape[1])).relu_()).squeeze(3)
-        attention = scores.float().softmax(2)  # (B, K, P)
+        attention = full(scores).softmax(2)  # (B, K, P)
         seen = (attention @ pooling).to(cells.dtype) @ cells  # (B, K, C): (a P) F
         context = gate.sigmoid() * seen.view(rows, -1)
         gates = word_gates + self.context_gates(context) + hidden_gates
-        let_in, forget, candidate, let_out = gates.float().chunk(4, 1)
+        let_in, forget, candidate, let_out = full(gates).chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         hidden = let_out.sigmoid() * cell.tanh()
         return hidden, cell, attention.view(rows, -1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.protocol import State, Step, TeacherForced, initialise
+from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
 
 
@@ -45,7 +45,7 @@ class LstmDecoder(nn.Module):
         hidden, cell = state.rows
         _, (hidden, cell) = self.lstm(self.embedding(words)[None], (hidden[None], cell[None]))
         scores = self.vocabulary(hidden[0])  # (R, V)
-        return Step(F.log_softmax(scores.float(), 1), None, State((), (hidden[0], cell[0])))
+        return Step(F.log_softmax(full(scores), 1), None, State((), (hidden[0], cell[0])))
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
         hidden, cell = (rows.index_select(0, photo)[None] for rows in self.begin(grid).rows)

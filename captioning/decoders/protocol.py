@@ -63,6 +63,11 @@ class Decoder(Protocol):
         """
 
 
+def full(values: Tensor) -> Tensor:
+    """At least float32: sums, exponentials and cell states lose too much in half precision."""
+    return values.float() if values.element_size() < 4 else values
+
+
 def initialise(embedding: nn.Embedding, vocabulary: nn.Linear) -> None:
     """As in the published recipe: uniform in +-0.1, no bias."""
     nn.init.uniform_(embedding.weight, -0.1, 0.1)

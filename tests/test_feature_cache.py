@@ -1,0 +1,159 @@
+"""features.h5: what is read is what was written, whoever reads it, however the writing was interrupted."""
+
+import multiprocessing
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.grid import Grid, grid_pooling
+from config import UserError
+
+IDS = [f"照片{i}" for i in range(10)]
+RECIPE = {"name": "resnet18", "weights": "random", "sha256": "ab" * 32,
+          "transform": {"image_size": 256, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}}  # fmt: skip
+
+
+def attributes(native=(8, 8), grid="14", **changes):
+    return describe_features({**RECIPE, **changes}, native, grid, "float32")
+
+
+def write(path, native=(8, 8), grid="14", rows=range(10), channels=6, dtype="float16", overwrite=False):
+    """Write these rows -> the native maps (10, h, w, C) they came from."""
+    torch.manual_seed(0)
+    maps = torch.randn(10, *native, channels).half().float()
+    writer = FeatureWriter(path, IDS, attributes(native, grid), channels, dtype, overwrite)
+    f14 = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), 14).permute(0, 2, 3, 1)
+    rows = np.array(list(rows), int)
+    writer.write(rows, (f14 if grid == "14" else maps)[rows], f14.mean((1, 2))[rows])
+    writer.close()
+    return maps
+
+
+@pytest.mark.parametrize("native, grid", [((8, 8), "14"), ((8, 8), "native"), ((7, 7), "14"), ((10, 10), "14"),
+                                          ((10, 10), "native"), ((14, 14), "14"), ((4, 6), "14")])  # fmt: skip
+def test_the_reader_hands_over_the_pooled_map_whatever_is_stored(tmp_path, native, grid):
+    maps = write(tmp_path / "features.h5", native, grid)
+    reader = FeatureReader(tmp_path / "features.h5")
+    rows = np.array([7, 0, 3])
+    read = reader.read(rows)
+    expected = F.adaptive_avg_pool2d(maps[rows].permute(0, 3, 1, 2), 14).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(read.spread(read.cells.float()), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(reader.read_pooled(rows).mean(), expected.mean(1), rtol=1e-4, atol=1e-4)
+    if native == (8, 8):
+        assert read.cells.shape == (3, 64, 6)  # 64 of the 196 cells are enough
+        torch.testing.assert_close(read.cells.float(), maps[rows].flatten(1, 2), rtol=0, atol=0)
+
+
+def test_the_file_is_what_the_design_says(tmp_path):
+    write(tmp_path / "features.h5", rows=[2, 5])
+    with h5py.File(tmp_path / "features.h5") as file:
+        assert file["features"].shape == (10, 14, 14, 6) and file["features"].dtype == np.float16
+        assert file["pooled"].shape == (10, 6) and file["pooled"].dtype == np.float32
+        assert file["images"].asstr()[:].tolist() == IDS
+        assert file["done"][:].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0] and file["done"].dtype == np.uint8
+        for name in ("features", "pooled", "done"):
+            assert file[name].chunks is None and file[name].id.get_offset() is not None  # contiguous, in its place
+        wanted = {"format", "encoder", "weights", "weights_sha256", "image_size", "grid", "native_grid", "mean", "std", "torch"}
+        assert wanted <= set(file.attrs)
+
+
+def rows_of_every_photo(path):
+    reader = FeatureReader(path)
+    return reader.read(np.arange(10)).cells.numpy()
+
+
+class ReaderAsDataset(torch.utils.data.Dataset):
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        return self.reader.read(np.array([row])).cells[0]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_any_start_method_and_number_of_workers_reads_the_same_rows(tmp_path, method):
+    write(tmp_path / "features.h5")
+    reader = FeatureReader(tmp_path / "features.h5")
+    serial = reader.read(np.arange(10)).cells
+    loader = DataLoader(ReaderAsDataset(reader), batch_size=2, num_workers=2, multiprocessing_context=method)
+    assert torch.equal(torch.cat(list(loader)), serial)
+
+
+def test_writing_goes_on_where_it_stopped_and_ends_bit_equal(tmp_path):
+    write(tmp_path / "whole.h5")
+    write(tmp_path / "parts.h5", rows=[0, 1, 2])
+    writer = FeatureWriter(tmp_path / "parts.h5", IDS, attributes(), 6, "float16", overwrite=False)
+    assert writer.missing().tolist() == list(range(3, 10))
+    writer.close()
+    write(tmp_path / "parts.h5", rows=range(3, 10))
+    assert (tmp_path / "parts.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_processes_write_their_own_rows_of_one_file(tmp_path):
+    path = tmp_path / "features.h5"
+    write(path, rows=[])
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=write, kwargs={"path": path, "rows": list(range(rank, 10, 2))}) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    write(tmp_path / "whole.h5")
+    assert np.array_equal(rows_of_every_photo(path), rows_of_every_photo(tmp_path / "whole.h5"))
+    assert FeatureReader(path).done().all()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [({"name": "resnet50"}, "encoder"), ({"sha256": "cd" * 32}, "weights_sha256"), ({"native": (7, 7)}, "native_grid"),
+     ({"grid": "native"}, "grid"), ({"dtype": "float32"}, "dtype"), ({"ids": IDS[:-1] + ["x"]}, "another data set")],
+)  # fmt: skip
+def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, change, named):
+    write(tmp_path / "features.h5")
+    before = (tmp_path / "features.h5").read_bytes()
+    recipe = {key: value for key, value in change.items() if key in RECIPE}
+    new = attributes(change.get("native", (8, 8)), change.get("grid", "14"), **recipe)
+    with pytest.raises(UserError, match=f"{named}.*--overwrite"):
+        FeatureWriter(tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), False)
+    assert (tmp_path / "features.h5").read_bytes() == before
+    FeatureWriter(tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), True).close()
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="GB free"):
+        FeatureWriter(tmp_path / "features.h5", IDS, attributes(), 2**48, "float16", overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "cut short", "foreign", "folder"])
+def test_a_file_that_is_not_ours_is_one_line(tmp_path, damage):
+    path = tmp_path / "features.h5"
+    write(path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:10_000])
+    elif damage == "foreign":
+        with h5py.File(path, "w") as file:
+            file["features"] = np.zeros(3)
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(UserError, match="features.h5") as error:
+        FeatureReader(path)
+    assert "\n" not in str(error.value)
+
+
+def test_grid_on_a_device_keeps_its_values():
+    grid = Grid(torch.randn(2, 64, 3).half(), grid_pooling(8, 8)).to(torch.device("cpu"), torch.float32)
+    assert grid.cells.dtype == torch.float32 and len(grid) == 2
