@@ -1,0 +1,282 @@
+"""Drawn scenes with captions in Chinese and English: data that needs no download, whose captions can be judged.
+
+A scene is one to three shapes on a background. Its captions are made from templates, and a caption is read back
+through the same templates: `is_true` decides whether what it says holds. So a decoder can be measured by the share
+of its captions that are true, and its attention by how often it lies on the shape that a word names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from config import UserError
+from preprocess.annotations import Record
+from preprocess.drawing import COLOURS, SHAPES, Box, Scene, Thing, clear_relation, draw, holds, invent
+from preprocess.files import draft
+
+# What each thing is called. Captions and their judge read the same tables.
+WORDS = {
+    "zh": {
+        "shape": {
+            "circle": ("圆形", "圆圈"), "square": ("正方形", "方块"),
+            "triangle": ("三角形",), "star": ("星星", "五角星"),
+        },
+        "one": {"circle": ("一个",), "square": ("一个",), "triangle": ("一个",), "star": ("一颗", "一个")},
+        "colour": {
+            "red": ("红色",), "yellow": ("黄色",), "green": ("绿色",),
+            "blue": ("蓝色",), "purple": ("紫色",), "white": ("白色",),
+        },
+        "size": {"big": ("大",), "small": ("小",)},
+        "place": {
+            "grass": ("草地上", "草坪上"), "sky": ("天空里", "蓝天上"),
+            "sand": ("沙滩上", "沙地上"), "night": ("夜空里", "星空下"),
+        },
+        "relation": {
+            "left": ("左边", "左侧"), "right": ("右边", "右侧"), "above": ("上面", "上方"), "below": ("下面", "下方"),
+        },
+        "count": {"2": ("两",), "3": ("三",)},
+    },
+    "en": {
+        "shape": {"circle": ("circle",), "square": ("square",), "triangle": ("triangle",), "star": ("star",)},
+        "one": dict.fromkeys(SHAPES, ("a",)),
+        "colour": {colour: (colour,) for colour in COLOURS},
+        "size": {"big": ("big", "large"), "small": ("small", "little")},
+        "place": {
+            "grass": ("on the grass", "on green grass"), "sky": ("in the sky", "in a blue sky"),
+            "sand": ("on the sand", "on a sandy beach"), "night": ("in the night sky", "in a dark sky"),
+        },
+        "relation": {
+            "left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
+            "above": ("above", "over"), "below": ("below", "under"),
+        },
+        "count": {"2": ("two",), "3": ("three",)},
+    },
+}  # fmt: skip
+PHRASES = {
+    "zh": ("{one}{size}的{colour}{shape}", "{one}{colour}的{size}{shape}", "{one}{colour}{shape}"),
+    "en": ("{one} {size} {colour} {shape}", "{one} {colour} {shape}"),
+}
+SENTENCES = {  # {relation} is that of {a} to {b}
+    "zh": (
+        "{place}有{a}", "{a}在{place}",
+        "{place}有{a}和{b}", "{place}有{count}个图形，{a}和{b}",
+        "{place}，{a}在{b}的{relation}", "{b}的{relation}有{a}", "{place}，{b}的{relation}是{a}",
+        "{place}有{a}、{b}和{c}", "{place}有{count}个图形，{a}、{b}和{c}",
+        "{place}，{a}在{b}的{relation}，还有{c}",
+    ),
+    "en": (
+        "{a} {place}", "there is {a} {place}",
+        "{a} and {b} {place}", "{count} shapes {place}, {a} and {b}",
+        "{a} {relation} {b} {place}", "{a} is {relation} {b}", "{place}, {a} is {relation} {b}",
+        "{a}, {b} and {c} {place}", "{count} shapes {place}, {a}, {b} and {c}", "{c} {place}, and {a} {relation} {b}",
+    ),
+}  # fmt: skip
+SPACE = {"zh": "", "en": " "}  # between words
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A thing as a caption speaks of it; `size` is None where it is not told, `position` where its noun begins."""
+
+    shape: str
+    colour: str
+    size: str | None
+    position: int
+
+    def fits(self, thing: Thing) -> bool:
+        return (self.shape, self.colour) == (thing.shape, thing.colour) and self.size in (None, thing.size)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a caption says: the relation is that of the first mention to the second. None is not told."""
+
+    mentions: tuple[Mention, ...]
+    relation: str | None
+    background: str | None
+    count: str | None
+
+
+def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Record]:
+    """Draw `count` scenes into folder/photos, list them in folder/scenes.json, and return them with captions.
+
+    Eight tenths are train, a tenth each val and test. A combination of background and shapes belongs to one
+    split, so that what val shows was never seen in train. A scene depends on (seed, split, its number) alone,
+    and so does its file's name: the language, or more scenes, change no photo. Raises UserError.
+    """
+    if count < 3:
+        raise UserError(f"--scenes {count}: must be 3 or more, one for each split")
+    held_out = max(1, count // 10)
+    numbers = {"train": count - 2 * held_out, "val": held_out, "test": held_out}
+    places = [(split, number) for split, total in numbers.items() for number in range(total)]
+    scenes, records = {}, []
+    for split, number in tqdm(places, "drawing scenes", unit=" photos"):
+        id = f"{split}-{seed}-{number:05}"
+        scenes[id] = invent(split, random.Random(f"{id} scene"))
+        path = folder / "photos" / f"{id}.png"
+        _save(draw(scenes[id], random.Random(f"{id} texture")), path)
+        records.append(Record(str(path), id, split, _captions(scenes[id], language, random.Random(f"{id} {language}"))))
+    _write_scenes(folder, scenes)
+    return records
+
+
+def read_scenes(folder: Path) -> dict[str, Scene]:
+    """The scenes drawn into this folder, by their photos' ids. Raises UserError."""
+    path = folder / "scenes.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        return {id: Scene(scene["background"], tuple(map(_thing, scene["things"]))) for id, scene in listed.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such list; draw scenes: python -m preprocess {folder} --scenes 2000") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: no list of scenes ({error}); remove it and draw them again") from None
+
+
+def _thing(listed: dict) -> Thing:
+    return Thing(listed["shape"], listed["colour"], listed["size"], tuple(listed["box"]))
+
+
+def _write_scenes(folder: Path, scenes: dict[str, Scene]) -> None:
+    """Add to the list: photos of other seeds may still lie in the folder, and captions.jsonl speak of them."""
+    if (folder / "scenes.json").exists():
+        scenes = read_scenes(folder) | scenes
+    with draft(folder / "scenes.json") as file:
+        lines = (f"{json.dumps(id)}: {json.dumps(dataclasses.asdict(scene))}" for id, scene in scenes.items())
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _save(photo: Image.Image, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(temporary, "png", compress_level=3)  # a third of the time, a tenth larger
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free the place or write elsewhere") from error
+
+
+# ---- captions
+
+
+def _captions(scene: Scene, language: str, chance: random.Random) -> tuple[str, ...]:
+    """Three to five captions that differ."""
+    wanted, captions = chance.randint(3, 5), {}  # a dict keeps the order
+    while len(captions) < wanted:
+        if caption := _caption(scene, language, chance):
+            captions[caption] = None
+    return tuple(captions)
+
+
+def _caption(scene: Scene, language: str, chance: random.Random) -> str | None:
+    """A sentence by chance that relates two things, or names them all; None where it cannot."""
+    sentence, things = chance.choice(SENTENCES[language]), chance.sample(scene.things, len(scene.things))
+    slots = re.findall(r"{(\w+)}", sentence)
+    named = sum(slot in "abc" for slot in slots)
+    relation = clear_relation(*things[:2]) if len(things) > 1 else None
+    fits = relation and named <= len(things) if "relation" in slots else named == len(things)
+    if not fits:
+        return None
+    words = {"place": scene.background, "relation": relation, "count": str(len(things))}
+    said = {slot: _say(slot, words[slot], language, chance) for slot in slots if slot in words}
+    phrases = {slot: _phrase(thing, language, chance) for slot, thing in zip("abc", things, strict=False)}
+    return sentence.format(**said, **phrases)
+
+
+def _phrase(thing: Thing, language: str, chance: random.Random) -> str:
+    words = dict(one=thing.shape, size=thing.size, colour=thing.colour, shape=thing.shape)
+    slots = {kind: _say(kind, value, language, chance) for kind, value in words.items()}
+    return chance.choice(PHRASES[language]).format(**slots)
+
+
+def _say(kind: str, value: str, language: str, chance: random.Random) -> str:
+    return chance.choice(WORDS[language][kind][value])
+
+
+# ---- judging
+
+
+def parse(caption: str | Sequence[str], language: str) -> Claim | None:
+    """What a caption says, given as text or as words; None where it is no sentence of ours."""
+    text = _text(caption, language)
+    for sentence in _patterns(SENTENCES[language], language):
+        if match := sentence.fullmatch(text):
+            slots = match.groupdict()
+            mentions = tuple(_mention(slots[slot], match.start(slot), language) for slot in "abc" if slot in slots)
+            meanings = (_meaning(kind, slots.get(kind), language) for kind in ("relation", "place", "count"))
+            return Claim(mentions, *meanings)
+    return None
+
+
+def is_true(caption: str | Sequence[str], scene: Scene, language: str) -> bool:
+    """Whether the caption is a sentence, and all it says holds: each thing it names is one of the scene's own."""
+    claim = parse(caption, language)
+    if not claim:
+        return False
+    if claim.background not in (None, scene.background) or claim.count not in (None, str(len(scene.things))):
+        return False
+    return any(
+        all(mention.fits(thing) for mention, thing in zip(claim.mentions, things, strict=True))
+        and (claim.relation is None or holds(claim.relation, *things[:2]))
+        for things in itertools.permutations(scene.things, len(claim.mentions))
+    )
+
+
+def named_objects(words: Sequence[str], scene: Scene, language: str) -> list[tuple[int, list[Box]]]:
+    """For each noun of the caption that fits something: the index of its word, and the boxes of all it fits."""
+    claim = parse(words, language)
+    mentions = sorted(claim.mentions, key=lambda mention: mention.position) if claim else ()
+    named = [
+        (_word_at(mention.position, words, language), [thing.box for thing in scene.things if mention.fits(thing)])
+        for mention in mentions
+    ]
+    return [(word, boxes) for word, boxes in named if boxes]
+
+
+def _text(caption: str | Sequence[str], language: str) -> str:
+    """Lower case without punctuation; Chinese without spaces, English with one between words."""
+    text = caption if isinstance(caption, str) else " ".join(caption)
+    return re.sub(r"[\W_]+", SPACE[language], text.lower()).strip()
+
+
+def _word_at(position: int, words: Sequence[str], language: str) -> int:
+    """The index of the word that the character at `position` of the text belongs to."""
+    return next(i for i in range(len(words)) if len(_text(words[: i + 1], language)) > position)
+
+
+def _mention(phrase: str, start: int, language: str) -> Mention:
+    match = next(match for pattern in _patterns(PHRASES[language], language) if (match := pattern.fullmatch(phrase)))
+    slots = match.groupdict()
+    meanings = (_meaning(kind, slots.get(kind), language) for kind in ("shape", "colour", "size"))
+    return Mention(*meanings, start + match.start("shape"))
+
+
+def _meaning(kind: str, word: str | None, language: str) -> str | None:
+    return next((meaning for meaning, words in WORDS[language][kind].items() if word in words), None)
+
+
+@functools.cache
+def _patterns(templates: tuple[str, ...], language: str) -> list[re.Pattern]:
+    """The templates as regular expressions over clean text, with a named group a slot."""
+    clean = [re.sub(r"[^\w{}]+", SPACE[language], template) for template in templates]
+    return [re.compile(re.sub(r"{(\w+)}", lambda slot: _group(slot[1], language), template)) for template in clean]
+
+
+def _group(slot: str, language: str) -> str:
+    """A regular expression for all that may stand in a slot."""
+    if slot in "abc":
+        choices = [re.sub(r"\?P<\w+>", "?:", phrase.pattern) for phrase in _patterns(PHRASES[language], language)]
+    else:
+        choices = itertools.chain.from_iterable(WORDS[language][slot].values())
+    return f"(?P<{slot}>{'|'.join(choices)})"
