@@ -228,7 +228,7 @@ def _in_rows(words: Sequence[str], attention: np.ndarray, grid: tuple[int, int])
     attention, expected = np.asarray(attention), (len(words), grid[0] * grid[1])
     if attention.shape != expected:
         raise ValueError(f"attention {attention.shape}: {len(words)} words on a grid of {grid} need {expected}")
-    return attention.reshape(-1, *grid)
+    return attention.reshape(len(words), *grid)
 
 
 def _shrunk(photo: Image.Image | np.ndarray, side: int) -> Image.Image:
@@ -263,7 +263,7 @@ def _fitted(text: str, font: Font, size: int, width: float) -> tuple[str, ImageF
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Break a text at its spaces, and between any two Chinese characters; a longer word anywhere."""
-    lines, line = [], ""
+    lines, line, text = [], "", " ".join(text.split())
     for piece in re.findall(r"[\u2e80-\U0003ffff][，。、！？]*\s*|[^\s\u2e80-\U0003ffff]+\s*", text):
         for part in [piece] if font.getlength(piece.rstrip()) <= width else piece:
             if line and font.getlength((line + part).rstrip()) > width:
