@@ -28,6 +28,7 @@ lint: $(PACKAGES)
 $(PACKAGES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
+	@.venv/bin/python -c '' 2>/dev/null || rm -rf .venv  # its Python is gone, or never came
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv >/dev/null 2>&1 || \
 	  { echo "error: $(PYTHON) -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up .venv: about 6 GB, once."
