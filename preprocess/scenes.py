@@ -72,7 +72,8 @@ SENTENCES = {  # {relation} is that of {a} to {b}
     "zh": (
         "{place}有{a}", "{a}在{place}",
         "{place}有{a}和{b}", "{place}有{count}个图形，{a}和{b}",
-        "{place}，{a}在{b}的{relation}", "{b}的{relation}有{a}", "{place}，{b}的{relation}是{a}",
+        "{a}在{b}的{relation}", "{b}的{relation}有{a}",
+        "{place}，{a}在{b}的{relation}", "{place}，{b}的{relation}是{a}",
         "{place}有{a}、{b}和{c}", "{place}有{count}个图形，{a}、{b}和{c}",
         "{place}，{a}在{b}的{relation}，还有{c}",
     ),
