@@ -266,7 +266,7 @@ def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines, line, text = [], "", " ".join(text.split())
     for piece in re.findall(r"[\u2e80-\U0003ffff][，。、！？]*\s*|[^\s\u2e80-\U0003ffff]+\s*", text):
         for part in [piece] if font.getlength(piece.rstrip()) <= width else piece:
-            if line and font.getlength((line + part).rstrip()) > width:
+            if font.getlength((line + part).rstrip()) > width:
                 lines, line = [*lines, line.rstrip()], ""
             line += part
     return [*lines, line.rstrip()] if line.strip() else lines

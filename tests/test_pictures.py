@@ -70,12 +70,27 @@ def test_any_grid_and_any_number_of_words_make_a_picture(tmp_path, grid, count):
 
 
 @pytest.mark.parametrize("photo", [
-    np.zeros((40, 60, 3), np.uint8), Image.new("L", (900, 30)), Image.new("RGBA", (20, 400)), Image.new("RGB", (1, 1)),
+    np.zeros((40, 60, 3), np.uint8), Image.new("L", (5000, 6)), Image.new("RGBA", (20, 400)), Image.new("RGB", (1, 1)),
 ])  # fmt: skip
 def test_any_shape_and_colours_of_a_photo_will_do(tmp_path, photo):
     draw_attention(photo, ["a"], even(1, (7, 7)), (7, 7), tmp_path / "a.png")
     contact_sheet([Entry(photo, "a", ["a"], even(1, (7, 7)), (7, 7))], tmp_path / "b.png", "title")
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
+
+
+def test_colours_of_a_palette_are_blended_like_any_others(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)
+    photo = Image.fromarray(noise).convert("P")
+    for name, same in (("palette", photo), ("plain", photo.convert("RGB"))):
+        draw_attention(same, ["a"], even(1, (7, 7)), (7, 7), tmp_path / f"{name}.png")
+    assert (tmp_path / "palette.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_the_first_cell_of_the_attention_is_the_upper_left_corner_of_its_panel(tmp_path):
+    draw_attention(WHITE, ["a"], np.eye(1, 45), (5, 9), tmp_path / "a.png")
+    page = np.asarray(Image.open(tmp_path / "a.png"), float).sum(-1)
+    left, top = pictures.MARGIN + pictures.PANEL + pictures.GAP, pictures.MARGIN
+    assert page[top + 10, left + 10] > 600 > 400 > page[top + 120, left + 10]
 
 
 def test_attention_of_another_shape_is_refused(tmp_path):
@@ -149,12 +164,12 @@ def test_signs_of_formulas_and_markup_are_drawn_as_they_are(tmp_path, word):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=80), st.integers(60, 400))
+@given(st.text(st.sampled_from("ab 绿色，。\n\t$") | st.characters(codec="utf-8"), max_size=80), st.integers(60, 400))
 def test_a_long_text_is_broken_without_losing_a_letter_or_leaving_the_page(text, width):
     font = pictures._type(pictures.Font(DEJAVU, 0), 20)
     lines = pictures._lines(text, font, width)
     assert "".join("".join(lines).split()) == "".join(text.split())
-    assert all(font.getlength(line) <= width for line in lines)
+    assert all(line and font.getlength(line) <= width for line in lines)
 
 
 def test_a_word_too_long_for_its_panel_is_made_smaller_and_then_cut():
@@ -169,6 +184,7 @@ def test_a_card_is_marked_when_its_caption_is_known_to_be_true_or_false(tmp_path
     contact_sheet([Entry(WHITE, "a dog", ["a", "dog"], None, (7, 7), true)], tmp_path / "a.png", "title")
     colours = {colour for _, colour in Image.open(tmp_path / "a.png").getcolors(1 << 20)}
     assert {mark for mark, colour in MARKS.items() if colour in colours} == {true} - {None}
+    assert np.argmax(MARKS[True]) == 1 and np.argmax(MARKS[False]) == 0  # green, red
 
 
 def test_a_contact_sheet_shows_a_panel_a_word(tmp_path):
