@@ -124,9 +124,9 @@ def photo_batches(
 
 
 def quiet_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the command itself ends its workers, in order and without a word."""
+    """Ctrl-C and `kill` may reach the whole process group: the command itself ends its workers, in order, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:

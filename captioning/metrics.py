@@ -1,0 +1,139 @@
+"""BLEU-1..4, ROUGE-L and CIDEr-D as coco-caption defines them, on words that are already cut; METEOR where it can run.
+
+The scorers are pycocoevalcap's, the Python of coco-caption itself. (nltk's corpus_bleu is not the same on short
+captions: it counts at least one n-gram in each.) All scores are times 100: corpus BLEU without smoothing, CIDEr-D with
+the document frequencies of the references given. References are the words themselves, not their <unk> version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "METEOR")
+METEOR_SECONDS = 600  # a Java that does not answer is ended
+
+Captions = Mapping[str, Sequence[str]]
+References = Mapping[str, Sequence[Sequence[str]]]
+
+
+def score(
+    candidates: Captions, references: References, language: str = "en", only: Sequence[str] = NAMES
+) -> dict[str, float | str]:
+    """Scores times 100, of one caption (words) a photo against one or more references (words) of the same photo.
+
+    candidates may be empty captions. `only` names the scores wanted. METEOR may be a text: "skipped: ...".
+    Raises ValueError without candidates, for a photo without references, and for a word that holds a space.
+    """
+    theirs = {photo: [_joined(words)] for photo, words in candidates.items()}
+    if not theirs:
+        raise ValueError("no captions to score")
+    alone = [photo for photo in theirs if not references.get(photo)]
+    if alone:
+        raise ValueError(f"no references for {alone[0]}")
+    ours = {photo: [_joined(words) for words in references[photo]] for photo in theirs}
+    scores: dict[str, float | str] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # the scorers print their lengths
+        if any(name.startswith("BLEU") for name in only):
+            bleu, _ = Bleu(4).compute_score(ours, theirs, verbose=0)
+            scores |= {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu, 1)}
+        if "ROUGE-L" in only:
+            scores["ROUGE-L"] = 100 * float(Rouge().compute_score(ours, theirs)[0])
+        if "CIDEr-D" in only:
+            scores["CIDEr-D"] = 100 * float(Cider().compute_score(ours, theirs)[0])
+    if "METEOR" in only:
+        scores["METEOR"] = _meteor(ours, theirs, language)
+    return {name: scores[name] for name in NAMES if name in only}
+
+
+def score_table(candidates: Captions, references: References, language: str, tokenizer: str) -> dict:
+    """The scores by word and, for Chinese, by character: how a text is cut moves CIDEr-D by a factor of two."""
+    table = {"photos": len(candidates), "tokenizer": tokenizer, "word": score(candidates, references, language)}
+    if language == "zh":
+        table["character"] = score(
+            {photo: by_character(words) for photo, words in candidates.items()},
+            {photo: [by_character(words) for words in references[photo]] for photo in candidates},
+            language,
+        )
+    return table
+
+
+def format_table(table: dict) -> str:
+    """A score table for a person, with how the numbers were made."""
+    rows = [unit for unit in ("word", "character") if unit in table]
+    lines = [" " * 12 + "".join(f"{name:>9}" for name in NAMES)]
+    for unit in rows:
+        values = [table[unit][name] for name in NAMES]
+        cells = [f"{value:9.1f}" if isinstance(value, float) else f"{'-':>9}" for value in values]
+        lines.append(f"by {unit:<9}" + "".join(cells))
+    meteor = table["word"]["METEOR"]
+    note = f"; METEOR {meteor}" if isinstance(meteor, str) else ""
+    lines.append(f"{table['photos']:,} photos, words by {table['tokenizer']}; times 100, corpus BLEU without smoothing, "
+                 f"references are the words themselves, not their <unk> version{note}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def by_character(words: Sequence[str]) -> list[str]:
+    """The same caption cut in characters; a run of Latin letters or digits stays one."""
+    return re.findall(r"[0-9A-Za-z]+|\S", "".join(words))
+
+
+def _joined(words: Sequence[str]) -> str:
+    for word in words:
+        if not word or word.split() != [word]:
+            raise ValueError(f"{word!r} is not one word")
+    return " ".join(words)
+
+
+def _meteor(ours: dict[str, list[str]], theirs: dict[str, list[str]], language: str) -> float | str:
+    """METEOR 1.5 times 100, or why it was skipped."""
+    if language != "en":
+        return "skipped: METEOR has no Chinese"
+    if not shutil.which("java"):
+        return "skipped: METEOR needs Java, and there is none on this machine"
+    from pycocoevalcap.meteor import meteor  # brings 60 MB of data along
+
+    jar = meteor.__file__.replace("meteor.py", meteor.METEOR_JAR)
+    command = ["java", "-jar", "-Xmx2G", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
+    photos = list(theirs)
+    questions = [
+        " ||| ".join(["SCORE", *(_meteor_text(reference) for reference in ours[photo]), _meteor_text(theirs[photo][0])])
+        for photo in photos
+    ]
+    try:
+        return 100 * _ask_meteor(command, questions)
+    except (OSError, ValueError) as error:
+        return f"skipped: METEOR did not run ({str(error)[:100] or type(error).__name__})"
+
+
+def _ask_meteor(command: list[str], questions: list[str]) -> float:
+    """The corpus score. METEOR answers each question with a line of statistics; all of them together with a line for
+    each and, last, the corpus score."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
+    ) as java:
+        clock = threading.Timer(METEOR_SECONDS, java.kill)
+        clock.start()
+        try:
+            statistics = []
+            for question in questions:
+                print(question, file=java.stdin, flush=True)
+                statistics.append(java.stdout.readline().strip())
+            print("EVAL ||| " + " ||| ".join(statistics), file=java.stdin, flush=True)
+            return float([java.stdout.readline() for _ in range(len(questions) + 1)][-1])
+        finally:
+            clock.cancel()
+            java.kill()
+
+
+def _meteor_text(text: str) -> str:
+    return text.replace("|||", "").strip() or "."
