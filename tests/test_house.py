@@ -104,10 +104,16 @@ def test_imports_never_run_in_a_circle():
         visit(module, [])
 
 
-def test_a_file_fits_in_the_head_and_the_house_in_a_week():
-    lines = {module: len(path.read_text("utf-8").splitlines()) for module, path in SOURCES.items()}
-    assert {module: count for module, count in lines.items() if count > 350} == {}
-    assert sum(lines.values()) < 6000
+LINES = {module: len(path.read_text("utf-8").splitlines()) for module, path in SOURCES.items()}
+
+
+@pytest.mark.parametrize("module", LINES)
+def test_a_file_fits_in_the_head(module):
+    assert LINES[module] <= 350
+
+
+def test_the_house_can_be_read_in_a_day():
+    assert sum(LINES.values()) < 6000
 
 
 def test_no_file_names_a_package_host_or_a_developers_folder():
@@ -148,8 +154,9 @@ def test_help_explains_every_setting(command, capsys):
         config.parse(command, ["--help"])
     assert not stop.value.code
     texts = help_texts(capsys.readouterr().out)
-    assert len(texts) == len(dataclasses.fields(command)) + 1  # and --help itself
-    assert [flag for flag, text in texts.items() if not text] == []
+    names = {field.name for field in dataclasses.fields(command)}
+    assert len(texts) == len(names) + 1  # and --help itself
+    assert [flag for flag, text in texts.items() if not text or text in names] == []  # tyro falls back on the name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
