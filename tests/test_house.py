@@ -175,7 +175,7 @@ def test_the_tested_versions_let_visdom_build_and_serve():
     assert tuple(map(int, versions["tornado"].split(".")[:2])) < (6, 6)
 
 
-def test_visdom_serves_under_the_installed_tornado():
+def test_the_installed_visdom_imports_beside_a_tornado_it_can_serve_with():
     if importlib.util.find_spec("visdom") is None:
         pytest.skip("the dashboard extra is not installed")
     import visdom.server  # noqa: F401
