@@ -25,8 +25,8 @@ COLOURS = {
 }  # fmt: skip
 CORNERS = {  # in the box from -1 to 1, y downwards
     "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-    "triangle": ((0, -1), (1, 0.86), (-1, 0.86)),
-    "star": tuple((r * np.sin(np.pi * k / 5), 0.05 - r * np.cos(np.pi * k / 5)) for k, r in enumerate((1.05, 0.5) * 5)),
+    "triangle": ((0, -0.95), (1, 0.95), (-1, 0.95)),
+    "star": tuple((r * np.sin(np.pi * k / 5), 0.1 - r * np.cos(np.pi * k / 5)) for k, r in enumerate((1.05, 0.5) * 5)),
 }
 SHAPES = ("circle", *CORNERS)
 SHADOW = (20, 24, 40)  # colour
@@ -48,7 +48,7 @@ class Background:
 
 BACKGROUNDS = {
     "grass": Background((190, 224, 130), (116, 180, 84), (14, 64), 13, 0, hides="green"),
-    "sky": Background((128, 196, 242), (214, 238, 252), (5, 4), 20, 0, hides="blue"),
+    "sky": Background((84, 162, 230), (160, 208, 242), (5, 4), 12, 0, hides="blue"),
     "sand": Background((246, 226, 180), (226, 190, 134), (26, 5), 8, 60, hides="yellow"),
     "night": Background((14, 18, 48), (52, 48, 98), (4, 4), 9, 70, hides="purple"),
 }
@@ -115,7 +115,7 @@ def holds(relation: str, first: Thing, second: Thing, clear: float = 1) -> bool:
     x, y = (a - b for a, b in zip(first.centre, second.centre, strict=True))
     to_x, to_y = RELATIONS[relation]
     forward, sideways = x * to_x + y * to_y, abs(x * to_y) + abs(y * to_x)
-    return forward > 0 and forward >= clear * sideways
+    return forward >= clear * sideways  # things keep apart: never are both zero
 
 
 def clear_relation(first: Thing, second: Thing) -> str | None:
