@@ -6,6 +6,7 @@ LANGUAGE = zh
 unexport LANGUAGE
 
 PACKAGES := .venv/packages-installed
+UNFINISHED := .venv/packages-unfinished
 
 .PHONY: help demo test lint
 
@@ -24,7 +25,8 @@ test: lint
 lint: $(PACKAGES)
 	.venv/bin/ruff check
 
-# The stamp is written last, so that an interrupted set-up is taken up again where it stopped.
+# The stamp is written last. An interrupted set-up leaves packages without some of their files, which look complete to
+# uv: the mark of the unfinished one has them all installed again.
 $(PACKAGES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
@@ -33,5 +35,6 @@ $(PACKAGES): pyproject.toml constraints.txt
 	  { echo "error: $(PYTHON) -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up .venv: about 6 GB, once."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	@.venv/bin/uv pip install --python .venv/bin/python -c constraints.txt -e '.[dashboard,test]'
-	@touch $@
+	@again=$$([ ! -e $(UNFINISHED) ] || echo --reinstall); touch $(UNFINISHED); \
+	  .venv/bin/uv pip install $$again --python .venv/bin/python -c constraints.txt -e '.[dashboard,test]'
+	@mv $(UNFINISHED) $@
