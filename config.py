@@ -173,7 +173,9 @@ class Train:
                 raise UserError(f"--{flag.replace('_', '-')} goes with --fine-tune; cached features fix the encoder")
         for flag in ("encoder", "weights", "image_size"):
             if getattr(self, flag) is not None and self.start_from:
-                raise UserError(f"--{flag.replace('_', '-')}: --start-from {self.start_from} already brings its encoder")
+                raise UserError(
+                    f"--{flag.replace('_', '-')}: --start-from {self.start_from} already brings its encoder"
+                )
         if self.fine_tune and self.features:
             raise UserError("--features goes without --fine-tune, which reads the photos themselves")
         if self.resume and self.overwrite:

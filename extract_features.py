@@ -27,7 +27,9 @@ def main(config: ExtractFeatures) -> None:
     precision = pick_precision(config.precision, device, half=torch.float16)
     encoder = prepare_encoder(config, photos).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
-    attributes = describe_features(encoder.recipe(), (height, width), config.grid, str(precision).removeprefix("torch."))
+    attributes = describe_features(
+        encoder.recipe(), (height, width), config.grid, str(precision).removeprefix("torch.")
+    )
     writer = FeatureWriter(
         config.file, [photo.id for photo in photos], attributes, channels, config.dtype, config.overwrite
     )

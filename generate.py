@@ -1,8 +1,8 @@
 """Captions for photos, folders and splits; scores; attention pictures.
 
-    python generate.py checkpoints/att photo.jpg folder/
-    python generate.py checkpoints/att photo.jpg --pictures attention/
-    python generate.py checkpoints/att --data data/aic --split val --json captions.json --scores scores.json
+python generate.py checkpoints/att photo.jpg folder/
+python generate.py checkpoints/att photo.jpg --pictures attention/
+python generate.py checkpoints/att --data data/aic --split val --json captions.json --scores scores.json
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from captioning.feature_cache import FeatureReader
 from captioning.images import PHOTO_ENDINGS, PhotoError, Unreadable, in_batches, open_photo, photo_batches
 from captioning.metrics import format_table, score_table
 from captioning.pictures import draw_attention
+from captioning.splits import photos_of
 from config import Generate, UserError, run
 from preprocess.captions import Photo, read_captions
 from preprocess.files import draft
@@ -38,7 +39,7 @@ def main(config: Generate) -> None:
     captioner = Captioner.load(config.run, config.device, config.precision)
     if config.pictures and not captioner.decoder.sees_cells:
         raise UserError(f"--pictures: the decoder {captioner.decoder_name} of {config.run} does not attend")
-    photos = chosen_split(config) if config.data else []
+    photos = photos_of(list(read_captions(config.data)), config.split, config.data, config.limit) if config.data else []
     asked = [Asked(photo.image, photo.id) for photo in photos] or chosen_files(config.photos)
     unreadable = Unreadable(len(asked), config.allow_missing)
     captioned: dict[str, Captioned] = {}
@@ -55,13 +56,6 @@ def main(config: Generate) -> None:
         print(f"{config.json}: {len(captioned):,} captions")
     if config.scores:
         write_scores(config, captioner, photos, captioned)
-
-
-def chosen_split(config: Generate) -> list[Photo]:
-    photos = [photo for photo in read_captions(config.data) if photo.split == config.split]
-    if not photos:
-        raise UserError(f"--split {config.split}: {config.data} has no such photos")
-    return photos[: config.limit or None]
 
 
 def chosen_files(paths: tuple[Path, ...]) -> list[Asked]:
@@ -124,7 +118,9 @@ def cached_features(config: Generate, captioner: Captioner) -> FeatureReader | N
     reader = FeatureReader(path)
     if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
         return reader
-    made_by = f"made by {reader.attributes['encoder']} ({reader.attributes['weights']}), not by the encoder of {config.run}"
+    made_by = (
+        f"made by {reader.attributes['encoder']} ({reader.attributes['weights']}), not by the encoder of {config.run}"
+    )
     if config.features:
         raise UserError(f"{path}: {made_by}; leave out --features to encode the photos")
     print(f"{path}: {made_by}; encoding the photos")
@@ -135,9 +131,13 @@ def draw_picture(folder: Path, photo: Asked, caption: Captioned) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (re.sub(r"[^\w.-]+", "_", photo.id).strip("._") + ".png")
     try:
-        draw_attention(open_photo(photo.path), caption.words, caption.attention.numpy(), caption.grid, path, caption.text)
+        draw_attention(
+            open_photo(photo.path), caption.words, caption.attention.numpy(), caption.grid, path, caption.text
+        )
     except LookupError as error:  # no font on this machine has the caption's characters
         raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or draw elsewhere") from None
 
 
 def coco_id(id: str) -> int | str:

@@ -10,7 +10,7 @@ Stopped or killed, it goes on with --resume, to the very same weights.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from captioning.batches import Batch, CachedPhotos, LivePhotos, Split, plan_batches, shuffled
+from captioning.batches import Batch, CachedPhotos, LivePhotos, plan_batches, shuffled
 from captioning.beam_search import beam_search
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.decoders import DECODERS, build_decoder, load_decoder
@@ -30,6 +30,7 @@ from captioning.images import PhotoError, Unreadable, quiet_worker
 from captioning.log import Log
 from captioning.metrics import score
 from captioning.objectives import CrossEntropy, Loss
+from captioning.splits import Split, photos_of
 from config import Generate, StopRequest, Train, UserError, as_plain_data, run
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
@@ -53,31 +54,26 @@ class Progress:
     epochs_without_better: int = 0
 
 
-@dataclass
-class Data:
-    """The two splits and where their views come from."""
-
-    vocabulary: Vocabulary
-    train: Dataset
-    val: Dataset
-    references: dict[str, list[list[str]]] = field(repr=False)  # of val, in words
-
-
 def main(config: Train) -> None:
     device = pick_device(config.device)
     saved = start(config)
     vocabulary = Vocabulary.load(config.data / VOCABULARY_FILE)
     photos = list(read_captions(config.data))
+    train = photos_of(photos, "train", config.data)
+    val = photos_of(photos, "val", config.data, config.val_photos)
     if config.fine_tune:
-        encoder = live_encoder(config, photos, saved)
+        encoder = live_encoder(config, train, saved)
         described, channels = None, encoder.output_shape()[2]
-        data = live_data(config, photos, vocabulary, encoder)
+        views = [LivePhotos(Split(part, vocabulary, config.max_length), encoder.transform) for part in (train, val)]
     else:
         reader = FeatureReader(config.features or config.data / "features.h5")
         encoder, described, channels = None, saved_encoder(reader), reader.channels
-        data = cached_data(config, photos, vocabulary, reader)
-    del photos
-    trainer = Trainer(config, data, encoder, described, channels, device)
+        there = [reader.present(part, config.allow_missing, config.data) for part in (train, val)]
+        sees_cells = DECODERS[config.decoder].sees_cells
+        views = [CachedPhotos(Split(part, vocabulary, config.max_length), reader, sees_cells) for part in there]
+    references = {photo.id: photo.captions for photo in val}
+    del photos, train, val  # from here on captions are flat arrays
+    trainer = Trainer(config, vocabulary, *views, references, encoder, described, channels, device)
     with Log(config.folder, config, resume=saved is not None) as log:
         if saved is not None:
             trainer.restore(saved)
@@ -102,11 +98,13 @@ def start(config: Train) -> dict | None:
     for name, value in as_plain_data(config).items():
         if name not in MAY_CHANGE and saved["config"].get(name, value) != value:
             flag, was = "--" + name.replace("_", "-"), saved["config"][name]
-            raise UserError(f"{flag} {value}: {config.folder} was trained with {was}; resume it with that, or name a new --run")
+            raise UserError(
+                f"{flag} {value}: {config.folder} was trained with {was}; resume it with that, or name a new --run"
+            )
     return saved
 
 
-def live_encoder(config: Train, photos: list[Photo], saved: dict | None) -> Encoder:
+def live_encoder(config: Train, train: list[Photo], saved: dict | None) -> Encoder:
     """The encoder to fine-tune: of the run itself, of the run it starts from, or as the flags say."""
     if saved:
         return encoder_from_checkpoint(saved)
@@ -115,56 +113,28 @@ def live_encoder(config: Train, photos: list[Photo], saved: dict | None) -> Enco
     else:
         encoder = load_encoder(config.encoder, config.weights, config.image_size, config.seed)
     if encoder.weights == "random":
-        paths = [photo.image for photo in photos if photo.split == "train"]
-        calibrate_on(encoder, paths, 32, config.workers or 0)
+        calibrate_on(encoder, [photo.image for photo in train], 32, config.workers or 0)
     encoder.weights = f"{encoder.weights}, fine-tuned in {config.folder}"
     return encoder
-
-
-def live_data(config: Train, photos: list[Photo], vocabulary: Vocabulary, encoder: Encoder) -> Data:
-    def view(split: str) -> LivePhotos:
-        return LivePhotos(Split(chosen(config, photos, split), vocabulary, config.max_length), encoder.transform)
-
-    return Data(vocabulary, view("train"), view("val"), references(config, photos))
-
-
-def cached_data(config: Train, photos: list[Photo], vocabulary: Vocabulary, reader: FeatureReader) -> Data:
-    sees_cells = DECODERS[config.decoder].sees_cells
-
-    def view(split: str) -> CachedPhotos:
-        there = reader.present(chosen(config, photos, split), config.allow_missing, config.data)
-        rows = np.array([reader.rows[photo.id] for photo in there])
-        return CachedPhotos(Split(there, vocabulary, config.max_length), reader, rows, sees_cells)
-
-    return Data(vocabulary, view("train"), view("val"), references(config, photos))
-
-
-def chosen(config: Train, photos: list[Photo], split: str) -> list[Photo]:
-    """The photos of a split; of val the first --val-photos."""
-    found = [photo for photo in photos if photo.split == split]
-    if not found:
-        raise UserError(f"{config.data}: has no {split} photos; make them with python -m preprocess {config.data}")
-    return found[: config.val_photos or None] if split == "val" else found
-
-
-def references(config: Train, photos: list[Photo]) -> dict[str, list[list[str]]]:
-    return {photo.id: [list(words) for words in photo.captions] for photo in chosen(config, photos, "val")}
 
 
 class Trainer:
     """A decoder (and, fine-tuning, its live encoder) on the way from its first batch to its best checkpoint."""
 
-    def __init__(self, config: Train, data: Data, encoder: Encoder | None, described: dict | None, channels: int, device):
+    def __init__(self, config: Train, vocabulary: Vocabulary, train: Dataset, val: Dataset, references: dict,
+                 encoder: Encoder | None, described: dict | None, channels: int, device: torch.device):  # fmt: skip
+        """train and val: CachedPhotos or LivePhotos; references: of val, in words; described: the cache's encoder."""
         torch.manual_seed(config.seed)
-        self.config, self.data, self.device = config, data, device
+        self.config, self.vocabulary, self.device = config, vocabulary, device
+        self.train, self.val, self.references = train, val, references
         self.precision = pick_precision(config.precision, device)
         self.sizes = {
-            "vocabulary_size": len(data.vocabulary), "channels": channels, "embedding_size": config.embedding_size,
+            "vocabulary_size": len(vocabulary), "channels": channels, "embedding_size": config.embedding_size,
             "attention_size": config.attention_size, "hidden_size": config.hidden_size, "dropout": config.dropout,
         }  # fmt: skip
         self.decoder = build_decoder(config.decoder, self.sizes).to(device)
         self.encoder = encoder.to(device) if encoder else None
-        self.described = described  # the encoder behind the cache
+        self.described = described
         self.from_scratch = config.weights == "random"  # such an encoder has its BatchNorm still to learn
         self.objective = CrossEntropy(config.alpha_c)
         groups = [{"params": list(self.decoder.parameters()), "lr": config.learning_rate}]
@@ -175,7 +145,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.decay_every, config.decay)
         self.progress = Progress()
-        self.unreadable = Unreadable(len(data.train.split) + len(data.val.split), config.allow_missing)
+        self.unreadable = Unreadable(len(train.split) + len(val.split), config.allow_missing)
 
     def fit(self, log: Log, stop: StopRequest) -> None:
         """Epoch by epoch: train, validate, log, save; until --epochs, or --patience without a better score."""
@@ -195,7 +165,7 @@ class Trainer:
 
     def train_epoch(self, stop: StopRequest) -> dict:
         """One epoch from where it stands -> its figures."""
-        split, progress, config = self.data.train.split, self.progress, self.config
+        split, progress, config = self.train.split, self.progress, self.config
         plan = plan_batches(split, config.batch_size, shuffled(len(split), config.seed, progress.epoch))
         self.decoder.train()
         if self.encoder:
@@ -204,7 +174,7 @@ class Trainer:
         waited, captions = 0.0, 0
         pending: list[tuple[Loss, Batch]] = []  # not yet looked at
         bar = tqdm(total=len(plan), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit="batch")
-        batches = iter(self.loader(self.data.train, plan[progress.step :]))
+        batches = iter(self.loader(self.train, plan[progress.step :]))
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
@@ -217,7 +187,9 @@ class Trainer:
             if pending and (batch is None or saving or len(pending) >= LOOK_EVERY or self.device.type == "cpu"):
                 loss = self.settle(pending)
                 seconds = time.monotonic() - began
-                bar.set_postfix_str(f"loss {loss:.3f}, {captions / seconds:.0f} captions/s, waiting {waited / seconds:.0%}")
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, {captions / seconds:.0f} captions/s, waiting {waited / seconds:.0%}"
+                )
             bar.update(batch is not None)
             if batch is None:
                 break
@@ -254,10 +226,10 @@ class Trainer:
         for loss, batch in pending:
             value = float(loss.objective)
             if not np.isfinite(value):
-                ids = [self.data.train.split.ids[i] for i in batch.indices]
+                ids = [self.train.split.ids[i] for i in batch.indices]
                 raise UserError(
-                    f"the loss became {value} in epoch {self.progress.epoch + 1}, at one of the photos {', '.join(ids[:8])}; "
-                    f"lower --learning-rate (now {self.config.learning_rate}) and --resume from {self.config.folder}/last.pt"
+                    f"the loss became {value} in epoch {self.progress.epoch + 1}, at the photos {', '.join(ids[:8])}; "
+                    f"lower --learning-rate, now {self.config.learning_rate}, or --resume from {self.config.folder}"
                 )
             self.progress.cross_entropy += float(loss.cross_entropy) * len(batch.targets)
             self.progress.words += len(batch.targets)
@@ -267,13 +239,13 @@ class Trainer:
     @torch.inference_mode()
     def validate(self, stop: StopRequest) -> dict:
         """Teacher-forced loss and top-5 accuracy; BLEU-4 and CIDEr-D of captions generated freely (greedily)."""
-        began, split, vocabulary = time.monotonic(), self.data.val.split, self.data.vocabulary
+        began, split, vocabulary = time.monotonic(), self.val.split, self.vocabulary
         self.decoder.eval()
         if self.encoder:
             self.encoder.eval()
         plan = plan_batches(split, VALIDATION_CAPTIONS, range(len(split)))
         sums, words, candidates = torch.zeros(2), 0, {}
-        for batch in tqdm(self.loader(self.data.val, plan), total=len(plan), desc="validate", unit="batch", leave=False):
+        for batch in tqdm(self.loader(self.val, plan), total=len(plan), desc="validate", unit="batch", leave=False):
             if stop.requested:
                 self.save_last(stop)
             self.unreadable.add(batch.failures)
@@ -286,7 +258,7 @@ class Trainer:
             words += len(batch.targets)
             for index, caption in zip(batch.indices, captions, strict=True):
                 candidates[split.ids[index]] = vocabulary.decode(caption.words)
-        references = {photo: self.data.references[photo] for photo in candidates}
+        references = {photo: self.references[photo] for photo in candidates}
         scores = score(candidates, references, vocabulary.language, only=("BLEU-4", "CIDEr-D"))
         cross_entropy, top5 = (sums / words).tolist()
         examples = {photo: vocabulary.joined(candidates[photo]) for photo in list(candidates)[:3]}
@@ -321,7 +293,7 @@ class Trainer:
         encoder = self.encoder.to_checkpoint() if self.encoder else self.described
         checkpoint = {
             "config": as_plain_data(self.config),
-            "vocabulary": self.data.vocabulary.to_dict(),
+            "vocabulary": self.vocabulary.to_dict(),
             "encoder": encoder,
             "decoder": {"name": self.config.decoder, "sizes": self.sizes, "state": self.decoder.state_dict()},
             "progress": asdict(self.progress),
@@ -344,8 +316,8 @@ class Trainer:
 
     def start_from(self, saved: dict, source: str) -> None:
         """Take over the decoder's weights, where vocabulary, encoder and sizes are the same."""
-        theirs, ours = len(saved["vocabulary"]["words"]), len(self.data.vocabulary)
-        if Vocabulary.from_dict(saved["vocabulary"]) != self.data.vocabulary:
+        theirs, ours = len(saved["vocabulary"]["words"]), len(self.vocabulary)
+        if Vocabulary.from_dict(saved["vocabulary"]) != self.vocabulary:
             raise UserError(
                 f"{source}: was trained with another vocabulary ({theirs:,} words; {self.config.data} has {ours:,}); "
                 "start a new --run"
@@ -353,7 +325,7 @@ class Trainer:
         if self.described and self.described["sha256"] != saved["encoder"]["sha256"]:
             raise UserError(
                 f"{source}: was trained on another encoder ({saved['encoder']['name']}, {saved['encoder']['weights']}) "
-                f"than the features ({self.described['name']}, {self.described['weights']}); extract them with its encoder"
+                f"than the features ({self.described['name']}, {self.described['weights']}); extract with its encoder"
             )
         load_decoder(self.decoder, saved["decoder"], self.config.decoder, self.sizes, source)
 
@@ -364,8 +336,8 @@ class Trainer:
             "encoder": encoder,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
             "precision": str(self.precision).removeprefix("torch."),
-            "train_photos": len(self.data.train.split), "val_photos": len(self.data.val.split),
-            "vocabulary": len(self.data.vocabulary), "captions_cut": self.data.train.split.cut,
+            "train_photos": len(self.train.split), "val_photos": len(self.val.split),
+            "vocabulary": len(self.vocabulary), "captions_cut": self.train.split.cut,
             "decoder_parameters": sum(p.numel() for p in self.decoder.parameters()),
         }  # fmt: skip
 

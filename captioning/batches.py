@@ -1,27 +1,23 @@
-"""One photo with all its captions -> packed batches.
+"""One photo with all its captions -> packed batches, from the cache or from the photos themselves.
 
-Captions are flat arrays with offsets: workers share them, and memory does not grow with their number.
-
-Letters: B photos, R captions, W words of all captions packed, T words of the longest.
+Letters: B photos, R captions, W words of all captions packed.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
 from captioning.feature_cache import FeatureReader
 from captioning.grid import Grid
 from captioning.images import PhotoError, Transform, read_photos
-from preprocess.captions import Photo
-from preprocess.vocabulary import END, PAD, START, Vocabulary
+from captioning.splits import Split
 
 
 @dataclass
@@ -50,59 +46,12 @@ class Batch:
                      self.failures)  # fmt: skip
 
 
-class Split:
-    """The photos of one split: ids, paths, and their captions as numbers."""
-
-    def __init__(self, photos: Iterable[Photo], vocabulary: Vocabulary, max_length: int):
-        self.ids: list[str] = []
-        self.paths: list[str] = []
-        self.cut = 0  # captions longer than max_length
-        words = array("i")
-        caption_ends, photo_ends = [0], [0]
-        for photo in photos:
-            self.ids.append(photo.id)
-            self.paths.append(photo.image)
-            for caption in photo.captions:
-                self.cut += len(caption) > max_length
-                words.extend(vocabulary.encode(caption[:max_length]))
-                caption_ends.append(len(words))
-            photo_ends.append(len(caption_ends) - 1)
-        self.words = np.frombuffer(words, np.int32) if words else np.empty(0, np.int32)  # of all captions, one after the other
-        self.caption_ends = np.array(caption_ends, np.int64)  # caption i is words[ends[i] : ends[i + 1]]
-        self.photo_ends = np.array(photo_ends, np.int64)  # photo i has captions ends[i] to ends[i + 1] - 1
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def captions_of(self, photo: int) -> int:
-        return int(self.photo_ends[photo + 1] - self.photo_ends[photo])
-
-    def pack(self, photos: Sequence[int]) -> tuple[PackedSequence, Tensor, Tensor]:
-        """All captions of these photos -> words read, words to be said (W,), and whose caption each is (R,)."""
-        captions = [
-            (self.words[self.caption_ends[c] : self.caption_ends[c + 1]], place)
-            for place, photo in enumerate(photos)
-            for c in range(self.photo_ends[photo], self.photo_ends[photo + 1])
-        ]
-        captions.sort(key=lambda caption: -len(caption[0]))  # stable: equal lengths keep their order
-        lengths = torch.tensor([len(words) + 1 for words, _ in captions])
-        padded = np.full((len(captions), int(lengths[0]) + 1), PAD, np.int64)
-        padded[:, 0] = START
-        for row, (words, _) in zip(padded, captions, strict=True):
-            row[1 : len(words) + 1] = words
-            row[len(words) + 1] = END
-        padded = torch.from_numpy(padded)
-        words = pack_padded_sequence(padded[:, :-1], lengths, batch_first=True)
-        targets = pack_padded_sequence(padded[:, 1:], lengths, batch_first=True).data
-        return words, targets, torch.tensor([place for _, place in captions])
-
-
 class CachedPhotos(Dataset):
-    """Batches of a split whose feature maps are read from the cache; rows: where each photo is in the file."""
+    """Batches of a split whose feature maps are read from the cache."""
 
-    def __init__(self, split: Split, reader: FeatureReader, rows: np.ndarray, sees_cells: bool):
-        self.split, self.rows = split, rows
-        self.reader, self.sees_cells = reader, sees_cells
+    def __init__(self, split: Split, reader: FeatureReader, sees_cells: bool):
+        self.split, self.reader, self.sees_cells = split, reader, sees_cells
+        self.rows = np.array([reader.rows[photo] for photo in split.ids])  # where each photo is in the file
 
     def __getitem__(self, photos: np.ndarray) -> Batch:
         read = self.reader.read if self.sees_cells else self.reader.read_pooled

@@ -1,8 +1,8 @@
 """A checkpoint made ready to caption photos: the Python interface.
 
-    from captioning.captioner import Captioner
-    captioner = Captioner.load("checkpoints/att")
-    print(captioner.caption(["photo.jpg"])[0].text)
+from captioning.captioner import Captioner
+captioner = Captioner.load("checkpoints/att")
+print(captioner.caption(["photo.jpg"])[0].text)
 """
 
 from __future__ import annotations

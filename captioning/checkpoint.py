@@ -29,7 +29,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the checkpoint ({error.strerror}); free some space and --resume") from error
+        raise UserError(
+            f"{path}: cannot write the checkpoint ({error.strerror}); free some space and --resume"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -41,17 +43,23 @@ def load_checkpoint(path: Path) -> dict:
     if path.is_dir():
         file = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), None)
         if file is None:
-            raise UserError(f"{path}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {path.name}")
+            raise UserError(
+                f"{path}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {path.name}"
+            )
         path = file
     if not path.is_file():
         raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
-        raise UserError(f"{path}: not a Kantu checkpoint, or damaged ({_first_line(error)}); give a run in checkpoints/") from None
+        raise UserError(
+            f"{path}: not a Kantu checkpoint, or damaged ({_first_line(error)}); give a run in checkpoints/"
+        ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); train again")
+        raise UserError(
+            f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); train again"
+        )
     return checkpoint
 
 

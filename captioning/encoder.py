@@ -49,9 +49,13 @@ class Encoder(nn.Module):
         try:
             features = self.body(torch.zeros(1, 3, size, size, device=next(self.parameters()).device))
         except RuntimeError as error:
-            raise UserError(f"--image-size {size}: too small for {self.name} ({str(error).splitlines()[0][:80]})") from None
+            raise UserError(
+                f"--image-size {size}: too small for {self.name} ({str(error).splitlines()[0][:80]})"
+            ) from None
         if features.dim() != 4:
-            raise UserError(f"--encoder {self.name}: ends in no spatial map but in {tuple(features.shape[1:])}; try resnet101")
+            raise UserError(
+                f"--encoder {self.name}: ends in no spatial map but in {tuple(features.shape[1:])}; try resnet101"
+            )
         channels, height, width = features.shape[1:]
         return height, width, channels
 
@@ -60,7 +64,9 @@ class Encoder(nn.Module):
         names = [name for name, _ in self.body.named_parameters()]
         if first is None:
             first = "layer2" if any(name.startswith("layer2.") for name in names) else "all"
-        begin = 0 if first == "all" else next((i for i, n in enumerate(names) if (n + ".").startswith(first + ".")), None)
+        begin = (
+            0 if first == "all" else next((i for i, n in enumerate(names) if (n + ".").startswith(first + ".")), None)
+        )
         if begin is None:
             layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise UserError(f"--unfreeze-from {first}: {self.name} has {layers}, or say all")
@@ -94,8 +100,10 @@ def cut_classifier(name: str) -> fx.GraphModule:
     """The classifier's graph up to the input of its last pooling, or up to the end of a named layer."""
     model_name, _, layer = name.partition(".")
     if model_name not in models.list_models(module=models):
-        raise UserError(f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16")
-    # Inception and GoogLeNet: their weights want inputs in -1..1, which they make themselves, and no slow initialisation
+        raise UserError(
+            f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16"
+        )
+    # Inception and GoogLeNet: their published weights want inputs in -1..1, which they make themselves when told
     extra = {"transform_input": True, "init_weights": True} if model_name in ("inception_v3", "googlenet") else {}
     model = models.get_model(model_name, weights=None, **extra).eval()
     try:
@@ -133,9 +141,7 @@ def _end_of_layer(graph: fx.Graph, layer: str) -> fx.Node | None:
     return inside[-1] if inside else None
 
 
-def load_encoder(
-    name: str | None, weights: str | None, image_size: int | None, seed: int = 0
-) -> Encoder:
+def load_encoder(name: str | None, weights: str | None, image_size: int | None, seed: int = 0) -> Encoder:
     """An encoder as the flags --encoder, --weights, --image-size describe it; a run brings all three.
 
     Random weights are those of `seed`; their BatchNorm still wants `calibrate_on`.
@@ -178,16 +184,22 @@ def _torchvision_weights(name: str) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except OSError as error:
-        raise UserError(f"{weights.url}: cannot be downloaded ({error}); fetch it elsewhere and give --weights FILE") from None
+        raise UserError(
+            f"{weights.url}: cannot be downloaded ({error}); fetch it and give --weights FILE"
+        ) from None
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN")
+        raise UserError(
+            f"--weights {path}: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        raise UserError(f"--weights {path}: not a state dict that can be read safely; save model.state_dict() there") from None
+        raise UserError(
+            f"--weights {path}: not a state dict that can be read safely; save model.state_dict() there"
+        ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights {path}: holds no state dict; save model.state_dict() there")

@@ -146,7 +146,9 @@ class FeatureWriter:
             for row in rows:
                 self._put("done", row, np.ones((), np.uint8))
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room and run the same command") from None
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room and run the same command"
+            ) from None
 
     def _put(self, name: str, row: int, values: np.ndarray) -> None:
         block = self.blocks[name]

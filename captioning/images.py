@@ -124,7 +124,7 @@ def photo_batches(
 
 
 def quiet_worker(_: int) -> None:
-    """Ctrl-C and `kill` may reach the whole process group: the command itself ends its workers, in order, without a word."""
+    """A Ctrl-C reaches the whole process group: the command itself ends its workers, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -145,6 +145,6 @@ class Unreadable:
         self.reasons.update(dict.fromkeys(failures))
         if len(self.reasons) > self.allowed * self.total:
             raise PhotoError(
-                f"{next(iter(self.reasons))}; {len(self.reasons)} of {self.total} photos cannot be read so far, more than "
+                f"{next(iter(self.reasons))}; {len(self.reasons)} of {self.total} photos cannot be read, more than "
                 f"--allow-missing {self.allowed}: mend them, or allow more"
             )

@@ -31,10 +31,18 @@ class Log:
 
     def start(self, described: dict) -> None:
         """commit, versions, device, config: a run explains itself."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-        self._line({"event": "start", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": _commit(),
-                    "versions": versions, **described, "config": as_plain_data(self.config)})  # fmt: skip
-        print(f"{self.path.parent}: {self.config.decoder}, {described['decoder_parameters'] / 1e6:.1f} million parameters, "
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        }
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        config = as_plain_data(self.config)
+        self._line(
+            {"event": "start", "time": now, "commit": _commit(), "versions": versions, **described, "config": config}
+        )
+        millions = described["decoder_parameters"] / 1e6
+        print(f"{self.path.parent}: {self.config.decoder}, {millions:.1f} million parameters, "
               f"{described['train_photos']:,} photos to train on, {described['val_photos']:,} to validate, "
               f"{described['vocabulary']:,} words; {described['device']}, {described['precision']}", flush=True)  # fmt: skip
 

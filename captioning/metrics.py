@@ -77,7 +77,7 @@ def format_table(table: dict) -> str:
         lines.append(f"by {unit:<9}" + "".join(cells))
     meteor = table["word"]["METEOR"]
     note = f"; METEOR {meteor}" if isinstance(meteor, str) else ""
-    lines.append(f"{table['photos']:,} photos, words by {table['tokenizer']}; times 100, corpus BLEU without smoothing, "
+    lines.append(f"{table['photos']:,} photos, words by {table['tokenizer']}; times 100, corpus BLEU unsmoothed, "
                  f"references are the words themselves, not their <unk> version{note}")  # fmt: skip
     return "\n".join(lines)
 

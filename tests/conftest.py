@@ -11,6 +11,8 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.small import make_small_data  # noqa: E402
+
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("house")
@@ -23,3 +25,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data beside the project (../shared)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder data/small of 24 tiny photos with captions; see tests/small.py. Tests only read it."""
+    return make_small_data(tmp_path_factory.mktemp("small"))

@@ -31,5 +31,7 @@ def make_small_data(folder: Path, photos: int = 24, seed: int = 0) -> Path:
         records.append(Photo(str(path), f"photo{i}", split, tuple(captions)))
     write_captions(data / CAPTIONS_FILE, records)
     train = [caption for record in records if record.split == "train" for caption in record.captions]
-    Vocabulary.build(train, language="en", tokenizer="whitespace", min_count=1, max_words=100).save(data / VOCABULARY_FILE)
+    Vocabulary.build(train, language="en", tokenizer="whitespace", min_count=1, max_words=100).save(
+        data / VOCABULARY_FILE
+    )
     return data

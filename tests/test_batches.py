@@ -7,14 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_packed_sequence
 
-from captioning.batches import CachedPhotos, LivePhotos, Split, plan_batches, shuffled
+from captioning.batches import CachedPhotos, LivePhotos, plan_batches, shuffled
 from captioning.images import PhotoError, Transform
+from captioning.splits import Split
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
 WORDS = ["a", "b", "c", "d"]
 VOCABULARY = Vocabulary.build([WORDS], language="en", tokenizer="whitespace", min_count=1, max_words=9)
-captions = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=7).map(tuple), min_size=1, max_size=4).map(tuple)
+captions = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=7).map(tuple), min_size=1, max_size=4).map(
+    tuple
+)
 
 
 def split_of(all_captions, max_length=50):
@@ -61,6 +64,8 @@ def test_captions_too_long_are_cut_and_counted():
 
 
 class FakeReader:
+    rows = {"0": 10, "1": 11}
+
     def read(self, rows):
         return ("cells", rows.tolist())
 
@@ -70,9 +75,8 @@ class FakeReader:
 
 def test_a_decoder_without_attention_reads_the_pooled_map_alone():
     split = split_of([(("a",),), (("b",),)])
-    rows = np.array([10, 11])
-    assert CachedPhotos(split, FakeReader(), rows, sees_cells=True)[np.array([1, 0])].view == ("cells", [11, 10])
-    assert CachedPhotos(split, FakeReader(), rows, sees_cells=False)[np.array([1, 0])].view == ("pooled", [11, 10])
+    assert CachedPhotos(split, FakeReader(), sees_cells=True)[np.array([1, 0])].view == ("cells", [11, 10])
+    assert CachedPhotos(split, FakeReader(), sees_cells=False)[np.array([1, 0])].view == ("pooled", [11, 10])
 
 
 def test_a_live_batch_leaves_out_a_broken_photo_and_its_captions(small_data, tmp_path):

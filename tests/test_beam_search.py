@@ -40,7 +40,9 @@ class Table:
         photos = state.photos[0].repeat_interleave(beams)
         scores = torch.stack([self.row(int(p), row.tolist()) for p, row in zip(photos, prefix, strict=True)])
         # attention says after which prefix the word is written: its length, its last word
-        attention = torch.stack([torch.tensor([float(len(row)), float(row[-1]), float(p)]) for p, row in zip(photos, prefix, strict=True)])
+        attention = torch.stack(
+            [torch.tensor([float(len(row)), float(row[-1]), float(p)]) for p, row in zip(photos, prefix, strict=True)]
+        )
         return Step(scores, attention, State(state.photos, (prefix,)))
 
 
@@ -59,7 +61,7 @@ def log_probability(table, photo, words, finished=True):
 def exhaustive(table, photo, max_length):
     allowed = range(4, table.vocabulary)
     captions = (c for n in range(max_length + 1) for c in itertools.product(allowed, repeat=n))
-    return max(((log_probability(table, photo, c), list(c)) for c in captions))
+    return max((log_probability(table, photo, c), list(c)) for c in captions)
 
 
 @settings(max_examples=15)
@@ -102,7 +104,9 @@ def test_a_batch_equals_one_photo_at_a_time(seed, beam_size):
 def test_the_score_is_that_of_the_words_and_forbidden_words_never_appear(seed, beam_size, never_ends):
     table = Table(seed, never_ends=never_ends)
     for photo, found in enumerate(beam_search(table, photos(2), beam_size, 5)):
-        assert found.log_probability == pytest.approx(log_probability(table, photo, found.words, found.finished), abs=1e-5)
+        assert found.log_probability == pytest.approx(
+            log_probability(table, photo, found.words, found.finished), abs=1e-5
+        )
         assert all(word >= 4 for word in found.words) and len(found.words) <= 5
 
 

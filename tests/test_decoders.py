@@ -10,7 +10,14 @@ from captioning.decoders import DECODERS, build_decoder
 from captioning.grid import Grid, grid_pooling
 from captioning.objectives import CrossEntropy
 
-SIZES = {"vocabulary_size": 11, "channels": 6, "embedding_size": 5, "attention_size": 4, "hidden_size": 7, "dropout": 0.0}
+SIZES = {
+    "vocabulary_size": 11,
+    "channels": 6,
+    "embedding_size": 5,
+    "attention_size": 4,
+    "hidden_size": 7,
+    "dropout": 0.0,
+}
 LENGTHS = [5, 4, 4, 2, 1]
 PHOTO = torch.tensor([1, 0, 2, 1, 0])  # whose caption each is
 
@@ -30,10 +37,14 @@ def attend(d, f14, words):
     """Xu et al. 2015, one caption: scores (T, V) and attention (T, P), with torch.nn.LSTMCell."""
     a, c, _ = d.parts
     hidden_size = d.from_hidden.in_features
-    query, gate, recurrent = (zip(d.from_hidden.weight.split(d.parts), d.from_hidden.bias.split(d.parts), strict=True))
+    query, gate, recurrent = zip(d.from_hidden.weight.split(d.parts), d.from_hidden.bias.split(d.parts), strict=True)
     cell = nn.LSTMCell(d.word_gates.in_features + c, hidden_size).double()
     cell.weight_ih = nn.Parameter(torch.cat([d.word_gates.weight, d.context_gates.weight], 1))
-    cell.bias_ih, cell.weight_hh, cell.bias_hh = d.word_gates.bias, nn.Parameter(recurrent[0]), nn.Parameter(recurrent[1])
+    cell.bias_ih, cell.weight_hh, cell.bias_hh = (
+        d.word_gates.bias,
+        nn.Parameter(recurrent[0]),
+        nn.Parameter(recurrent[1]),
+    )
     h, m = d.initial(f14.mean(0)).split(hidden_size)
     scores, attentions = [], []
     for word in words:

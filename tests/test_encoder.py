@@ -58,7 +58,9 @@ def test_other_families_end_in_a_map_too(name):
     assert height == width >= 2 and channels >= 500
 
 
-@pytest.mark.parametrize("name, words", [("resnet999", "not a torchvision"), ("vit_b_16", "spatial"), ("resnet18.x", "no layer")])
+@pytest.mark.parametrize(
+    "name, words", [("resnet999", "not a torchvision"), ("vit_b_16", "spatial"), ("resnet18.x", "no layer")]
+)
 def test_an_encoder_that_cannot_serve_is_refused_in_one_line(name, words):
     with pytest.raises(UserError, match=words) as error:
         Encoder(name, "random", Transform(64))
@@ -68,7 +70,10 @@ def test_an_encoder_that_cannot_serve_is_refused_in_one_line(name, words):
 def test_a_local_file_gives_the_same_features_as_the_model(tmp_path):
     torch.manual_seed(5)
     model = models.resnet18().eval()
-    half = {"module." + key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    half = {
+        "module." + key: value.half() if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
     torch.save({"state_dict": half}, tmp_path / "weights.pth")
     encoder = load_encoder("resnet18", str(tmp_path / "weights.pth"), 64)
     assert torch.equal(encoder.body.conv1.weight, model.conv1.weight.half().float())
@@ -130,7 +135,11 @@ def test_an_encoder_comes_back_from_its_checkpoint(tmp_path):
 def test_unfreezing_starts_at_the_second_block_and_batch_norm_stays_put():
     encoder = load_encoder("resnet18", "random", 64)
     tuned = {id(p) for p in encoder.unfreeze(None)}
-    assert {name.partition(".")[0] for name, p in encoder.body.named_parameters() if id(p) in tuned} == {"layer2", "layer3", "layer4"}
+    assert {name.partition(".")[0] for name, p in encoder.body.named_parameters() if id(p) in tuned} == {
+        "layer2",
+        "layer3",
+        "layer4",
+    }
     encoder.tune(batch_norm=False)
     before = encoder.body.bn1.running_mean.clone()
     encoder(photos())

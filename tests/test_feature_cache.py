@@ -58,7 +58,18 @@ def test_the_file_is_what_the_design_says(tmp_path):
         assert file["done"][:].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0] and file["done"].dtype == np.uint8
         for name in ("features", "pooled", "done"):
             assert file[name].chunks is None and file[name].id.get_offset() is not None  # contiguous, in its place
-        wanted = {"format", "encoder", "weights", "weights_sha256", "image_size", "grid", "native_grid", "mean", "std", "torch"}
+        wanted = {
+            "format",
+            "encoder",
+            "weights",
+            "weights_sha256",
+            "image_size",
+            "grid",
+            "native_grid",
+            "mean",
+            "std",
+            "torch",
+        }
         assert wanted <= set(file.attrs)
 
 
@@ -101,7 +112,9 @@ def test_processes_write_their_own_rows_of_one_file(tmp_path):
     path = tmp_path / "features.h5"
     write(path, rows=[])
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=write, kwargs={"path": path, "rows": list(range(rank, 10, 2))}) for rank in (0, 1)]
+    workers = [
+        context.Process(target=write, kwargs={"path": path, "rows": list(range(rank, 10, 2))}) for rank in (0, 1)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -124,7 +137,9 @@ def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, ch
     with pytest.raises(UserError, match=f"{named}.*--overwrite"):
         FeatureWriter(tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), False)
     assert (tmp_path / "features.h5").read_bytes() == before
-    FeatureWriter(tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), True).close()
+    FeatureWriter(
+        tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), True
+    ).close()
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path):

@@ -28,7 +28,7 @@ def test_the_transform_is_torchvisions_resize_and_normalise():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "LA", "1", "I;16", "YCbCr"])
 def test_every_mode_becomes_rgb(mode, tmp_path):
     if mode == "I;16":
-        photo = Image.fromarray((np.asarray(a_photo().convert("L")).astype(np.uint16) * 257))
+        photo = Image.fromarray(np.asarray(a_photo().convert("L")).astype(np.uint16) * 257)
     else:
         photo = a_photo().convert(mode)
     path = tmp_path / ("photo.tif" if mode in ("CMYK", "I;16", "LA", "YCbCr") else "photo.png")

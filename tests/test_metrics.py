@@ -41,7 +41,9 @@ def grams(words, n):
 
 def plain_cider_d(candidates, references):
     """Vedantam et al. 2015, CIDEr-D: clipped tf-idf cosine with a Gaussian penalty of the length, times 10."""
-    frequency = Counter(g for refs in references.values() for g in {g for r in refs for n in range(1, 5) for g in grams(r, n)})
+    frequency = Counter(
+        g for refs in references.values() for g in {g for r in refs for n in range(1, 5) for g in grams(r, n)}
+    )
     log_photos = math.log(len(references))
 
     def vector(words, n):
@@ -85,7 +87,9 @@ def test_bleu_equals_nltks_on_captions_of_four_words_or_more(pairs):
 
 def test_a_perfect_caption_scores_a_hundred():
     words = "a dog runs on the grass".split()
-    found = score({"1": words, "2": ["a", "cat", "sits", "down"]}, {"1": [words], "2": [["a", "cat", "sits", "down"]]}, only=PURE)
+    found = score(
+        {"1": words, "2": ["a", "cat", "sits", "down"]}, {"1": [words], "2": [["a", "cat", "sits", "down"]]}, only=PURE
+    )
     assert [found[f"BLEU-{n}"] for n in (1, 2, 3, 4)] == pytest.approx([100] * 4)
     assert found["ROUGE-L"] == pytest.approx(100)
 

@@ -18,9 +18,7 @@ class LstmDecoder(nn.Module):
 
     sees_cells = False  # the pooled map is all it looks at
 
-    def __init__(
-        self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float
-    ):
+    def __init__(self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float):
         super().__init__()
         self.image = nn.Linear(channels, embedding_size)
         self.norm = nn.BatchNorm1d(embedding_size, momentum=0.01)
