@@ -1,157 +1,175 @@
 """Beam search over a batch of photos: tensors only, and no knowledge of a decoder but its protocol.
 
-At every step the `beam_size` likeliest continuations of all live hypotheses of a photo are kept; those that end in
-<end> are finished and leave the beam, the others live on. The likeliest finished hypothesis wins, by the sum of its
-words' log-probabilities. Log-probabilities only fall, so a photo is done once no live hypothesis is above its best
-finished one; and with a beam as wide as there are captions, the search is exhaustive. Greedy is a beam of one.
+At every step the `beam_size` likeliest continuations of all live hypotheses of a photo are kept. Those that wrote
+<end> are finished and leave the beam; the next step fills their places with continuations of the others. The likeliest
+finished hypothesis wins, by the sum of its log-probabilities, whatever its length. As that sum can only fall, a photo
+is done once no live hypothesis is above its best finished one: stopping there changes nothing. A beam as wide as there
+are captions is an exhaustive search; a beam of one is greedy. Equal scores are ordered by torch.topk, which sees only
+the photo's own scores, so that the other photos of a batch do not matter.
 
-Letters: B photos, L of them still searched, K live hypotheses a photo, V vocabulary, P cells, T steps.
+Letters: B photos, L of them still searched, K hypotheses a photo, V vocabulary, P cells.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from captioning.decoders.protocol import Decoder
+from captioning.decoders.protocol import Decoder, State
 from captioning.grid import Grid
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-FORBIDDEN = [PAD, UNKNOWN, START]  # never written
-LOOK_EVERY = 4  # steps: each look whether all photos are done waits for a GPU
+FORBIDDEN = (PAD, UNKNOWN, START)  # never written
 
 
 @dataclass
 class Caption:
     words: list[int]  # without <start> and <end>
-    log_probability: float  # natural, summed over the words, <end> included where it was written
-    finished: bool  # False: nothing ended within max_length; this is the likeliest unfinished one
-    attention: Tensor | None  # (len(words), P) float32 on the CPU, a row a word; None where the decoder has none
-
-
-@dataclass
-class _Step:
-    """One step of all photos: hypothesis k of photo b wrote words[b, k], going on from parents[b, k]."""
-
-    words: Tensor  # (B, K) int64
-    parents: Tensor  # (B, K) int64, into the K of the step before
-    attention: Tensor | None  # (B, K of the step before, P)
+    log_probability: float  # natural, summed over the words, and <end> where it is finished
+    finished: bool  # False: nothing ended within max_length words; this is the likeliest unfinished hypothesis
+    attention: Tensor | None  # (len(words), P) float32 on the CPU, a row a word; None for a decoder without
 
 
 @torch.inference_mode()
 def beam_search(decoder: Decoder, grid: Grid, beam_size: int, max_length: int) -> list[Caption]:
-    """The likeliest caption of each photo, in the grid's order, of at most `max_length` words."""
-    state = decoder.begin(grid)
-    photos, device = len(grid), grid.cells.device
-    live = torch.arange(photos, device=device)  # (L,) which photos these rows are of
-    scores = torch.zeros(photos, 1, device=device)  # (L, K) of the live hypotheses; -inf: not live
-    words = torch.full((photos,), START, device=device)  # (L K,)
-    best = _Best.none(photos, device)
-    steps: list[_Step] = []
-    for number in range(max_length + 1):  # the last step can only end
-        step = decoder.step(words, state)
-        width, vocabulary = scores.shape[1], step.log_probabilities.shape[1]
-        log_probabilities = step.log_probabilities.view(len(live), width, vocabulary)
-        log_probabilities[:, :, FORBIDDEN] = -torch.inf
-        if number == max_length:
-            ends = scores + log_probabilities[:, :, END]
-            scores, parents = ends.max(1, keepdim=True)
-            chosen = torch.full_like(parents, END)
-        else:
-            candidates = (scores[:, :, None] + log_probabilities).flatten(1)  # (L, K V)
-            scores, places = candidates.topk(min(beam_size, candidates.shape[1]))
-            parents, chosen = places // vocabulary, places % vocabulary
-        steps.append(_in_full(photos, live, chosen, parents, step.attention))
-        ended = chosen == END
-        best.take(live, scores.masked_fill(~ended, -torch.inf), number)
-        if number == max_length:
+    """The likeliest caption of each photo of the grid, in its order, of at most `max_length` words.
+
+    One more step than words, so that a caption of `max_length` words can end. The decoder should be in eval mode.
+    Raises ValueError for a beam or a length below 1.
+    """
+    if beam_size < 1 or max_length < 1:
+        raise ValueError(f"a beam of {beam_size} and captions of {max_length} words: both must be 1 or more")
+    device = grid.cells.device
+    search = _Search(decoder.begin(grid), len(grid), device)
+    look_every = _look_every(device)
+    for number in range(max_length + 1):
+        search.advance(decoder, beam_size, only_ends=number == max_length)
+        if (number + 1) % look_every == 0 and not search.retire():
             break
-        unfinished = scores.masked_fill(ended, -torch.inf)
-        best.fall_back(live, unfinished, number)
-        scores, words = unfinished, chosen.flatten()
-        rows = (parents + torch.arange(len(live), device=device)[:, None] * width).flatten()
-        state = step.state.reorder(rows)
-        if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
-            going = scores.max(1).values > best.score[live]
-            left = int(going.sum())
-            if left == 0:
-                break
-            if left <= len(live) // 2:  # those that are done leave the batch
-                kept = going.nonzero()[:, 0]
-                rows = (kept[:, None] * scores.shape[1] + torch.arange(scores.shape[1], device=device)).flatten()
-                state, live, scores, words = state.keep(kept, rows), live[kept], scores[kept], words[rows]
-    return _unroll(steps, best)
+    return _unroll(search.history, search.best)
 
 
-@dataclass
+def _look_every(device: torch.device) -> int:
+    """Steps from one look for photos that are done to the next: each look waits until a GPU has done all its work."""
+    return 1 if device.type == "cpu" else 4
+
+
+class _Step(NamedTuple):
+    """Hypothesis k of photo b wrote words[b, k] while it looked at attention[b, k]; parents[b, k] wrote before it."""
+
+    words: Tensor  # (B, K) int64
+    parents: Tensor  # (B, K) int64, into the K of the step before
+    attention: Tensor | None  # (B, K, P)
+
+
 class _Best:
-    """The best hypothesis of each photo so far (B,): its score, and the step and place where it wrote its last word."""
+    """The best hypothesis of each photo so far; to begin with an unfinished one without words. All tensors (B,)."""
 
-    score: Tensor  # of the best finished one; -inf where there is none
-    step: Tensor
-    place: Tensor
-    finished: Tensor
-    unfinished_score: Tensor
+    def __init__(self, photos: int, device: torch.device):
+        self.log_probability = torch.zeros(photos, device=device)
+        self.finished = torch.zeros(photos, dtype=torch.bool, device=device)
+        self.step = torch.full((photos,), -1, device=device)  # the step at which it wrote its last word ...
+        self.place = torch.zeros(photos, dtype=torch.long, device=device)  # ... and its place in the beam there
 
-    @classmethod
-    def none(cls, photos: int, device: torch.device) -> _Best:
-        minus = torch.full((photos,), -torch.inf, device=device)
-        zeros = torch.zeros(photos, dtype=torch.long, device=device)
-        return cls(minus, zeros, zeros.clone(), zeros.bool(), minus.clone())
+    def to_beat(self, photos: Tensor) -> Tensor:
+        """What a hypothesis of these photos (L,) must exceed: the best finished one, -inf where there is none."""
+        return self.log_probability.masked_fill(~self.finished, -torch.inf)[photos]
 
-    def take(self, live: Tensor, scores: Tensor, number: int) -> None:
-        """Finished hypotheses (L, K), -inf for others: the best replaces a worse one."""
-        score, place = scores.max(1)
-        better = score > self.score[live]
-        self.score[live] = torch.where(better, score, self.score[live])
-        self.step[live] = torch.where(better, number, self.step[live])
-        self.place[live] = torch.where(better, place, self.place[live])
-        self.finished[live] |= better
-
-    def fall_back(self, live: Tensor, scores: Tensor, number: int) -> None:
-        """Live hypotheses (L, K): the best of the last step stands in where nothing has finished."""
-        score, place = scores.max(1)
-        none_yet = ~self.finished[live] & (score > -torch.inf)
-        self.unfinished_score[live] = torch.where(none_yet, score, self.unfinished_score[live])
-        self.step[live] = torch.where(none_yet, number, self.step[live])
-        self.place[live] = torch.where(none_yet, place, self.place[live])
+    def update(self, photos: Tensor, scores: Tensor, ended: Tensor, step: int) -> None:
+        """scores, ended (L, K): a better finished hypothesis wins; an unfinished one stands in while there is none."""
+        finished, place_of_finished = scores.masked_fill(~ended, -torch.inf).max(1)
+        unfinished, place_of_unfinished = scores.masked_fill(ended, -torch.inf).max(1)
+        to_beat = self.to_beat(photos)
+        wins = finished > to_beat
+        stands_in = ~wins & (to_beat == -torch.inf) & (unfinished > -torch.inf)
+        for old, new in (
+            (self.log_probability, torch.where(wins, finished, unfinished)),
+            (self.finished, wins),
+            (self.step, torch.full_like(photos, step)),
+            (self.place, torch.where(wins, place_of_finished, place_of_unfinished)),
+        ):
+            old[photos] = torch.where(wins | stands_in, new, old[photos])
 
 
-def _in_full(photos: int, live: Tensor, words: Tensor, parents: Tensor, attention: Tensor | None) -> _Step:
-    """The step with a row for every photo, those that are done included."""
-    if attention is not None:
-        attention = attention.view(len(live), -1, attention.shape[1])
-    if len(live) == photos:
-        return _Step(words, parents, attention)
-    spread = [
-        None if tensor is None else tensor.new_zeros(photos, *tensor.shape[1:]).index_copy_(0, live, tensor)
-        for tensor in (words, parents, attention)
-    ]
-    return _Step(*spread)
+class _Search:
+    """The hypotheses of a batch on their way."""
+
+    def __init__(self, state: State, photos: int, device: torch.device):
+        self.state = state
+        self.photos = torch.arange(photos, device=device)  # (L,) those still searched
+        self.words = torch.full((photos, 1), START, device=device)  # (L, K) just written
+        self.scores = torch.zeros(photos, 1, device=device)  # (L, K) log-probabilities; -inf: ended, or impossible
+        self.forbidden = torch.tensor(FORBIDDEN, device=device)
+        self.best = _Best(photos, device)
+        self.history: list[_Step] = []
+
+    def advance(self, decoder: Decoder, beam_size: int, only_ends: bool) -> None:
+        """Every hypothesis writes a word; at the last step (`only_ends`) what does not end is too long, and dropped."""
+        log_probabilities, attention, state = decoder.step(self.words.flatten(), self.state)
+        scores, parents, words = self._choose(log_probabilities, beam_size)
+        rows = self._rows(parents)
+        if attention is not None:
+            attention = attention.index_select(0, rows).unflatten(0, parents.shape)
+        ended = words == END
+        if only_ends:
+            scores = scores.masked_fill(~ended, -torch.inf)
+        self.best.update(self.photos, scores, ended, step=len(self.history))
+        self.history.append(_Step(*(self._for_all_photos(values) for values in (words, parents, attention))))
+        self.words, self.scores, self.state = words, scores.masked_fill(ended, -torch.inf), state.reorder(rows)
+
+    def retire(self) -> bool:
+        """Is any photo left that is not done? Those that are leave the batch once they are half of it."""
+        going = self.scores.amax(1) > self.best.to_beat(self.photos)
+        left = int(going.sum())
+        if 0 < left <= len(going) // 2:
+            kept = going.nonzero()[:, 0]
+            rows = torch.arange(self.scores.numel(), device=kept.device).view_as(self.scores)  # (L, K)
+            self.state = self.state.keep(kept, rows[kept].flatten())
+            self.photos, self.words, self.scores = self.photos[kept], self.words[kept], self.scores[kept]
+        return left > 0
+
+    def _choose(self, log_probabilities: Tensor, beam_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(L K, V) -> the best continuations: scores, parents, words (L, K'), where K' may be fewer than beam_size."""
+        vocabulary = log_probabilities.shape[1]
+        candidates = self.scores[:, :, None] + log_probabilities.unflatten(0, self.scores.shape)  # (L, K, V)
+        candidates.index_fill_(2, self.forbidden, -torch.inf)
+        candidates = candidates.flatten(1)
+        scores, places = candidates.topk(min(beam_size, candidates.shape[1]))
+        return scores, places // vocabulary, places % vocabulary
+
+    def _rows(self, places: Tensor) -> Tensor:
+        """Places in the beams (L, K') -> the decoder's rows (L K',)."""
+        first = torch.arange(len(places), device=places.device)[:, None] * self.scores.shape[1]
+        return (first + places).flatten()
+
+    def _for_all_photos(self, values: Tensor | None) -> Tensor | None:
+        """(L, K, ...) -> (B, K, ...), zero for photos that have left: history is read by photo."""
+        total = len(self.best.step)
+        if values is None or len(values) == total:
+            return values
+        return values.new_zeros(total, *values.shape[1:]).index_copy_(0, self.photos, values)
 
 
-def _unroll(steps: list[_Step], best: _Best) -> list[Caption]:
+def _unroll(history: list[_Step], best: _Best) -> list[Caption]:
     """Follow the parents back from each photo's best hypothesis."""
-    photos, place = torch.arange(len(best.step), device=best.step.device), best.place
+    photos, place = torch.arange(len(best.place), device=best.place.device), best.place
     words, attentions = [], []
-    for number in range(len(steps) - 1, -1, -1):
-        step = steps[number]
-        here = number <= best.step  # earlier than the end of this photo's caption
-        at = torch.where(here, place, 0)
-        words.append(torch.where(here, step.words[photos, at], PAD))
-        parent = step.parents[photos, at]
+    for number in reversed(range(len(history))):
+        step = history[number]
+        words.append(step.words[photos, place])
         if step.attention is not None:
-            attentions.append(step.attention[photos, parent])
-        place = torch.where(here, parent, place)
-    words = torch.stack(words[::-1], 1).cpu()
+            attentions.append(step.attention[photos, place])
+        place = torch.where(number <= best.step, step.parents[photos, place], place)  # before that: not yet on its way
+    words = torch.stack(words[::-1], 1).tolist()
     attentions = torch.stack(attentions[::-1], 1).float().cpu() if attentions else [None] * len(words)
-    scores = torch.where(best.finished, best.score, best.unfinished_score).tolist()
+    lengths = best.step + (~best.finished).long()  # the last word of a finished hypothesis is <end>
     captions = []
-    for row, score, finished, end, attention in zip(
-        words.tolist(), scores, best.finished.tolist(), best.step.tolist(), attentions, strict=True
+    for row, length, score, finished, attention in zip(
+        words, lengths.tolist(), best.log_probability.tolist(), best.finished.tolist(), attentions, strict=True
     ):
-        length = end if finished else end + 1  # the last word of a finished one is <end>
-        captions.append(Caption(row[:length], score, finished, None if attention is None else attention[:length]))
+        own = None if attention is None else attention[:length].clone()  # a view would keep the whole batch's alive
+        captions.append(Caption(row[:length], score, finished, own))
     return captions
