@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from captioning.batches import Batch, CachedPhotos, LivePhotos, plan_batches, shuffled
 from captioning.beam_search import beam_search
-from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.checkpoint import load_checkpoint, save_checkpoint, to_resume
 from captioning.decoders import DECODERS, build_decoder, load_decoder
 from captioning.device import autocast, pick_device, pick_precision, restore_rng, rng_state
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
@@ -38,8 +38,6 @@ from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 VALIDATION_CAPTIONS = 160  # a batch: validation keeps no gradients, so it may be larger
 LOOK_EVERY = 20  # batches: each look at a GPU's loss waits for the GPU
 BEST = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "loss": "val_loss"}
-MAY_CHANGE = {"epochs", "patience", "val_photos", "save_every", "precision", "device", "workers", "resume",
-              "overwrite", "allow_missing", "features", "start_from"}  # between a run and its --resume  # fmt: skip
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Progress:
 
 def main(config: Train) -> None:
     device = pick_device(config.device)
-    saved = start(config)
+    saved = to_resume(config.folder, as_plain_data(config))
     vocabulary = Vocabulary.load(config.data / VOCABULARY_FILE)
     photos = list(read_captions(config.data))
     train = photos_of(photos, "train", config.data)
@@ -83,25 +81,6 @@ def main(config: Train) -> None:
         log.start(trainer.describe())
         with StopRequest() as stop:
             trainer.fit(log, stop)
-
-
-def start(config: Train) -> dict | None:
-    """The checkpoint to resume from, or None for a new run. Raises UserError where the two are mixed up."""
-    last = config.folder / "last.pt"
-    if not config.resume:
-        if last.exists() and not config.overwrite:
-            raise UserError(f"{config.folder}: is there already; go on with --resume, or start anew with --overwrite")
-        return None
-    if not last.exists():
-        return None  # killed before its first checkpoint: it starts again
-    saved = load_checkpoint(last)
-    for name, value in as_plain_data(config).items():
-        if name not in MAY_CHANGE and saved["config"].get(name, value) != value:
-            flag, was = "--" + name.replace("_", "-"), saved["config"][name]
-            raise UserError(
-                f"{flag} {value}: {config.folder} was trained with {was}; resume it with that, or name a new --run"
-            )
-    return saved
 
 
 def live_encoder(config: Train, train: list[Photo], saved: dict | None) -> Encoder:

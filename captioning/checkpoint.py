@@ -15,6 +15,9 @@ import torch
 from config import UserError
 
 FORMAT = "kantu checkpoint 1"
+# Settings that may differ between a run and its --resume: they decide how it is computed, not what.
+MAY_CHANGE = {"epochs", "patience", "val_photos", "save_every", "precision", "device", "workers", "resume", "overwrite",
+              "allow_missing", "features", "start_from"}  # fmt: skip
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -61,6 +64,27 @@ def load_checkpoint(path: Path) -> dict:
             f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); train again"
         )
     return checkpoint
+
+
+def to_resume(folder: Path, config: dict) -> dict | None:
+    """The checkpoint to go on from, or None for a new run. config: train.py's, as plain data.
+
+    Raises UserError where a run would be lost, or would go on with other settings than it began with.
+    """
+    last = folder / "last.pt"
+    if not config["resume"]:
+        if last.exists() and not config["overwrite"]:
+            raise UserError(f"{folder}: is there already; go on with --resume, or start anew with --overwrite")
+        return None
+    if not last.exists():
+        return None  # killed before its first checkpoint: it starts again
+    saved = load_checkpoint(last)
+    for name, value in config.items():
+        was = saved["config"].get(name, value)
+        if name not in MAY_CHANGE and was != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: {folder} was trained with {was}; resume with that, or name a new --run")
+    return saved
 
 
 def _first_line(error: Exception) -> str:

@@ -166,6 +166,7 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtyp
     """A contiguous dataset whose place is fixed now; features are not filled, since every row will be written."""
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plan.set_layout(h5py.h5d.CONTIGUOUS)
+    plan.set_obj_track_times(False)  # the same photos give the same file, to the bit
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if name == "done" else h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape)

@@ -42,9 +42,12 @@ class Log:
             {"event": "start", "time": now, "commit": _commit(), "versions": versions, **described, "config": config}
         )
         millions = described["decoder_parameters"] / 1e6
-        print(f"{self.path.parent}: {self.config.decoder}, {millions:.1f} million parameters, "
-              f"{described['train_photos']:,} photos to train on, {described['val_photos']:,} to validate, "
-              f"{described['vocabulary']:,} words; {described['device']}, {described['precision']}", flush=True)  # fmt: skip
+        print(
+            f"{self.path.parent}: {self.config.decoder}, {millions:.1f} million parameters, "
+            f"{described['train_photos']:,} photos to train on, {described['val_photos']:,} to validate, "
+            f"{described['vocabulary']:,} words; {described['device']}, {described['precision']}",
+            flush=True,
+        )
 
     def epoch(self, figures: dict, better: bool) -> None:
         self._line({"event": "epoch", **figures, "best": better})

@@ -7,8 +7,6 @@ the document frequencies of the references given. References are the words thems
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import shutil
 import subprocess
@@ -42,14 +40,13 @@ def score(
         raise ValueError(f"no references for {alone[0]}")
     ours = {photo: [_joined(words) for words in references[photo]] for photo in theirs}
     scores: dict[str, float | str] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # the scorers print their lengths
-        if any(name.startswith("BLEU") for name in only):
-            bleu, _ = Bleu(4).compute_score(ours, theirs, verbose=0)
-            scores |= {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu, 1)}
-        if "ROUGE-L" in only:
-            scores["ROUGE-L"] = 100 * float(Rouge().compute_score(ours, theirs)[0])
-        if "CIDEr-D" in only:
-            scores["CIDEr-D"] = 100 * float(Cider().compute_score(ours, theirs)[0])
+    if any(name.startswith("BLEU") for name in only):
+        bleu, _ = Bleu(4).compute_score(ours, theirs, verbose=0)
+        scores |= {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu, 1)}
+    if "ROUGE-L" in only:
+        scores["ROUGE-L"] = 100 * float(Rouge().compute_score(ours, theirs)[0])
+    if "CIDEr-D" in only:
+        scores["CIDEr-D"] = 100 * float(Cider().compute_score(ours, theirs)[0])
     if "METEOR" in only:
         scores["METEOR"] = _meteor(ours, theirs, language)
     return {name: scores[name] for name in NAMES if name in only}
@@ -136,4 +133,5 @@ def _ask_meteor(command: list[str], questions: list[str]) -> float:
 
 
 def _meteor_text(text: str) -> str:
-    return text.replace("|||", "").strip() or "."
+    """METEOR's own separator would end the caption; an empty caption is scored as one."""
+    return " ".join(text.replace("|||", "").split())

@@ -31,7 +31,8 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
         photo = Image.fromarray(np.asarray(a_photo().convert("L")).astype(np.uint16) * 257)
     else:
         photo = a_photo().convert(mode)
-    path = tmp_path / ("photo.tif" if mode in ("CMYK", "I;16", "LA", "YCbCr") else "photo.png")
+    ending = {"CMYK": "jpg", "YCbCr": "jpg", "I;16": "tif", "LA": "tif"}.get(mode, "png")
+    path = tmp_path / f"photo.{ending}"
     photo.save(path)
     opened = open_photo(path)
     assert opened.mode == "RGB" and opened.size == (90, 60)

@@ -1,7 +1,9 @@
 """Scores equal coco-caption's, and the formulae of their papers written out."""
 
 import math
+import os
 import shutil
+import time
 from collections import Counter
 
 import pytest
@@ -12,11 +14,12 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from captioning import metrics
 from captioning.metrics import by_character, format_table, score, score_table
 
 PURE = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 caption = st.lists(st.sampled_from("abcde"), min_size=1, max_size=8)
-corpus = st.lists(st.tuples(caption, st.lists(caption, min_size=1, max_size=4)), min_size=2, max_size=6)
+corpus = st.lists(st.tuples(caption, st.lists(caption, min_size=1, max_size=4)), min_size=1, max_size=6)
 
 
 def split(pairs):
@@ -70,6 +73,60 @@ def test_cider_d_is_the_papers_formula(pairs):
     candidates, references = split(pairs)
     found = score(candidates, references, only=("CIDEr-D",))["CIDEr-D"]
     assert found == pytest.approx(100 * plain_cider_d(candidates, references), abs=1e-6)
+
+
+def plain_bleu(candidates, references, order):
+    """Papineni et al. 2002, over the corpus; the reference nearest in length, the shorter of two. 1e-15 and 1e-9 are
+    coco-caption's guards against a division by zero: they show where no n-gram matches, or none is there."""
+    logs, length, nearest = 0.0, 0, 0
+    for n in range(1, order + 1):
+        right = total = 0
+        for photo, words in candidates.items():
+            most = Counter()
+            for reference in references[photo]:
+                most |= grams(reference, n)
+            right += (grams(words, n) & most).total()
+            total += max(0, len(words) - n + 1)
+        logs += math.log((right + 1e-15) / (total + 1e-9))
+    for photo, words in candidates.items():
+        length += len(words)
+        nearest += min((abs(len(r) - len(words)), len(r)) for r in references[photo])[1]
+    return math.exp(logs / order + min(0, 1 - nearest / length))
+
+
+def plain_rouge_l(candidates, references):
+    """Lin 2004 with beta 1.2: the best precision and the best recall, even of different references."""
+
+    def common(a, b):
+        if not a or not b:
+            return 0
+        if a[0] == b[0]:
+            return 1 + common(a[1:], b[1:])
+        return max(common(a[1:], b), common(a, b[1:]))
+
+    values = []
+    for photo, words in candidates.items():
+        precision = max(common(words, r) / len(words) for r in references[photo])
+        recall = max(common(words, r) / len(r) for r in references[photo])
+        values.append(2.44 * precision * recall / (recall + 1.44 * precision) if precision else 0)
+    return sum(values) / len(values)
+
+
+@settings(max_examples=30)
+@given(corpus)
+def test_bleu_is_the_papers_formula_also_on_short_captions(pairs):
+    candidates, references = split(pairs)
+    found = score(candidates, references, only=PURE[:4])
+    for order in (1, 2, 3, 4):
+        assert found[f"BLEU-{order}"] == pytest.approx(100 * plain_bleu(candidates, references, order), abs=1e-5)
+
+
+@settings(max_examples=30)
+@given(corpus)
+def test_rouge_l_is_the_papers_formula(pairs):
+    candidates, references = split(pairs)
+    found = score(candidates, references, only=("ROUGE-L",))["ROUGE-L"]
+    assert found == pytest.approx(100 * plain_rouge_l(candidates, references), abs=1e-6)
 
 
 long_caption = st.lists(st.sampled_from("ab"), min_size=4, max_size=9)
@@ -129,12 +186,33 @@ def test_meteor_is_skipped_with_a_reason_where_there_is_no_java(monkeypatch):
     assert "needs Java" in score({"1": ["a"]}, {"1": [["a"]]})["METEOR"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the false Java is a shell script")
+@pytest.mark.parametrize(
+    "script",
+    ["exit 1", "echo no such jar", "while read -r line; do echo nonsense; done", "exec /bin/sleep 60"],
+    ids=["fails", "ends early", "talks nonsense", "hangs"],
+)
+def test_meteor_is_skipped_with_a_reason_where_java_does_not_work(script, tmp_path, monkeypatch):
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(metrics, "METEOR_SECONDS", 0.5)
+    before = time.monotonic()
+    found = score({str(i): ["a"] for i in range(50)}, {str(i): [["a"]] for i in range(50)}, only=("METEOR",))
+    assert found["METEOR"].startswith("skipped: METEOR did not run (")
+    assert time.monotonic() - before < 30
+
+
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
-def test_meteor_is_coco_captions():
+def test_meteor_is_coco_captions_also_with_an_empty_caption():
     from pycocoevalcap.meteor.meteor import Meteor
 
-    candidates = {"1": "a dog runs on grass".split(), "2": "two men".split()}
-    references = {"1": ["a dog is running on the grass".split(), "a dog".split()], "2": ["two men are walking".split()]}
-    theirs, _ = Meteor().compute_score({k: [" ".join(r) for r in v] for k, v in references.items()},
-                                       {k: [" ".join(v)] for k, v in candidates.items()})  # fmt: skip
-    assert score(candidates, references, only=("METEOR",))["METEOR"] == pytest.approx(100 * theirs, abs=1e-6)
+    candidates = {"1": "a dog runs on grass".split(), "2": "two men ||| walk".split(), "3": []}
+    references = {"1": ["a dog is running on the grass".split(), "a dog".split()], "2": ["two men are walking".split()],
+                  "3": [["a"], ["a", "cat"]]}  # fmt: skip
+    plain = Meteor()  # reads its tables while ours does: both take seconds
+    found = score(candidates, references, only=("METEOR",))["METEOR"]
+    theirs, _ = plain.compute_score({k: [" ".join(r) for r in v] for k, v in references.items()},
+                                    {k: [" ".join(v)] for k, v in candidates.items()})  # fmt: skip
+    assert found == pytest.approx(100 * theirs, abs=1e-6)

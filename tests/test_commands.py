@@ -1,0 +1,408 @@
+"""The commands as a user runs them, on a small data set: extract, train, resume, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import models
+
+import extract_features
+import generate
+import train
+from captioning.captioner import Captioner
+from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.feature_cache import FeatureReader
+from captioning.images import Transform, open_photo
+from config import ExtractFeatures, Generate, Train, UserError
+from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
+from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
+
+HOUSE = Path(__file__).parents[1]
+ENCODER = {"encoder": "resnet18.layer2", "weights": "random", "image_size": 64, "workers": 0, "precision": "float32"}
+TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "batch_size": 6, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="session")
+def made(small_data, tmp_path_factory):
+    """The small data set with cached features, and a run of each decoder on them -> the folder they lie in."""
+    folder = small_data.parents[1]
+    before = os.getcwd()
+    os.chdir(folder)
+    extract_features.main(ExtractFeatures(small_data, **ENCODER))
+    for decoder in ("attention", "lstm"):
+        train.main(Train(Path("data/small"), decoder, decoder=decoder, epochs=3, precision="float32", **TINY))
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def weights(run):
+    return load_checkpoint(Path("checkpoints") / run / "last.pt")["decoder"]["state"]
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---- extract_features.py
+
+
+def test_every_row_is_the_tutorials_encoder_to_half_precision(here, tmp_path):
+    """torchvision's body, AdaptiveAvgPool2d(14), NHWC; in batches of one, where the file was made in batches."""
+    torch.manual_seed(1)
+    model = models.resnet18().eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    extract_features.main(ExtractFeatures(Path("data/small"), "resnet18", str(tmp_path / "weights.pth"), 64, workers=0,
+                                          precision="float32", batch_size=7, out=tmp_path / "f.h5"))  # fmt: skip
+    body, transform = torch.nn.Sequential(*list(model.children())[:-2]), Transform(64)
+    with h5py.File(tmp_path / "f.h5") as file, torch.no_grad():
+        for row, photo in enumerate(read_captions(Path("data/small"))):
+            pixels = np.asarray(open_photo(photo.image).resize((64, 64), Image.Resampling.BILINEAR))
+            x = torch.from_numpy(pixels / 255).permute(2, 0, 1).float()
+            x = (x - torch.tensor(transform.mean)[:, None, None]) / torch.tensor(transform.std)[:, None, None]
+            expected = F.adaptive_avg_pool2d(body(x[None]), 14).permute(0, 2, 3, 1)[0]
+            torch.testing.assert_close(torch.from_numpy(file["features"][row]).float(), expected, rtol=2e-3, atol=2e-3)
+            mean = expected.mean((0, 1))
+            torch.testing.assert_close(torch.from_numpy(file["pooled"][row]), mean, rtol=1e-4, atol=1e-4)
+            assert file["images"].asstr()[row] == photo.id
+
+
+def test_native_cells_and_the_14x14_file_train_to_the_same_losses(here, tmp_path):
+    extract_features.main(ExtractFeatures(Path("data/small"), **ENCODER, grid="native", out=tmp_path / "native.h5"))
+    assert (tmp_path / "native.h5").stat().st_size < Path("data/small/features.h5").stat().st_size / 2
+    train.main(
+        Train(Path("data/small"), "native", features=tmp_path / "native.h5", epochs=3, precision="float32", **TINY)
+    )
+    for line, other in zip(log_of("native"), log_of("attention"), strict=True):
+        assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (Path("checkpoints") / run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "epoch"]
+
+
+def test_a_killed_extraction_goes_on_and_ends_bit_equal(here, tmp_path):
+    command = [sys.executable, HOUSE / "extract_features.py", "data/small", "--encoder", "resnet18.layer2", "--weights",
+               "random", "--image-size", "64", "--precision", "float32", "--workers", "0", "--batch-size", "2",
+               "--out", tmp_path / "killed.h5"]  # fmt: skip
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "killed.h5").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    extract_features.main(
+        ExtractFeatures(Path("data/small"), **{**ENCODER, "batch_size": 2}, out=tmp_path / "killed.h5")
+    )
+    extract_features.main(
+        ExtractFeatures(Path("data/small"), **{**ENCODER, "batch_size": 2}, out=tmp_path / "whole.h5")
+    )
+    assert (tmp_path / "killed.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_unreadable_photos_are_skipped_up_to_the_allowed_share(here, tmp_path, monkeypatch, capsys):
+    photos = list(read_captions(Path("data/small")))
+    Path(tmp_path / "data").mkdir()
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no photo")
+    write_captions(
+        tmp_path / "data" / CAPTIONS_FILE, [*photos[:-1], type(photos[0])(str(broken), "b", "val", (("a",),))]
+    )
+    with pytest.raises(UserError, match="broken.jpg.*--allow-missing"):
+        extract_features.main(ExtractFeatures(tmp_path / "data", **ENCODER))
+    extract_features.main(ExtractFeatures(tmp_path / "data", **ENCODER, allow_missing=0.1))
+    assert "skipped: " in capsys.readouterr().out
+    assert FeatureReader(tmp_path / "data" / "features.h5").done().sum() == len(photos) - 1
+
+
+# ---- train.py
+
+
+def test_training_learns_and_logs(here):
+    for run in ("attention", "lstm"):
+        epochs = log_of(run)
+        assert epochs[-1]["val_loss"] < epochs[0]["val_loss"]
+        assert {"top5", "BLEU-4", "CIDEr-D", "waiting", "captions_per_second", "learning_rate"} <= set(epochs[0])
+        start = json.loads((Path("checkpoints") / run / "log.jsonl").read_text().splitlines()[0])
+        assert {"versions", "device", "config", "encoder", "commit"} <= set(start)
+
+
+@pytest.mark.parametrize("decoder", ["attention", "lstm"])
+def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
+    run, setting = f"resumed-{decoder}", {"decoder": decoder, "precision": "float32", **TINY}
+    train.main(Train(Path("data/small"), run, epochs=1, **setting))
+    train.main(Train(Path("data/small"), run, epochs=3, resume=True, **setting))
+    assert same(weights(run), weights(decoder))
+    assert [line["train_loss"] for line in log_of(run)] == [line["train_loss"] for line in log_of(decoder)]
+
+
+def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_weights(here, monkeypatch):
+    setting = {"epochs": 3, "precision": "float32", **TINY}
+    steps, plain = [], train.Trainer.train_step
+
+    def stop_at_the_seventh(self, batch):
+        steps.append(batch)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch)
+
+    monkeypatch.setattr(train.Trainer, "train_step", stop_at_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(Train(Path("data/small"), "stopped", **setting))
+    progress = load_checkpoint(Path("checkpoints/stopped/last.pt"))["progress"]
+    assert progress["epoch"] * len(steps) + progress["step"] == 7 or progress["step"] > 0
+    train.main(Train(Path("data/small"), "stopped", resume=True, **setting))
+    assert same(weights("stopped"), weights("attention"))
+    assert [line["train_loss"] for line in log_of("stopped")] == pytest.approx(
+        [line["train_loss"] for line in log_of("attention")]
+    )
+
+
+def test_patience_ends_a_run_that_no_longer_improves(here):
+    train.main(
+        Train(
+            Path("data/small"),
+            "patient",
+            epochs=9,
+            patience=1,
+            learning_rate=1e-9,
+            **{k: v for k, v in TINY.items() if k != "learning_rate"},
+        )
+    )
+    assert len(log_of("patient")) == 2
+
+
+def test_the_best_checkpoint_is_chosen_by_the_named_score(here):
+    train.main(Train(Path("data/small"), "by-loss", epochs=3, best="loss", **TINY))
+    losses = [line["val_loss"] for line in log_of("by-loss")]
+    assert load_checkpoint(Path("checkpoints/by-loss/best.pt"))["progress"]["best"] == pytest.approx(-min(losses))
+
+
+def test_the_learning_rate_decays_in_steps(here):
+    train.main(Train(Path("data/small"), "decays", epochs=4, decay=0.5, decay_every=2, **TINY))
+    assert [line["learning_rate"] for line in log_of("decays")] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
+
+
+def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
+    setting = {"fine_tune": True, "weights": "random", "encoder": "resnet18.layer2", "image_size": 64, "workers": 0}
+    train.main(Train(Path("data/small"), "tuned", epochs=1, **setting, **TINY))
+    tuned = load_checkpoint(Path("checkpoints/tuned"))
+    extract_features.main(
+        ExtractFeatures(Path("data/small"), weights="checkpoints/tuned", workers=0, out=Path("data/tuned.h5"))
+    )
+    reader = FeatureReader(Path("data/tuned.h5"))
+    assert (
+        reader.attributes["weights_sha256"]
+        == tuned["encoder"]["sha256"]
+        != FeatureReader(Path("data/small/features.h5")).attributes["weights_sha256"]
+    )
+    train.main(
+        Train(
+            Path("data/small"),
+            "again",
+            epochs=1,
+            features=Path("data/tuned.h5"),
+            start_from=Path("checkpoints/tuned"),
+            **TINY,
+        )
+    )
+    with pytest.raises(UserError, match="another encoder"):
+        train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **TINY))
+
+
+def test_live_and_cached_features_give_the_same_losses_and_gradients(here):
+    """The decoder cannot tell a Grid from the cache from one of the live encoder."""
+    captioner = Captioner.load("checkpoints/attention", precision="float32")
+    reader, photos = FeatureReader(Path("data/small/features.h5")), list(read_captions(Path("data/small")))[:4]
+    cached = reader.read(np.array([reader.rows[photo.id] for photo in photos])).to(torch.device("cpu"), torch.float32)
+    live = captioner.encoder(
+        torch.stack([captioner.encoder.transform.squash(open_photo(photo.image)) for photo in photos])
+    )
+    torch.testing.assert_close(cached.cells, live.cells, rtol=2e-3, atol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_photos(here, monkeypatch):
+    plain = train.Trainer.train_step
+    monkeypatch.setattr(
+        train.Trainer,
+        "train_step",
+        lambda self, batch: plain(self, batch)._replace(objective=torch.tensor(float("nan"))),
+    )
+    with pytest.raises(UserError, match="nan.*photo.*--learning-rate"):
+        train.main(Train(Path("data/small"), "nan", epochs=1, **TINY))
+
+
+# ---- generate.py
+
+
+def test_a_photo_a_folder_and_a_split_are_captioned(here, capsys):
+    generate.main(Generate(Path("checkpoints/attention"), (Path("data/small/photos/0.png"),), precision="float32"))
+    one = capsys.readouterr().out.splitlines()
+    assert len(one) == 1 and one[0].startswith("data/small/photos/0.png: ")
+    generate.main(Generate(Path("checkpoints/attention"), (Path("data/small/photos"),), workers=0, precision="float32"))
+    assert one[0] in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("run", ["attention", "lstm"])
+def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, tmp_path, run):
+    def results(name, **more):
+        generate.main(
+            Generate(
+                Path("checkpoints") / run,
+                data=Path("data/small"),
+                json=tmp_path / name,
+                workers=0,
+                precision="float32",
+                **more,
+            )
+        )
+        return json.loads((tmp_path / name).read_text())
+
+    cached = results("cached.json", scores=tmp_path / "scores.json")
+    assert [line["image_id"] for line in cached] == ["photo5", "photo11", "photo17", "photo23"]
+    assert all(isinstance(line["caption"], str) for line in cached)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["photos"] == 4 and scores["tokenizer"] == "whitespace" and 0 <= scores["word"]["BLEU-1"] <= 100
+    Path("data/small/features.h5").rename("data/small/aside.h5")
+    try:
+        assert results("live.json") == cached
+    finally:
+        Path("data/small/aside.h5").rename("data/small/features.h5")
+    assert len(results("two.json", limit=2)) == 2
+
+
+def test_batched_captions_equal_those_of_one_photo_at_a_time(here):
+    captioner = Captioner.load("checkpoints/attention", precision="float32")
+    paths = sorted(Path("data/small/photos").glob("*.png"))[:5]
+    together = [caption.text for caption in captioner.caption(paths)]
+    assert together == [captioner.caption([path])[0].text for path in paths]
+    images = [Image.open(path) for path in paths]
+    assert together == [caption.text for caption in captioner.caption(images)]
+
+
+def test_pictures_of_attention_are_drawn(here, tmp_path):
+    generate.main(
+        Generate(Path("checkpoints/attention"), (Path("data/small/photos/0.png"),), pictures=tmp_path / "drawn")
+    )
+    (picture,) = (tmp_path / "drawn").iterdir()
+    assert Image.open(picture).width > 200
+    with pytest.raises(UserError, match="does not attend"):
+        generate.main(Generate(Path("checkpoints/lstm"), (Path("data/small/photos/0.png"),), pictures=tmp_path))
+
+
+def test_a_checkpoint_needs_no_other_file(here, tmp_path):
+    """Random encoder weights, vocabulary and transform all travel in it."""
+    photo = Path("data/small/photos/3.png").resolve()
+    expected = Captioner.load("checkpoints/attention", precision="float32").caption([photo])[0].text
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(Path("checkpoints/attention/best.pt").read_bytes())
+    os.chdir(tmp_path)
+    assert Captioner.load(moved, precision="float32").caption([photo])[0].text == expected
+
+
+# ---- what users get wrong: one line each, and nothing harmed
+
+
+def test_features_of_another_data_set_are_refused(here, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    photos = [type(p)(p.image, "x" + p.id, p.split, p.captions) for p in read_captions(Path("data/small"))]
+    write_captions(other / CAPTIONS_FILE, photos)
+    Vocabulary.load(Path("data/small") / VOCABULARY_FILE).save(other / VOCABULARY_FILE)
+    with pytest.raises(UserError, match="another data set.*extract_features.py"):
+        train.main(Train(other, "other", features=Path("data/small/features.h5"), **TINY))
+
+
+def test_a_run_is_not_overwritten_or_resumed_by_mistake(here):
+    with pytest.raises(UserError, match="--resume.*--overwrite"):
+        train.main(Train(Path("data/small"), "attention", **TINY))
+    with pytest.raises(UserError, match="--hidden-size 99.*trained with 24"):
+        train.main(Train(Path("data/small"), "attention", resume=True, epochs=9, **{**TINY, "hidden_size": 99}))
+
+
+def test_another_vocabulary_is_refused_with_both_sizes(here, tmp_path):
+    vocabulary = Vocabulary.build([["a", "square"]], language="en", tokenizer="whitespace", min_count=1, max_words=9)
+    write_captions(tmp_path / CAPTIONS_FILE, read_captions(Path("data/small")))
+    vocabulary.save(tmp_path / VOCABULARY_FILE)
+    with pytest.raises(UserError, match="vocabulary.*words"):
+        train.main(
+            Train(
+                tmp_path,
+                "start",
+                features=Path("data/small/features.h5"),
+                start_from=Path("checkpoints/attention"),
+                **TINY,
+            )
+        )
+
+
+@pytest.mark.parametrize("content", ["text", "pickle", "foreign", "nothing"])
+def test_a_checkpoint_that_is_not_ours_is_refused_and_never_run(here, tmp_path, content):
+    path, proof = tmp_path / "best.pt", tmp_path / "executed"
+    if content == "text":
+        path.write_text("hello")
+    elif content == "pickle":
+
+        class Evil:
+            def __reduce__(self):
+                return (os.mkdir, (str(proof),))
+
+        torch.save({"format": Evil()}, path)
+    elif content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError) as error:
+        generate.main(Generate(path, (Path("data/small/photos/0.png"),)))
+    assert "\n" not in str(error.value) and not proof.exists()
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space"):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train.py", "data/none", "--run", "x"], "vocab.json"),
+        (["train.py", "data/small", "--run", "x", "--device", "cuda:7"], "--device cuda:7"),
+        (["train.py", "data/small", "--run", "../x"], "--run"),
+        (["train.py", "data/small", "--run", "x", "--epochs", "0"], "--epochs 0"),
+        (["generate.py", "checkpoints/none", "a.jpg"], "checkpoints/none"),
+        (["generate.py", "checkpoints/attention", "none.jpg"], "none.jpg"),
+        (["extract_features.py", "data/small", "--encoder", "resnet9"], "resnet9"),
+        (["extract_features.py", "data/small", "--weights", "none.pth"], "none.pth"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_on_stderr_and_status_1(here, monkeypatch, capsys, arguments, words):
+    commands = {"train.py": (Train, train.work), "generate.py": (Generate, generate.work),
+                "extract_features.py": (ExtractFeatures, extract_features.main)}  # fmt: skip
+    import config
+
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        config.run(*commands[arguments[0]])
+    assert isinstance(stop.value.code, str), "sys.exit with a text: printed on stderr, status 1"
+    assert stop.value.code.startswith("error: ") and words in stop.value.code and "\n" not in stop.value.code
