@@ -18,10 +18,14 @@ WORDS = 3  # beside the four special ones
 seeds = st.integers(0, 10_000)
 
 
+def digits(words):
+    return int("".join(map(str, words)))
+
+
 class Table:
     """log p(next | photo, the whole prefix) from random tables, made when asked for. Cells hold the photo's number.
 
-    Attention tells what is written next: the photo, the length of the prefix and its last word.
+    Attention tells what is continued: the photo, and the digits of the whole prefix.
     """
 
     sees_cells = True
@@ -31,8 +35,7 @@ class Table:
         self.rows, self.seen = {}, []
 
     def make_row(self, photo, prefix):
-        digits = int("".join(map(str, [photo + 1, *prefix])))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + digits) % 2**62)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + digits([photo + 1, *prefix])) % 2**62)
         scores = torch.randn(self.vocabulary, generator=generator)
         if self.levels:
             scores = (scores * self.levels).round() / self.levels
@@ -56,7 +59,7 @@ class Table:
         photos = state.photos[0].repeat_interleave(len(prefixes) // len(state.photos[0])).tolist()
         self.seen.append([(photo, *prefix) for photo, prefix in zip(photos, prefixes.tolist(), strict=True)])
         scores = torch.stack([self.row(photo, prefix) for photo, *prefix in self.seen[-1]])
-        attention = torch.tensor([[float(photo), len(prefix), prefix[-1]] for photo, *prefix in self.seen[-1]])
+        attention = torch.tensor([[float(photo), digits(prefix)] for photo, *prefix in self.seen[-1]])
         return Step(scores, attention, State(state.photos, (prefixes,)))
 
 
@@ -87,6 +90,22 @@ def greedy(table, photo, max_length):
         prefix.append(word)
 
 
+def plain_beam(table, photo, beam_size, max_length):
+    """The definition, without a batch and without stopping early."""
+    live, finished, longest = [(0.0, [])], [], [(0.0, [])]
+    for step in range(max_length + 1):
+        candidates = [
+            (score + float(table.row(photo, [START, *words])[word]), [*words, word])
+            for score, words in live
+            for word in range(END, table.vocabulary)
+        ]
+        kept = sorted((c for c in candidates if c[0] > -torch.inf), reverse=True)[:beam_size]
+        finished += [c for c in kept if c[1][-1] == END]
+        live = [c for c in kept if c[1][-1] != END]
+        longest = live if live and step < max_length else longest
+    return (max(finished)[1][:-1], True) if finished else (max(longest)[1], False)
+
+
 def same(found, expected):
     assert (found.words, found.finished) == (expected.words, expected.finished)
     assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-5)
@@ -114,7 +133,15 @@ def test_a_beam_of_one_equals_greedy(seed, max_length):
         assert (found.words, found.finished) == greedy(table, photo, max_length)
 
 
-@settings(max_examples=25)
+@settings(max_examples=60)
+@given(seeds, st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.0, 0.4]))
+def test_a_beam_of_any_width_equals_the_definition_written_plainly(seed, beam_size, max_length, impossible):
+    table = Table(seed, end=-0.5, impossible=impossible)
+    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2, 3), beam_size, max_length)):
+        assert (found.words, found.finished) == plain_beam(table, photo, beam_size, max_length)
+
+
+@settings(max_examples=15)
 @given(seeds, st.integers(1, 5), st.sampled_from([None, 1]), st.sampled_from([0.0, 0.4]), st.sampled_from([1, 3, 4]))
 def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, look_every):
     """Also with many equal scores, with impossible words, and where the looks are as rare as on a GPU."""
@@ -173,13 +200,13 @@ def test_the_likeliest_unfinished_hypothesis_stands_in(seed):
     assert found.log_probability == pytest.approx(best, abs=1e-5)
 
 
-@settings(max_examples=15)
+@settings(max_examples=40)
 @given(seeds, st.integers(1, 4))
 def test_attention_rows_belong_to_their_words(seed, beam_size):
     for photo, found in enumerate(beam_search(Table(seed, end=-1.0), grid_of(0, 1, 2, 3), beam_size, 6)):
-        before = [START, *found.words][: len(found.words)]
+        before = [[photo, digits([START, *found.words[:i]])] for i in range(len(found.words))]
         assert found.attention.dtype == torch.float32
-        assert found.attention.tolist() == [[photo, length, word] for length, word in enumerate(before, 1)]
+        assert found.attention.tolist() == before
 
 
 def test_a_decoder_without_attention_gives_none():
@@ -247,7 +274,7 @@ def test_a_finished_hypothesis_does_not_hide_a_better_one_that_ends_later():
     class Late(Table):
         def make_row(self, photo, prefix):
             row = torch.full((self.vocabulary,), -9.0)
-            row[[END, 4]] = torch.tensor([-1.0, -0.5]) if len(prefix) == 1 else torch.tensor([-0.1, -5.0])
+            row[[END, 4]] = torch.tensor([-0.7, -0.5]) if len(prefix) == 1 else torch.tensor([-0.1, -5.0])
             return row
 
     found = beam_search(Late(0), grid_of(0), 2, 5)[0]
