@@ -10,15 +10,23 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "METEOR")
-METEOR_SECONDS = 600  # a Java that does not answer is ended
+METEOR_SECONDS = 600  # a Java that does not answer for so long is ended; first it reads its tables, 10 of work
+METEOR = (
+    *("java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", str(Path(meteor.__file__).with_name(meteor.METEOR_JAR))),
+    *("-", "-", "-stdio", "-l", "en", "-norm"),
+)
 
 Captions = Mapping[str, Sequence[str]]
 References = Mapping[str, Sequence[Sequence[str]]]
@@ -30,12 +38,13 @@ def score(
     """Scores times 100, of one caption (words) a photo against one or more references (words) of the same photo.
 
     candidates may be empty captions. `only` names the scores wanted. METEOR may be a text: "skipped: ...".
-    Raises ValueError without candidates, for a photo without references, and for a word that holds a space.
+    Raises ValueError without candidates, for a photo without a reference that has words, and for a word with a space.
     """
+    assert set(only) <= set(NAMES), only
     theirs = {photo: [_joined(words)] for photo, words in candidates.items()}
     if not theirs:
         raise ValueError("no captions to score")
-    alone = [photo for photo in theirs if not references.get(photo)]
+    alone = [photo for photo in theirs if not any(references.get(photo, ()))]
     if alone:
         raise ValueError(f"no references for {alone[0]}")
     ours = {photo: [_joined(words) for words in references[photo]] for photo in theirs}
@@ -72,8 +81,8 @@ def format_table(table: dict) -> str:
         values = [table[unit][name] for name in NAMES]
         cells = [f"{value:9.1f}" if isinstance(value, float) else f"{'-':>9}" for value in values]
         lines.append(f"by {unit:<9}" + "".join(cells))
-    meteor = table["word"]["METEOR"]
-    note = f"; METEOR {meteor}" if isinstance(meteor, str) else ""
+    meteor_or_why = table["word"]["METEOR"]
+    note = f"; METEOR {meteor_or_why}" if isinstance(meteor_or_why, str) else ""
     lines.append(f"{table['photos']:,} photos, words by {table['tokenizer']}; times 100, corpus BLEU unsmoothed, "
                  f"references are the words themselves, not their <unk> version{note}")  # fmt: skip
     return "\n".join(lines)
@@ -97,41 +106,47 @@ def _meteor(ours: dict[str, list[str]], theirs: dict[str, list[str]], language: 
         return "skipped: METEOR has no Chinese"
     if not shutil.which("java"):
         return "skipped: METEOR needs Java, and there is none on this machine"
-    from pycocoevalcap.meteor import meteor  # brings 60 MB of data along
-
-    jar = meteor.__file__.replace("meteor.py", meteor.METEOR_JAR)
-    command = ["java", "-jar", "-Xmx2G", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
-    photos = list(theirs)
-    questions = [
-        " ||| ".join(["SCORE", *(_meteor_text(reference) for reference in ours[photo]), _meteor_text(theirs[photo][0])])
-        for photo in photos
-    ]
-    try:
-        return 100 * _ask_meteor(command, questions)
-    except (OSError, ValueError) as error:
-        return f"skipped: METEOR did not run ({str(error)[:100] or type(error).__name__})"
-
-
-def _ask_meteor(command: list[str], questions: list[str]) -> float:
-    """The corpus score. METEOR answers each question with a line of statistics; all of them together with a line for
-    each and, last, the corpus score."""
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
-    ) as java:
-        clock = threading.Timer(METEOR_SECONDS, java.kill)
-        clock.start()
+    questions = [" ||| ".join(["SCORE", *map(_meteor_text, ours[photo] + theirs[photo])]) for photo in theirs]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         try:
-            statistics = []
-            for question in questions:
-                print(question, file=java.stdin, flush=True)
-                statistics.append(java.stdout.readline().strip())
-            print("EVAL ||| " + " ||| ".join(statistics), file=java.stdin, flush=True)
-            return float([java.stdout.readline() for _ in range(len(questions) + 1)][-1])
-        finally:
-            clock.cancel()
-            java.kill()
+            return 100 * _ask_meteor(questions, complaints)
+        except (OSError, ValueError) as error:
+            complaints.seek(0)
+            reason = " ".join(complaints.read().split()) or str(error)
+            return f"skipped: METEOR did not run ({reason[:200]})"
 
 
 def _meteor_text(text: str) -> str:
     """METEOR's own separator would end the caption; an empty caption is scored as one."""
     return " ".join(text.replace("|||", "").split())
+
+
+def _ask_meteor(questions: list[str], complaints: IO[str]) -> float:
+    """The corpus score. METEOR answers each question with a line of statistics; all of them together with a line for
+    each and, last, the corpus score. (pycocoevalcap's own way of asking waits for ever where Java fails.)"""
+    with subprocess.Popen(
+        METEOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, encoding="utf-8"
+    ) as java:
+        try:
+            statistics = []
+            for question in questions:
+                print(question, file=java.stdin, flush=True)
+                statistics.append(_answer(java))
+            print("EVAL", *statistics, sep=" ||| ", file=java.stdin, flush=True)
+            scores = [float(_answer(java)) for _ in range(len(questions) + 1)]
+            return scores[-1]
+        finally:
+            java.kill()
+
+
+def _answer(java: subprocess.Popen) -> str:
+    """Its next line. A Java that is silent for too long is ended; ValueError where it has ended."""
+    clock = threading.Timer(METEOR_SECONDS, java.kill)
+    clock.start()
+    try:
+        answer = java.stdout.readline().strip()
+    finally:
+        clock.cancel()
+    if not answer:
+        raise ValueError("it gave no answer")
+    return answer
