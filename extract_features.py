@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from captioning.checkpoint import load_checkpoint, save_checkpoint
-from captioning.device import autocast, pick_device, pick_precision
+from captioning.device import autocast, encoder_precision, pick_device
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
 from captioning.feature_cache import FeatureWriter, describe_features, encoder_file
 from captioning.grid import SIDE, Grid
@@ -24,7 +24,7 @@ from preprocess.captions import Photo, read_captions
 def main(config: ExtractFeatures) -> None:
     photos = list(read_captions(config.data))
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device, half=torch.float16)
+    precision = encoder_precision(config.precision, device)
     encoder = prepare_encoder(config, photos).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     attributes = describe_features(

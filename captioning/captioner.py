@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from captioning.beam_search import Caption, beam_search
 from captioning.checkpoint import load_checkpoint
 from captioning.decoders import build_decoder
-from captioning.device import autocast, pick_device, pick_precision
+from captioning.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.encoder import Encoder, encoder_from_checkpoint
 from captioning.grid import SIDE, Grid
 from captioning.images import open_photo, to_rgb
@@ -40,8 +40,9 @@ class Captioned:
 class Captioner:
     """An encoder, a decoder and a vocabulary that belong together."""
 
-    def __init__(self, checkpoint: dict, device: torch.device, precision: torch.dtype):
-        self.device, self.precision = device, precision
+    def __init__(self, checkpoint: dict, device: torch.device, precision: str):
+        self.device = device
+        self.precision, self.encoder_precision = pick_precision(precision, device), encoder_precision(precision, device)
         self.vocabulary = Vocabulary.from_dict(checkpoint["vocabulary"])
         self.encoder_sha256 = checkpoint["encoder"]["sha256"]
         self.decoder_name = checkpoint["decoder"]["name"]
@@ -53,8 +54,7 @@ class Captioner:
     @classmethod
     def load(cls, run: Path | str, device: str = "auto", precision: str = "auto") -> Captioner:
         """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises config.UserError."""
-        where = pick_device(device)
-        return cls(load_checkpoint(Path(run)), where, pick_precision(precision, where))
+        return cls(load_checkpoint(Path(run)), pick_device(device), precision)
 
     @property
     def encoder(self) -> Encoder:
@@ -74,17 +74,16 @@ class Captioner:
     @torch.inference_mode()
     def caption_squashed(self, photos: Tensor, beam_size: int, max_length: int) -> list[Captioned]:
         """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
-        with autocast(self.device, self.precision):
-            return self._search(self.encoder(photos.to(self.device)), beam_size, max_length)
+        with autocast(self.device, self.encoder_precision):
+            grid = self.encoder(photos.to(self.device))
+        return self.caption_grid(grid, beam_size, max_length)
 
     @torch.inference_mode()
     def caption_grid(self, grid: Grid, beam_size: int, max_length: int) -> list[Captioned]:
-        """Captions of cached features."""
+        """Captions of features, cached or fresh."""
         with autocast(self.device, self.precision):
-            return self._search(grid.to(self.device, self.precision), beam_size, max_length)
-
-    def _search(self, grid: Grid, beam_size: int, max_length: int) -> list[Captioned]:
-        return [self._in_words(caption) for caption in beam_search(self.decoder, grid, beam_size, max_length)]
+            found = beam_search(self.decoder, grid.to(self.device, self.precision), beam_size, max_length)
+        return [self._in_words(caption) for caption in found]
 
     def _in_words(self, caption: Caption) -> Captioned:
         words = self.vocabulary.decode(caption.words)

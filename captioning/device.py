@@ -26,13 +26,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device, half: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """`auto` is `half` where the device computes in it natively, else bfloat16 where it does, else float32."""
+def encoder_precision(name: str, device: torch.device) -> torch.dtype:
+    """Of a frozen encoder, whose rounding stays in the cache: `auto` is float16 on a GPU, else float32.
+
+    float16 has three bits more than bfloat16, which is 6 % off at the end of a MobileNetV2.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Of a decoder, and of all that is trained: `auto` is bfloat16 where the device computes in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return half if has_bfloat16 or half == torch.float16 else torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     if device.type == "cpu" and _cpu_has_bfloat16():
         return torch.bfloat16
     return torch.float32

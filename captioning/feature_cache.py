@@ -136,7 +136,13 @@ class FeatureWriter:
     def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor) -> None:
         """rows (B,) int64; features (B, h, w, C); pooled (B, C). They are on disk before `done` says so."""
         block = self.blocks["features"]
-        features = np.ascontiguousarray(features.to(getattr(torch, str(block.dtype))).numpy())
+        features = features.to(getattr(torch, str(block.dtype)))
+        if not features.isfinite().all():
+            raise UserError(
+                f"{self.path}: features too large for {block.dtype}, or not finite; "
+                "give --dtype float32 --overwrite, or check the --weights"
+            )
+        features = np.ascontiguousarray(features.numpy())
         pooled = np.ascontiguousarray(pooled.float().numpy())
         try:
             for i, row in enumerate(rows):

@@ -172,3 +172,10 @@ def test_a_file_that_is_not_ours_is_one_line(tmp_path, damage):
 def test_grid_on_a_device_keeps_its_values():
     grid = Grid(torch.randn(2, 64, 3).half(), grid_pooling(8, 8)).to(torch.device("cpu"), torch.float32)
     assert grid.cells.dtype == torch.float32 and len(grid) == 2
+
+
+def test_features_that_half_precision_cannot_hold_are_refused(tmp_path):
+    writer = FeatureWriter(tmp_path / "features.h5", IDS, attributes(), 6, "float16", overwrite=False)
+    with pytest.raises(UserError, match="--dtype float32"):
+        writer.write(np.array([0]), torch.full((1, 14, 14, 6), 1e6), torch.zeros(1, 6))
+    assert writer.missing().tolist() == list(range(10))
