@@ -164,6 +164,13 @@ def test_empty_captions_count_as_wrong_and_do_not_fail():
     assert 0 < found["BLEU-1"] < 100
 
 
+def test_references_of_other_photos_do_not_count():
+    candidates = {"1": ["a", "dog"], "2": ["a", "cat"]}
+    references = {"1": [["a", "dog", "runs"]], "2": [["a", "cat"], ["cats"]]}
+    more = {**references, "3": [["a", "dog"]]}
+    assert score(candidates, more, only=PURE) == score(candidates, references, only=PURE)
+
+
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="no captions"):
         score({}, {})
@@ -180,7 +187,12 @@ def test_chinese_is_scored_by_word_and_by_character():
     assert table["character"]["BLEU-1"] > table["word"]["BLEU-1"] > 0
     text = format_table(table)
     assert "by character" in text and "jieba" in text and "skipped: METEOR has no Chinese" in text
-    assert by_character(["穿", "T恤", "的", "3", "人"]) == ["穿", "T", "恤", "的", "3", "人"]
+
+
+def test_characters_do_not_depend_on_how_the_words_were_cut_and_latin_runs_stay_whole():
+    expected = ["穿", "NBA", "球", "衣", "的", "23", "人"]
+    assert by_character(["穿", "NBA", "球衣", "的", "23", "人"]) == expected
+    assert by_character(["穿", "NBA球", "衣的", "2", "3人"]) == expected
 
 
 def test_meteor_is_skipped_with_a_reason_where_there_is_no_java(monkeypatch):
@@ -213,7 +225,7 @@ def test_meteor_is_skipped_with_a_reason_where_java_does_not_work(script, reason
 
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 def test_meteor_is_coco_captions_also_with_an_empty_caption():
-    """The number is what Meteor().compute_score of pycocoevalcap 1.2.0 gives: asking it too would take twice as long."""
+    """The number is what pycocoevalcap 1.2.0's Meteor().compute_score gives: asking it too would take twice as long."""
     candidates = {"1": "a dog runs on grass".split(), "2": "two men ||| walk".split(), "3": []}
     references = {"1": ["a dog is running on the grass".split(), "a dog".split()], "2": ["two men are walking".split()],
                   "3": [["a"], ["a", "cat"]]}  # fmt: skip
