@@ -141,15 +141,15 @@ def test_a_beam_of_any_width_equals_the_definition_written_plainly(seed, beam_si
         assert (found.words, found.finished) == plain_beam(table, photo, beam_size, max_length)
 
 
-@settings(max_examples=15)
-@given(seeds, st.integers(1, 5), st.sampled_from([None, 1]), st.sampled_from([0.0, 0.4]), st.sampled_from([1, 3, 4]))
+@settings(max_examples=12)
+@given(seeds, st.integers(1, 4), st.sampled_from([None, 1]), st.sampled_from([0.0, 0.4]), st.sampled_from([1, 3, 4]))
 def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, look_every):
     """Also with many equal scores, with impossible words, and where the looks are as rare as on a GPU."""
     table = Table(seed, end=-0.5, levels=levels, impossible=impossible)
-    alone = [beam_search(table, grid_of(photo), beam_size, 7)[0] for photo in range(5)]
+    alone = [beam_search(table, grid_of(photo), beam_size, 5)[0] for photo in range(5)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_look_every", lambda device: look_every)
-        together = beam_search(table, grid_of(*range(5)), beam_size, 7)
+        together = beam_search(table, grid_of(*range(5)), beam_size, 5)
     for found, expected in zip(together, alone, strict=True):
         same(found, expected)
 
