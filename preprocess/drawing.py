@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 128  # pixels a side
 SHARPER = 8  # shapes are drawn this many times larger, then shrunk: smooth edges
-SIDES = {"big": 46, "small": 24}  # pixels of a shape's box
+SIDES = {"big": 52, "small": 30}  # pixels of a shape's box
 GAP = 6  # pixels between boxes, and from a box to the border
 
 COLOURS = {
@@ -75,7 +75,7 @@ class Scene:
 
 def invent(split: str, chance: random.Random) -> Scene:
     """Scenes at random until one belongs to this split."""
-    count = chance.choice((1, 2, 2, 2, 3))
+    count = chance.choice((1, 2, 2))
     while True:
         background = chance.choice(list(BACKGROUNDS))
         things = _place(count, BACKGROUNDS[background].hides, chance)

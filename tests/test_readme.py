@@ -89,7 +89,9 @@ def user(tmp_path, monkeypatch):
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    torch.save(stand_in(models.resnet101()).state_dict(), cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
+    torch.save(
+        stand_in(models.resnet101()).state_dict(), cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    )
     torch.save(stand_in(models.mobilenet_v2()).state_dict(), tmp_path / "mobilenet_v2_imagenet.pth")
     return tmp_path
 
