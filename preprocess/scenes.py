@@ -46,9 +46,12 @@ WORDS = {
         "colour": {colour: (colour,) for colour in COLOURS},
         "size": {"big": ("big",), "small": ("small",)},
         "place": {
-            "grass": ("on the grass",), "sky": ("in the sky",), "sand": ("on the sand",), "night": ("in the night sky",),
+            "grass": ("on the grass",), "sky": ("in the sky",),
+            "sand": ("on the sand",), "night": ("in the night sky",),
         },
-        "relation": {"left": ("to the left of",), "right": ("to the right of",), "above": ("above",), "below": ("below",)},
+        "relation": {
+            "left": ("to the left of",), "right": ("to the right of",), "above": ("above",), "below": ("below",),
+        },
         "count": {"1": ("one",), "2": ("two",)},
     },
 }  # fmt: skip
