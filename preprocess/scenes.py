@@ -56,7 +56,7 @@ WORDS = {
     },
 }  # fmt: skip
 PHRASES = {
-    "zh": ("{one}{size}的{colour}{shape}", "{one}{colour}的{size}{shape}", "{one}{colour}{shape}"),
+    "zh": ("{one}{colour}的{size}{shape}", "{one}{colour}{shape}"),
     "en": ("{one} {size} {colour} {shape}", "{one} {colour} {shape}"),
 }
 SENTENCES = {  # {relation} is that of {a} to {b}
