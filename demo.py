@@ -48,7 +48,7 @@ def main(config: Demo) -> None:
          f"-m preprocess {data} --scenes {config.scenes} --language {config.language} --overwrite")  # fmt: skip
     step("Training a small ResNet from nothing, with its decoder",
          f"train.py {data} --run {name}-encoder --fine-tune --encoder resnet18.layer2 --weights random "
-         f"--image-size 64 --encoder-learning-rate 1e-3 --epochs 12 --decay-every 5 --decay 0.6 {sizes} "
+         f"--image-size 128 --encoder-learning-rate 1e-3 --epochs 6 --decay 1 {sizes} "
          f"--overwrite")  # fmt: skip
     step("Caching that encoder's features", f"extract_features.py {data} --weights {run}-encoder --overwrite")
     step("Training a fresh attention decoder on the cache",

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 128  # pixels a side
 SHARPER = 8  # shapes are drawn this many times larger, then shrunk: smooth edges
-SIDES = {"big": 52, "small": 30}  # pixels of a shape's box
+SIDES = {"big": 54, "small": 36}  # pixels of a shape's box
 GAP = 6  # pixels between boxes, and from a box to the border
 
 COLOURS = {
