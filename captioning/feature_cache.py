@@ -280,9 +280,3 @@ class FeatureReader:
     def read_pooled(self, rows: np.ndarray) -> Grid:
         """The mean of each map alone, as a grid of one cell: all that a decoder without attention looks at."""
         return Grid(torch.from_numpy(self._map("pooled")[rows])[:, None], grid_pooling(1, 1))
-
-    def recipe(self) -> dict:
-        """The encoder's recipe, as Encoder.recipe gives it."""
-        a = self.attributes
-        transform = {"image_size": a["image_size"], "mean": tuple(a["mean"]), "std": tuple(a["std"])}
-        return {"name": a["encoder"], "weights": a["weights"], "sha256": a["weights_sha256"], "transform": transform}

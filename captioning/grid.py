@@ -24,7 +24,7 @@ SIDE = 14  # output cells a side: Xu et al. 2015 attend over 14 x 14
 
 @dataclass
 class Grid:
-    """cells (B, N, C), row by row; pooling (P, N), whose rows sum to one."""
+    """cells (B, N, C), row by row; pooling (P, N), or (B, P, N) of equal ones, whose rows sum to one."""
 
     cells: Tensor
     pooling: Tensor

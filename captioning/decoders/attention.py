@@ -82,7 +82,7 @@ class AttentionDecoder(nn.Module):
         query, gate, hidden_gates = self.from_hidden(hidden).split(self.parts, 1)
         scores = self.score((keys[:, None] + query.view(photos, -1, 1, query.shape[1])).relu_()).squeeze(3)
         attention = full(scores).softmax(2)  # (B, K, P)
-        seen = (attention @ pooling).to(cells.dtype) @ cells  # (B, K, C): (a P) F
+        seen = Grid(cells, pooling).look(attention)  # (B, K, C): (a P) F
         context = gate.sigmoid() * seen.view(rows, -1)
         gates = word_gates + self.context_gates(context) + hidden_gates
         let_in, forget, candidate, let_out = full(gates).chunk(4, 1)
