@@ -55,9 +55,12 @@ WORDS = {
         "count": {"1": ("one",), "2": ("two",)},
     },
 }  # fmt: skip
+# Two choices make the shapes, the hardest words, quick to learn for soft attention, which is steered by the words
+# before the last one. Words lie between colour and noun: only so can it look for the shape of the colour just told.
+# And a noun may stand where a colour may: attention that has found the colours finds the shapes.
 PHRASES = {
-    "zh": ("{one}{colour}的{size}{shape}", "{one}{colour}{shape}"),
-    "en": ("{one} {size} {colour} {shape}", "{one} {colour} {shape}"),
+    "zh": ("{one}{colour}的{size}{shape}",) * 2 + ("{one}{shape}",),
+    "en": ("{one} {colour}, {size} {shape}",) * 2 + ("{one} {shape}",),
 }
 SENTENCES = {  # {relation} is that of {a} to {b}
     "zh": (
@@ -76,15 +79,16 @@ SPACE = {"zh": "", "en": " "}  # between words
 
 @dataclass(frozen=True)
 class Mention:
-    """A thing as a caption speaks of it; `size` is None where it is not told, `position` where its noun begins."""
+    """A thing as a caption speaks of it; None is not told; `position` is where its noun begins."""
 
     shape: str
-    colour: str
+    colour: str | None
     size: str | None
     position: int
 
     def fits(self, thing: Thing) -> bool:
-        return (self.shape, self.colour) == (thing.shape, thing.colour) and self.size in (None, thing.size)
+        told = (self.shape, thing.shape), (self.colour, thing.colour), (self.size, thing.size)
+        return all(said in (None, real) for said, real in told)
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ class Claim:
 def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Record]:
     """Draw `count` scenes into folder/photos, list them in folder/scenes.json, and return them with captions.
 
-    Eight tenths are train, a tenth each val and test. A combination of background and shapes belongs to one
-    split, so that what val shows was never seen in train. A scene depends on (seed, split, its number) alone,
+    Eight tenths are train, a tenth each val and test. A combination of background and two shapes
+    belongs to one split, so that what val shows of them was never seen in train. A scene depends on (seed, split, its number) alone,
     and so does its file's name: the language, or more scenes, change no photo. Raises UserError.
     """
     if count < 3:
@@ -159,26 +163,27 @@ def _save(photo: Image.Image, path: Path) -> None:
 
 
 def _captions(scene: Scene, language: str, chance: random.Random) -> tuple[str, ...]:
-    """Three or four captions that differ."""
-    wanted, captions = chance.randint(3, 4), {}  # a dict keeps the order
-    while len(captions) < wanted:
+    """Two captions that differ."""
+    captions = {}  # a dict keeps the order
+    while len(captions) < 2:
         if caption := _caption(scene, language, chance):
             captions[caption] = None
     return tuple(captions)
 
 
 def _caption(scene: Scene, language: str, chance: random.Random) -> str | None:
-    """A sentence by chance that relates two things, or names them all; None where it cannot."""
-    sentence, things = chance.choice(SENTENCES[language]), chance.sample(scene.things, len(scene.things))
+    """A sentence by chance that names all things, the big one first; None where it has not as many places."""
+    sentence = chance.choice(SENTENCES[language])
     slots = re.findall(r"{(\w+)}", sentence)
-    named = sum(slot in "ab" for slot in slots)
-    relation = clear_relation(*things[:2]) if len(things) > 1 else None
-    fits = relation and named <= len(things) if "relation" in slots else named == len(things)
-    if not fits:
+    named = [slot for slot in slots if slot in "ab"]
+    if len(named) != len(scene.things):
         return None
-    words = {"place": scene.background, "relation": relation, "count": str(len(things))}
+    things = dict(zip(named, scene.things, strict=True))
+    words = {"place": scene.background, "count": str(len(things))}
+    if "relation" in slots:
+        words["relation"] = clear_relation(things["a"], things["b"])
     said = {slot: _say(slot, words[slot], language, chance) for slot in slots if slot in words}
-    phrases = {slot: _phrase(thing, language, chance) for slot, thing in zip("ab", things, strict=False)}
+    phrases = {slot: _phrase(thing, language, chance) for slot, thing in things.items()}
     return sentence.format(**said, **phrases)
 
 

@@ -104,25 +104,26 @@ def test_a_caption_that_repeats_its_end_is_false(told, data):
 
 
 @pytest.mark.parametrize("language, caption, true", [
-    ("en", "a big red circle to the left of a small blue star on the grass", True),
-    ("en", "A red circle, ON THE GRASS.", True),  # a part of the scene is enough
-    ("en", "a small blue star to the right of a red circle on the grass", True),
-    ("en", "a blue star to the left of a red circle on the grass", False),
-    ("en", "a red circle above a blue star on the grass", False),
-    ("en", "a red circle and a red circle on the grass", False),  # there is only one
-    ("en", "three shapes on the grass, a red circle and a blue star", False),
-    ("en", "two shapes on the grass, a red circle and a blue star", True),
-    ("en", "red circle grass", False),
-    ("en", "a red circle on the grass on the grass", False),
-    ("en", "a red <unk> on the grass", False),
+    ("en", "a red, big circle to the left of a blue, small star on the grass", True),
+    ("en", "A circle, ON THE GRASS.", True),  # a part of the scene is enough
+    ("en", "a blue, small star to the right of a circle on the grass", True),
+    ("en", "a star to the left of a circle on the grass", False),
+    ("en", "a circle above a star on the grass", False),
+    ("en", "a circle and a circle on the grass", False),  # there is only one
+    ("en", "three shapes on the grass, a circle and a star", False),
+    ("en", "two shapes on the grass, a circle and a star", True),
+    ("en", "a blue, big circle and a star on the grass", False),
+    ("en", "circle grass", False),
+    ("en", "a circle on the grass on the grass", False),
+    ("en", "a <unk> on the grass", False),
     ("en", "", False),
     ("zh", "草地上，一个红色的大圆形在一颗蓝色的小星星的左边", True),
-    ("zh", "草地上，一个红色圆形在一颗蓝色的小星星的左边", True),
-    ("zh", "草地上，一个红色圆形在一颗蓝色的小星星的", False),
-    ("zh", "草地上，一个红色圆形在一颗蓝色的小星星的右边", False),
-    ("zh", "草地上，一颗蓝色的小星星在一个红色圆形的右边", True),
-    ("zh", "草地上有一个红色圆形和一颗蓝色星星", True),
-    ("zh", "沙滩上有一个红色圆形和一颗蓝色星星", False),
+    ("zh", "草地上，一个圆形在一颗蓝色的小星星的左边", True),
+    ("zh", "草地上，一个圆形在一颗蓝色的小星星的", False),
+    ("zh", "草地上，一个圆形在一颗蓝色的小星星的右边", False),
+    ("zh", "草地上，一颗蓝色的小星星在一个圆形的右边", True),
+    ("zh", "草地上有一个圆形和一颗星星", True),
+    ("zh", "沙滩上有一个圆形和一颗星星", False),
     ("zh", "草地上有一个红色的小圆形", False),
     ("zh", "草地上有红色", False),
     ("zh", "", False),
@@ -134,8 +135,8 @@ def test_the_judge_says_what_a_person_would(language, caption, true):
 def test_a_relation_holds_where_it_is_stronger_than_the_other():
     below = dataclasses.replace(BLUE, box=(0.3, 0.8, 0.49, 0.99))
     scene = Scene("grass", (RED, below))
-    assert is_true("a blue star below a red circle on the grass", scene, "en")
-    assert not is_true("a blue star to the right of a red circle on the grass", scene, "en")
+    assert is_true("a star below a circle on the grass", scene, "en")
+    assert not is_true("a star to the right of a circle on the grass", scene, "en")
 
 
 def test_few_words_are_enough_and_each_is_learnt_from_many_captions(drawn):
@@ -144,7 +145,7 @@ def test_few_words_are_enough_and_each_is_learnt_from_many_captions(drawn):
     counts = Counter(word for words in captions for word in words)
     assert len(counts) <= 60
     assert sum(counts.values()) / len(counts) > 40
-    assert all(3 <= len(set(record.captions)) == len(record.captions) <= 5 for record in records)
+    assert all(len(record.captions) == len(set(record.captions)) == 2 for record in records)
 
 
 # ---- what a noun names
@@ -167,9 +168,9 @@ def test_every_noun_names_the_boxes_of_what_it_speaks_of(drawn):
 def test_a_noun_that_fits_several_names_them_all_and_a_wrong_one_names_none():
     twin = dataclasses.replace(RED, size="small", box=(0.7, 0.1, 0.89, 0.29))
     scene = Scene("grass", (RED, twin, BLUE))
-    said = "a red circle and a small green star on the grass".split()
-    assert named_objects(said, scene, "en") == [(2, [RED.box, twin.box])]
-    assert named_objects("a small red circle on the grass".split(), scene, "en") == [(3, [twin.box])]
+    said = "a circle and a green small star on the grass".split()
+    assert named_objects(said, scene, "en") == [(1, [RED.box, twin.box])]
+    assert named_objects("a red small circle on the grass".split(), scene, "en") == [(3, [twin.box])]
     assert named_objects("circle circle".split(), scene, "en") == []
 
 
@@ -221,7 +222,7 @@ def _within(box: tuple, margin: int) -> np.ndarray:
 def test_things_keep_apart_lie_inside_and_differ_from_their_background(seed, split):
     scene = invent(split, random.Random(seed))
     inside = [value for thing in scene.things for value in thing.box]
-    assert 1 <= len(scene.things) <= 3 and 0 < min(inside) and max(inside) < 1
+    assert 1 <= len(scene.things) <= 2 and 0 < min(inside) and max(inside) < 1
     masks = sum(_within(thing.box, margin=-2).astype(int) for thing in scene.things)
     assert masks.max() == 1
     assert BACKGROUNDS[scene.background].hides not in {thing.colour for thing in scene.things}
@@ -230,13 +231,24 @@ def test_things_keep_apart_lie_inside_and_differ_from_their_background(seed, spl
 # ---- splits and files
 
 
-def test_what_val_and_test_show_was_never_seen_in_train(drawn):
+def test_what_pairs_val_and_test_show_was_never_seen_in_train(drawn):
     _, records, listed = drawn
     seen = {"train": set(), "val": set(), "test": set()}
     for record in records:
         things = frozenset((thing.shape, thing.colour, thing.size) for thing in listed[record.id].things)
-        seen[record.split].add((listed[record.id].background, things))
+        if len(things) > 1:
+            seen[record.split].add((listed[record.id].background, things))
+    assert all(seen.values())
     assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
+
+
+def test_of_two_things_the_big_one_is_named_first(drawn):
+    language, records, listed = drawn
+    for record in records:
+        assert [thing.size for thing in listed[record.id].things] in (["big"], ["small"], ["big", "small"])
+        for caption in record.captions:
+            mentions = sorted(parse(caption, language).mentions, key=lambda mention: mention.position)
+            assert all(map(type(mentions[0]).fits, mentions, listed[record.id].things))
 
 
 @pytest.mark.parametrize("count, expected", [(3, (1, 1, 1)), (10, (8, 1, 1)), (25, (21, 2, 2))])
