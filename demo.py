@@ -43,16 +43,17 @@ def main(config: Demo) -> None:
     name = f"scenes-{config.language}"
     data, run = Path("data") / name, Path("checkpoints") / name
     # Small and without dropout: drawn scenes are quickly learnt. alpha_c 0: a shape is looked at, not every cell once.
-    sizes = "--embedding-size 128 --attention-size 64 --hidden-size 256 --dropout 0 --alpha-c 0 --learning-rate 2e-3 --batch-size 64 --decay 0.3"
+    recipe = ("--embedding-size 128 --attention-size 64 --hidden-size 256 --dropout 0 --alpha-c 0 "
+              "--batch-size 64 --learning-rate 2e-3 --decay 0.3")  # fmt: skip
     step("Drawing scenes with captions",
          f"-m preprocess {data} --scenes {config.scenes} --language {config.language} --overwrite")  # fmt: skip
     step("Training a small ResNet from nothing, with its decoder",
          f"train.py {data} --run {name}-encoder --fine-tune --encoder resnet18.layer1 --weights random "
-         f"--image-size 56 --encoder-learning-rate 5e-4 --epochs 12 --decay-every 9 {sizes} "
+         f"--image-size 56 --encoder-learning-rate 5e-4 --epochs 10 --decay-every 7 {recipe} "
          f"--overwrite")  # fmt: skip
     step("Caching that encoder's features", f"extract_features.py {data} --weights {run}-encoder --overwrite")
     step("Training a fresh attention decoder on the cache",
-         f"train.py {data} --run {name} --epochs 5 --decay-every 3 {sizes} --overwrite")  # fmt: skip
+         f"train.py {data} --run {name} --epochs 5 --decay-every 3 {recipe} --overwrite")  # fmt: skip
     step("Captioning scenes it has never seen",
          f"generate.py {run} --data {data} --split test --json {run}/captions.json "
          f"--scores {run}/scores.json")  # fmt: skip

@@ -104,8 +104,8 @@ class Claim:
 def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Record]:
     """Draw `count` scenes into folder/photos, list them in folder/scenes.json, and return them with captions.
 
-    Eight tenths are train, a tenth each val and test. A combination of background and two shapes
-    belongs to one split, so that what val shows of them was never seen in train. A scene depends on (seed, split, its number) alone,
+    Eight tenths are train, a tenth each val and test. A combination of background and two shapes belongs to one
+    split, so that the pairs of val were never seen in train. A scene depends on (seed, split, its number) alone,
     and so does its file's name: the language, or more scenes, change no photo. Raises UserError.
     """
     if count < 3:
