@@ -35,9 +35,7 @@ class Encoder(nn.Module):
 
     def forward(self, photos: Tensor) -> Grid:
         """Photos (B, 3, S, S) uint8 -> their Grid; the cells have the type that autocast computes in."""
-        features = self.body(self.transform.normalise(photos))  # (B, C, h, w)
-        if features.dim() != 4:
-            raise UserError(f"--encoder {self.name}: ends in no spatial map but in {tuple(features.shape[1:])}")
+        features = self._spatial(self.body(self.transform.normalise(photos)))  # (B, C, h, w)
         height, width = features.shape[2:]
         cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory: no copy
         return Grid(cells, grid_pooling(height, width).to(cells.device))
@@ -52,12 +50,14 @@ class Encoder(nn.Module):
             raise UserError(
                 f"--image-size {size}: too small for {self.name} ({str(error).splitlines()[0][:80]})"
             ) from None
-        if features.dim() != 4:
-            raise UserError(
-                f"--encoder {self.name}: ends in no spatial map but in {tuple(features.shape[1:])}; try resnet101"
-            )
-        channels, height, width = features.shape[1:]
+        channels, height, width = self._spatial(features).shape[1:]
         return height, width, channels
+
+    def _spatial(self, features: Tensor) -> Tensor:
+        if features.dim() != 4:
+            shape = tuple(features.shape[1:])
+            raise UserError(f"--encoder {self.name}: ends in no spatial map but in {shape}; try resnet101")
+        return features
 
     def unfreeze(self, first: str | None) -> list[nn.Parameter]:
         """Let the layers from `first` on learn -> their parameters. None: from layer2 in a ResNet, else all."""

@@ -145,8 +145,10 @@ def _answer(java: subprocess.Popen) -> str:
     clock.start()
     try:
         answer = java.stdout.readline().strip()
+        if not answer:
+            java.wait()
     finally:
         clock.cancel()
     if not answer:
-        raise ValueError("it gave no answer")
+        raise ValueError(f"it gave no answer (exit status {java.returncode})")
     return answer

@@ -23,6 +23,7 @@ import generate
 import train
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.encoder import load_encoder
 from captioning.feature_cache import FeatureReader
 from captioning.images import Transform, open_photo
 from config import ExtractFeatures, Generate, Train, UserError
@@ -206,6 +207,9 @@ def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
     setting = {"fine_tune": True, "weights": "random", "encoder": "resnet18.layer2", "image_size": 64, "workers": 0}
     train.main(Train(Path("data/small"), "tuned", epochs=1, **setting, **TINY))
     tuned = load_checkpoint(Path("checkpoints/tuned"))
+    before = load_encoder("resnet18.layer2", "random", 64, seed=0).body.state_dict()
+    for name in ("conv1.weight", "layer2.1.conv2.weight"):  # not BatchNorm alone, whose statistics move by themselves
+        assert not torch.allclose(before[name], tuned["encoder"]["state"][name], atol=1e-4)
     extract_features.main(
         ExtractFeatures(Path("data/small"), weights="checkpoints/tuned", workers=0, out=Path("data/tuned.h5"))
     )
