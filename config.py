@@ -35,7 +35,7 @@ def check_share(flag: str, value: float) -> None:
     check(0 <= value <= 1, flag, value, "a share between 0 and 1")
 
 
-def check_at_least(flag: str, value: int, least: int) -> None:
+def check_at_least(flag: str, value: float, least: int) -> None:
     check(value >= least, flag, value, f"{least} or more")
 
 
@@ -202,6 +202,7 @@ class Generate:
     limit: int = 0  # photos of the split, from its first; 0 is all
     beam_size: int = 5  # 1 is greedy
     max_length: int = 30  # words of a caption; what is longer is marked as unfinished
+    length_penalty: float = 0.0  # rank by log-probability / length^this: 0 the sum, 1 the mean; more, longer captions
     json: Path | None = None  # write the captions here, in COCO results form
     scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR here (needs --data)
     pictures: Path | None = None  # draw the attention of each word over each photo into this folder
@@ -219,8 +220,8 @@ class Generate:
                 raise UserError(f"--{flag} goes with --data data/NAME")
         for flag in ("beam_size", "max_length", "batch_size"):
             check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 1)
-        for flag in ("limit", "workers"):
-            check_at_least("--" + flag, getattr(self, flag), 0)
+        for flag in ("limit", "workers", "length_penalty"):
+            check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 0)
         check_share("--allow-missing", self.allow_missing)
 
 

@@ -96,7 +96,8 @@ def from_cache(captioner: Captioner, reader: FeatureReader, asked: list[Asked], 
     read = reader.read if captioner.decoder.sees_cells else reader.read_pooled
     for batch in in_batches(asked, config.batch_size):
         grid = read(np.array([reader.rows[photo.id] for photo in batch]))
-        yield list(zip(batch, captioner.caption_grid(grid, config.beam_size, config.max_length), strict=True))
+        captions = captioner.caption_grid(grid, config.beam_size, config.max_length, config.length_penalty)
+        yield list(zip(batch, captions, strict=True))
 
 
 def from_files(captioner: Captioner, asked: list[Asked], config: Generate, unreadable: Unreadable):
@@ -105,7 +106,8 @@ def from_files(captioner: Captioner, asked: list[Asked], config: Generate, unrea
     for batch in photo_batches([photo.path for photo in asked], plan, captioner.encoder.transform, workers):
         unreadable.add(batch.failures)
         if batch.indices:
-            captions = captioner.caption_squashed(batch.photos, config.beam_size, config.max_length)
+            search = config.beam_size, config.max_length, config.length_penalty
+            captions = captioner.caption_squashed(batch.photos, *search)
             yield list(zip([asked[i] for i in batch.indices], captions, strict=True))
 
 
@@ -152,7 +154,8 @@ def write_scores(config: Generate, captioner: Captioner, photos: list[Photo], ca
     print(format_table(table))
     unfinished = sum(not caption.finished for caption in captioned.values())
     write_json(config.scores, {**table, "run": str(config.run), "data": str(config.data), "split": config.split,
-                               "beam_size": config.beam_size, "unfinished": unfinished})  # fmt: skip
+                               "beam_size": config.beam_size, "length_penalty": config.length_penalty,
+                               "unfinished": unfinished})  # fmt: skip
     print(f"{config.scores}: scores of {len(captioned):,} photos, beam {config.beam_size}, {unfinished} unfinished")
 
 

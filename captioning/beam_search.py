@@ -1,9 +1,13 @@
 """Beam search over a batch of photos: tensors only, and no knowledge of a decoder but its protocol.
 
 At every step the `beam_size` likeliest continuations of all live hypotheses of a photo are kept. Those that wrote
-<end> are finished and leave the beam; the next step fills their places with continuations of the others. The likeliest
-finished hypothesis wins, by the sum of its log-probabilities, whatever its length. As that sum can only fall, a photo
-is done once no live hypothesis is above its best finished one: stopping there changes nothing. A beam as wide as there
+<end> are finished and leave the beam; the next step fills their places with continuations of the others. The finished
+hypothesis of the highest rank wins:
+
+    rank(y) = log p(y) / |y|^a        |y| words, <end> among them; a, the length penalty: 0 sum, 1 mean
+
+As log p can only fall, a live hypothesis can at best have its present log p at the greatest length: a photo is done
+once that is above its best finished one for none of them, and stopping there changes nothing. A beam as wide as there
 are captions is an exhaustive search; a beam of one is greedy. Equal scores are ordered by torch.topk, which sees only
 the photo's own scores, so that the other photos of a batch do not matter.
 
@@ -34,16 +38,20 @@ class Caption:
 
 
 @torch.inference_mode()
-def beam_search(decoder: Decoder, grid: Grid, beam_size: int, max_length: int) -> list[Caption]:
-    """The likeliest caption of each photo of the grid, in its order, of at most `max_length` words.
+def beam_search(
+    decoder: Decoder, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0
+) -> list[Caption]:
+    """The best caption of each photo of the grid, in its order, of at most `max_length` words.
 
     One more step than words, so that a caption of `max_length` words can end. The decoder should be in eval mode.
-    Raises ValueError for a beam or a length below 1.
+    Raises ValueError for a beam or a length below 1, or a length penalty below 0.
     """
     if beam_size < 1 or max_length < 1:
         raise ValueError(f"a beam of {beam_size} and captions of {max_length} words: both must be 1 or more")
+    if not length_penalty >= 0:
+        raise ValueError(f"a length penalty of {length_penalty}: must be 0 or more")
     device = grid.cells.device
-    search = _Search(decoder.begin(grid), len(grid), device)
+    search = _Search(decoder.begin(grid), len(grid), device, length_penalty, longest=max_length + 1)
     look_every = _look_every(device)
     for number in range(max_length + 1):
         search.advance(decoder, beam_size, only_ends=number == max_length)
@@ -70,23 +78,29 @@ class _Best:
 
     def __init__(self, photos: int, device: torch.device):
         self.log_probability = torch.zeros(photos, device=device)
+        self.rank = torch.zeros(photos, device=device)
         self.finished = torch.zeros(photos, dtype=torch.bool, device=device)
         self.step = torch.full((photos,), -1, device=device)  # the step at which it wrote its last word ...
         self.place = torch.zeros(photos, dtype=torch.long, device=device)  # ... and its place in the beam there
 
     def to_beat(self, photos: Tensor) -> Tensor:
         """What a hypothesis of these photos (L,) must exceed: the best finished one, -inf where there is none."""
-        return self.log_probability.masked_fill(~self.finished, -torch.inf)[photos]
+        return self.rank.masked_fill(~self.finished, -torch.inf)[photos]
 
-    def update(self, photos: Tensor, scores: Tensor, ended: Tensor, step: int) -> None:
-        """scores, ended (L, K): a better finished hypothesis wins; an unfinished one stands in while there is none."""
+    def update(self, photos: Tensor, scores: Tensor, ended: Tensor, step: int, length_penalty: float) -> None:
+        """scores, ended (L, K), all of step + 1 words.
+
+        A better finished hypothesis wins; an unfinished one stands in while there is none.
+        """
         finished, place_of_finished = scores.masked_fill(~ended, -torch.inf).max(1)
         unfinished, place_of_unfinished = scores.masked_fill(ended, -torch.inf).max(1)
         to_beat = self.to_beat(photos)
-        wins = finished > to_beat
+        rank = finished / (step + 1) ** length_penalty
+        wins = rank > to_beat
         stands_in = ~wins & (to_beat == -torch.inf) & (unfinished > -torch.inf)
         for old, new in (
             (self.log_probability, torch.where(wins, finished, unfinished)),
+            (self.rank, rank),
             (self.finished, wins),
             (self.step, torch.full_like(photos, step)),
             (self.place, torch.where(wins, place_of_finished, place_of_unfinished)),
@@ -97,8 +111,8 @@ class _Best:
 class _Search:
     """The hypotheses of a batch on their way."""
 
-    def __init__(self, state: State, photos: int, device: torch.device):
-        self.state = state
+    def __init__(self, state: State, photos: int, device: torch.device, length_penalty: float, longest: int):
+        self.state, self.length_penalty, self.longest = state, length_penalty, longest
         self.photos = torch.arange(photos, device=device)  # (L,) those still searched
         self.words = torch.full((photos, 1), START, device=device)  # (L, K) just written
         self.scores = torch.zeros(photos, 1, device=device)  # (L, K) log-probabilities; -inf: ended, or impossible
@@ -116,13 +130,14 @@ class _Search:
         ended = words == END
         if only_ends:
             scores = scores.masked_fill(~ended, -torch.inf)
-        self.best.update(self.photos, scores, ended, step=len(self.history))
+        self.best.update(self.photos, scores, ended, len(self.history), self.length_penalty)
         self.history.append(_Step(*(self._for_all_photos(values) for values in (words, parents, attention))))
         self.words, self.scores, self.state = words, scores.masked_fill(ended, -torch.inf), state.reorder(rows)
 
     def retire(self) -> bool:
         """Is any photo left that is not done? Those that are leave the batch once they are half of it."""
-        going = self.scores.amax(1) > self.best.to_beat(self.photos)
+        at_best = self.scores.amax(1) / self.longest**self.length_penalty  # no word more costs nothing
+        going = at_best > self.best.to_beat(self.photos)
         left = int(going.sum())
         if 0 < left <= len(going) // 2:
             kept = going.nonzero()[:, 0]

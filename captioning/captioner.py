@@ -65,24 +65,32 @@ class Captioner:
         return self._encoder
 
     def caption(
-        self, photos: Sequence[Path | str | Image.Image | Tensor], beam_size: int = 5, max_length: int = 30
+        self, photos: Sequence[Path | str | Image.Image | Tensor], beam_size: int = 5, max_length: int = 30,
+        length_penalty: float = 0.0,
     ) -> list[Captioned]:
         """Captions of paths, PIL images, or tensors (3, H, W) uint8 RGB. Raises captioning.images.PhotoError."""
         squashed = [self.encoder.transform.squash(_as_image(photo)) for photo in photos]
-        return self.caption_squashed(torch.stack(squashed), beam_size, max_length) if squashed else []
+        if not squashed:
+            return []
+        return self.caption_squashed(torch.stack(squashed), beam_size, max_length, length_penalty)
 
     @torch.inference_mode()
-    def caption_squashed(self, photos: Tensor, beam_size: int, max_length: int) -> list[Captioned]:
+    def caption_squashed(
+        self, photos: Tensor, beam_size: int, max_length: int, length_penalty: float = 0.0
+    ) -> list[Captioned]:
         """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
         with autocast(self.device, self.encoder_precision):
             grid = self.encoder(photos.to(self.device))
-        return self.caption_grid(grid, beam_size, max_length)
+        return self.caption_grid(grid, beam_size, max_length, length_penalty)
 
     @torch.inference_mode()
-    def caption_grid(self, grid: Grid, beam_size: int, max_length: int) -> list[Captioned]:
+    def caption_grid(
+        self, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0
+    ) -> list[Captioned]:
         """Captions of features, cached or fresh."""
         with autocast(self.device, self.precision):
-            found = beam_search(self.decoder, grid.to(self.device, self.precision), beam_size, max_length)
+            grid = grid.to(self.device, self.precision)
+            found = beam_search(self.decoder, grid, beam_size, max_length, length_penalty)
         return [self._in_words(caption) for caption in found]
 
     def _in_words(self, caption: Caption) -> Captioned:

@@ -73,10 +73,15 @@ def log_probability(table, photo, words, finished=True):
     return sum(float(table.row(photo, prefix)[word]) for prefix, word in zip(prefixes, words, strict=True))
 
 
-def exhaustive(table, photo, max_length):
+def rank(log_probability, words, length_penalty):
+    return log_probability / (words + 1) ** length_penalty  # <end> is a word too
+
+
+def exhaustive(table, photo, max_length, length_penalty):
     allowed = range(4, table.vocabulary)
     captions = (c for n in range(max_length + 1) for c in itertools.product(allowed, repeat=n))
-    return max((log_probability(table, photo, caption), list(caption)) for caption in captions)
+    scored = ((log_probability(table, photo, caption), list(caption)) for caption in captions)
+    return max(scored, key=lambda found: rank(found[0], len(found[1]), length_penalty))
 
 
 def greedy(table, photo, max_length):
@@ -90,7 +95,7 @@ def greedy(table, photo, max_length):
         prefix.append(word)
 
 
-def plain_beam(table, photo, beam_size, max_length):
+def plain_beam(table, photo, beam_size, max_length, length_penalty):
     """The definition, without a batch and without stopping early."""
     live, finished, longest = [(0.0, [])], [], [(0.0, [])]
     for step in range(max_length + 1):
@@ -103,6 +108,7 @@ def plain_beam(table, photo, beam_size, max_length):
         finished += [c for c in kept if c[1][-1] == END]
         live = [c for c in kept if c[1][-1] != END]
         longest = live if live and step < max_length else longest
+    finished = [(rank(score, len(words) - 1, length_penalty), words) for score, words in finished]
     return (max(finished)[1][:-1], True) if finished else (max(longest)[1], False)
 
 
@@ -113,11 +119,13 @@ def same(found, expected):
 
 
 @settings(max_examples=12)
-@given(seeds, st.integers(1, 3), st.sampled_from([0.0, 0.4]))
-def test_a_wide_beam_finds_what_exhaustive_search_finds_on_a_tiny_vocabulary(seed, max_length, impossible):
-    table = Table(seed, end=-1.0, impossible=impossible)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2), (WORDS + 1) ** (max_length + 1), max_length)):
-        best, words = exhaustive(table, photo, max_length)
+@given(seeds, st.integers(1, 3), st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.7, 1.0, 2.0]))
+def test_a_wide_beam_finds_what_exhaustive_search_finds_on_a_tiny_vocabulary(
+    seed, max_length, impossible, length_penalty
+):
+    table, widest = Table(seed, end=-1.0, impossible=impossible), (WORDS + 1) ** (max_length + 1)
+    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2), widest, max_length, length_penalty)):
+        best, words = exhaustive(table, photo, max_length, length_penalty)
         if best > -torch.inf:
             assert found.words == words and found.finished
             assert found.log_probability == pytest.approx(best, abs=1e-5)
@@ -134,11 +142,13 @@ def test_a_beam_of_one_equals_greedy(seed, max_length):
 
 
 @settings(max_examples=60)
-@given(seeds, st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.0, 0.4]))
-def test_a_beam_of_any_width_equals_the_definition_written_plainly(seed, beam_size, max_length, impossible):
+@given(seeds, st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.7, 1.5]))
+def test_a_beam_of_any_width_equals_the_definition_written_plainly(
+    seed, beam_size, max_length, impossible, length_penalty
+):
     table = Table(seed, end=-0.5, impossible=impossible)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2, 3), beam_size, max_length)):
-        assert (found.words, found.finished) == plain_beam(table, photo, beam_size, max_length)
+    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2, 3), beam_size, max_length, length_penalty)):
+        assert (found.words, found.finished) == plain_beam(table, photo, beam_size, max_length, length_penalty)
 
 
 @settings(max_examples=12)
@@ -230,7 +240,7 @@ def test_no_two_hypotheses_of_a_beam_are_equal(seed, beam_size):
 def test_a_beam_wider_than_the_vocabulary_and_captions_of_one_word_work(vocabulary):
     table = Table(2, vocabulary=vocabulary)
     for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2), 50, 1)):
-        assert found.words == exhaustive(table, photo, 1)[1]
+        assert found.words == exhaustive(table, photo, 1, 0.0)[1]
 
 
 class Impossible(Table):
@@ -300,3 +310,9 @@ def test_the_decoders_own_scores_are_left_alone():
 def test_a_beam_or_a_length_below_one_is_refused(beam_size, max_length):
     with pytest.raises(ValueError, match="1 or more"):
         beam_search(Table(0), grid_of(0), beam_size, max_length)
+
+
+@pytest.mark.parametrize("length_penalty", [-0.1, float("nan")])
+def test_a_length_penalty_below_zero_is_refused(length_penalty):
+    with pytest.raises(ValueError, match="0 or more"):
+        beam_search(Table(0), grid_of(0), 3, 5, length_penalty)
