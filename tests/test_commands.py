@@ -286,9 +286,12 @@ def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, 
     assert all(isinstance(line["caption"], str) for line in cached)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["photos"] == 4 and scores["tokenizer"] == "whitespace" and 0 <= scores["word"]["BLEU-1"] <= 100
+    longer = results("longer.json", length_penalty=9.0)
+    assert sum(len(line["caption"]) for line in longer) > sum(len(line["caption"]) for line in cached)
     Path("data/small/features.h5").rename("data/small/aside.h5")
     try:
         assert results("live.json") == cached
+        assert results("live-longer.json", length_penalty=9.0) == longer
     finally:
         Path("data/small/aside.h5").rename("data/small/features.h5")
     assert len(results("two.json", limit=2)) == 2
