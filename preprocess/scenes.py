@@ -172,7 +172,8 @@ def _captions(scene: Scene, language: str, chance: random.Random) -> tuple[str, 
 
 
 def _caption(scene: Scene, language: str, chance: random.Random) -> str | None:
-    """A sentence by chance that names all things, the big one first; None where it has not as many places."""
+    """A sentence by chance that names all things, the big one first; None where it has not as many places for them,
+    or tells them not apart."""
     sentence = chance.choice(SENTENCES[language])
     slots = re.findall(r"{(\w+)}", sentence)
     named = [slot for slot in slots if slot in "ab"]
@@ -184,6 +185,8 @@ def _caption(scene: Scene, language: str, chance: random.Random) -> str | None:
         words["relation"] = clear_relation(things["a"], things["b"])
     said = {slot: _say(slot, words[slot], language, chance) for slot in slots if slot in words}
     phrases = {slot: _phrase(thing, language, chance) for slot, thing in things.items()}
+    if len(set(phrases.values())) < len(phrases):
+        return None  # "a star is left of a star" is true of any two
     return sentence.format(**said, **phrases)
 
 
