@@ -123,7 +123,8 @@ class Train:
     decoder: Literal["lstm", "attention"] = "attention"  # Show and Tell; Show, Attend and Tell
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
     epochs: int = 20  # at most
-    batch_size: int = 32  # captions; a photo's captions stay together
+    batch_size: int = 32  # captions, of all processes together; a photo's captions stay together
+    accumulate: int = 1  # batches whose gradients add up to one update of the weights: large batches in little memory
     embedding_size: int = 512  # of a word
     attention_size: int = 512  # of a key and a query
     hidden_size: int = 512  # of the recurrent state
@@ -143,10 +144,13 @@ class Train:
     image_size: int | None = None  # with --fine-tune, without --start-from: pixels (256)
     unfreeze_from: str | None = None  # first layer to train (ResNets: layer2, others: all); its name, or all
     encoder_learning_rate: float = 1e-4  # Adam's, for the encoder
+    checkpoint_activations: bool = False  # with --fine-tune: compute the encoder twice, in a fraction of the memory
+    flip: bool = False  # with --fine-tune: mirror photos at random, never where a caption tells left from right
+    crop: float = 1.0  # with --fine-tune: least share of each side that a random crop keeps; 1 is the whole photo
     start_from: Path | None = None  # run whose weights training starts from
     resume: bool = False  # go on with this run where it stopped
     save_every: float = 10.0  # minutes between checkpoints inside an epoch
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic; weights stay float32
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # arithmetic; weights stay float32
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int | None = None  # processes that read batches; 0 from a cache, a core each from photos
     seed: int = 0  # of the weights, the order and the dropout
@@ -156,8 +160,8 @@ class Train:
     def __post_init__(self):
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise UserError(f"--run {self.run!r}: must be a plain name, such as att (kept in checkpoints/att)")
-        for flag in ("epochs", "batch_size", "embedding_size", "attention_size", "hidden_size",
-                     "decay_every", "patience", "max_length"):  # fmt: skip
+        for flag in ("epochs", "batch_size", "accumulate", "embedding_size", "attention_size",
+                     "hidden_size", "decay_every", "patience", "max_length"):  # fmt: skip
             check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 1)
         check(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
         for flag in ("learning_rate", "encoder_learning_rate", "decay"):
@@ -168,8 +172,9 @@ class Train:
         check_share("--allow-missing", self.allow_missing)
         if self.workers is not None:
             check_at_least("--workers", self.workers, 0)
-        for flag in ("encoder", "weights", "image_size", "unfreeze_from"):
-            if getattr(self, flag) is not None and not self.fine_tune:
+        check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
+        for flag in ("encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"):
+            if getattr(self, flag) not in (None, False, 1) and not self.fine_tune:
                 raise UserError(f"--{flag.replace('_', '-')} goes with --fine-tune; cached features fix the encoder")
         for flag in ("encoder", "weights", "image_size"):
             if getattr(self, flag) is not None and self.start_from:
@@ -178,6 +183,8 @@ class Train:
                 )
         if self.fine_tune and self.features:
             raise UserError("--features goes without --fine-tune, which reads the photos themselves")
+        if self.checkpoint_activations and self.weights == "random":
+            raise UserError("--checkpoint-activations goes without --weights random, whose BatchNorm would learn twice")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
 
@@ -254,13 +261,15 @@ def _one_line(boxes: str) -> str:
 
 def run(command: type[Config], work: Callable[[Config], None]) -> None:
     """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun's
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         work(parse(command))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error{f' (process {rank})' if rank else ''}: {error}")
     except KeyboardInterrupt:
-        print("stopped; nothing is lost: the same command (train.py: with --resume) goes on", file=sys.stderr)
+        if not rank:
+            print("stopped; nothing is lost: the same command (train.py: with --resume) goes on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,10 +3,14 @@
     python extract_features.py data/aic
     python extract_features.py data/aic --encoder mobilenet_v2 --weights FILE --grid native    (small, for a laptop)
 
+    torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs, each its own rows of one file)
+
 A killed extraction goes on where it stopped with the same command.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -17,14 +21,41 @@ from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, l
 from captioning.feature_cache import FeatureWriter, describe_features, encoder_file
 from captioning.grid import SIDE, Grid
 from captioning.images import PhotoError, Unreadable, in_batches, photo_batches
+from captioning.ranks import ALONE, Ranks, joined_ranks
 from config import ExtractFeatures, UserError, run
 from preprocess.captions import Photo, read_captions
 
 
-def main(config: ExtractFeatures) -> None:
+def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
     photos = list(read_captions(config.data))
     device = pick_device(config.device)
     precision = encoder_precision(config.precision, device)
+    if ranks.first:
+        encoder, writer = begin(config, photos, device, precision)
+        rows = ranks.from_first(writer.missing())
+    else:  # rank 0 has made the file, and kept the encoder beside it
+        rows = ranks.from_first(None)
+        encoder, writer = begin(replace(config, overwrite=False), photos, device, precision)
+    print(f"{config.file}: {len(photos):,} photos, {encoder.name}, "
+          f"{'x'.join(map(str, encoder.output_shape()[:2]))} cells of {writer.shape[-1]}, stored as "
+          f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
+          f"{len(photos) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
+    unreadable = Unreadable(len(photos), config.allow_missing)
+    with tqdm(total=len(ranks.share(rows)), unit="photo", desc="extract", disable=not ranks.first) as bar:
+        extract(config, encoder, writer, photos, ranks.share(rows), precision, unreadable, bar)
+    for reasons in ranks.gather(list(unreadable.reasons)):
+        unreadable.add(reasons)
+    for reason in list(unreadable.reasons)[:10]:
+        print(f"skipped: {reason}")
+    if len(unreadable.reasons) > 10:
+        print(f"skipped: {len(unreadable.reasons) - 10} more")
+    print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
+
+
+def begin(
+    config: ExtractFeatures, photos: list[Photo], device: torch.device, precision: torch.dtype
+) -> tuple[Encoder, FeatureWriter]:
+    """The encoder, and the file: a new one, or the one that this command began."""
     encoder = prepare_encoder(config, photos).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     attributes = describe_features(
@@ -35,16 +66,7 @@ def main(config: ExtractFeatures) -> None:
     )
     if config.overwrite or not encoder_file(config.file).exists():
         save_checkpoint(encoder_file(config.file), {"encoder": encoder.to_checkpoint()})
-    rows = writer.missing()
-    print(f"{config.file}: {len(photos):,} photos, {encoder.name}, {height}x{width} cells of {channels}, stored as "
-          f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
-          f"{len(photos) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
-    unreadable = extract(config, encoder, writer, photos, rows, device, precision)
-    for reason in list(unreadable.reasons)[:10]:
-        print(f"skipped: {reason}")
-    if len(unreadable.reasons) > 10:
-        print(f"skipped: {len(unreadable.reasons) - 10} more")
-    print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
+    return encoder, writer
 
 
 def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
@@ -61,11 +83,10 @@ def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
 
 
 @torch.inference_mode()
-def extract(config, encoder, writer, photos, rows, device, precision) -> Unreadable:
-    """Every missing row: decode, squash, encode, pool to 14x14 where asked, write."""
-    unreadable = Unreadable(len(photos), config.allow_missing)
+def extract(config, encoder, writer, photos, rows, precision, unreadable, bar) -> None:
+    """Every row given: decode, squash, encode, pool to 14x14 where asked, write."""
+    device = next(encoder.parameters()).device
     batches = in_batches(rows.tolist(), config.batch_size)
-    bar = tqdm(total=len(photos), initial=len(photos) - len(rows), unit="photo", desc="extract", smoothing=0.05)
     try:
         for batch in photo_batches([photo.image for photo in photos], batches, encoder.transform, config.workers):
             unreadable.add(batch.failures)
@@ -74,14 +95,8 @@ def extract(config, encoder, writer, photos, rows, device, precision) -> Unreada
                     grid = encoder(batch.photos.to(device))
                 writer.write(batch.indices, *stored(grid, writer.shape))
             bar.update(len(batch.indices) + len(batch.failures))
-    except PhotoError as error:
-        raise UserError(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory on {device}: lower --batch-size, now {config.batch_size}") from None
     finally:
-        bar.close()
         writer.close()
-    return unreadable
 
 
 def stored(grid: Grid, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,5 +106,15 @@ def stored(grid: Grid, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tens
     return cells.reshape(-1, *shape[1:]).cpu(), grid.mean().cpu()
 
 
+def work(config: ExtractFeatures) -> None:
+    try:
+        with joined_ranks("the same command goes on") as ranks:
+            main(config, ranks)
+    except PhotoError as error:
+        raise UserError(str(error)) from None
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on the GPU: lower --batch-size, now {config.batch_size}") from None
+
+
 if __name__ == "__main__":
-    run(ExtractFeatures, main)
+    run(ExtractFeatures, work)

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
 from captioning.feature_cache import FeatureReader
 from captioning.grid import Grid
-from captioning.images import PhotoError, Transform, read_photos
+from captioning.images import Augment, PhotoError, Transform, read_photos
 from captioning.splits import Split
+from config import UserError
 
 
 @dataclass
@@ -61,18 +64,31 @@ class CachedPhotos(Dataset):
 class LivePhotos(Dataset):
     """Batches of a split whose photos are decoded anew, for the live encoder."""
 
-    def __init__(self, split: Split, transform: Transform):
+    def __init__(self, split: Split, transform: Transform, augment: Augment | None = None,
+                 sided: frozenset[str] = frozenset()):  # fmt: skip
+        """augment: the views of training photos, if any; sided: ids whose captions tell left from right."""
         self.split, self.transform = split, transform
+        self.augment, self.sided = augment, sided
+        self.epoch = 0  # each has other views
 
     def __getitem__(self, photos: np.ndarray) -> Batch:
-        readable, decoded, failures = read_photos(self.split.paths, photos, self.transform)
+        readable, decoded, failures = read_photos(
+            self.split.paths, photos, self.transform, self._view if self.augment else None
+        )
         if not readable:
             raise PhotoError(f"{failures[0]}; not one photo of a batch can be read")
         return Batch(decoded, *self.split.pack(readable), np.array(readable), failures)
 
+    def _view(self, photo: Image.Image, index: int) -> Image.Image:
+        return self.augment(photo, int(index), self.epoch, self.split.ids[index] not in self.sided)
 
-def plan_batches(split: Split, captions: int, order: Iterable[int]) -> list[np.ndarray]:
-    """The photos in this order, in batches of at most so many captions; a photo's captions stay together."""
+
+def plan_batches(split: Split, captions: int, order: Iterable[int], ranks: int = 1) -> list[np.ndarray]:
+    """The photos in this order, in batches of at most so many captions; a photo's captions stay together.
+
+    Each of `ranks` processes takes its share of every batch, so a last batch with too few photos for that joins the
+    one before it. Raises UserError where another batch has too few.
+    """
     plan, batch, size = [], [], 0
     for photo in order:
         count = split.captions_of(photo)
@@ -83,7 +99,30 @@ def plan_batches(split: Split, captions: int, order: Iterable[int]) -> list[np.n
         size += count
     if batch:
         plan.append(np.array(batch))
+    if len(plan) > 1 and len(plan[-1]) < ranks:
+        plan[-2:] = [np.concatenate(plan[-2:])]
+    few = min((len(photos) for photos in plan), default=ranks)
+    if few < ranks:
+        raise UserError(f"--batch-size {captions}: {few} photos a batch do not go round {ranks} processes; raise it")
     return plan
+
+
+class Update(NamedTuple):
+    """What one update of the weights learns from: one batch, or several whose gradients add up."""
+
+    batches: list[np.ndarray]
+    words: int  # of all of them, on all ranks
+    captions: int
+
+
+def plan_updates(split: Split, plan: list[np.ndarray], accumulate: int) -> list[Update]:
+    """The batches of a plan in groups of `accumulate`, the last one perhaps smaller."""
+    updates = []
+    for first in range(0, len(plan), accumulate):
+        batches = plan[first : first + accumulate]
+        photos = np.concatenate(batches)
+        updates.append(Update(batches, sum(map(split.words_of, photos)), sum(map(split.captions_of, photos))))
+    return updates
 
 
 def shuffled(photos: int, seed: int, epoch: int) -> np.ndarray:

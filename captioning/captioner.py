@@ -65,7 +65,10 @@ class Captioner:
         return self._encoder
 
     def caption(
-        self, photos: Sequence[Path | str | Image.Image | Tensor], beam_size: int = 5, max_length: int = 30,
+        self,
+        photos: Sequence[Path | str | Image.Image | Tensor],
+        beam_size: int = 5,
+        max_length: int = 30,
         length_penalty: float = 0.0,
     ) -> list[Captioned]:
         """Captions of paths, PIL images, or tensors (3, H, W) uint8 RGB. Raises captioning.images.PhotoError."""
@@ -84,9 +87,7 @@ class Captioner:
         return self.caption_grid(grid, beam_size, max_length, length_penalty)
 
     @torch.inference_mode()
-    def caption_grid(
-        self, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0
-    ) -> list[Captioned]:
+    def caption_grid(self, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0) -> list[Captioned]:
         """Captions of features, cached or fresh."""
         with autocast(self.device, self.precision):
             grid = grid.to(self.device, self.precision)

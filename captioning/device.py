@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 
@@ -10,11 +11,19 @@ from config import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
+    """`auto` is the GPU where there is one; of torchrun's processes each takes a GPU of its own.
+
+    Raises UserError for a device that is not there.
+    """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= gpus:
+            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs, one for each process; lower it")
+        torch.cuda.set_device(place)
+        return torch.device("cuda", place)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -1,8 +1,5 @@
 """Any torchvision classifier, cut before its last pooling: photos -> Grid.
 
-The cut is found in the model's own graph (torch.fx), so that ResNets, MobileNets, VGG, Inception, ConvNeXt and the
-rest need no code of their own. `resnet18.layer3` cuts earlier, after that layer: a finer, cheaper map.
-
 Letters: B photos, S pixels a side, C channels, h x w native cells (N = h w).
 """
 
@@ -12,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from captioning.checkpoint import load_checkpoint, state_sha256
+from captioning.graph import cut_classifier, in_segments
 from captioning.grid import Grid, grid_pooling
 from captioning.images import Transform, in_batches, photo_batches
 from config import UserError
 
 CALIBRATION_PHOTOS = 256
-POOLINGS = ("adaptive_avg_pool2d", "mean")  # how torchvision's classifiers pool, as a function or a method
 
 
 class Encoder(nn.Module):
@@ -31,14 +29,26 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.weights, self.transform = name, weights, transform
         self.body = cut_classifier(name)
+        self.segments: tuple[nn.Module, ...] = ()  # the body in pieces, where activations are computed twice
         self.eval()  # eval: BatchNorm must not learn from our photos
 
     def forward(self, photos: Tensor) -> Grid:
         """Photos (B, 3, S, S) uint8 -> their Grid; the cells have the type that autocast computes in."""
-        features = self._spatial(self.body(self.transform.normalise(photos)))  # (B, C, h, w)
+        features = self._spatial(self._map(self.transform.normalise(photos)))  # (B, C, h, w)
         height, width = features.shape[2:]
         cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory: no copy
         return Grid(cells, grid_pooling(height, width).to(cells.device))
+
+    def _map(self, photos: Tensor) -> Tensor:
+        if not (self.segments and torch.is_grad_enabled()):
+            return self.body(photos)
+        for segment in self.segments:
+            photos = checkpoint(segment, photos, use_reentrant=False)
+        return photos
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the activations between segments; the backward pass computes those inside once more."""
+        self.segments = tuple(in_segments(self.body))
 
     @torch.no_grad()
     def output_shape(self) -> tuple[int, int, int]:
@@ -96,51 +106,6 @@ class Encoder(nn.Module):
         return {**self.recipe(), "state": state}
 
 
-def cut_classifier(name: str) -> fx.GraphModule:
-    """The classifier's graph up to the input of its last pooling, or up to the end of a named layer."""
-    model_name, _, layer = name.partition(".")
-    if model_name not in models.list_models(module=models):
-        raise UserError(
-            f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16"
-        )
-    # Inception and GoogLeNet: their published weights want inputs in -1..1, which they make themselves when told
-    extra = {"transform_input": True, "init_weights": True} if model_name in ("inception_v3", "googlenet") else {}
-    model = models.get_model(model_name, weights=None, **extra).eval()
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception:
-        raise UserError(f"--encoder {model_name}: its graph cannot be traced; try resnet101 or mobilenet_v2") from None
-    last = _end_of_layer(graph, layer) if layer else _before_last_pooling(graph, model)
-    if last is None:
-        choices = ", ".join(child for child, _ in model.named_children())
-        wanted = f"no layer {layer!r} (it has {choices})" if layer else "does not end in a pooled spatial map"
-        raise UserError(f"--encoder {name}: {wanted}; try resnet101 or mobilenet_v2")
-    for node in reversed(graph.nodes):
-        if node.op == "output":
-            graph.erase_node(node)
-            break
-    graph.output(last)
-    graph.eliminate_dead_code()
-    body = fx.GraphModule(model, graph)
-    body.delete_all_unused_submodules()
-    return body.to(memory_format=torch.channels_last)
-
-
-def _before_last_pooling(graph: fx.Graph, model: nn.Module) -> fx.Node | None:
-    for node in reversed(graph.nodes):
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        called = getattr(node.target, "__name__", node.target) if node.op.startswith("call_") else None
-        if isinstance(module, nn.AdaptiveAvgPool2d) or called in POOLINGS:
-            return node.args[0]
-    return None
-
-
-def _end_of_layer(graph: fx.Graph, layer: str) -> fx.Node | None:
-    inside = [node for node in graph.nodes if layer in dict(node.meta.get("nn_module_stack", {}))
-              or any(path == layer for path, _ in node.meta.get("nn_module_stack", {}).values())]  # fmt: skip
-    return inside[-1] if inside else None
-
-
 def load_encoder(name: str | None, weights: str | None, image_size: int | None, seed: int = 0) -> Encoder:
     """An encoder as the flags --encoder, --weights, --image-size describe it; a run brings all three.
 
@@ -184,9 +149,7 @@ def _torchvision_weights(name: str) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except OSError as error:
-        raise UserError(
-            f"{weights.url}: cannot be downloaded ({error}); fetch it and give --weights FILE"
-        ) from None
+        raise UserError(f"{weights.url}: cannot be downloaded ({error}); fetch it and give --weights FILE") from None
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

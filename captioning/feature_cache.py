@@ -31,6 +31,7 @@ from config import UserError
 from preprocess.captions import Photo
 
 FORMAT = "kantu features 1"
+SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class FeatureWriter:
             for i, row in enumerate(rows):
                 self._put("features", row, features[i])
                 self._put("pooled", row, pooled[i])
-            os.fdatasync(self.file)  # first the rows, then the word that they are there
+            SYNC(self.file)  # first the rows, then the word that they are there
             for row in rows:
                 self._put("done", row, np.ones((), np.uint8))
         except OSError as error:

@@ -69,7 +69,8 @@ def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:
 @lru_cache
 def grid_pooling(height: int, width: int) -> Tensor:
     """P (196, height * width) float32: AdaptiveAvgPool2d(14) of a height x width map, as a matrix."""
-    return torch.kron(pooling_matrix(height, SIDE), pooling_matrix(width, SIDE)).float()
+    with torch.inference_mode(False):  # kept from the first call on, which may be one in inference mode
+        return torch.kron(pooling_matrix(height, SIDE), pooling_matrix(width, SIDE)).float()
 
 
 def native_places(cells: int) -> list[int] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,26 @@ class Transform:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Augment:
+    """Other views of the training photos: a function of seed, epoch and photo, so a resumed run sees the same."""
+
+    flip: bool = False  # mirror every second photo, unless its captions tell left from right
+    crop: float = 1.0  # keep at least this share of each side, somewhere in the photo
+    seed: int = 0
+
+    def __call__(self, photo: Image.Image, index: int, epoch: int, may_flip: bool) -> Image.Image:
+        random = np.random.default_rng([self.seed, epoch, index])
+        if self.crop < 1:
+            (width, height), (across, down) = photo.size, random.uniform(self.crop, 1, 2)
+            left, top = random.uniform(0, (width * (1 - across), height * (1 - down)))
+            box = (round(left), round(top), round(left + width * across), round(top + height * down))
+            photo = photo.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
+        if self.flip and random.random() < 0.5 and may_flip:
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return photo
+
+
 def open_photo(path: Path | str) -> Image.Image:
     """A photo file as an upright RGB image: grey, CMYK, palette, alpha and 16-bit are converted.
 
@@ -89,12 +109,21 @@ class PhotoBatch(NamedTuple):
     failures: list[str]  # why the others could not
 
 
-def read_photos(paths: Sequence[Path | str], indices: Sequence[int], transform: Transform) -> PhotoBatch:
-    """The photos paths[i] for each i of `indices`, squashed; those that cannot be read are left out."""
+def read_photos(
+    paths: Sequence[Path | str],
+    indices: Sequence[int],
+    transform: Transform,
+    view: Callable[[Image.Image, int], Image.Image] | None = None,
+) -> PhotoBatch:
+    """The photos paths[i] for each i of `indices`, squashed; those that cannot be read are left out.
+
+    view(photo, i), where given, is what is seen of photo i.
+    """
     readable, photos, failures = [], [], []
     for index in indices:
         try:
-            photos.append(transform.squash(open_photo(paths[index])))
+            photo = open_photo(paths[index])
+            photos.append(transform.squash(view(photo, index) if view else photo))
             readable.append(int(index))
         except PhotoError as error:
             failures.append(str(error))

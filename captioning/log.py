@@ -12,15 +12,21 @@ from pathlib import Path
 import torch
 import torchvision
 
-from config import as_plain_data
+from config import Train, as_plain_data
 
 
 class Log:
     """Appends to RUN/log.jsonl, a whole line at a time, and says the same in words."""
 
-    def __init__(self, folder: Path, config: object, resume: bool):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.config = folder / "log.jsonl", config
+    def __init__(self, config: Train, resume: bool, epochs: int, first: bool):
+        """resume: keep the lines of the first `epochs` epochs; first: not rank 0 writes nothing."""
+        self.config, self.path = config, config.folder / "log.jsonl"
+        if not first:
+            self.path = Path(os.devnull)
+        elif resume:
+            self._forget_after(epochs)
+        else:
+            config.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a" if resume else "w", encoding="utf-8")
 
     def __enter__(self) -> Log:
@@ -41,11 +47,12 @@ class Log:
         self._line(
             {"event": "start", "time": now, "commit": _commit(), "versions": versions, **described, "config": config}
         )
+        together = f", {described['processes']} processes" if described["processes"] > 1 else ""
         millions = described["decoder_parameters"] / 1e6
         print(
-            f"{self.path.parent}: {self.config.decoder}, {millions:.1f} million parameters, "
+            f"{self.config.folder}: {self.config.decoder}, {millions:.1f} million parameters, "
             f"{described['train_photos']:,} photos to train on, {described['val_photos']:,} to validate, "
-            f"{described['vocabulary']:,} words; {described['device']}, {described['precision']}",
+            f"{described['vocabulary']:,} words; {described['device']}, {described['precision']}{together}",
             flush=True,
         )
 
@@ -54,21 +61,20 @@ class Log:
         print(f"epoch {figures['epoch']:>2}: loss {figures['train_loss']:.3f}, val {figures['val_loss']:.3f}, "
               f"top-5 {100 * figures['top5']:.1f} %, BLEU-4 {figures['BLEU-4']:.1f}, CIDEr-D {figures['CIDEr-D']:.1f}"
               f"{' (best)' if better else ''}; {figures['train_seconds'] + figures['val_seconds']:.0f} s, "
-              f"{figures['captions_per_second']:.0f} captions/s, waiting {figures['waiting']:.1%}; "
+              f"{figures['captions_per_second']:.0f} captions/s, {figures['photos_per_second']:.0f} photos/s, "
+              f"waiting {figures['waiting']:.1%}, at most {figures['peak_memory_gb']:.1f} GB; "
               f"{next(iter(figures['examples'].values()), '')}", flush=True)  # fmt: skip
 
     def end(self, best: float | None, name: str) -> None:
-        print(f"done: {self.path.parent}/best.pt has {name} {abs(best or 0):.2f} on val (greedy)", flush=True)
+        print(f"done: {self.config.folder}/best.pt has {name} {abs(best or 0):.2f} on val (greedy)", flush=True)
 
-    def forget_after(self, epoch: int) -> None:
+    def _forget_after(self, epoch: int) -> None:
         """Drop the epochs that the checkpoint does not know: they are about to be run again."""
         lines = self.path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if json.loads(line).get("epoch", 0) <= epoch]
-        self.file.close()
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")
 
     def _line(self, event: dict) -> None:
         self.file.write(json.dumps(event, ensure_ascii=False) + "\n")

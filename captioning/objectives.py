@@ -17,9 +17,19 @@ from captioning.grid import Grid
 
 
 class Loss(NamedTuple):
-    objective: Tensor  # scalar: what is minimised
-    cross_entropy: Tensor  # scalar: natural log, mean over the words
+    objective: Tensor  # scalar: what is minimised, this batch's share of it
+    cross_entropy: Tensor  # scalar: natural log, mean over the words of the batch
     top5: Tensor  # scalar: share of the words among the five likeliest
+
+
+class Share(NamedTuple):
+    """A batch's share of one update of the weights, which may add up several batches and several ranks.
+
+    The means of a loss are over the words and the captions of the whole update, however it is divided.
+    """
+
+    words: float = 1.0
+    captions: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,12 @@ class CrossEntropy:
 
     alpha_c: float
 
-    def loss(self, decoder: nn.Module, grid: Grid, batch: Batch) -> Loss:
+    def loss(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
         scores, coverage = decoder(grid, batch.words, batch.photo)
         cross_entropy = F.cross_entropy(full(scores), batch.targets)
-        objective = cross_entropy
+        objective = share.words * cross_entropy
         if coverage is not None and self.alpha_c:
-            objective = objective + self.alpha_c * (1 - coverage).square().mean()
+            objective = objective + share.captions * self.alpha_c * (1 - coverage).square().mean()
         return Loss(objective, cross_entropy.detach(), _top5_share(scores.detach(), batch.targets))
 
 

@@ -32,6 +32,12 @@ def photos_of(photos: Sequence[Photo], split: str, dataset: Path, limit: int = 0
     return found[: limit or None]
 
 
+def tells_sides(photo: Photo) -> bool:
+    """Does a caption say left or right, in English or Chinese? Such a photo must not be mirrored."""
+    words = {word for caption in photo.captions for word in caption}
+    return any(word.startswith(("left", "right")) or "左" in word or "右" in word for word in words)
+
+
 class Split:
     """The photos of one split: ids, paths, and their captions as numbers."""
 
@@ -60,6 +66,11 @@ class Split:
 
     def captions_of(self, photo: int) -> int:
         return int(self.photo_ends[photo + 1] - self.photo_ends[photo])
+
+    def words_of(self, photo: int) -> int:
+        """The words to be said of a photo: those of its captions, and an <end> for each."""
+        first, end = self.photo_ends[photo], self.photo_ends[photo + 1]
+        return int(self.caption_ends[end] - self.caption_ends[first] + end - first)
 
     def pack(self, photos: Sequence[int]) -> tuple[PackedSequence, Tensor, Tensor]:
         """All captions of these photos -> words read, words to be said (W,), and whose caption each is (R,)."""

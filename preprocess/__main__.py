@@ -1,8 +1,8 @@
 """Stage 1a: annotation files -> data/NAME/captions.jsonl and vocab.json.
 
-    python -m preprocess data/aic --train ANN.json IMAGES --val ANN.json IMAGES
-    python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
-    python -m preprocess data/scenes --scenes 2000 --language zh                  (needs no download)
+python -m preprocess data/aic --train ANN.json IMAGES --val ANN.json IMAGES
+python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
+python -m preprocess data/scenes --scenes 2000 --language zh                  (needs no download)
 """
 
 from __future__ import annotations

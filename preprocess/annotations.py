@@ -1,8 +1,8 @@
 """Annotation files -> records. AI Challenger, COCO and Karpathy JSON are told apart by their content.
 
-    AI Challenger   [{"image_id": "8f00.jpg", "caption": ["...", ...]}, ...]
-    COCO            {"images": [{"id": 9, "file_name": "9.jpg"}], "annotations": [{"image_id": 9, "caption": "..."}]}
-    Karpathy        {"images": [{"filename": "9.jpg", "split": "train", "sentences": [{"raw": "..."}]}]}
+AI Challenger   [{"image_id": "8f00.jpg", "caption": ["...", ...]}, ...]
+COCO            {"images": [{"id": 9, "file_name": "9.jpg"}], "annotations": [{"image_id": 9, "caption": "..."}]}
+Karpathy        {"images": [{"filename": "9.jpg", "split": "train", "sentences": [{"raw": "..."}]}]}
 """
 
 from __future__ import annotations

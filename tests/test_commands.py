@@ -26,6 +26,7 @@ from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.encoder import load_encoder
 from captioning.feature_cache import FeatureReader
 from captioning.images import Transform, open_photo
+from captioning.trainer import Trainer
 from config import ExtractFeatures, Generate, Train, UserError
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
@@ -129,7 +130,7 @@ def test_unreadable_photos_are_skipped_up_to_the_allowed_share(here, tmp_path, m
         tmp_path / "data" / CAPTIONS_FILE, [*photos[:-1], type(photos[0])(str(broken), "b", "val", (("a",),))]
     )
     with pytest.raises(UserError, match="broken.jpg.*--allow-missing"):
-        extract_features.main(ExtractFeatures(tmp_path / "data", **ENCODER))
+        extract_features.work(ExtractFeatures(tmp_path / "data", **ENCODER))
     extract_features.main(ExtractFeatures(tmp_path / "data", **ENCODER, allow_missing=0.1))
     assert "skipped: " in capsys.readouterr().out
     assert FeatureReader(tmp_path / "data" / "features.h5").done().sum() == len(photos) - 1
@@ -158,15 +159,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
 
 def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_weights(here, monkeypatch):
     setting = {"epochs": 3, "precision": "float32", **TINY}
-    steps, plain = [], train.Trainer.train_step
+    steps, plain = [], Trainer.learn
 
-    def stop_at_the_seventh(self, batch):
+    def stop_at_the_seventh(self, *batch, **last):
         steps.append(batch)
         if len(steps) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch)
+        return plain(self, *batch, **last)
 
-    monkeypatch.setattr(train.Trainer, "train_step", stop_at_the_seventh)
+    monkeypatch.setattr(Trainer, "learn", stop_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
         train.main(Train(Path("data/small"), "stopped", **setting))
     progress = load_checkpoint(Path("checkpoints/stopped/last.pt"))["progress"]
@@ -245,12 +246,8 @@ def test_live_and_cached_features_give_the_same_losses_and_gradients(here):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_photos(here, monkeypatch):
-    plain = train.Trainer.train_step
-    monkeypatch.setattr(
-        train.Trainer,
-        "train_step",
-        lambda self, batch: plain(self, batch)._replace(objective=torch.tensor(float("nan"))),
-    )
+    plain = Trainer.learn
+    monkeypatch.setattr(Trainer, "learn", lambda *a, **k: plain(*a, **k)._replace(objective=torch.tensor(float("nan"))))
     with pytest.raises(UserError, match="nan.*photo.*--learning-rate"):
         train.main(Train(Path("data/small"), "nan", epochs=1, **TINY))
 
@@ -405,7 +402,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_mistake_is_one_line_on_stderr_and_status_1(here, monkeypatch, capsys, arguments, words):
     commands = {"train.py": (Train, train.work), "generate.py": (Generate, generate.work),
-                "extract_features.py": (ExtractFeatures, extract_features.main)}  # fmt: skip
+                "extract_features.py": (ExtractFeatures, extract_features.work)}  # fmt: skip
     import config
 
     monkeypatch.setattr(sys, "argv", arguments)

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from captioning.decoders import DECODERS, build_decoder
 from captioning.grid import Grid, grid_pooling
-from captioning.objectives import CrossEntropy
+from captioning.objectives import CrossEntropy, Share
 
 SIZES = {
     "vocabulary_size": 11,
@@ -160,7 +160,7 @@ def test_the_objective_is_cross_entropy_plus_the_doubly_stochastic_term():
     batch = type("Batch", (), {"words": packed, "targets": targets, "photo": PHOTO})
     scores, coverage = decoder(grid, packed, PHOTO)
     for alpha_c in (0.0, 1.0, 0.5):
-        loss = CrossEntropy(alpha_c).loss(decoder, grid, batch)
+        loss = CrossEntropy(alpha_c).loss(decoder, grid, batch, Share())
         expected = F.cross_entropy(scores, targets)
         torch.testing.assert_close(loss.cross_entropy, expected)
         torch.testing.assert_close(loss.objective, expected + alpha_c * ((1 - coverage) ** 2).mean())

@@ -47,3 +47,11 @@ def test_native_cells_stand_unchanged_in_the_pooled_map(side):
     features = torch.randn(1, 3, side, side)
     f14 = F.adaptive_avg_pool2d(features, 14)
     torch.testing.assert_close(f14[:, :, places][..., places], features)
+
+
+def test_a_pooling_first_needed_without_gradients_serves_in_training_too():
+    with torch.inference_mode():
+        pooling = grid_pooling(9, 9)
+    values = torch.randn(2, 81, 3, requires_grad=True)
+    Grid(values, pooling).spread(values).sum().backward()
+    assert values.grad is not None

@@ -21,7 +21,7 @@ texts = st.text(st.characters(), max_size=40) | st.text("aB狗一 .,，。'’-3
     [
         ("A dog, and  a CAT.", "a dog and a cat"),
         ("The man's T-shirt", "the mans t shirt"),
-        ("children 's \"toys\" & books...", "children s toys books"),
+        ('children \'s "toys" & books...', "children s toys books"),
         ("one,two", "one two"),
         ("café №5 — naïve’s", "café 5 naïves"),
         ("tab\tline\nbreak\u00a0space", "tab line break space"),

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
+from captioning.ranks import RanksBatchNorm
 
 
 class LstmDecoder(nn.Module):
@@ -21,7 +22,7 @@ class LstmDecoder(nn.Module):
     def __init__(self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float):
         super().__init__()
         self.image = nn.Linear(channels, embedding_size)
-        self.norm = nn.BatchNorm1d(embedding_size, momentum=0.01)
+        self.norm = RanksBatchNorm(embedding_size, momentum=0.01)
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.lstm = nn.LSTM(embedding_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
@@ -30,12 +31,7 @@ class LstmDecoder(nn.Module):
 
     def begin(self, grid: Grid) -> State:
         """The LSTM has read the photo, once however many captions it has: rows hold h and c (B, H)."""
-        image = self.image(grid.mean())  # (B, E)
-        learns = self.training and len(image) > 1  # one photo has no variance to learn from
-        image = F.batch_norm(
-            image, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias,
-            learns, self.norm.momentum, self.norm.eps,
-        )  # fmt: skip
+        image = self.norm(self.image(grid.mean()))  # (B, E)
         _, (hidden, cell) = self.lstm(image[None])
         return State((), (hidden[0], cell[0]))
 

@@ -1,0 +1,100 @@
+"""A classifier's own graph (torch.fx), cut where a caption's decoder wants it.
+
+ResNets, MobileNets, VGG, Inception, ConvNeXt and the rest need no code of their own. `resnet18.layer3` cuts earlier,
+after that layer: a finer, cheaper map.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx, nn
+from torchvision import models
+
+from config import UserError
+
+POOLINGS = ("adaptive_avg_pool2d", "mean")  # how torchvision's classifiers pool, as a function or a method
+
+
+def cut_classifier(name: str) -> fx.GraphModule:
+    """The classifier's graph up to the input of its last pooling, or up to the end of a named layer."""
+    model_name, _, layer = name.partition(".")
+    if model_name not in models.list_models(module=models):
+        raise UserError(
+            f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16"
+        )
+    # Inception and GoogLeNet: their published weights want inputs in -1..1, which they make themselves when told
+    extra = {"transform_input": True, "init_weights": True} if model_name in ("inception_v3", "googlenet") else {}
+    model = models.get_model(model_name, weights=None, **extra).eval()
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception:
+        raise UserError(f"--encoder {model_name}: its graph cannot be traced; try resnet101 or mobilenet_v2") from None
+    last = _end_of_layer(graph, layer) if layer else _before_last_pooling(graph, model)
+    if last is None:
+        choices = ", ".join(child for child, _ in model.named_children())
+        wanted = f"no layer {layer!r} (it has {choices})" if layer else "does not end in a pooled spatial map"
+        raise UserError(f"--encoder {name}: {wanted}; try resnet101 or mobilenet_v2")
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            graph.erase_node(node)
+            break
+    graph.output(last)
+    graph.eliminate_dead_code()
+    body = fx.GraphModule(model, graph)
+    body.delete_all_unused_submodules()
+    return body.to(memory_format=torch.channels_last)
+
+
+def _before_last_pooling(graph: fx.Graph, model: nn.Module) -> fx.Node | None:
+    for node in reversed(graph.nodes):
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        called = getattr(node.target, "__name__", node.target) if node.op.startswith("call_") else None
+        if isinstance(module, nn.AdaptiveAvgPool2d) or called in POOLINGS:
+            return node.args[0]
+    return None
+
+
+def _end_of_layer(graph: fx.Graph, layer: str) -> fx.Node | None:
+    inside = [node for node in graph.nodes if layer in dict(node.meta.get("nn_module_stack", {}))
+              or any(path == layer for path, _ in node.meta.get("nn_module_stack", {}).values())]  # fmt: skip
+    return inside[-1] if inside else None
+
+
+def in_segments(body: fx.GraphModule) -> list[fx.GraphModule]:
+    """The body as a chain of pieces that share its modules: body(x) = last(... first(x)).
+
+    Of the places where one tensor alone passes, about the square root of their number are taken, evenly: with as many
+    kept as computed anew at a time, activations need the least memory (Chen et al. 2016).
+    """
+    nodes = [node for node in body.graph.nodes if node.op != "output"]
+    position = {node: place for place, node in enumerate(nodes)}
+    last_use = [max((position.get(user, len(nodes)) for user in node.users), default=place)
+                for place, node in enumerate(nodes)]  # fmt: skip
+    cuts, reach = [], 0  # reach: the last use of anything made before
+    for place in range(len(nodes) - 1):
+        if place and reach <= place and not any(_works_in_place(body, user) for user in nodes[place].users):
+            cuts.append(place)
+        reach = max(reach, last_use[place])
+    pieces = max(1, math.isqrt(len(cuts)))
+    ends = [cuts[len(cuts) * piece // pieces] for piece in range(1, pieces)] + [len(nodes) - 1]
+    begins = [1] + [end + 1 for end in ends]  # node 0 is the input
+    return [_piece(body, nodes[begin - 1], nodes[begin : end + 1]) for begin, end in zip(begins, ends, strict=False)]
+
+
+def _works_in_place(body: fx.GraphModule, node: fx.Node) -> bool:
+    """Would this node overwrite its input, which must be kept for the second computation?"""
+    if node.op == "call_module":
+        return getattr(body.get_submodule(node.target), "inplace", False)
+    name = getattr(node.target, "__name__", str(node.target))
+    return name in ("iadd", "imul") or name.endswith("_") or bool(node.kwargs.get("inplace"))
+
+
+def _piece(body: fx.GraphModule, before: fx.Node, nodes: list[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies = {before: graph.placeholder("x")}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[nodes[-1]])
+    return fx.GraphModule(body, graph)
