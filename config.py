@@ -132,6 +132,7 @@ class Train:
     learning_rate: float = 4e-4  # Adam's
     decay: float = 0.8  # the learning rate is multiplied by this ...
     decay_every: int = 3  # ... every so many epochs
+    average: float = 0.0  # such as 0.999: validate and keep a moving average of the weights with this decay; 0 is off
     clip: float = 5.0  # each gradient element is clamped to +- this; 0 is off
     alpha_c: float = 1.0  # weight of the doubly stochastic term (attention)
     patience: int = 8  # epochs without a better score before training stops
@@ -172,6 +173,7 @@ class Train:
         check_share("--allow-missing", self.allow_missing)
         if self.workers is not None:
             check_at_least("--workers", self.workers, 0)
+        check(0 <= self.average < 1, "--average", self.average, "at least 0 and below 1")
         check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
         for flag in ("encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"):
             if getattr(self, flag) not in (None, False, 1) and not self.fine_tune:

@@ -46,9 +46,11 @@ class Encoder(nn.Module):
             photos = checkpoint(segment, photos, use_reentrant=False)
         return photos
 
+    @torch.no_grad()
     def checkpoint_activations(self) -> None:
         """Keep only the activations between segments; the backward pass computes those inside once more."""
-        self.segments = tuple(in_segments(self.body))
+        size, device = self.transform.image_size, next(self.parameters()).device
+        self.segments = tuple(in_segments(self.body, torch.zeros(1, 3, size, size, device=device)))
 
     @torch.no_grad()
     def output_shape(self) -> tuple[int, int, int]:

@@ -7,9 +7,11 @@ after that layer: a finer, cheaper map.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torchvision import models
 
 from config import UserError
@@ -62,25 +64,36 @@ def _end_of_layer(graph: fx.Graph, layer: str) -> fx.Node | None:
     return inside[-1] if inside else None
 
 
-def in_segments(body: fx.GraphModule) -> list[fx.GraphModule]:
-    """The body as a chain of pieces that share its modules: body(x) = last(... first(x)).
+def in_segments(body: fx.GraphModule, photo: Tensor) -> list[fx.GraphModule]:
+    """The body as a chain of pieces that share its modules: body(x) = last(... first(x)). photo (1, 3, S, S) float32.
 
-    Of the places where one tensor alone passes, about the square root of their number are taken, evenly: with as many
-    kept as computed anew at a time, activations need the least memory (Chen et al. 2016).
+    Of the places where one tensor alone passes, about the square root of their number are taken, with as many
+    activations in each piece: what is kept and what is computed anew at a time are then both small (Chen et al. 2016).
     """
+    ShapeProp(body).propagate(photo)
     nodes = [node for node in body.graph.nodes if node.op != "output"]
-    position = {node: place for place, node in enumerate(nodes)}
-    last_use = [max((position.get(user, len(nodes)) for user in node.users), default=place)
-                for place, node in enumerate(nodes)]  # fmt: skip
-    cuts, reach = [], 0  # reach: the last use of anything made before
-    for place in range(len(nodes) - 1):
-        if place and reach <= place and not any(_works_in_place(body, user) for user in nodes[place].users):
-            cuts.append(place)
-        reach = max(reach, last_use[place])
+    sizes = torch.tensor([_elements(node) for node in nodes]).cumsum(0)
+    cuts = _single_tensors(body, nodes)
     pieces = max(1, math.isqrt(len(cuts)))
-    ends = [cuts[len(cuts) * piece // pieces] for piece in range(1, pieces)] + [len(nodes) - 1]
-    begins = [1] + [end + 1 for end in ends]  # node 0 is the input
-    return [_piece(body, nodes[begin - 1], nodes[begin : end + 1]) for begin, end in zip(begins, ends, strict=False)]
+    ends = {min(cuts, key=lambda cut: abs(sizes[cut] - sizes[-1] * piece / pieces)) for piece in range(1, pieces)}
+    begins = [1, *(end + 1 for end in sorted(ends)), len(nodes)]  # node 0 is the input
+    return [_piece(body, nodes[begin - 1], nodes[begin:end]) for begin, end in pairwise(begins)]
+
+
+def _elements(node: fx.Node) -> int:
+    made = node.meta.get("tensor_meta")
+    return math.prod(made.shape) if hasattr(made, "shape") else 0
+
+
+def _single_tensors(body: fx.GraphModule, nodes: list[fx.Node]) -> list[int]:
+    """The places after which only that node's own output is still needed, and nobody overwrites it."""
+    position = {node: place for place, node in enumerate(nodes)}
+    found, reach = [], 0  # reach: the last use of anything made before
+    for place, node in enumerate(nodes[:-1]):
+        if place and reach <= place and not any(_works_in_place(body, user) for user in node.users):
+            found.append(place)
+        reach = max([reach, *(position.get(user, len(nodes)) for user in node.users)])
+    return found
 
 
 def _works_in_place(body: fx.GraphModule, node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from captioning.average import WeightAverage
 from captioning.batches import Batch, Update, plan_batches, plan_updates, shuffled
 from captioning.beam_search import beam_search
 from captioning.checkpoint import save_checkpoint
@@ -88,6 +89,7 @@ class Trainer:
             if config.checkpoint_activations:
                 encoder.checkpoint_activations()
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.average = WeightAverage(self.parameters, config.average) if config.average else None
         self.optimizer = torch.optim.Adam(groups)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.decay_every, config.decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -106,12 +108,14 @@ class Trainer:
         while progress.epoch < config.epochs and progress.epochs_without_better < config.patience:
             figures = {"epoch": progress.epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             figures |= self.train_epoch(stop)
-            figures |= self.validate(stop)
-            self.scheduler.step()
-            better = self.judge(figures[BEST[config.best]])
-            progress.epoch, progress.step, progress.words, progress.cross_entropy = progress.epoch + 1, 0, 0, 0.0
-            if better and self.ranks.first:
-                save_checkpoint(config.folder / "best.pt", self.checkpoint(for_resume=False))
+            self.save_last(stop)  # a validation that is stopped is done again
+            with self.average.in_place() if self.average else contextlib.nullcontext():
+                figures |= self.validate(stop)
+                self.scheduler.step()
+                better = self.judge(figures[BEST[config.best]])
+                progress.epoch, progress.step, progress.words, progress.cross_entropy = progress.epoch + 1, 0, 0, 0.0
+                if better and self.ranks.first:
+                    save_checkpoint(config.folder / "best.pt", self.checkpoint(for_resume=False))
             log.epoch(figures, better)
             self.save_last(stop)
         log.end(progress.best, BEST[config.best])
@@ -146,7 +150,7 @@ class Trainer:
             if done or progress.step % LOOK_EVERY == 0 or self.device.type == "cpu":
                 loss, save = self.settle(pending, meter, stop)
                 bar.set_postfix_str(f"loss {loss:.3f}, {meter}")
-                if save and (stop.requested or not done):
+                if save and not done:
                     self.save_last(stop)
         bar.close()
         return {"train_loss": progress.cross_entropy / max(1, progress.words), **meter.figures()}
@@ -168,6 +172,8 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.average:
+                self.average.update()
         return Loss(*(value.detach() for value in loss))
 
     def settle(self, pending: list[tuple[Loss, Batch]], meter: Meter, stop: StopRequest) -> tuple[float, bool]:
@@ -204,8 +210,7 @@ class Trainer:
         plan = self.ranks.share(plan_batches(split, VALIDATION_CAPTIONS, range(len(split))))
         sums, candidates = torch.zeros(3), {}  # of cross entropy and top-5 over the words, and the words
         for batch in self.bar(self.loader(self.val, plan), total=len(plan), desc="validate", unit="batch", leave=False):
-            if stop.requested:
-                self.save_last(stop)
+            stop.check()
             self.unreadable.add(batch.failures)
             batch = batch.to(self.device, self.precision)
             with autocast(self.device, self.precision):
@@ -283,6 +288,7 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(self.device),
+                "average": self.average.state_dict() if self.average else None,
             }
         return checkpoint
 
@@ -292,6 +298,8 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
         self.progress = Progress(**saved["progress"])
         restore_rng(saved["rng"], self.device)
 

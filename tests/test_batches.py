@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_packed_sequence
 
-from captioning.batches import CachedPhotos, LivePhotos, plan_batches, shuffled
-from captioning.images import PhotoError, Transform
-from captioning.splits import Split
+from captioning.batches import CachedPhotos, LivePhotos, plan_batches, plan_updates, shuffled
+from captioning.images import Augment, PhotoError, Transform
+from captioning.splits import Split, tells_sides
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
@@ -94,3 +94,40 @@ def test_memory_is_flat_arrays():
     split = split_of([(("a", "b"),)] * 1000)
     assert split.words.dtype == np.int32 and split.words.nbytes == 8000
     assert torch.is_tensor(split.pack([0])[2])
+
+
+@pytest.mark.parametrize(
+    "words, sides",
+    [("a man on the left", True), ("the rightmost dog", True), ("his right-hand side", True), ("a bright light", False),
+     ("右边 的 男人", True), ("左手 拿 着 球", True), ("向左转", True), ("一个 男人", False)],
+)  # fmt: skip
+def test_captions_that_tell_left_from_right_are_known_in_both_languages(words, sides):
+    assert tells_sides(Photo("a.jpg", "a", "train", (("a",), tuple(words.split())))) is sides
+
+
+def test_a_live_photo_is_mirrored_unless_its_captions_tell_sides(small_data):
+    photos = [p for p in read_captions(small_data) if p.split == "train"]
+    split, transform = Split(photos, Vocabulary.load(small_data / VOCABULARY_FILE), 20), Transform(64)
+    sided = frozenset(photo.id for photo in photos[::2])
+    plain, live = LivePhotos(split, transform), LivePhotos(split, transform, Augment(flip=True), sided)
+    everything, mirrored = np.arange(len(photos)), []
+    for epoch in range(6):
+        live.epoch = epoch
+        seen, true = live[everything].view, plain[everything].view
+        flips = [not torch.equal(one, other) for one, other in zip(seen, true, strict=True)]
+        assert all(torch.equal(seen[i].flip(2), true[i]) for i in everything if flips[i])
+        mirrored.append(flips)
+    assert not np.array(mirrored)[:, ::2].any() and np.array(mirrored)[:, 1::2].any(0).all()
+
+
+@given(st.lists(captions, min_size=1, max_size=9), st.integers(1, 7), st.integers(1, 4))
+def test_an_update_counts_the_words_and_captions_of_all_its_batches(all_captions, size, accumulate):
+    split = split_of(all_captions)
+    plan = plan_batches(split, size, range(len(split)))
+    updates = plan_updates(split, plan, accumulate)
+    assert [batch.tolist() for update in updates for batch in update.batches] == [batch.tolist() for batch in plan]
+    for update in updates:
+        packed = [split.pack(batch) for batch in update.batches]
+        assert len(update.batches) <= accumulate
+        assert update.words == sum(len(targets) for _, targets, _ in packed)
+        assert update.captions == sum(len(photo) for _, _, photo in packed)

@@ -26,6 +26,7 @@ from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.encoder import load_encoder
 from captioning.feature_cache import FeatureReader
 from captioning.images import Transform, open_photo
+from captioning.objectives import Share
 from captioning.trainer import Trainer
 from config import ExtractFeatures, Generate, Train, UserError
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
@@ -234,15 +235,58 @@ def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
         train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **TINY))
 
 
-def test_live_and_cached_features_give_the_same_losses_and_gradients(here):
-    """The decoder cannot tell a Grid from the cache from one of the live encoder."""
-    captioner = Captioner.load("checkpoints/attention", precision="float32")
-    reader, photos = FeatureReader(Path("data/small/features.h5")), list(read_captions(Path("data/small")))[:4]
-    cached = reader.read(np.array([reader.rows[photo.id] for photo in photos])).to(torch.device("cpu"), torch.float32)
-    live = captioner.encoder(
-        torch.stack([captioner.encoder.transform.squash(open_photo(photo.image)) for photo in photos])
-    )
-    torch.testing.assert_close(cached.cells, live.cells, rtol=2e-3, atol=2e-3)
+@pytest.mark.parametrize("decoder", ["attention", "lstm"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 2e-3)])
+def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here, tmp_path, decoder, dtype, tolerance):
+    """Frozen encoder, no augmentation: the decoder cannot tell a Grid of the cache from one of the live encoder."""
+    torch.manual_seed(2)
+    torch.save(models.resnet18().state_dict(), tmp_path / "start.pth")
+    encoder = {"encoder": "resnet18.layer2", "weights": str(tmp_path / "start.pth"), "image_size": 64}
+    extract_features.main(ExtractFeatures(Path("data/small"), **encoder, dtype=dtype, workers=0, precision="float32",
+                                          out=tmp_path / "f.h5"))  # fmt: skip
+    setting = {**TINY, "decoder": decoder, "precision": "float32", "dropout": 0.0}
+    live = train.make_trainer(Train(Path("data/small"), "none", fine_tune=True, **encoder, **setting))
+    cached = train.make_trainer(Train(Path("data/small"), "none", features=tmp_path / "f.h5", **setting))
+    assert same(live.decoder.state_dict(), cached.decoder.state_dict())
+    for trainer in (live, cached):
+        trainer.decoder.train()
+        batches = [
+            trainer.train[photos].to(trainer.device, trainer.precision) for photos in np.split(np.arange(20), [7])
+        ]
+        losses = [trainer.whole(batch, Share()) for batch in batches]
+        sum(loss.objective for loss in losses).backward()
+        trainer.losses = torch.stack([loss.objective.detach() for loss in losses])
+    torch.testing.assert_close(live.losses, cached.losses, rtol=tolerance, atol=0)
+    for (name, one), other in zip(live.decoder.named_parameters(), cached.decoder.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 5 * tolerance * other.grad.norm() + 1e-7, name
+
+
+def test_fine_tuning_in_float16_scales_its_loss_and_resumes(here):
+    setting = {"fine_tune": True, "encoder": "resnet18.layer2", "image_size": 64, "weights": "random", "workers": 0,
+               "precision": "float16", "flip": True, "crop": 0.8, **TINY}  # fmt: skip
+    train.main(Train(Path("data/small"), "half", epochs=2, **setting))
+    train.main(Train(Path("data/small"), "half-resumed", epochs=1, **setting))
+    train.main(Train(Path("data/small"), "half-resumed", epochs=2, resume=True, **setting))
+    assert same(weights("half"), weights("half-resumed"))
+    assert load_checkpoint(Path("checkpoints/half/last.pt"))["scaler"]["scale"] > 1
+    assert log_of("half")[1]["train_loss"] < log_of("half")[0]["train_loss"]
+
+
+def test_the_log_of_fine_tuning_tells_photos_a_second_and_peak_memory(here):
+    for line in log_of("half"):
+        assert 0 < line["photos_per_second"] < line["captions_per_second"] and line["peak_memory_gb"] > 0
+
+
+def test_an_average_of_the_weights_is_what_is_kept_and_it_resumes(here):
+    setting = {"precision": "float32", "average": 0.9, "best": "loss", **TINY}
+    train.main(Train(Path("data/small"), "average", epochs=3, **setting))
+    train.main(Train(Path("data/small"), "average-resumed", epochs=1, **setting))
+    train.main(Train(Path("data/small"), "average-resumed", epochs=3, resume=True, **setting))
+    assert same(weights("average"), weights("average-resumed")) and log_of("average")[-1]["best"]
+    assert same(weights("average"), weights("attention")), "the average only watches"
+    kept = [load_checkpoint(Path("checkpoints") / run)["decoder"]["state"] for run in ("average", "average-resumed")]
+    assert same(*kept) and not same(kept[0], weights("average"))
+    assert [line["val_loss"] for line in log_of("average")] == [line["val_loss"] for line in log_of("average-resumed")]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_photos(here, monkeypatch):

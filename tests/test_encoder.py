@@ -1,7 +1,11 @@
 """Encoders cut by their graph: the map is the classifier's own, and the weights are the ones they claim to be."""
 
+import resource
+import sys
+
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchvision import models
 
@@ -153,3 +157,48 @@ def test_the_digest_sees_names_shapes_and_values():
     others = [{"a": torch.zeros(4)}, {**state, "a": torch.zeros(2, 2)}, {**state, "b": torch.ones(2, 2) * 2}]
     assert state_sha256(state) == state_sha256(dict(reversed(state.items())))
     assert len({state_sha256(s) for s in [state, *others]}) == 4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "inception_v3", "convnext_tiny"])
+def test_activations_computed_twice_give_the_same_gradients(name):
+    torch.manual_seed(0)
+    encoder = Encoder(name, "random", Transform(96))
+
+    def learn():
+        cells = encoder(photos(size=96)).cells
+        encoder.zero_grad()
+        cells.square().mean().backward()
+        return cells, [parameter.grad for parameter in encoder.parameters()]
+
+    cells, gradients = learn()
+    names = list(encoder.state_dict())
+    encoder.checkpoint_activations()
+    again, repeated = learn()
+    assert len(encoder.segments) > 1 and list(encoder.state_dict()) == names
+    assert torch.equal(cells, again)
+    for one, other in zip(gradients, repeated, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        assert torch.equal(encoder(photos(size=96)).cells, cells)
+
+
+def memory_of_a_step(results, twice):
+    """Bytes by which one step of fine-tuning makes this process grow."""
+    encoder = Encoder("mobilenet_v2", "random", Transform(128))
+    if twice:
+        encoder.checkpoint_activations()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encoder(photos(24, 128)).cells.square().mean().backward()
+    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by forking")
+def test_activations_computed_twice_take_less_memory():
+    context, grown = mp.get_context("fork"), []
+    for twice in (False, True):
+        results = context.SimpleQueue()
+        process = context.Process(target=memory_of_a_step, args=(results, twice))
+        process.start()
+        grown.append(results.get())
+        process.join()
+    assert 0 < grown[1] < 0.75 * grown[0], grown

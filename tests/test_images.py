@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from captioning.images import PhotoError, Transform, Unreadable, open_photo, photo_batches, to_rgb
+from captioning.images import Augment, PhotoError, Transform, Unreadable, open_photo, photo_batches, to_rgb
 
 
 def a_photo(width=90, height=60):
@@ -89,3 +89,34 @@ def test_too_many_unreadable_photos_stop_the_work():
     unreadable.add(["a.jpg: broken"])  # the same photo in the next epoch
     with pytest.raises(PhotoError, match="--allow-missing"):
         unreadable.add(["b.jpg: broken"])
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_photo():
+    photo, augment = a_photo(), Augment(flip=True, crop=0.7, seed=3)
+    views = [np.asarray(augment(photo, i, epoch, True).resize((8, 8))) for i in range(4) for epoch in range(4)]
+    again = [np.asarray(augment(photo, i, epoch, True).resize((8, 8))) for i in range(4) for epoch in range(4)]
+    assert all(np.array_equal(one, other) for one, other in zip(views, again, strict=True))
+    assert len({view.tobytes() for view in views}) == len(views)
+
+
+def test_a_crop_keeps_at_least_its_share_and_stays_inside_the_photo():
+    pixels = np.arange(90 * 60, dtype=np.uint32).reshape(60, 90)
+    photo = Image.fromarray(np.stack([pixels >> 8, pixels & 255, pixels * 0 + 255], 2).astype(np.uint8))
+    for index in range(200):
+        crop = np.asarray(Augment(crop=0.6)(photo, index, 0, True)).astype(int)
+        assert 0.6 * 60 - 1 <= crop.shape[0] <= 60 and 0.6 * 90 - 1 <= crop.shape[1] <= 90
+        places = crop[..., 0] * 256 + crop[..., 1]
+        assert (crop[..., 2] == 255).all()  # what lies outside a photo would be black
+        assert (np.diff(places, axis=1) == 1).all() and (np.diff(places, axis=0) == 90).all()
+    tiny = Image.new("RGB", (1, 1))
+    assert Augment(crop=0.01)(tiny, 0, 0, True).size == (1, 1)
+
+
+def test_every_second_photo_is_mirrored_but_none_that_must_not_be():
+    photo = a_photo()
+    mirror = np.asarray(photo)[:, ::-1]
+    views = [np.asarray(Augment(flip=True)(photo, i, 0, may_flip=True)) for i in range(400)]
+    mirrored = [np.array_equal(view, mirror) for view in views]
+    assert 150 < sum(mirrored) < 250
+    assert all(flip or np.array_equal(view, photo) for view, flip in zip(views, mirrored, strict=True))
+    assert all(np.array_equal(Augment(flip=True)(photo, i, 0, may_flip=False), photo) for i in range(50))
