@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,11 +281,11 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
 class StopRequest:
     """Turns Ctrl-C and SIGTERM into a question that is asked between two steps, when everything can be saved.
 
-    The second Ctrl-C does not wait.
+    A second Ctrl-C does not wait; torchrun passes the first one on, so what follows within a second is the same one.
     """
 
     def __enter__(self) -> StopRequest:
-        self.requested = False
+        self.requested, self._noted = False, 0.0
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -293,9 +294,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
-        if self.requested:
+        if self.requested and time.monotonic() - self._noted > 1:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._noted = True, time.monotonic()
 
     def check(self) -> None:
         """Stop here if a stop was asked for."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 from torchvision import models
 
 import config
@@ -114,7 +115,8 @@ def run_as_it_stands(command: str) -> None:
 
 
 def test_every_command_of_the_readme_runs(user):
-    lines = [line for line in commands("bash") if line.startswith("python ")]
+    lines = [re.sub(r"^torchrun .* -- ", "python ", line) for line in commands("bash")]  # one process does
+    lines = [line for line in lines if line.startswith("python ")]
     order = {"-m": 0, "generate.py": 2}  # what the first blocks of the README show needs what the later ones make
     lines.sort(key=lambda line: order.get(line.split()[1], 1))
     assert len(lines) >= 10
@@ -126,6 +128,14 @@ def test_every_command_of_the_readme_runs(user):
     assert (user / "captions.json").exists() and list((user / "attention").glob("*.png"))
     for line in commands("python"):
         exec(line, globals())  # the Python interface, line by line
+
+
+def test_torchrun_takes_the_flags_that_the_readme_gives_it():
+    lines = [shlex.split(line)[1:] for line in commands("bash") if line.startswith("torchrun ")]
+    assert len(lines) >= 3
+    for line in lines:
+        options = get_args_parser().parse_args(line)
+        assert [options.training_script, *options.training_script_args] == line[line.index("--") + 1 :]
 
 
 def test_every_make_target_of_the_readme_is_there():
