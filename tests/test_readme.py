@@ -115,7 +115,7 @@ def run_as_it_stands(command: str) -> None:
 
 
 def test_every_command_of_the_readme_runs(user):
-    lines = [re.sub(r"^torchrun .* -- ", "python ", line) for line in commands("bash")]  # one process does
+    lines = [re.sub(r"^torchrun .* --\s+", "python ", line) for line in commands("bash")]  # one process does
     lines = [line for line in lines if line.startswith("python ")]
     order = {"-m": 0, "generate.py": 2}  # what the first blocks of the README show needs what the later ones make
     lines.sort(key=lambda line: order.get(line.split()[1], 1))
