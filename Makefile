@@ -8,12 +8,13 @@ unexport LANGUAGE
 PACKAGES := .venv/packages-installed
 UNFINISHED := .venv/packages-unfinished
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint dashboard
 
 help:
 	@echo "make demo   drawn scenes -> features -> training -> captions, in minutes (LANGUAGE=zh or en)"
 	@echo "make test   ruff and the tests (PYTEST_ARGS='-k beam' for some of them)"
 	@echo "make lint   ruff alone"
+	@echo "make dashboard   visdom on http://127.0.0.1:8097, for train.py --dashboard"
 	@echo "Each sets up .venv first, about 6 GB, once. Another Python: make test PYTHON=python3.12"
 
 demo: $(PACKAGES)
@@ -24,6 +25,9 @@ test: lint
 
 lint: $(PACKAGES)
 	.venv/bin/ruff check
+
+dashboard: $(PACKAGES)
+	.venv/bin/python -m captioning.dashboard $(DASHBOARD_ARGS)
 
 # The stamp is written last. An interrupted set-up leaves packages without some of their files, which look complete to
 # uv: the mark of the unfinished one has them all installed again.

@@ -12,14 +12,16 @@ import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
+
+DASHBOARD_URL = "http://127.0.0.1:8097"
 
 
 class UserError(Exception):
@@ -153,6 +155,8 @@ class Train:
     resume: bool = False  # go on with this run where it stopped
     save_every: float = 10.0  # minutes between checkpoints inside an epoch
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # arithmetic; weights stay float32
+    panel: int = 6  # first photos of val whose captions and attention are drawn every epoch; 0 is none
+    dashboard: str | None = None  # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int | None = None  # processes that read batches; 0 from a cache, a core each from photos
     seed: int = 0  # of the weights, the order and the dropout
@@ -169,7 +173,7 @@ class Train:
         for flag in ("learning_rate", "encoder_learning_rate", "decay"):
             value = getattr(self, flag)
             check(0 < value < float("inf"), "--" + flag.replace("_", "-"), value, "above 0")
-        for flag in ("clip", "alpha_c", "save_every", "val_photos"):
+        for flag in ("clip", "alpha_c", "save_every", "val_photos", "panel"):
             check(getattr(self, flag) >= 0, "--" + flag.replace("_", "-"), getattr(self, flag), "0 or more")
         check_share("--allow-missing", self.allow_missing)
         if self.workers is not None:
@@ -235,12 +239,37 @@ class Generate:
         check_share("--allow-missing", self.allow_missing)
 
 
+@dataclass(frozen=True)
+class Dashboard:
+    """Runs in the browser: starts visdom, or shows runs in one that is there.
+
+    python -m captioning.dashboard
+    python -m captioning.dashboard --replay checkpoints/att
+    python -m captioning.dashboard --compare checkpoints/att checkpoints/show-and-tell
+    """
+
+    host: str = "127.0.0.1"  # address to listen on; another than this opens the pages to your network
+    port: int = 8097  # to listen on
+    folder: Path = Path("checkpoints/visdom")  # where visdom keeps its environments
+    replay: Path | None = None  # run to rebuild from its log.jsonl, in the server at --url
+    compare: tuple[Path, ...] = ()  # runs to lay over one another, in the server at --url
+    url: str = DASHBOARD_URL  # of the server that --replay and --compare show runs in
+
+    def __post_init__(self):
+        check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")
+        if self.replay and self.compare:
+            raise UserError("--replay shows one run and --compare several: give one of them")
+        if len(self.compare) == 1:
+            raise UserError(f"--compare {self.compare[0]}: give two runs or more, or --replay for one")
+
+
 Config = TypeVar("Config")
 
 
 def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
     """The command line as a `command` dataclass. A usage error is one line on stderr and exit status 2."""
     said = io.StringIO()
+    arguments = _with_urls(sys.argv[1:] if arguments is None else arguments)
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
@@ -248,6 +277,16 @@ def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
         if stop.code:
             print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
         raise
+
+
+def _with_urls(arguments: list[str]) -> list[str]:
+    """--dashboard may stand alone: it then means the server on this machine."""
+    words = []
+    for this, after in zip_longest(arguments, arguments[1:]):
+        words.append(this)
+        if this == "--dashboard" and (after is None or after.startswith("--")):
+            words.append(DASHBOARD_URL)
+    return words
 
 
 def _one_line(boxes: str) -> str:
@@ -276,32 +315,6 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a question that is asked between two steps, when everything can be saved.
-
-    A second Ctrl-C does not wait; torchrun passes the first one on, so what follows within a second is the same one.
-    """
-
-    def __enter__(self) -> StopRequest:
-        self.requested, self._noted = False, 0.0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: object) -> None:
-        if self.requested and time.monotonic() - self._noted > 1:
-            raise KeyboardInterrupt
-        self.requested, self._noted = True, time.monotonic()
-
-    def check(self) -> None:
-        """Stop here if a stop was asked for."""
-        if self.requested:
-            raise KeyboardInterrupt
 
 
 def _interrupt(*_: object) -> None:

@@ -11,10 +11,13 @@ Stopped or killed, it goes on with --resume, to the very same weights.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from captioning.batches import CachedPhotos, LivePhotos
 from captioning.checkpoint import load_checkpoint, to_resume
+from captioning.dashboard import Follower
 from captioning.decoders import DECODERS
 from captioning.device import pick_device
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
@@ -23,8 +26,9 @@ from captioning.images import Augment, PhotoError
 from captioning.log import Log
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from captioning.splits import Split, photos_of, tells_sides
+from captioning.stop import StopRequest
 from captioning.trainer import Trainer
-from config import StopRequest, Train, UserError, as_plain_data, run
+from config import Train, UserError, as_plain_data, run
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
@@ -34,9 +38,12 @@ def main(config: Train, ranks: Ranks = ALONE) -> None:
     if len(set(ranks.gather(saved is None))) > 1:
         raise UserError(f"{config.folder}: is not seen by all processes; put it on a disk that all machines share")
     trainer = make_trainer(config, saved, ranks)
-    with Log(config, saved is not None, trainer.progress.epoch, ranks.first) as log, StopRequest() as stop:
+    behind = (trainer.progress.epoch, trainer.progress.step) if saved else None
+    with Log(config, behind, ranks.first) as log, StopRequest() as stop:
         log.start(trainer.describe())
-        trainer.fit(log, stop)
+        shown = config.dashboard and ranks.first
+        with Follower(config.folder, config.dashboard) if shown else contextlib.nullcontext():
+            trainer.fit(log, stop)
 
 
 def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE) -> Trainer:

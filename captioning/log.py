@@ -1,4 +1,6 @@
-"""log.jsonl: one line when a run starts, one an epoch. It is the truth about a run; everything else shows it."""
+"""log.jsonl: a line when a run starts, one every ten seconds, one an epoch. It is the truth about a run; everything
+else shows it.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,26 @@ import torchvision
 
 from config import Train, as_plain_data
 
+STEP_SECONDS = 10.0
+
 
 class Log:
     """Appends to RUN/log.jsonl, a whole line at a time, and says the same in words."""
 
-    def __init__(self, config: Train, resume: bool, epochs: int, first: bool):
-        """resume: keep the lines of the first `epochs` epochs; first: not rank 0 writes nothing."""
+    def __init__(self, config: Train, resumes: tuple[int, int] | None, first: bool):
+        """resumes: the epochs finished, and the updates of the next one, that a resumed run has behind it.
+
+        first: another than rank 0 writes nothing.
+        """
         self.config, self.path = config, config.folder / "log.jsonl"
+        self.stepped, self.losses = time.monotonic(), []  # when the last point was written; the losses since then
         if not first:
             self.path = Path(os.devnull)
-        elif resume:
-            self._forget_after(epochs)
+        elif resumes:
+            self._forget_after(*resumes)
         else:
             config.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a" if resume else "w", encoding="utf-8")
+        self.file = open(self.path, "a" if resumes else "w", encoding="utf-8")
 
     def __enter__(self) -> Log:
         return self
@@ -56,6 +64,13 @@ class Log:
             flush=True,
         )
 
+    def step(self, figures: dict) -> None:
+        """A point of the live curves, once every STEP_SECONDS; its loss is the mean since the last one."""
+        self.losses.append(figures["loss"])
+        if time.monotonic() - self.stepped >= STEP_SECONDS:
+            self._line({"event": "step", **figures, "loss": sum(self.losses) / len(self.losses)})
+            self.stepped, self.losses = time.monotonic(), []
+
     def epoch(self, figures: dict, better: bool) -> None:
         self._line({"event": "epoch", **figures, "best": better})
         print(f"epoch {figures['epoch']:>2}: loss {figures['train_loss']:.3f}, val {figures['val_loss']:.3f}, "
@@ -63,17 +78,21 @@ class Log:
               f"{' (best)' if better else ''}; {figures['train_seconds'] + figures['val_seconds']:.0f} s, "
               f"{figures['captions_per_second']:.0f} captions/s, {figures['photos_per_second']:.0f} photos/s, "
               f"waiting {figures['waiting']:.1%}, at most {figures['peak_memory_gb']:.1f} GB; "
-              f"{next(iter(figures['examples'].values()), '')}", flush=True)  # fmt: skip
+              f"{figures['panel'][0]['caption'] if figures['panel'] else ''}", flush=True)  # fmt: skip
 
     def end(self, best: float | None, name: str) -> None:
         print(f"done: {self.config.folder}/best.pt has {name} {abs(best or 0):.2f} on val (greedy)", flush=True)
 
-    def _forget_after(self, epoch: int) -> None:
-        """Drop the epochs that the checkpoint does not know: they are about to be run again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line).get("epoch", 0) <= epoch]
+    def _forget_after(self, epochs: int, step: int) -> None:
+        """Drop what the checkpoint does not know: it is about to happen again."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            epoch, at = event.get("epoch", 0), event.get("step", 0)
+            if epoch <= epochs or (event["event"] == "step" and epoch == epochs + 1 and at <= step):
+                kept.append(line + "\n")
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def _line(self, event: dict) -> None:

@@ -35,11 +35,21 @@ class Meter:
         """Seconds."""
         return time.monotonic() - self.saved
 
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def rate(self) -> float:
+        """Captions a second."""
+        return self.captions / self.seconds()
+
+    def share_waited(self) -> float:
+        """Of the time: 0 to 1."""
+        return self.waited / self.seconds()
+
     def figures(self) -> dict:
-        seconds = time.monotonic() - self.began
         return {
-            "captions_per_second": self.captions / seconds, "photos_per_second": self.photos / seconds,
-            "waiting": self.waited / seconds, "train_seconds": seconds, "peak_memory_gb": self.peak_memory() / 1e9,
+            "captions_per_second": self.rate(), "photos_per_second": self.photos / self.seconds(),
+            "waiting": self.share_waited(), "train_seconds": self.seconds(), "peak_memory_gb": self.peak_memory() / 1e9,
         }  # fmt: skip
 
     def peak_memory(self) -> int:
@@ -50,5 +60,4 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def __str__(self) -> str:
-        seconds = time.monotonic() - self.began
-        return f"{self.captions / seconds:.0f} captions/s, waiting {self.waited / seconds:.0%}"
+        return f"{self.rate():.0f} captions/s, waiting {self.share_waited():.0%}"

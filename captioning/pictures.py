@@ -183,6 +183,11 @@ def contact_sheet(entries: Sequence[Entry], path: Path, title: str) -> None:
     _save(page, path)
 
 
+def draw_card(entry: Entry, path: Path) -> None:
+    """Save a PNG: one card of a contact sheet. Raises as `draw_attention` does."""
+    _save(_card(entry, find_font(" ".join([entry.caption, *entry.words]))), path)
+
+
 # ---- their parts ----
 
 

@@ -27,8 +27,10 @@ from captioning.log import Log
 from captioning.meter import Meter
 from captioning.metrics import score
 from captioning.objectives import CrossEntropy, Loss, Share
+from captioning.panel import Panel, Watched
 from captioning.ranks import Ranks
-from config import Generate, StopRequest, Train, UserError, as_plain_data
+from captioning.stop import StopRequest
+from config import Generate, Train, UserError, as_plain_data
 from preprocess.vocabulary import Vocabulary
 
 VALIDATION_CAPTIONS = 160  # a batch: validation keeps no gradients, so it may be larger
@@ -98,6 +100,7 @@ class Trainer:
             self.learner = DistributedDataParallel(
                 self.whole, broadcast_buffers=self.from_scratch, gradient_as_bucket_view=True
             )
+        self.panel = Panel(val.split, config.panel, config.folder)
         self.progress = Progress()
         self.unreadable = Unreadable(len(train.split) + len(val.split), config.allow_missing)
 
@@ -107,7 +110,7 @@ class Trainer:
         self.part_random_numbers()
         while progress.epoch < config.epochs and progress.epochs_without_better < config.patience:
             figures = {"epoch": progress.epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-            figures |= self.train_epoch(stop)
+            figures |= self.train_epoch(log, stop)
             self.save_last(stop)  # a validation that is stopped is done again
             with self.average.in_place() if self.average else contextlib.nullcontext():
                 figures |= self.validate(stop)
@@ -126,7 +129,7 @@ class Trainer:
             where = [self.config.seed, self.ranks.rank, self.progress.epoch, self.progress.step]
             torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1)[0]))
 
-    def train_epoch(self, stop: StopRequest) -> dict:
+    def train_epoch(self, log: Log, stop: StopRequest) -> dict:
         """One epoch from where it stands -> its figures."""
         split, progress, config = self.train.split, self.progress, self.config
         order = shuffled(len(split), config.seed, progress.epoch)
@@ -150,6 +153,8 @@ class Trainer:
             if done or progress.step % LOOK_EVERY == 0 or self.device.type == "cpu":
                 loss, save = self.settle(pending, meter, stop)
                 bar.set_postfix_str(f"loss {loss:.3f}, {meter}")
+                log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan), "loss": loss,
+                          "captions_per_second": meter.rate(), "waiting": meter.share_waited()})  # fmt: skip
                 if save and not done:
                     self.save_last(stop)
         bar.close()
@@ -177,7 +182,7 @@ class Trainer:
         return Loss(*(value.detach() for value in loss))
 
     def settle(self, pending: list[tuple[Loss, Batch]], meter: Meter, stop: StopRequest) -> tuple[float, bool]:
-        """Add the pending losses of all ranks to the epoch's sums -> the last one, and whether it is time to save.
+        """Add the pending losses of all ranks to the epoch's sums -> their mean, and whether it is time to save.
 
         Raises UserError where one is not finite.
         """
@@ -200,7 +205,7 @@ class Trainer:
         self.progress.words += int(words)
         save = bool(stop.requested or due)
         meter.add(captions, photos, saved=save)
-        return value, save
+        return cross_entropy / words, save
 
     @torch.inference_mode()
     def validate(self, stop: StopRequest) -> dict:
@@ -208,7 +213,9 @@ class Trainer:
         began, split, vocabulary = time.monotonic(), self.val.split, self.vocabulary
         self.whole.eval()
         plan = self.ranks.share(plan_batches(split, VALIDATION_CAPTIONS, range(len(split))))
-        sums, candidates = torch.zeros(3), {}  # of cross entropy and top-5 over the words, and the words
+        sums = torch.zeros(3)  # of cross entropy and top-5 over the words, and the words
+        candidates: dict[str, list[str]] = {}
+        watched: Watched = {}
         for batch in self.bar(self.loader(self.val, plan), total=len(plan), desc="validate", unit="batch", leave=False):
             stop.check()
             self.unreadable.add(batch.failures)
@@ -219,8 +226,12 @@ class Trainer:
                 captions = beam_search(self.decoder, grid, 1, Generate.max_length)
             sums += self.weighed(loss, len(batch.targets))
             for index, caption in zip(batch.indices, captions, strict=True):
-                candidates[split.ids[index]] = vocabulary.decode(caption.words)
-        parts = self.ranks.gather((sums.tolist(), candidates, list(self.unreadable.reasons)))
+                photo = split.ids[index]
+                candidates[photo] = vocabulary.decode(caption.words)
+                if photo in self.panel.ids:
+                    looked = caption.attention
+                    watched[photo] = candidates[photo], None if looked is None else looked.float().cpu().numpy()
+        parts = self.ranks.gather((sums.tolist(), candidates, list(self.unreadable.reasons), watched))
         figures = self.scores(parts) if self.ranks.first else {}
         return self.ranks.from_first(figures) | {"val_seconds": time.monotonic() - began}
 
@@ -228,19 +239,20 @@ class Trainer:
     def weighed(loss: Loss, words: int) -> Tensor:
         return torch.stack([loss.cross_entropy, loss.top5, torch.ones_like(loss.top5)]).float().cpu() * words
 
-    def scores(self, parts: list[tuple[list[float], dict, list[str]]]) -> dict:
-        """The ranks' sums, captions and unreadable photos -> the figures of the whole validation."""
-        for _, _, reasons in parts:
+    def scores(self, parts: list[tuple[list[float], dict, list[str], Watched]]) -> dict:
+        """The ranks' sums, captions, unreadable photos and panels -> the figures of the whole validation."""
+        for _, _, reasons, _ in parts:
             self.unreadable.add(reasons)
-        captions = {photo: words for _, found, _ in parts for photo, words in found.items()}
+        captions = {photo: words for _, found, _, _ in parts for photo, words in found.items()}
         candidates = {photo: captions[photo] for photo in self.val.split.ids if photo in captions}
         references = {photo: self.references[photo] for photo in candidates}
         scores = score(candidates, references, self.vocabulary.language, only=("BLEU-4", "CIDEr-D"))
-        cross_entropy, top5, words = np.sum([sums for sums, _, _ in parts], 0).tolist()
-        examples = {photo: self.vocabulary.joined(candidates[photo]) for photo in list(candidates)[:3]}
+        cross_entropy, top5, words = np.sum([sums for sums, _, _, _ in parts], 0).tolist()
+        watched = {photo: seen for _, _, _, watched in parts for photo, seen in watched.items()}
         return {
             "val_loss": cross_entropy / words, "top5": top5 / words, **scores, "scored": len(candidates),
-            "unreadable": len(self.unreadable.reasons), "examples": examples,
+            "unreadable": len(self.unreadable.reasons),
+            "panel": self.panel.draw(self.progress.epoch + 1, watched, references, self.vocabulary.joined),
         }  # fmt: skip
 
     def judge(self, value: float) -> bool:

@@ -21,6 +21,7 @@ SHORTEST = {  # the shortest valid command line of each command
     config.Preprocess: ["data/scenes", "--scenes", "20"],
     config.ExtractFeatures: ["data/scenes"],
     config.Train: ["data/scenes", "--run", "att"],
+    config.Dashboard: [],
     config.Generate: ["checkpoints/att", "photo.jpg"],
 }
 COMMANDS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]

@@ -21,9 +21,11 @@ import extract_features
 import train
 from captioning.batches import plan_batches
 from captioning.checkpoint import load_checkpoint
+from captioning.log import Log
 from captioning.ranks import ALONE, Ranks, RanksBatchNorm
 from captioning.splits import Split
-from config import ExtractFeatures, StopRequest, Train, UserError
+from captioning.stop import StopRequest
+from config import ExtractFeatures, Train, UserError
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
 
@@ -86,11 +88,11 @@ def weights_after_an_epoch(ranks, setting):
     trainer.optimizer = torch.optim.SGD(trainer.parameters, lr=0.1)
     before = {name: value.clone() for name, value in trainer.whole.state_dict().items()}
     with StopRequest() as stop:
-        figures = trainer.train_epoch(stop)
+        figures = trainer.train_epoch(Log(trainer.config, None, first=False), stop)
         figures |= trainer.validate(stop)
     after = {name: value.numpy() for name, value in trainer.whole.state_dict().items()}
     moved = {name for name, value in before.items() if not np.array_equal(value.numpy(), after[name])}
-    wanted = ("train_loss", "val_loss", "top5", "BLEU-4", "CIDEr-D", "examples", "scored")
+    wanted = ("train_loss", "val_loss", "top5", "BLEU-4", "CIDEr-D", "panel", "scored")
     return after, moved, {name: figures[name] for name in wanted}
 
 
@@ -109,10 +111,10 @@ def test_two_ranks_on_half_of_each_batch_train_as_one(here, setting):
     for weights, _, together in in_ranks(weights_after_an_epoch, setting):
         close(weights, alone)
         close(
-            {k: v for k, v in together.items() if k != "examples"},
-            {k: v for k, v in figures.items() if k != "examples"},
+            {k: v for k, v in together.items() if k != "panel"},
+            {k: v for k, v in figures.items() if k != "panel"},
         )
-        assert together["examples"] == figures["examples"] and together["scored"] == 4
+        assert together["panel"] == figures["panel"] and together["scored"] == 4
 
 
 def test_the_gradients_of_accumulated_batches_are_those_of_the_batch_they_add_up_to(here):
