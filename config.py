@@ -123,7 +123,7 @@ class Train:
 
     data: Positional[Path]  # folder made by python -m preprocess
     run: str  # name of the run: it is kept in checkpoints/RUN
-    decoder: Literal["lstm", "attention"] = "attention"  # Show and Tell; Show, Attend and Tell
+    decoder: Literal["lstm", "attention", "adaptive"] = "attention"  # Show and Tell; Show, Attend and Tell; Lu 2017
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
     epochs: int = 20  # at most
     batch_size: int = 32  # captions, of all processes together; a photo's captions stay together

@@ -52,10 +52,18 @@ def main(config: Generate) -> None:
     for reason in unreadable.reasons:
         print(f"skipped: {reason}")
     if config.json:
-        write_json(config.json, [{"image_id": coco_id(id), "caption": c.text} for id, c in captioned.items()])
+        write_json(config.json, [result(id, caption) for id, caption in captioned.items()])
         print(f"{config.json}: {len(captioned):,} captions")
     if config.scores:
         write_scores(config, captioner, photos, captioned)
+
+
+def result(id: str, caption: Captioned) -> dict:
+    """A line of COCO's results; with a sentinel also the words, and how much of each came from language alone."""
+    line = {"image_id": coco_id(id), "caption": caption.text}
+    if caption.sentinel is not None:
+        line |= {"words": caption.words, "sentinel": [round(beta, 4) for beta in caption.sentinel]}
+    return line
 
 
 def chosen_files(paths: tuple[Path, ...]) -> list[Asked]:

@@ -27,13 +27,17 @@ from preprocess.vocabulary import Vocabulary
 
 @dataclass
 class Captioned:
-    """A photo's caption. attention (T, 196): a row a word, over 14x14 cells; None where the decoder has none."""
+    """A photo's caption. attention (T, 196): a row a word, over 14x14 cells; None where the decoder has none.
+
+    sentinel (T): the share of each word that came from language alone (beta, Lu et al. 2017); None without a sentinel.
+    """
 
     text: str
     words: list[str]
     log_probability: float  # natural, of the whole caption
     finished: bool  # False: cut at max_length
     attention: Tensor | None
+    sentinel: list[float] | None
     grid: tuple[int, int] = (SIDE, SIDE)
 
 
@@ -97,7 +101,8 @@ class Captioner:
     def _in_words(self, caption: Caption) -> Captioned:
         words = self.vocabulary.decode(caption.words)
         text = self.vocabulary.joined(words)
-        return Captioned(text, words, caption.log_probability, caption.finished, caption.attention)
+        sentinel = (1 - caption.attention.sum(1)).tolist() if self.decoder.has_sentinel else None
+        return Captioned(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
 
 
 def _as_image(photo: Path | str | Image.Image | Tensor) -> Image.Image:

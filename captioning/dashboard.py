@@ -11,6 +11,7 @@ next round brings all of them.
 from __future__ import annotations
 
 import base64
+import collections
 import html
 import http.client
 import json
@@ -33,7 +34,7 @@ CURVES = {  # window -> its curves: (name, event, key, factor)
     "top-5 accuracy, %": [("validation", "epoch", "top5", 100)],
     "captions a second": [("train", "step", "captions_per_second", 1)],
     "waiting for data, %": [("train", "step", "waiting", 100)],
-    "learning rate": [("decoder", "epoch", "learning_rate", 1)],
+    "learning rate": [("decoder", "epoch", "learning_rate", 1), ("encoder", "epoch", "encoder_learning_rate", 1)],
 }
 
 
@@ -76,12 +77,14 @@ def compared(runs: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def _curves(events: list[dict], title: str) -> list[tuple[str, list, list]]:
-    return [(name, *_points(events, kind, key, factor)) for name, kind, key, factor in CURVES[title]]
+    curves = [(name, *_points(events, kind, key, factor)) for name, kind, key, factor in CURVES[title]]
+    return [curve for curve in curves if curve[1]] or curves[:1]  # visdom wants one, if only an empty one
 
 
 def _points(events: list[dict], kind: str, key: str, factor: float) -> tuple[list[float], list[float]]:
     """x: epochs, and parts of them; y. Of too many points every second, third, ... is shown, and always the last."""
-    if kind == "step" and not any(event["event"] == "step" for event in events):  # epochs of a few seconds
+    count = collections.Counter(event["event"] for event in events)
+    if kind == "step" and count["step"] < count["epoch"]:  # epochs of a few seconds
         kind, key = "epoch", {"loss": "train_loss"}.get(key, key)
     points = [(event["epoch"] - 1 + event["step"] / event["of"] if kind == "step" else event["epoch"],
                factor * event[key]) for event in events if event["event"] == kind and key in event]  # fmt: skip

@@ -217,11 +217,15 @@ def _panel(
     page: Image.Image, corner: tuple[int, int], photo: Image.Image,
     word: str, weights: np.ndarray, font: Font, size: int,
 ) -> None:  # fmt: skip
-    """A word's overlay, and under it the word and the share of its attention that its most watched cell holds."""
+    """A word's overlay, and under it the word and the share of its attention that its most watched cell holds.
+
+    Attention that sums to less than one leaves the rest to a sentinel: that share, beta, is written instead.
+    """
     x, y = corner
     page.paste(_rounded(overlay(photo, weights), page.getpixel((x, y))), corner)
     pencil, foot, right = ImageDraw.Draw(page), y + photo.height + 8 + size, x + photo.width
-    share, small = f"{weights.max():.0%}", _type(font, round(0.7 * size))
+    beta, small = 1 - weights.sum(), _type(font, round(0.7 * size))
+    share = f"β {beta:.2f}" if beta > 1e-3 else f"{weights.max():.0%}"
     pencil.text((right, foot), share, MUTED, small, anchor="rs")
     room = photo.width - pencil.textlength(share, small) - 6
     word, fitting = _fitted(word, font, size, room)

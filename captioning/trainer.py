@@ -109,7 +109,8 @@ class Trainer:
         progress, config = self.progress, self.config
         self.part_random_numbers()
         while progress.epoch < config.epochs and progress.epochs_without_better < config.patience:
-            figures = {"epoch": progress.epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+            rates = zip(("learning_rate", "encoder_learning_rate"), self.optimizer.param_groups, strict=False)
+            figures = {"epoch": progress.epoch + 1} | {name: group["lr"] for name, group in rates}
             figures |= self.train_epoch(log, stop)
             self.save_last(stop)  # a validation that is stopped is done again
             with self.average.in_place() if self.average else contextlib.nullcontext():

@@ -23,6 +23,7 @@ import generate
 import train
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.decoders import DECODERS
 from captioning.encoder import load_encoder
 from captioning.feature_cache import FeatureReader
 from captioning.images import Transform, open_photo
@@ -44,7 +45,7 @@ def made(small_data, tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     extract_features.main(ExtractFeatures(small_data, **ENCODER))
-    for decoder in ("attention", "lstm"):
+    for decoder in DECODERS:
         train.main(Train(Path("data/small"), decoder, decoder=decoder, epochs=3, precision="float32", **TINY))
     os.chdir(before)
     return folder
@@ -141,7 +142,7 @@ def test_unreadable_photos_are_skipped_up_to_the_allowed_share(here, tmp_path, m
 
 
 def test_training_learns_and_logs(here):
-    for run in ("attention", "lstm"):
+    for run in DECODERS:
         epochs = log_of(run)
         assert epochs[-1]["val_loss"] < epochs[0]["val_loss"]
         assert {"top5", "BLEU-4", "CIDEr-D", "waiting", "captions_per_second", "learning_rate"} <= set(epochs[0])
@@ -149,7 +150,7 @@ def test_training_learns_and_logs(here):
         assert {"versions", "device", "config", "encoder", "commit"} <= set(start)
 
 
-@pytest.mark.parametrize("decoder", ["attention", "lstm"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
     run, setting = f"resumed-{decoder}", {"decoder": decoder, "precision": "float32", **TINY}
     train.main(Train(Path("data/small"), run, epochs=1, **setting))
@@ -235,7 +236,7 @@ def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
         train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **TINY))
 
 
-@pytest.mark.parametrize("decoder", ["attention", "lstm"])
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 2e-3)])
 def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here, tmp_path, decoder, dtype, tolerance):
     """Frozen encoder, no augmentation: the decoder cannot tell a Grid of the cache from one of the live encoder."""
@@ -307,7 +308,7 @@ def test_a_photo_a_folder_and_a_split_are_captioned(here, capsys):
     assert one[0] in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("run", ["attention", "lstm"])
+@pytest.mark.parametrize("run", DECODERS)
 def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, tmp_path, run):
     def results(name, **more):
         generate.main(
@@ -320,7 +321,8 @@ def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, 
                 **more,
             )
         )
-        return json.loads((tmp_path / name).read_text())
+        lines = json.loads((tmp_path / name).read_text())
+        return [{key: line[key] for key in ("image_id", "caption")} for line in lines]
 
     cached = results("cached.json", scores=tmp_path / "scores.json")
     assert [line["image_id"] for line in cached] == ["photo5", "photo11", "photo17", "photo23"]
@@ -355,6 +357,15 @@ def test_pictures_of_attention_are_drawn(here, tmp_path):
     assert Image.open(picture).width > 200
     with pytest.raises(UserError, match="does not attend"):
         generate.main(Generate(Path("checkpoints/lstm"), (Path("data/small/photos/0.png"),), pictures=tmp_path))
+
+
+def test_the_sentinels_share_of_each_word_is_told_and_drawn(here, tmp_path):
+    generate.main(Generate(Path("checkpoints/adaptive"), data=Path("data/small"), json=tmp_path / "told.json",
+                           pictures=tmp_path / "drawn", precision="float32"))  # fmt: skip
+    for line in json.loads((tmp_path / "told.json").read_text()):
+        assert line["caption"].split() == line["words"] and len(line["sentinel"]) == len(line["words"])
+        assert all(0 < beta < 1 for beta in line["sentinel"])
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
 
 
 def test_a_checkpoint_needs_no_other_file(here, tmp_path):

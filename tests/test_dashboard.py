@@ -65,12 +65,17 @@ def test_every_curve_of_a_run_is_in_its_windows(tmp_path):
     assert validation["x"] == [1, 2] and validation["y"] == [3.0, 3.0]
     assert shown["top-5 accuracy, %"]["data"][0]["y"] == [50.0, 50.0]
     assert [curve["name"] for curve in shown["scores of captions generated freely"]["data"]] == ["BLEU-4", "CIDEr-D"]
+    assert [curve["name"] for curve in shown["learning rate"]["data"]] == ["decoder"]
+    tuned = [{**event, "encoder_learning_rate": 1e-4} for event in a_log()]
+    assert [curve["name"] for curve in windows(tuned, tmp_path)["learning rate"]["data"]] == ["decoder", "encoder"]
+    assert windows([], tmp_path)["loss"]["data"][0]["x"] == [], "a run that has just begun"
     assert {"learning rate", "captions a second", "waiting for data, %", "settings", "photo 1"} <= set(shown)
 
 
 def test_a_run_of_quick_epochs_shows_their_means(tmp_path):
-    shown = windows([event for event in a_log() if event["event"] != "step"], tmp_path)
-    assert shown["loss"]["data"][0]["y"] == [5.0, 2.5]
+    for steps in (0, 1):
+        events = [event for event in a_log() if event["event"] != "step"] + a_log(steps=1)[1 : 1 + steps]
+        assert windows(events, tmp_path)["loss"]["data"][0]["y"] == [5.0, 2.5]
 
 
 @pytest.mark.parametrize("steps", [1, 599, 600, 601, 8640, 100_000])

@@ -63,7 +63,35 @@ def read_photo_first(d, f14, words):
     return d.vocabulary(d.lstm(x)[0][1:]), None
 
 
-PLAIN = {"attention": attend, "lstm": read_photo_first}
+def look_when_needed(d, f14, words):
+    """Lu et al. 2017, one caption: scores (T, V) and (1 - beta_t) alpha_t (T, P), with torch.nn.LSTMCell."""
+    hidden_size = d.hidden_gates.in_features
+    cell = nn.LSTMCell(2 * d.embedding.embedding_dim, hidden_size).double()
+    from_x = torch.cat([d.word_gates.weight, d.photo_gates.weight], 1)
+    cell.weight_ih, cell.weight_hh = (nn.Parameter(w[: 4 * hidden_size]) for w in (from_x, d.hidden_gates.weight))
+    cell.bias_ih, cell.bias_hh = (
+        nn.Parameter(d.word_gates.bias[: 4 * hidden_size]),
+        nn.Parameter(torch.zeros(28).double()),
+    )
+    v, v_g = torch.relu(d.value(f14)), torch.relu(d.whole(f14.mean(0)))
+    h = m = torch.zeros(1, hidden_size, dtype=torch.float64)
+    scores, attentions = [], []
+    for word in words:
+        x = torch.cat([d.embedding(word), v_g])
+        g = torch.sigmoid(from_x[4 * hidden_size :] @ x + d.word_gates.bias[4 * hidden_size :]
+                          + d.hidden_gates.weight[4 * hidden_size :] @ h[0])  # fmt: skip
+        h, m = cell(x[None], (h, m))
+        s = g * torch.tanh(m[0])
+        z = torch.tanh(d.key(v) + d.query(h[0])) @ d.score.weight[0]
+        z_s = torch.tanh(d.sentinel_key(s) + d.query(h[0])) @ d.score.weight[0]
+        alpha, beta = z.softmax(0), torch.cat([z, z_s[None]]).softmax(0)[-1]
+        c = beta * s + (1 - beta) * (alpha @ v)
+        scores.append(d.vocabulary(c + h[0]))
+        attentions.append((1 - beta) * alpha)
+    return torch.stack(scores), torch.stack(attentions)
+
+
+PLAIN = {"attention": attend, "lstm": read_photo_first, "adaptive": look_when_needed}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -75,7 +103,7 @@ def test_teacher_forced_scores_equal_the_equations_a_word_at_a_time(name):
     for row, length in enumerate(LENGTHS):
         plain, attention = PLAIN[name](decoder, f14[PHOTO[row]], words[row, :length])
         torch.testing.assert_close(scores[first_of_step[:length] + row], plain, rtol=1e-10, atol=1e-10)
-        if attention is not None:
+        if coverage is not None:
             torch.testing.assert_close(coverage[row], attention.sum(0), rtol=1e-10, atol=1e-10)
 
 
@@ -142,7 +170,24 @@ def test_beams_side_by_side_equal_photos_one_by_one(name):
         torch.testing.assert_close(step.log_probabilities[row], alone.log_probabilities[0], rtol=1e-5, atol=1e-6)
         if step.attention is not None:
             torch.testing.assert_close(step.attention[row], alone.attention[0])
-            torch.testing.assert_close(step.attention[row].sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if DECODERS[name].sees_cells])
+def test_the_attention_of_each_word_is_the_equations(name):
+    decoder, grid, f14, words, _ = make(name)
+    decoder.eval()
+    _, expected = PLAIN[name](decoder, f14[2], words[0])
+    state = decoder.begin(grid.select(torch.tensor([2])))
+    for word, attention in zip(words[0], expected, strict=True):
+        _, found, state = decoder.step(word[None], state)
+        torch.testing.assert_close(found[0], attention)
+    sums = expected.sum(1)
+    if name == "adaptive":
+        assert (sums < 0.999).all() and (sums > 0).all() and sums.std() > 0, (
+            "the sentinel takes its share, word by word"
+        )
+    else:
+        torch.testing.assert_close(sums, torch.ones(len(sums), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -21,6 +21,7 @@ import extract_features
 import train
 from captioning.batches import plan_batches
 from captioning.checkpoint import load_checkpoint
+from captioning.decoders import DECODERS
 from captioning.log import Log
 from captioning.ranks import ALONE, Ranks, RanksBatchNorm
 from captioning.splits import Split
@@ -102,8 +103,8 @@ def close(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("setting", [
-    {**CACHED, "decoder": "attention"}, {**CACHED, "decoder": "lstm"}, LIVE, SPLIT_UP,
-], ids=["attention", "lstm", "fine-tuning", "accumulated"])  # fmt: skip
+    *({**CACHED, "decoder": name} for name in DECODERS), LIVE, SPLIT_UP,
+], ids=[*DECODERS, "fine-tuning", "accumulated"])  # fmt: skip
 def test_two_ranks_on_half_of_each_batch_train_as_one(here, setting):
     """The captions differ in length, so a mean of the two halves' means would be another loss."""
     alone, moved, figures = weights_after_an_epoch(ALONE, setting)

@@ -23,6 +23,7 @@ import extract_features
 import generate
 import preprocess.__main__
 import train
+from captioning import dashboard
 
 HOUSE = Path(__file__).parents[1]
 README = (HOUSE / "README.md").read_text(encoding="utf-8")
@@ -102,6 +103,7 @@ ROOMS = {
     "extract_features.py": (config.ExtractFeatures, extract_features.main),
     "train.py": (config.Train, train.work),
     "generate.py": (config.Generate, generate.work),
+    "-m captioning.dashboard": (config.Dashboard, dashboard.main),
 }
 
 
@@ -114,17 +116,24 @@ def run_as_it_stands(command: str) -> None:
     work(dataclasses.replace(settings, **{key: value for key, value in cheaper.items() if key in fields}))
 
 
-def test_every_command_of_the_readme_runs(user):
+def test_every_command_of_the_readme_runs(user, monkeypatch):
+    sent = []
     lines = [re.sub(r"^torchrun .* --\s+", "python ", line) for line in commands("bash")]  # one process does
     lines = [line for line in lines if line.startswith("python ")]
-    order = {"-m": 0, "generate.py": 2}  # what the first blocks of the README show needs what the later ones make
-    lines.sort(key=lambda line: order.get(line.split()[1], 1))
+    monkeypatch.setattr(dashboard.Sender, "send", lambda self, shown: sent.append((self.environment, shown)))
+    order = {
+        "-m preprocess": 0,
+        "generate.py": 2,
+        "-m captioning.dashboard": 2,
+    }  # what the first blocks of the README show needs what the later ones make
+    lines.sort(key=lambda line: next((place for room, place in order.items() if f" {room} " in line), 1))
     assert len(lines) >= 10
     for line in lines:
         try:
             run_as_it_stands(line)
         except Exception as error:
             raise AssertionError(f"{line}\n{type(error).__name__}: {error}") from error
+    assert {name for name, _ in sent} == {"watched", "watched and att"} and all("loss" in shown for _, shown in sent)
     assert (user / "captions.json").exists() and list((user / "attention").glob("*.png"))
     for line in commands("python"):
         exec(line, globals())  # the Python interface, line by line

@@ -6,11 +6,12 @@ import inspect
 
 from torch import nn
 
+from captioning.decoders.adaptive import AdaptiveDecoder
 from captioning.decoders.attention import AttentionDecoder
 from captioning.decoders.lstm import LstmDecoder
 from config import UserError
 
-DECODERS = {"lstm": LstmDecoder, "attention": AttentionDecoder}
+DECODERS = {"lstm": LstmDecoder, "attention": AttentionDecoder, "adaptive": AdaptiveDecoder}
 
 
 def build_decoder(name: str, sizes: dict) -> nn.Module:

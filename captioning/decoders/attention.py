@@ -24,6 +24,7 @@ class AttentionDecoder(nn.Module):
     """
 
     sees_cells = True
+    has_sentinel = False
 
     def __init__(
         self, vocabulary_size: int, channels: int, embedding_size: int, attention_size: int, hidden_size: int,

@@ -18,6 +18,7 @@ class LstmDecoder(nn.Module):
     """x_-1 = BatchNorm(W mean(F));  x_t = E y_t;  p(y_t+1) = softmax(W_o LSTM(x_t))   (eq. 10-12)."""
 
     sees_cells = False  # the pooled map is all it looks at
+    has_sentinel = False
 
     def __init__(self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float):
         super().__init__()

@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 class Step(NamedTuple):
     log_probabilities: Tensor  # (R, V) float32
-    attention: Tensor | None  # (R, P), rows sum to one; None for a decoder that does not attend
+    attention: Tensor | None  # (R, P), rows sum to one, or to 1 - beta with a sentinel; None where it does not attend
     state: State
 
 
@@ -49,6 +49,7 @@ class TeacherForced(NamedTuple):
 
 class Decoder(Protocol):
     sees_cells: bool  # False: the pooled map is enough
+    has_sentinel: bool  # True: attention sums to 1 - beta, the share of the photo in a word
 
     def begin(self, grid: Grid) -> State:
         """The state before the first word, one row a photo."""
