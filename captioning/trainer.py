@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from captioning.average import WeightAverage
 from captioning.batches import Batch, Update, plan_batches, plan_updates, shuffled
-from captioning.beam_search import beam_search
 from captioning.checkpoint import save_checkpoint
 from captioning.decoders import build_decoder, load_decoder
 from captioning.device import autocast, pick_precision, restore_rng, rng_state
 from captioning.encoder import Encoder
-from captioning.grid import Grid
 from captioning.images import Unreadable, quiet_worker
 from captioning.log import Log
 from captioning.meter import Meter
-from captioning.metrics import score
 from captioning.objectives import CrossEntropy, Loss, Share
-from captioning.panel import Panel, Watched
+from captioning.panel import Panel
 from captioning.ranks import Ranks
 from captioning.stop import StopRequest
-from config import Generate, Train, UserError, as_plain_data
+from captioning.validation import Validation
+from captioning.whole import Whole
+from config import Train, UserError, as_plain_data
 from preprocess.vocabulary import Vocabulary
 
 VALIDATION_CAPTIONS = 160  # a batch: validation keeps no gradients, so it may be larger
@@ -50,19 +49,13 @@ class Progress:
     epochs_without_better: int = 0
 
 
-class Whole(nn.Module):
-    """Encoder, decoder and objective as one module, batch -> Loss: DistributedDataParallel follows one forward."""
+class Learnt(NamedTuple):
+    """What is still to be said of a batch that was learnt from; the batch itself may go."""
 
-    def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: CrossEntropy):
-        super().__init__()
-        self.encoder, self.decoder, self.objective = encoder, decoder, objective
-
-    def see(self, batch: Batch) -> Grid:
-        """The Grid of a batch, cached or live: the decoder cannot tell which."""
-        return self.encoder(batch.view) if self.encoder else batch.view
-
-    def forward(self, batch: Batch, share: Share) -> Loss:
-        return self.objective.loss(self.decoder, self.see(batch), batch, share)
+    loss: Loss
+    words: int
+    captions: int
+    photos: np.ndarray  # of the split
 
 
 class Trainer:
@@ -74,7 +67,7 @@ class Trainer:
         """train and val: CachedPhotos or LivePhotos; references: of val, in words; described: the cache's encoder."""
         torch.manual_seed(config.seed)
         self.config, self.vocabulary, self.device, self.ranks = config, vocabulary, device, ranks
-        self.train, self.val, self.references = train, val, references
+        self.train, self.val = train, val
         self.precision = pick_precision(config.precision, device)
         self.sizes = {
             "vocabulary_size": len(vocabulary), "channels": channels, "embedding_size": config.embedding_size,
@@ -100,9 +93,10 @@ class Trainer:
             self.learner = DistributedDataParallel(
                 self.whole, broadcast_buffers=self.from_scratch, gradient_as_bucket_view=True
             )
-        self.panel = Panel(val.split, config.panel, config.folder)
         self.progress = Progress()
         self.unreadable = Unreadable(len(train.split) + len(val.split), config.allow_missing)
+        panel = Panel(val.split, config.panel, config.folder)
+        self.validation = Validation(val.split, references, vocabulary, panel, self.unreadable, ranks)
 
     def fit(self, log: Log, stop: StopRequest) -> None:
         """Epoch by epoch: train, validate, log, save; until --epochs, or --patience without a better score."""
@@ -141,20 +135,21 @@ class Trainer:
             self.encoder.tune(batch_norm=self.from_scratch)
         batches = self.batches_of(plan[progress.step :])
         meter = Meter(self.device)
-        pending: list[tuple[Loss, Batch]] = []  # not yet looked at
+        pending: list[Learnt] = []  # not yet looked at
         bar = self.bar(total=len(plan), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit="update")
         for update in plan[progress.step :]:
             for place in range(1, len(update.batches) + 1):
                 with meter.waiting():
                     batch = next(batches)
-                pending.append((self.learn(batch, update, last=place == len(update.batches)), batch))
+                loss = self.learn(batch, update, last=place == len(update.batches))
+                pending.append(Learnt(loss, len(batch.targets), batch.captions, batch.indices))
             progress.step += 1
             bar.update()
             done = progress.step == len(plan)
             if done or progress.step % LOOK_EVERY == 0 or self.device.type == "cpu":
-                loss, save = self.settle(pending, meter, stop)
-                bar.set_postfix_str(f"loss {loss:.3f}, {meter}")
-                log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan), "loss": loss,
+                mean, save = self.settle(pending, meter, stop)
+                bar.set_postfix_str(f"loss {mean:.3f}, {meter}")
+                log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan), "loss": mean,
                           "captions_per_second": meter.rate(), "waiting": meter.share_waited()})  # fmt: skip
                 if save and not done:
                     self.save_last(stop)
@@ -182,79 +177,37 @@ class Trainer:
                 self.average.update()
         return Loss(*(value.detach() for value in loss))
 
-    def settle(self, pending: list[tuple[Loss, Batch]], meter: Meter, stop: StopRequest) -> tuple[float, bool]:
+    def settle(self, pending: list[Learnt], meter: Meter, stop: StopRequest) -> tuple[float, bool]:
         """Add the pending losses of all ranks to the epoch's sums -> their mean, and whether it is time to save.
 
         Raises UserError where one is not finite.
         """
         sums = np.zeros(4)  # cross entropy, words, captions, photos
-        for loss, batch in pending:
-            value = float(loss.cross_entropy)
+        for loss, words, captions, photos in pending:
             if not np.isfinite(float(loss.objective)):
-                ids = [self.train.split.ids[i] for i in batch.indices]
+                ids = [self.train.split.ids[i] for i in photos]
                 raise UserError(
                     f"the loss became {float(loss.objective)} in epoch {self.progress.epoch + 1}, at the photos "
                     f"{', '.join(ids[:8])}; lower --learning-rate, now {self.config.learning_rate}, "
                     f"or --resume from {self.config.folder}"
                 )
-            sums += value * len(batch.targets), len(batch.targets), batch.captions, len(batch.indices)
+            sums += float(loss.cross_entropy) * words, words, captions, len(photos)
         pending.clear()
         due = self.ranks.first and meter.since_save() > 60 * self.config.save_every
         cross_entropy, words, captions, photos, stops, due = self.ranks.sum([*sums.tolist(), stop.requested, due])
-        stop.requested = stops > 0
+        if stops:
+            stop.requested = True
         self.progress.cross_entropy += cross_entropy
         self.progress.words += int(words)
-        save = bool(stop.requested or due)
+        save = bool(stops or due)
         meter.add(captions, photos, saved=save)
         return cross_entropy / words, save
 
-    @torch.inference_mode()
     def validate(self, stop: StopRequest) -> dict:
-        """Teacher-forced loss and top-5 accuracy; BLEU-4 and CIDEr-D of captions generated freely (greedily)."""
-        began, split, vocabulary = time.monotonic(), self.val.split, self.vocabulary
-        self.whole.eval()
-        plan = self.ranks.share(plan_batches(split, VALIDATION_CAPTIONS, range(len(split))))
-        sums = torch.zeros(3)  # of cross entropy and top-5 over the words, and the words
-        candidates: dict[str, list[str]] = {}
-        watched: Watched = {}
-        for batch in self.bar(self.loader(self.val, plan), total=len(plan), desc="validate", unit="batch", leave=False):
-            stop.check()
-            self.unreadable.add(batch.failures)
-            batch = batch.to(self.device, self.precision)
-            with autocast(self.device, self.precision):
-                grid = self.whole.see(batch)
-                loss = self.whole.objective.loss(self.decoder, grid, batch, Share())
-                captions = beam_search(self.decoder, grid, 1, Generate.max_length)
-            sums += self.weighed(loss, len(batch.targets))
-            for index, caption in zip(batch.indices, captions, strict=True):
-                photo = split.ids[index]
-                candidates[photo] = vocabulary.decode(caption.words)
-                if photo in self.panel.ids:
-                    looked = caption.attention
-                    watched[photo] = candidates[photo], None if looked is None else looked.float().cpu().numpy()
-        parts = self.ranks.gather((sums.tolist(), candidates, list(self.unreadable.reasons), watched))
-        figures = self.scores(parts) if self.ranks.first else {}
-        return self.ranks.from_first(figures) | {"val_seconds": time.monotonic() - began}
-
-    @staticmethod
-    def weighed(loss: Loss, words: int) -> Tensor:
-        return torch.stack([loss.cross_entropy, loss.top5, torch.ones_like(loss.top5)]).float().cpu() * words
-
-    def scores(self, parts: list[tuple[list[float], dict, list[str], Watched]]) -> dict:
-        """The ranks' sums, captions, unreadable photos and panels -> the figures of the whole validation."""
-        for _, _, reasons, _ in parts:
-            self.unreadable.add(reasons)
-        captions = {photo: words for _, found, _, _ in parts for photo, words in found.items()}
-        candidates = {photo: captions[photo] for photo in self.val.split.ids if photo in captions}
-        references = {photo: self.references[photo] for photo in candidates}
-        scores = score(candidates, references, self.vocabulary.language, only=("BLEU-4", "CIDEr-D"))
-        cross_entropy, top5, words = np.sum([sums for sums, _, _, _ in parts], 0).tolist()
-        watched = {photo: seen for _, _, _, watched in parts for photo, seen in watched.items()}
-        return {
-            "val_loss": cross_entropy / words, "top5": top5 / words, **scores, "scored": len(candidates),
-            "unreadable": len(self.unreadable.reasons),
-            "panel": self.panel.draw(self.progress.epoch + 1, watched, references, self.vocabulary.joined),
-        }  # fmt: skip
+        """The figures of the validation photos: see captioning/validation.py."""
+        plan = self.ranks.share(plan_batches(self.val.split, VALIDATION_CAPTIONS, range(len(self.val.split))))
+        batches = self.bar(self.loader(self.val, plan), total=len(plan), desc="validate", unit="batch", leave=False)
+        return self.validation.run(self.whole, self.precision, batches, self.progress.epoch + 1, stop)
 
     def judge(self, value: float) -> bool:
         """Is this the best score so far?"""

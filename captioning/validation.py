@@ -1,0 +1,92 @@
+"""How good a model is on the validation photos: what it makes of the true captions, and what it says freely."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from captioning.batches import Batch
+from captioning.beam_search import beam_search
+from captioning.device import autocast
+from captioning.images import Unreadable
+from captioning.metrics import score
+from captioning.objectives import Share
+from captioning.panel import Panel, Watched
+from captioning.ranks import Ranks
+from captioning.splits import Split
+from captioning.stop import StopRequest
+from captioning.whole import Whole
+from config import Generate
+from preprocess.vocabulary import Vocabulary
+
+
+class Part(NamedTuple):
+    """What one rank found."""
+
+    sums: list[float]  # of cross entropy and top-5 hits over the words, and the words
+    captions: dict[str, list[str]]  # of each photo
+    unreadable: list[str]
+    watched: Watched
+
+
+class Validation:
+    """The photos of a split, their true captions (references: in words), and the panel that is drawn of some."""
+
+    def __init__(self, split: Split, references: dict, vocabulary: Vocabulary, panel: Panel, unreadable: Unreadable,
+                 ranks: Ranks):  # fmt: skip
+        self.split, self.references, self.vocabulary = split, references, vocabulary
+        self.panel, self.unreadable, self.ranks = panel, unreadable, ranks
+
+    def run(
+        self, whole: Whole, precision: torch.dtype, batches: Iterable[Batch], epoch: int, stop: StopRequest
+    ) -> dict:
+        """Teacher-forced loss and top-5 accuracy; BLEU-4 and CIDEr-D of captions generated freely (greedily).
+
+        batches: this rank's share of the split. Every photo is scored once, by rank 0; every rank has the figures.
+        """
+        began = time.monotonic()
+        parts = self.ranks.gather(self.see(whole.eval(), precision, batches, stop))
+        figures = self.figures(parts, epoch) if self.ranks.first else {}
+        return self.ranks.from_first(figures) | {"val_seconds": time.monotonic() - began}
+
+    @torch.inference_mode()
+    def see(self, whole: Whole, precision: torch.dtype, batches: Iterable[Batch], stop: StopRequest) -> Part:
+        device = next(whole.parameters()).device
+        sums, captions, watched = torch.zeros(3), {}, {}
+        for batch in batches:
+            stop.check()
+            self.unreadable.add(batch.failures)
+            batch = batch.to(device, precision)
+            with autocast(device, precision):
+                grid = whole.see(batch)
+                loss = whole.objective.loss(whole.decoder, grid, batch, Share())
+                found = beam_search(whole.decoder, grid, 1, Generate.max_length)
+            words = len(batch.targets)
+            sums += torch.tensor([words * float(loss.cross_entropy), words * float(loss.top5), words])
+            for index, caption in zip(batch.indices, found, strict=True):
+                photo = self.split.ids[index]
+                captions[photo] = self.vocabulary.decode(caption.words)
+                if photo in self.panel.ids:
+                    looked = caption.attention
+                    watched[photo] = captions[photo], None if looked is None else looked.numpy()
+        return Part(sums.tolist(), captions, list(self.unreadable.reasons), watched)
+
+    def figures(self, parts: list[Part], epoch: int) -> dict:
+        """What the ranks found -> the figures of the whole split."""
+        for part in parts:
+            self.unreadable.add(part.unreadable)
+        captions = {photo: words for part in parts for photo, words in part.captions.items()}
+        candidates = {photo: captions[photo] for photo in self.split.ids if photo in captions}
+        references = {photo: self.references[photo] for photo in candidates}
+        scores = score(candidates, references, self.vocabulary.language, only=("BLEU-4", "CIDEr-D"))
+        cross_entropy, top5, words = np.sum([part.sums for part in parts], 0).tolist()
+        watched = {photo: seen for part in parts for photo, seen in part.watched.items()}
+        return {
+            "val_loss": cross_entropy / words, "top5": top5 / words, **scores, "scored": len(candidates),
+            "unreadable": len(self.unreadable.reasons),
+            "panel": self.panel.draw(epoch, watched, references, self.vocabulary.joined),
+        }  # fmt: skip

@@ -1,0 +1,25 @@
+"""Encoder, decoder and objective as one module: what is trained, and what DistributedDataParallel wraps."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from captioning.batches import Batch
+from captioning.encoder import Encoder
+from captioning.grid import Grid
+from captioning.objectives import CrossEntropy, Loss, Share
+
+
+class Whole(nn.Module):
+    """Batch -> Loss, in one forward, which is all that DistributedDataParallel follows."""
+
+    def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: CrossEntropy):
+        super().__init__()
+        self.encoder, self.decoder, self.objective = encoder, decoder, objective
+
+    def see(self, batch: Batch) -> Grid:
+        """The Grid of a batch, cached or live: the decoder cannot tell which."""
+        return self.encoder(batch.view) if self.encoder else batch.view
+
+    def forward(self, batch: Batch, share: Share) -> Loss:
+        return self.objective.loss(self.decoder, self.see(batch), batch, share)
