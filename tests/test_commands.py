@@ -391,6 +391,20 @@ def test_features_of_another_data_set_are_refused(here, tmp_path):
         train.main(Train(other, "other", features=Path("data/small/features.h5"), **TINY))
 
 
+def test_captions_are_not_generated_from_the_features_of_another_encoder(here, tmp_path, capsys):
+    other = tmp_path / "other.h5"
+    extract_features.main(ExtractFeatures(Path("data/small"), "resnet18.layer2", "random", 96, workers=0, out=other))
+    setting = {"data": Path("data/small"), "workers": 0, "precision": "float32"}
+    with pytest.raises(UserError, match="other.h5: made by resnet18.layer2.*leave out --features") as error:
+        generate.main(Generate(Path("checkpoints/tuned"), features=other, **setting))
+    assert "\n" not in str(error.value)
+    generate.main(Generate(Path("checkpoints/tuned"), **setting))
+    assert (
+        "features.h5: made by resnet18.layer2 (random), not by the encoder of checkpoints/tuned; encoding the photos"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_run_is_not_overwritten_or_resumed_by_mistake(here):
     with pytest.raises(UserError, match="--resume.*--overwrite"):
         train.main(Train(Path("data/small"), "attention", **TINY))
