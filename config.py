@@ -181,7 +181,7 @@ class Train:
         check(0 <= self.average < 1, "--average", self.average, "at least 0 and below 1")
         check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
         for flag in ("encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"):
-            if getattr(self, flag) not in (None, False, 1) and not self.fine_tune:
+            if getattr(self, flag) != getattr(type(self), flag) and not self.fine_tune:
                 raise UserError(f"--{flag.replace('_', '-')} goes with --fine-tune; cached features fix the encoder")
         for flag in ("encoder", "weights", "image_size"):
             if getattr(self, flag) is not None and self.start_from:

@@ -53,8 +53,9 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
     photos = list(read_captions(config.data))
     train = photos_of(photos, "train", config.data)
     val = photos_of(photos, "val", config.data, config.val_photos)
+    start = load_checkpoint(config.start_from) if config.start_from and not saved else None
     if config.fine_tune:
-        encoder = live_encoder(config, train, saved)
+        encoder = live_encoder(config, train, saved, start)
         described, channels = None, encoder.output_shape()[2]
         views = live_views(config, train, val, vocabulary, encoder)
     else:
@@ -68,17 +69,17 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
     trainer = Trainer(config, vocabulary, *views, references, encoder, described, channels, device, ranks)
     if saved is not None:
         trainer.restore(saved)
-    elif config.start_from:
-        trainer.start_from(load_checkpoint(config.start_from), str(config.start_from))
+    elif start is not None:
+        trainer.start_from(start, str(config.start_from))
     return trainer
 
 
-def live_encoder(config: Train, train: list[Photo], saved: dict | None) -> Encoder:
+def live_encoder(config: Train, train: list[Photo], saved: dict | None, start: dict | None) -> Encoder:
     """The encoder to fine-tune: of the run itself, of the run it starts from, or as the flags say."""
     if saved:
         return encoder_from_checkpoint(saved)
-    if config.start_from:
-        encoder = encoder_from_checkpoint(load_checkpoint(config.start_from))
+    if start:
+        encoder = encoder_from_checkpoint(start)
     else:
         encoder = load_encoder(config.encoder, config.weights, config.image_size, config.seed)
     if encoder.weights == "random":

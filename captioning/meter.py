@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -56,8 +58,18 @@ class Meter:
         """Bytes: on a GPU those its tensors took in this epoch; on a CPU the most this process ever held."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return most_resident()
+
+
+def most_resident() -> int:
+    """The most bytes of main memory that this process ever held.
+
+    Linux hands ru_maxrss on from the process that started this one, so there the kernel's own figure is read.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def __str__(self) -> str:
         return f"{self.rate():.0f} captions/s, waiting {self.share_waited():.0%}"

@@ -76,7 +76,7 @@ def joined_ranks(remedy: str) -> Iterator[Ranks]:
     Raises UserError, ending in `remedy`, where another rank is lost on the way.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
-        yield Ranks()
+        yield ALONE
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
@@ -103,12 +103,11 @@ class RanksBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, rows: Tensor) -> Tensor:
-        training = self.training
-        if training and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.training and dist.is_initialized() and dist.get_world_size() > 1:
             return self._over_ranks(rows.float())
         return F.batch_norm(
             rows, self.running_mean, self.running_var, self.weight, self.bias,
-            training and len(rows) > 1, self.momentum, self.eps,
+            self.training and len(rows) > 1, self.momentum, self.eps,
         )  # fmt: skip
 
     def _over_ranks(self, rows: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
 """Encoders cut by their graph: the map is the classifier's own, and the weights are the ones they claim to be."""
 
-import resource
-import sys
-
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -12,6 +9,7 @@ from torchvision import models
 from captioning.checkpoint import load_checkpoint, save_checkpoint, state_sha256
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
 from captioning.images import Transform
+from captioning.meter import most_resident
 from config import UserError
 
 
@@ -183,17 +181,16 @@ def test_activations_computed_twice_give_the_same_gradients(name):
 
 
 def memory_of_a_step(results, twice):
-    """What one step of fine-tuning makes this process grow by, in ru_maxrss's own unit."""
+    """What one step of fine-tuning makes this process grow by, in bytes."""
     torch.set_num_threads(1)
     encoder = Encoder("mobilenet_v2", "random", Transform(128))
     if twice:
         encoder.checkpoint_activations()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_resident()
     encoder(photos(24, 128)).cells.square().mean().backward()
-    results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    results.put(most_resident() - before)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="ru_maxrss is of Linux and macOS")
 def test_activations_computed_twice_take_less_memory():
     context, grown = mp.get_context("spawn"), []  # a fork would first use up what this process has freed
     for twice in (False, True):

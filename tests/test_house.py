@@ -160,6 +160,16 @@ def test_help_explains_every_setting(command, capsys):
     assert [flag for flag, text in texts.items() if not text or text in names] == []  # tyro falls back on the name
 
 
+@pytest.mark.parametrize(
+    "flags", [["--flip"], ["--crop", "0.9"], ["--checkpoint-activations"], ["--encoder", "resnet18"],
+              ["--weights", "random"], ["--image-size", "64"], ["--unfreeze-from", "layer4"]],
+)  # fmt: skip
+def test_what_only_fine_tuning_can_do_is_refused_without_it(flags):
+    with pytest.raises(config.UserError, match=f"{flags[0]} goes with --fine-tune"):
+        config.parse(config.Train, ["data/x", "--run", "a", *flags])
+    assert config.parse(config.Train, ["data/x", "--run", "a", "--fine-tune", *flags]).fine_tune
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_flag_is_one_line_and_exit_status_2(command, capsys):
     with pytest.raises(SystemExit) as stop:

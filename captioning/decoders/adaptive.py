@@ -67,16 +67,13 @@ class AdaptiveDecoder(nn.Module):
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
         """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
-        state = self.begin(grid)
-        photos = [tensor.index_select(0, photo) for tensor in state.photos]  # (R, P, H), (R, P, A), (R, 5H)
-        hidden, memory = (tensor.index_select(0, photo) for tensor in state.rows)  # (R, H)
+        state = self.begin(grid).of_captions(photo)
         says = []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 5H): they wait for no hidden state
         for gates in word_gates.split(words.batch_sizes.tolist()):
-            if len(gates) < len(hidden):  # a slice's gradient is a whole zeroed tensor: cut only when captions end
-                photos = [tensor[: len(gates)] for tensor in photos]
-                hidden, memory = hidden[: len(gates)], memory[: len(gates)]
-            hidden, memory, _, said = self._advance(gates, hidden, memory, *photos)
+            photos, rows = state.first(len(gates))
+            hidden, memory, _, said = self._advance(gates, *rows, *photos)
+            state = State(photos, (hidden, memory))
             says.append(said)
         return TeacherForced(self.vocabulary(self.dropout(torch.cat(says))), None)  # (W, V): one product for all words
 

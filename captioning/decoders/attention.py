@@ -59,16 +59,14 @@ class AttentionDecoder(nn.Module):
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
         """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
-        state = self.begin(grid)
-        cells, keys = (tensor.index_select(0, photo) for tensor in state.photos[:2])  # (R, N, C), (R, P, A)
-        hidden, cell = (tensor.index_select(0, photo) for tensor in state.rows)  # (R, H)
+        (cells, keys, _), rows = self.begin(grid)  # the pooling stays one matrix for all captions
+        state = State((cells, keys), rows).of_captions(photo)  # (R, N, C), (R, P, A); (R, H)
         hiddens, attentions = [], []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
         for gates in word_gates.split(words.batch_sizes.tolist()):
-            if len(gates) < len(keys):  # a slice's gradient is a whole zeroed tensor: cut only when captions end
-                cells, keys = cells[: len(gates)], keys[: len(gates)]
-                hidden, cell = hidden[: len(gates)], cell[: len(gates)]
-            hidden, cell, attention = self._advance(gates, hidden, cell, cells, keys, grid.pooling)
+            photos, rows = state.first(len(gates))
+            hidden, cell, attention = self._advance(gates, *rows, *photos, grid.pooling)
+            state = State(photos, (hidden, cell))
             hiddens.append(hidden)
             attentions.append(attention)
         scores = self.vocabulary(self.dropout(torch.cat(hiddens)))  # (W, V): one product for all words

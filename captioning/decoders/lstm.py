@@ -43,7 +43,7 @@ class LstmDecoder(nn.Module):
         return Step(F.log_softmax(full(scores), 1), None, State((), (hidden[0], cell[0])))
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
-        hidden, cell = (rows.index_select(0, photo)[None] for rows in self.begin(grid).rows)
+        hidden, cell = (rows[None] for rows in self.begin(grid).of_captions(photo).rows)
         packed = PackedSequence(self.embedding(words.data), words.batch_sizes)
         output, _ = self.lstm(packed, (hidden, cell))
         return TeacherForced(self.vocabulary(self.dropout(output.data)), None)  # (W, V)

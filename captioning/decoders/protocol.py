@@ -35,6 +35,19 @@ class State(NamedTuple):
             tuple(tensor.index_select(0, rows) for tensor in self.rows),
         )
 
+    def of_captions(self, photo: Tensor) -> State:
+        """From a row a photo to a row a caption, in both parts: photo (R,) int64 says whose each is."""
+        return State(
+            tuple(tensor.index_select(0, photo) for tensor in self.photos),
+            tuple(tensor.index_select(0, photo) for tensor in self.rows),
+        )
+
+    def first(self, rows: int) -> State:
+        """Only the first captions go on: packed longest first, the others have ended."""
+        if rows == len(self.rows[0]):  # a slice's gradient is a whole zeroed tensor: cut only when captions end
+            return self
+        return State(tuple(tensor[:rows] for tensor in self.photos), tuple(tensor[:rows] for tensor in self.rows))
+
 
 class Step(NamedTuple):
     log_probabilities: Tensor  # (R, V) float32
