@@ -1,4 +1,4 @@
-"""Every setting of every command: one small dataclass a command, made into a command line by tyro.
+"""Every setting of every command: one small dataclass a command, which command_line.py makes into flags.
 
 A field's comment is its help, with its unit. `__post_init__` checks the values in the flags' own
 words, before anything is read or written. Changing a default here changes it everywhere.
@@ -6,19 +6,12 @@ words, before anything is read or written. Changing a default here changes it ev
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import os
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-import tyro
 from tyro.conf import Positional
 
 DASHBOARD_URL = "http://127.0.0.1:8097"
@@ -123,7 +116,9 @@ class Train:
 
     data: Positional[Path]  # folder made by python -m preprocess
     run: str  # name of the run: it is kept in checkpoints/RUN
-    decoder: Literal["lstm", "attention", "adaptive"] = "attention"  # Show and Tell; Show, Attend and Tell; Lu 2017
+    decoder: Literal["lstm", "attention", "hard-attention", "adaptive"] = "attention"  # lstm: Show and Tell (Vinyals
+    # 2015); attention, hard-attention: Show, Attend and Tell (Xu 2015); adaptive: Knowing When to Look (Lu 2017)
+    objective: Literal["cross-entropy", "cider"] = "cross-entropy"  # cider: improve a run, with --start-from RUN
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
     epochs: int = 20  # at most
     batch_size: int = 32  # captions, of all processes together; a photo's captions stay together
@@ -131,8 +126,24 @@ class Train:
     embedding_size: int = 512  # of a word
     attention_size: int = 512  # of a key and a query
     hidden_size: int = 512  # of the recurrent state
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # of --decoder lstm
+    layers: int = 1  # of --decoder lstm
+    photo_norm: Literal["batch", "none"] = "batch"  # of --decoder lstm: BatchNorm of the photo before it is read
+    tie_words: bool = False  # the words it reads and the words it says share one matrix
+    word_vectors: Path | None = None  # text file of word2vec, GloVe or fastText that the words begin with
+    freeze_words: bool = False  # with --word-vectors: they are not trained
     dropout: float = 0.5  # share of the hidden state dropped before the vocabulary layer
+    label_smoothing: float = 0.0  # share of each target spread over the vocabulary
+    scheduled_sampling: float = 0.0  # most of the words read in training that are the decoder's own, not the true ones
+    sampling_rise: float = 0.05  # --scheduled-sampling starts at 0 and rises by this every epoch
+    reinforce: float = 1.0  # weight of the REINFORCE term (hard-attention)
+    entropy: float = 0.002  # weight of the entropy of the attention (hard-attention)
+    samples: int = 5  # captions drawn of a photo (--objective cider)
+    baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"  # a reward is compared with (--objective cider)
     learning_rate: float = 4e-4  # Adam's
+    weight_decay: float = 0.0  # AdamW's, of matrices; 0 is Adam
+    schedule: Literal["step", "cosine"] = "step"  # of the learning rate; cosine: to 0 at --epochs
+    warm_up: float = 0.0  # epochs over which the learning rate rises to its value
     decay: float = 0.8  # the learning rate is multiplied by this ...
     decay_every: int = 3  # ... every so many epochs
     average: float = 0.0  # such as 0.999: validate and keep a moving average of the weights with this decay; 0 is off
@@ -167,15 +178,18 @@ class Train:
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise UserError(f"--run {self.run!r}: must be a plain name, such as att (kept in checkpoints/att)")
         for flag in ("epochs", "batch_size", "accumulate", "embedding_size", "attention_size",
-                     "hidden_size", "decay_every", "patience", "max_length"):  # fmt: skip
+                     "hidden_size", "layers", "samples", "decay_every", "patience", "max_length"):  # fmt: skip
             check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 1)
         check(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
         for flag in ("learning_rate", "encoder_learning_rate", "decay"):
             value = getattr(self, flag)
             check(0 < value < float("inf"), "--" + flag.replace("_", "-"), value, "above 0")
-        for flag in ("clip", "alpha_c", "save_every", "val_photos", "panel"):
+        for flag in ("clip", "alpha_c", "save_every", "val_photos", "panel", "weight_decay", "warm_up", "reinforce",
+                     "entropy", "sampling_rise"):  # fmt: skip
             check(getattr(self, flag) >= 0, "--" + flag.replace("_", "-"), getattr(self, flag), "0 or more")
-        check_share("--allow-missing", self.allow_missing)
+        for flag in ("allow_missing", "label_smoothing", "scheduled_sampling"):
+            check_share("--" + flag.replace("_", "-"), getattr(self, flag))
+        self._check_together()
         if self.workers is not None:
             check_at_least("--workers", self.workers, 0)
         check(0 <= self.average < 1, "--average", self.average, "at least 0 and below 1")
@@ -194,6 +208,26 @@ class Train:
             raise UserError("--checkpoint-activations goes without --weights random, whose BatchNorm would learn twice")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
+
+    def _check_together(self) -> None:
+        """Settings that do not go with one another."""
+        if self.objective == "cider" and not (self.start_from or self.resume):
+            raise UserError("--objective cider improves a trained run: give --start-from checkpoints/RUN")
+        if self.objective == "cider" and self.baseline == "leave-one-out" and self.samples == 1:
+            raise UserError("--samples 1: leaving one out leaves none; draw 2 or more, or give --baseline greedy")
+        if self.tie_words and self.embedding_size != self.hidden_size:
+            raise UserError(
+                f"--tie-words: --embedding-size {self.embedding_size} must equal --hidden-size {self.hidden_size}"
+            )
+        if self.word_vectors and self.start_from:
+            raise UserError(f"--word-vectors: --start-from {self.start_from} already brings its words")
+        if self.freeze_words and not self.word_vectors:
+            raise UserError("--freeze-words goes with --word-vectors FILE")
+        if self.freeze_words and self.tie_words:
+            raise UserError("--freeze-words would freeze the words it says too: leave out --tie-words")
+        for flag in ("cell", "layers", "photo_norm"):
+            if getattr(self, flag) != getattr(type(self), flag) and self.decoder != "lstm":
+                raise UserError(f"--{flag.replace('_', '-')} goes with --decoder lstm")
 
     @property
     def folder(self) -> Path:
@@ -217,6 +251,7 @@ class Generate:
     beam_size: int = 5  # 1 is greedy
     max_length: int = 30  # words of a caption; what is longer is marked as unfinished
     length_penalty: float = 0.0  # rank by log-probability / length^this: 0 the sum, 1 the mean; more, longer captions
+    hard: Literal["expectation", "argmax"] = "expectation"  # hard attention sees: all cells by their share, or one
     json: Path | None = None  # write the captions here, in COCO results form
     scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR here (needs --data)
     pictures: Path | None = None  # draw the attention of each word over each photo into this folder
@@ -261,64 +296,6 @@ class Dashboard:
             raise UserError("--replay shows one run and --compare several: give one of them")
         if len(self.compare) == 1:
             raise UserError(f"--compare {self.compare[0]}: give two runs or more, or --replay for one")
-
-
-Config = TypeVar("Config")
-
-
-def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
-    """The command line as a `command` dataclass. A usage error is one line on stderr and exit status 2."""
-    said = io.StringIO()
-    arguments = _with_urls(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if stop.code:
-            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
-        raise
-
-
-def _with_urls(arguments: list[str]) -> list[str]:
-    """--dashboard may stand alone: it then means the server on this machine."""
-    words = []
-    for this, after in zip_longest(arguments, arguments[1:]):
-        words.append(this)
-        if this == "--dashboard" and (after is None or after.startswith("--")):
-            words.append(DASHBOARD_URL)
-    return words
-
-
-def _one_line(boxes: str) -> str:
-    """tyro draws its errors in boxes: keep the sentences above the first rule."""
-    sentences = []
-    for line in boxes.splitlines():
-        line = line.strip("│ \t")
-        if line and set(line) == {"─"}:
-            break
-        if line and not line.startswith(("╭", "╰")):
-            sentences.append(line)
-    return " ".join(sentences) + "; see --help"
-
-
-def run(command: type[Config], work: Callable[[Config], None]) -> None:
-    """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
-    rank = int(os.environ.get("RANK", 0))  # torchrun's
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)
-        work(parse(command))
-    except UserError as error:
-        sys.exit(f"error{f' (process {rank})' if rank else ''}: {error}")
-    except KeyboardInterrupt:
-        if not rank:
-            print("stopped; nothing is lost: the same command (train.py: with --resume) goes on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def as_plain_data(config: object) -> dict:

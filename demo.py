@@ -23,7 +23,7 @@ from captioning.feature_cache import FeatureReader
 from captioning.grid import SIDE
 from captioning.images import open_photo
 from captioning.pictures import Entry, contact_sheet
-from config import run
+from command_line import run
 from preprocess.captions import Photo, read_captions
 from preprocess.scenes import is_true, named_objects, read_scenes
 

@@ -22,7 +22,8 @@ from captioning.feature_cache import FeatureWriter, describe_features, encoder_f
 from captioning.grid import SIDE, Grid
 from captioning.images import PhotoError, Unreadable, in_batches, photo_batches
 from captioning.ranks import ALONE, Ranks, joined_ranks
-from config import ExtractFeatures, UserError, run
+from command_line import run
+from config import ExtractFeatures, UserError
 from preprocess.captions import Photo, read_captions
 
 

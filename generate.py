@@ -22,7 +22,8 @@ from captioning.images import PHOTO_ENDINGS, PhotoError, Unreadable, in_batches,
 from captioning.metrics import format_table, score_table
 from captioning.pictures import draw_attention
 from captioning.splits import photos_of
-from config import Generate, UserError, run
+from command_line import run
+from config import Generate, UserError
 from preprocess.captions import Photo, read_captions
 from preprocess.files import draft
 
@@ -36,7 +37,7 @@ class Asked:
 
 
 def main(config: Generate) -> None:
-    captioner = Captioner.load(config.run, config.device, config.precision)
+    captioner = Captioner.load(config.run, config.device, config.precision, config.hard)
     if config.pictures and not captioner.decoder.sees_cells:
         raise UserError(f"--pictures: the decoder {captioner.decoder_name} of {config.run} does not attend")
     photos = photos_of(list(read_captions(config.data)), config.split, config.data, config.limit) if config.data else []

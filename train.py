@@ -24,13 +24,16 @@ from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, l
 from captioning.feature_cache import FeatureReader, saved_encoder
 from captioning.images import Augment, PhotoError
 from captioning.log import Log
+from captioning.objectives import OBJECTIVES
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from captioning.splits import Split, photos_of, tells_sides
 from captioning.stop import StopRequest
 from captioning.trainer import Trainer
-from config import Train, UserError, as_plain_data, run
+from captioning.word_vectors import put_word_vectors
+from command_line import run
+from config import Train, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
-from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
 
 def main(config: Train, ranks: Ranks = ALONE) -> None:
@@ -61,16 +64,21 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
     else:
         reader = FeatureReader(config.features or config.data / "features.h5")
         encoder, described, channels = None, saved_encoder(reader), reader.channels
-        there = [reader.present(part, config.allow_missing, config.data) for part in (train, val)]
+        train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
         sees_cells = DECODERS[config.decoder].sees_cells
-        views = [CachedPhotos(Split(part, vocabulary, config.max_length), reader, sees_cells) for part in there]
+        views = [CachedPhotos(Split(part, vocabulary, config.max_length), reader, sees_cells) for part in (train, val)]
     references = {photo.id: photo.captions for photo in val}
+    objective = OBJECTIVES[config.objective](config, train, vocabulary)
     del photos, train, val  # from here on captions are flat arrays
-    trainer = Trainer(config, vocabulary, *views, references, encoder, described, channels, device, ranks)
+    trainer = Trainer(config, vocabulary, *views, references, objective, encoder, described, channels, device, ranks)
     if saved is not None:
         trainer.restore(saved)
     elif start is not None:
         trainer.start_from(start, str(config.start_from))
+    elif config.word_vectors:
+        found = put_word_vectors(trainer.decoder.embedding.weight.data, config.word_vectors, vocabulary)
+        words = len(vocabulary) - len(SPECIAL)
+        print(f"{config.word_vectors}: {found:,} of the vocabulary's {words:,} words are in it ({found / words:.1%})")
     return trainer
 
 

@@ -113,6 +113,7 @@ class Update(NamedTuple):
     batches: list[np.ndarray]
     words: int  # of all of them, on all ranks
     captions: int
+    photos: int
 
 
 def plan_updates(split: Split, plan: list[np.ndarray], accumulate: int) -> list[Update]:
@@ -121,7 +122,9 @@ def plan_updates(split: Split, plan: list[np.ndarray], accumulate: int) -> list[
     for first in range(0, len(plan), accumulate):
         batches = plan[first : first + accumulate]
         photos = np.concatenate(batches)
-        updates.append(Update(batches, sum(map(split.words_of, photos)), sum(map(split.captions_of, photos))))
+        updates.append(
+            Update(batches, sum(map(split.words_of, photos)), sum(map(split.captions_of, photos)), len(photos))
+        )
     return updates
 
 

@@ -52,15 +52,15 @@ def beam_search(
         raise ValueError(f"a length penalty of {length_penalty}: must be 0 or more")
     device = grid.cells.device
     search = _Search(decoder.begin(grid), len(grid), device, length_penalty, longest=max_length + 1)
-    look_every = _look_every(device)
+    every = steps_between_looks(device)
     for number in range(max_length + 1):
         search.advance(decoder, beam_size, only_ends=number == max_length)
-        if (number + 1) % look_every == 0 and not search.retire():
+        if (number + 1) % every == 0 and not search.retire():
             break
     return _unroll(search.history, search.best)
 
 
-def _look_every(device: torch.device) -> int:
+def steps_between_looks(device: torch.device) -> int:
     """Steps from one look for photos that are done to the next: each look waits until a GPU has done all its work."""
     return 1 if device.type == "cpu" else 4
 
@@ -122,7 +122,7 @@ class _Search:
 
     def advance(self, decoder: Decoder, beam_size: int, only_ends: bool) -> None:
         """Every hypothesis writes a word; at the last step (`only_ends`) what does not end is too long, and dropped."""
-        log_probabilities, attention, state = decoder.step(self.words.flatten(), self.state)
+        log_probabilities, attention, state, _ = decoder.step(self.words.flatten(), self.state)
         scores, parents, words = self._choose(log_probabilities, beam_size)
         rows = self._rows(parents)
         if attention is not None:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from captioning.beam_search import Caption, beam_search
 from captioning.checkpoint import load_checkpoint
 from captioning.decoders import build_decoder
+from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.encoder import Encoder, encoder_from_checkpoint
 from captioning.grid import SIDE, Grid
 from captioning.images import open_photo, to_rgb
+from config import UserError
 from preprocess.vocabulary import Vocabulary
 
 
@@ -44,7 +46,7 @@ class Captioned:
 class Captioner:
     """An encoder, a decoder and a vocabulary that belong together."""
 
-    def __init__(self, checkpoint: dict, device: torch.device, precision: str):
+    def __init__(self, checkpoint: dict, device: torch.device, precision: str, sees: str):
         self.device = device
         self.precision, self.encoder_precision = pick_precision(precision, device), encoder_precision(precision, device)
         self.vocabulary = Vocabulary.from_dict(checkpoint["vocabulary"])
@@ -52,13 +54,22 @@ class Captioner:
         self.decoder_name = checkpoint["decoder"]["name"]
         self.decoder: nn.Module = build_decoder(self.decoder_name, checkpoint["decoder"]["sizes"])
         self.decoder.load_state_dict(checkpoint["decoder"]["state"])
+        if isinstance(self.decoder, HardAttentionDecoder):
+            self.decoder.sees = sees
+        elif sees != HardAttentionDecoder.sees:
+            raise UserError(f"--hard {sees} goes with a run of --decoder hard-attention, not {self.decoder_name}")
         self.decoder.to(device).eval().requires_grad_(False)
         self._checkpoint, self._encoder = checkpoint, None
 
     @classmethod
-    def load(cls, run: Path | str, device: str = "auto", precision: str = "auto") -> Captioner:
-        """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises config.UserError."""
-        return cls(load_checkpoint(Path(run)), pick_device(device), precision)
+    def load(
+        cls, run: Path | str, device: str = "auto", precision: str = "auto", sees: str = HardAttentionDecoder.sees
+    ) -> Captioner:
+        """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises config.UserError.
+
+        sees: what hard attention sees of a photo, the expectation over its cells or the likeliest alone (argmax).
+        """
+        return cls(load_checkpoint(Path(run)), pick_device(device), precision, sees)
 
     @property
     def encoder(self) -> Encoder:

@@ -23,13 +23,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from captioning.visdom_server import LOOPBACK, fetch_page, serve, static_folder
-from config import Dashboard, UserError, run
+from command_line import run
+from config import Dashboard, UserError
 
 POINTS = 600  # of a curve, at most: a day's run must not grow the page
 EVERY = 2.0  # seconds between two looks at the log
 PATIENCE = 5.0  # seconds for one answer
 CURVES = {  # window -> its curves: (name, event, key, factor)
     "loss": [("train", "step", "loss", 1), ("validation", "epoch", "val_loss", 1)],
+    "reward: CIDEr-D of captions drawn": [("train", "step", "reward", 1)],
     "scores of captions generated freely": [("BLEU-4", "epoch", "BLEU-4", 1), ("CIDEr-D", "epoch", "CIDEr-D", 1)],
     "top-5 accuracy, %": [("validation", "epoch", "top5", 100)],
     "captions a second": [("train", "step", "captions_per_second", 1)],

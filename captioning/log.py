@@ -64,16 +64,18 @@ class Log:
             flush=True,
         )
 
-    def step(self, figures: dict) -> None:
-        """A point of the live curves, once every STEP_SECONDS; its loss is the mean since the last one."""
-        self.losses.append(figures["loss"])
+    def step(self, figures: dict, measures: str, value: float) -> None:
+        """A point of the live curves, once every STEP_SECONDS; its loss, or reward, is the mean since the last."""
+        self.losses.append(value)
         if time.monotonic() - self.stepped >= STEP_SECONDS:
-            self._line({"event": "step", **figures, "loss": sum(self.losses) / len(self.losses)})
+            self._line({"event": "step", **figures, measures: sum(self.losses) / len(self.losses)})
             self.stepped, self.losses = time.monotonic(), []
 
     def epoch(self, figures: dict, better: bool) -> None:
         self._line({"event": "epoch", **figures, "best": better})
-        print(f"epoch {figures['epoch']:>2}: loss {figures['train_loss']:.3f}, val {figures['val_loss']:.3f}, "
+        measured = next(name for name in ("train_loss", "train_reward") if name in figures)
+        print(f"epoch {figures['epoch']:>2}: {measured.removeprefix('train_')} {figures[measured]:.3f}, "
+              f"val {figures['val_loss']:.3f}, "
               f"top-5 {100 * figures['top5']:.1f} %, BLEU-4 {figures['BLEU-4']:.1f}, CIDEr-D {figures['CIDEr-D']:.1f}"
               f"{' (best)' if better else ''}; {figures['train_seconds'] + figures['val_seconds']:.0f} s, "
               f"{figures['captions_per_second']:.0f} captions/s, {figures['photos_per_second']:.0f} photos/s, "

@@ -1,57 +1,163 @@
-"""What training minimises. An objective is an object with one method, `loss`.
+"""What training minimises. An objective is a module with one method; a new one is a class and a line in OBJECTIVES.
 
-Letters: R captions, W words of all captions, P cells, V vocabulary.
+Letters: B photos, R captions, W words of all captions, P cells, V vocabulary, K captions drawn of a photo.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from captioning.batches import Batch
-from captioning.decoders.protocol import full
+from captioning.cider import CiderReward
+from captioning.decoders.protocol import Choices, TeacherForced, full
 from captioning.grid import Grid
+from captioning.sampling import FORBIDDEN, forced_as_drawn, read_own_words, sample, without_chance
+from config import Generate, Train
+from preprocess.captions import Photo
+from preprocess.vocabulary import Vocabulary
 
 
 class Loss(NamedTuple):
     objective: Tensor  # scalar: what is minimised, this batch's share of it
-    cross_entropy: Tensor  # scalar: natural log, mean over the words of the batch
-    top5: Tensor  # scalar: share of the words among the five likeliest
+    value: Tensor  # scalar, for the log: a mean over ...
+    count: int  # ... so many words or captions
 
 
 class Share(NamedTuple):
     """A batch's share of one update of the weights, which may add up several batches and several ranks.
 
-    The means of a loss are over the words and the captions of the whole update, however it is divided.
+    The means of a loss are over the words, captions and photos of the whole update, however it is divided.
     """
 
     words: float = 1.0
     captions: float = 1.0
+    photos: float = 1.0
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
+class Objective(Protocol):
+    measures: str  # what Loss.value is: loss or reward
+    epoch: int  # 0 in the first: some objectives change as training goes on
+
+    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
+        """What the decoder, in training mode, makes of the photos of this grid."""
+
+
+class CrossEntropy(nn.Module):
     """L = -mean log p(y_t) + alpha_c mean((1 - sum_t a_t)^2)   (Xu et al. 2015, eq. 14)
 
     The second term, doubly stochastic attention, is the mean over captions and cells: over a caption, each cell is
-    looked at about once. A decoder without attention has none.
+    looked at about once. A decoder without attention has none. A decoder that draws has REINFORCE's instead.
+
+    label_smoothing e: the true word's target is 1 - e, and e is spread over the vocabulary (Szegedy et al. 2016).
+    scheduled_sampling: in epoch i, from 0, min(this, i * sampling_rise) of the words that are read are the decoder's
+    own (Bengio et al. 2015).
     """
 
-    alpha_c: float
+    measures = "loss"
 
-    def loss(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
-        scores, coverage = decoder(grid, batch.words, batch.photo)
-        cross_entropy = F.cross_entropy(full(scores), batch.targets)
-        objective = share.words * cross_entropy
+    def __init__(self, config: Train):
+        super().__init__()
+        self.alpha_c, self.label_smoothing, self.epoch = config.alpha_c, config.label_smoothing, 0
+        self.most_own_words, self.rise = config.scheduled_sampling, config.sampling_rise
+        self.reinforce = Reinforce(config.reinforce, config.entropy)
+
+    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
+        scores, coverage, choices = self._read(decoder, grid, batch)
+        scores = full(scores)
+        objective = cross_entropy = F.cross_entropy(scores, batch.targets)
+        if self.label_smoothing:
+            objective = F.cross_entropy(scores, batch.targets, label_smoothing=self.label_smoothing)
+        if choices is not None:
+            log_probabilities = -F.cross_entropy(scores.detach(), batch.targets, reduction="none")
+            objective = objective + self.reinforce(choices, log_probabilities, batch.words.batch_sizes)
+        objective = share.words * objective
         if coverage is not None and self.alpha_c:
             objective = objective + share.captions * self.alpha_c * (1 - coverage).square().mean()
-        return Loss(objective, cross_entropy.detach(), _top5_share(scores.detach(), batch.targets))
+        return Loss(objective, cross_entropy.detach(), len(batch.targets))
+
+    def _read(self, decoder: nn.Module, grid: Grid, batch: Batch) -> TeacherForced:
+        own = min(self.most_own_words, self.epoch * self.rise)
+        if own:
+            return read_own_words(decoder, grid, batch.words, batch.photo, own)
+        return decoder(grid, batch.words, batch.photo)
 
 
-def _top5_share(scores: Tensor, targets: Tensor) -> Tensor:
-    """The share of targets with fewer than five likelier words: cheaper than sorting the vocabulary."""
-    likelier = scores > scores.gather(1, targets[:, None])  # (W, V)
-    return (likelier.sum(1) < 5).float().mean()
+class Reinforce(nn.Module):
+    """L_s = -mean_t[ weight (R_t - b_t) log p(s_t) + entropy_weight H(s_t) ]   (Xu et al. 2015, eq. 11-12)
+
+    R_t = sum_{u >= t} log p(y_u), of which no gradient is taken. The paper credits each choice s_t with the whole
+    caption; the words before it owe it nothing, so leaving them out keeps the expected gradient and much less chance.
+    b_t is the moving average of a word's log-probability, 0.9 old and 0.1 new, times the words left; each rank has its
+    own, since any that does not look at s_t will do.
+    """
+
+    def __init__(self, weight: float, entropy_weight: float):
+        super().__init__()
+        self.weight, self.entropy_weight = weight, entropy_weight
+        self.register_buffer("baseline", torch.zeros(()))
+
+    def forward(self, choices: Choices, log_probabilities: Tensor, batch_sizes: Tensor) -> Tensor:
+        """choices and log_probabilities (W,), packed with these batch sizes -> scalar."""
+        padded, lengths = pad_packed_sequence(PackedSequence(log_probabilities, batch_sizes), batch_first=True)
+        places = torch.arange(padded.shape[1], device=padded.device)
+        left = (lengths.to(padded.device)[:, None] - places).clamp_min(0)  # (R, T)
+        advantage = padded.flip(1).cumsum(1).flip(1) - self.baseline * left
+        advantage = pack_padded_sequence(advantage, lengths, batch_first=True).data  # (W,)
+        self.baseline.lerp_(log_probabilities.mean().to(self.baseline), 0.1)
+        drawn = advantage * choices.log_probability
+        return -(self.weight * drawn + self.entropy_weight * choices.entropy).mean()
+
+
+class Cider(nn.Module):
+    """The expected CIDEr-D of captions that the decoder draws, by REINFORCE with a baseline of its own.
+
+        gradient = -mean_k (r_k - b_k) d log p(caption k)
+
+    leave-one-out: b_k is the mean of the photo's other rewards (Luo 2020); greedy: the reward of the photo's greedy
+    caption, self-critical training (Rennie et al. 2017). The mean is over the captions drawn, and log p is summed over
+    the words, <end> among them, so that the gradient is unbiased. What may never be written is no part of p, and
+    nothing is dropped out: what learns is what spoke.
+    """
+
+    measures = "reward"
+
+    def __init__(self, config: Train, reward: CiderReward):
+        super().__init__()
+        self.reward, self.samples, self.epoch = reward, config.samples, 0
+        self.greedy = config.baseline == "greedy"
+
+    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
+        with without_chance(decoder):
+            drawn = sample(decoder, grid, self.samples, Generate.max_length, self.greedy)  # (B, K, T)
+            captions = drawn.flatten(0, 1).cpu().numpy()
+            rewards = self.reward(batch.indices.repeat(drawn.shape[1]), captions)
+            rewards = torch.from_numpy(rewards).to(drawn.device).view(drawn.shape[:2])  # (B, K)
+            if self.greedy:
+                drawn, baseline, rewards = drawn[:, 1:], rewards[:, :1], rewards[:, 1:]
+            else:
+                baseline = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
+            words, targets, order = forced_as_drawn(drawn.flatten(0, 1))
+            scores = full(decoder(grid, words, order // self.samples).scores)
+        scores = scores.index_fill(1, torch.tensor(FORBIDDEN, device=scores.device), -torch.inf)
+        log_probabilities = -F.cross_entropy(scores, targets, reduction="none")  # (W,)
+        advantage = (rewards - baseline).flatten()[order].to(scores)
+        advantage = torch.cat([advantage[:rows] for rows in words.batch_sizes.tolist()])
+        objective = -share.photos * (advantage * log_probabilities).sum() / len(order)
+        return Loss(objective, 100 * rewards.mean(), len(order))
+
+
+def _cross_entropy(config: Train, train: Sequence[Photo], vocabulary: Vocabulary) -> Objective:
+    return CrossEntropy(config)
+
+
+def _cider(config: Train, train: Sequence[Photo], vocabulary: Vocabulary) -> Objective:
+    return Cider(config, CiderReward([photo.captions for photo in train], vocabulary))
+
+
+OBJECTIVES = {"cross-entropy": _cross_entropy, "cider": _cider}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -17,15 +17,16 @@ from tqdm import tqdm
 from captioning.average import WeightAverage
 from captioning.batches import Batch, Update, plan_batches, plan_updates, shuffled
 from captioning.checkpoint import save_checkpoint
-from captioning.decoders import build_decoder, load_decoder
+from captioning.decoders import build_decoder, load_decoder, sizes_of
 from captioning.device import autocast, pick_precision, restore_rng, rng_state
 from captioning.encoder import Encoder
 from captioning.images import Unreadable, quiet_worker
 from captioning.log import Log
 from captioning.meter import Meter
-from captioning.objectives import CrossEntropy, Loss, Share
+from captioning.objectives import Loss, Objective, Share
 from captioning.panel import Panel
 from captioning.ranks import Ranks
+from captioning.schedule import rate_factor
 from captioning.stop import StopRequest
 from captioning.validation import Validation
 from captioning.whole import Whole
@@ -43,8 +44,8 @@ class Progress:
 
     epoch: int = 0  # epochs finished, validation and all
     step: int = 0  # updates of the weights in the current epoch
-    words: int = 0  # of the current epoch so far, of all ranks
-    cross_entropy: float = 0.0  # summed over those words
+    count: int = 0  # of what the loss is a mean of, such as words, in the current epoch so far, of all ranks
+    total: float = 0.0  # of the loss over them
     best: float | None = None  # the score of best.pt; of the loss, its negative
     epochs_without_better: int = 0
 
@@ -53,40 +54,53 @@ class Learnt(NamedTuple):
     """What is still to be said of a batch that was learnt from; the batch itself may go."""
 
     loss: Loss
-    words: int
     captions: int
     photos: np.ndarray  # of the split
+
+
+def parameter_groups(trained: dict[str, Iterable[nn.Parameter]], weight_decay: float) -> list[dict]:
+    """For the optimizer, a group (or two) a learning rate, by its setting's name; biases and norms do not decay."""
+    groups = []
+    for rate, parameters in trained.items():
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        for decays in (True, False):
+            some = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
+            groups.append({"params": some, "rate": rate, "weight_decay": weight_decay if decays else 0.0})
+    return groups
 
 
 class Trainer:
     """Trains, validates, saves and resumes one run, alone or with other ranks."""
 
     def __init__(self, config: Train, vocabulary: Vocabulary, train: Dataset, val: Dataset, references: dict,
-                 encoder: Encoder | None, described: dict | None, channels: int, device: torch.device,
-                 ranks: Ranks):  # fmt: skip
+                 objective: Objective, encoder: Encoder | None, described: dict | None, channels: int,
+                 device: torch.device, ranks: Ranks):  # fmt: skip
         """train and val: CachedPhotos or LivePhotos; references: of val, in words; described: the cache's encoder."""
         torch.manual_seed(config.seed)
         self.config, self.vocabulary, self.device, self.ranks = config, vocabulary, device, ranks
         self.train, self.val = train, val
         self.precision = pick_precision(config.precision, device)
-        self.sizes = {
-            "vocabulary_size": len(vocabulary), "channels": channels, "embedding_size": config.embedding_size,
-            "attention_size": config.attention_size, "hidden_size": config.hidden_size, "dropout": config.dropout,
-        }  # fmt: skip
+        settings = {"vocabulary_size": len(vocabulary), "channels": channels, **as_plain_data(config)}
+        self.sizes = sizes_of(config.decoder, settings)
         self.encoder, self.described = encoder, described
         self.from_scratch = config.weights == "random"  # such an encoder has its BatchNorm still to learn
         self.decoder = build_decoder(config.decoder, self.sizes)
-        self.whole = Whole(encoder, self.decoder, CrossEntropy(config.alpha_c)).to(device)
-        groups = [{"params": list(self.decoder.parameters()), "lr": config.learning_rate}]
+        if config.tie_words:
+            self.decoder.vocabulary.weight = self.decoder.embedding.weight
+        self.decoder.embedding.weight.requires_grad_(not config.freeze_words)
+        self.objective = objective
+        self.whole = Whole(encoder, self.decoder, objective).to(device)
+        trained = {"learning_rate": self.decoder.parameters()}
         if encoder:
-            tuned = encoder.unfreeze(config.unfreeze_from or ("all" if self.from_scratch else None))
-            groups.append({"params": tuned, "lr": config.encoder_learning_rate})
+            trained["encoder_learning_rate"] = encoder.unfreeze(
+                config.unfreeze_from or ("all" if self.from_scratch else None)
+            )
             if config.checkpoint_activations:
                 encoder.checkpoint_activations()
+        groups = parameter_groups(trained, config.weight_decay)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.average = WeightAverage(self.parameters, config.average) if config.average else None
-        self.optimizer = torch.optim.Adam(groups)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, config.decay_every, config.decay)
+        self.optimizer = torch.optim.AdamW(groups)  # without weight decay it is Adam
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.learner: nn.Module = self.whole
         if ranks.size > 1:  # statistics that a new encoder learns are rank 0's; all others are the same anyway
@@ -103,15 +117,13 @@ class Trainer:
         progress, config = self.progress, self.config
         self.part_random_numbers()
         while progress.epoch < config.epochs and progress.epochs_without_better < config.patience:
-            rates = zip(("learning_rate", "encoder_learning_rate"), self.optimizer.param_groups, strict=False)
-            figures = {"epoch": progress.epoch + 1} | {name: group["lr"] for name, group in rates}
-            figures |= self.train_epoch(log, stop)
+            figures = {"epoch": progress.epoch + 1} | self.train_epoch(log, stop)
+            figures |= {group["rate"]: group["lr"] for group in self.optimizer.param_groups}
             self.save_last(stop)  # a validation that is stopped is done again
             with self.average.in_place() if self.average else contextlib.nullcontext():
                 figures |= self.validate(stop)
-                self.scheduler.step()
                 better = self.judge(figures[BEST[config.best]])
-                progress.epoch, progress.step, progress.words, progress.cross_entropy = progress.epoch + 1, 0, 0, 0.0
+                progress.epoch, progress.step, progress.count, progress.total = progress.epoch + 1, 0, 0, 0.0
                 if better and self.ranks.first:
                     save_checkpoint(config.folder / "best.pt", self.checkpoint(for_resume=False))
             log.epoch(figures, better)
@@ -129,7 +141,7 @@ class Trainer:
         split, progress, config = self.train.split, self.progress, self.config
         order = shuffled(len(split), config.seed, progress.epoch)
         plan = plan_updates(split, plan_batches(split, config.batch_size, order, self.ranks.size), config.accumulate)
-        self.train.epoch = progress.epoch
+        self.train.epoch = self.objective.epoch = progress.epoch
         self.decoder.train()
         if self.encoder:
             self.encoder.tune(batch_norm=self.from_scratch)
@@ -138,30 +150,39 @@ class Trainer:
         pending: list[Learnt] = []  # not yet looked at
         bar = self.bar(total=len(plan), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit="update")
         for update in plan[progress.step :]:
+            self.set_rates(progress.epoch + progress.step / len(plan), progress.epoch + (progress.step + 1) / len(plan))
             for place in range(1, len(update.batches) + 1):
                 with meter.waiting():
                     batch = next(batches)
                 loss = self.learn(batch, update, last=place == len(update.batches))
-                pending.append(Learnt(loss, len(batch.targets), batch.captions, batch.indices))
+                pending.append(Learnt(loss, batch.captions, batch.indices))
             progress.step += 1
             bar.update()
             done = progress.step == len(plan)
             if done or progress.step % LOOK_EVERY == 0 or self.device.type == "cpu":
                 mean, save = self.settle(pending, meter, stop)
-                bar.set_postfix_str(f"loss {mean:.3f}, {meter}")
-                log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan), "loss": mean,
-                          "captions_per_second": meter.rate(), "waiting": meter.share_waited()})  # fmt: skip
+                bar.set_postfix_str(f"{self.objective.measures} {mean:.3f}, {meter.rate():.0f} captions/s")
+                log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan),
+                          "captions_per_second": meter.rate(), "waiting": meter.share_waited()},
+                         self.objective.measures, mean)  # fmt: skip
                 if save and not done:
                     self.save_last(stop)
         bar.close()
-        return {"train_loss": progress.cross_entropy / max(1, progress.words), **meter.figures()}
+        return {f"train_{self.objective.measures}": progress.total / max(1, progress.count), **meter.figures()}
+
+    def set_rates(self, behind: float, after: float) -> None:
+        """The learning rates of one update; epochs before it and with it."""
+        factor = rate_factor(self.config, behind, after)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * getattr(self.config, group["rate"])
 
     def learn(self, batch: Batch, update: Update, last: bool) -> Loss:
         """Add this batch's gradients to the update's; with the last of its batches, make the update."""
         self.unreadable.add(batch.failures)
         batch = batch.to(self.device, self.precision)
         ranks = self.ranks.size  # DistributedDataParallel divides by it
-        share = Share(ranks * len(batch.targets) / update.words, ranks * batch.captions / update.captions)
+        here = len(batch.targets), batch.captions, len(batch.indices)
+        share = Share(*(ranks * ours / all for ours, all in zip(here, update[1:], strict=True)))
         with contextlib.nullcontext() if last or ranks == 1 else self.learner.no_sync():
             with autocast(self.device, self.precision):
                 loss = self.learner(batch, share)
@@ -175,15 +196,15 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             if self.average:
                 self.average.update()
-        return Loss(*(value.detach() for value in loss))
+        return loss._replace(objective=loss.objective.detach())
 
     def settle(self, pending: list[Learnt], meter: Meter, stop: StopRequest) -> tuple[float, bool]:
         """Add the pending losses of all ranks to the epoch's sums -> their mean, and whether it is time to save.
 
         Raises UserError where one is not finite.
         """
-        sums = np.zeros(4)  # cross entropy, words, captions, photos
-        for loss, words, captions, photos in pending:
+        sums = np.zeros(4)  # loss, what it is a mean of, captions, photos
+        for loss, captions, photos in pending:
             if not np.isfinite(float(loss.objective)):
                 ids = [self.train.split.ids[i] for i in photos]
                 raise UserError(
@@ -191,17 +212,17 @@ class Trainer:
                     f"{', '.join(ids[:8])}; lower --learning-rate, now {self.config.learning_rate}, "
                     f"or --resume from {self.config.folder}"
                 )
-            sums += float(loss.cross_entropy) * words, words, captions, len(photos)
+            sums += float(loss.value) * loss.count, loss.count, captions, len(photos)
         pending.clear()
         due = self.ranks.first and meter.since_save() > 60 * self.config.save_every
-        cross_entropy, words, captions, photos, stops, due = self.ranks.sum([*sums.tolist(), stop.requested, due])
+        total, count, captions, photos, stops, due = self.ranks.sum([*sums.tolist(), stop.requested, due])
         if stops:
             stop.requested = True
-        self.progress.cross_entropy += cross_entropy
-        self.progress.words += int(words)
+        self.progress.total += total
+        self.progress.count += int(count)
         save = bool(stops or due)
         meter.add(captions, photos, saved=save)
-        return cross_entropy / words, save
+        return total / count, save
 
     def validate(self, stop: StopRequest) -> dict:
         """The figures of the validation photos: see captioning/validation.py."""
@@ -251,7 +272,7 @@ class Trainer:
         if for_resume:
             checkpoint |= {
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
+                "objective": self.objective.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(self.device),
                 "average": self.average.state_dict() if self.average else None,
@@ -262,7 +283,7 @@ class Trainer:
         """Go on where `saved` stands."""
         self.start_from(saved, str(self.config.folder))
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        self.objective.load_state_dict(saved["objective"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average:
             self.average.load_state_dict(saved["average"])

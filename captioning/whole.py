@@ -7,13 +7,13 @@ from torch import nn
 from captioning.batches import Batch
 from captioning.encoder import Encoder
 from captioning.grid import Grid
-from captioning.objectives import CrossEntropy, Loss, Share
+from captioning.objectives import Loss, Objective, Share
 
 
 class Whole(nn.Module):
     """Batch -> Loss, in one forward, which is all that DistributedDataParallel follows."""
 
-    def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: CrossEntropy):
+    def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: Objective):
         super().__init__()
         self.encoder, self.decoder, self.objective = encoder, decoder, objective
 
@@ -22,4 +22,4 @@ class Whole(nn.Module):
         return self.encoder(batch.view) if self.encoder else batch.view
 
     def forward(self, batch: Batch, share: Share) -> Loss:
-        return self.objective.loss(self.decoder, self.see(batch), batch, share)
+        return self.objective(self.decoder, self.see(batch), batch, share)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Preprocess, UserError, run
+from command_line import run
+from config import Preprocess, UserError
 from preprocess.annotations import SPLITS, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.report import Tally, split_table, vocabulary_line

@@ -11,7 +11,11 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.small import make_small_data  # noqa: E402
+import extract_features  # noqa: E402
+import train  # noqa: E402
+from captioning.decoders import DECODERS  # noqa: E402
+from config import ExtractFeatures, Train  # noqa: E402
+from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
@@ -31,3 +35,22 @@ def shared() -> Path:
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder data/small of 24 tiny photos with captions; see tests/small.py. Tests only read it."""
     return make_small_data(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def made(small_data, tmp_path_factory):
+    """The small data set with cached features, and a run of each decoder on them -> the folder they lie in."""
+    folder = small_data.parents[1]
+    before = os.getcwd()
+    os.chdir(folder)
+    extract_features.main(ExtractFeatures(small_data, **ENCODER))
+    for decoder in DECODERS:
+        train.main(Train(Path("data/small"), decoder, decoder=decoder, epochs=3, precision="float32", **TINY))
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made

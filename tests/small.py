@@ -1,15 +1,20 @@
-"""A small data set, made once: coloured squares, a caption or two each."""
+"""A small data set, made once: coloured squares, a caption or two each; and what tests ask of the runs on it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from captioning.checkpoint import load_checkpoint
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
+ENCODER = {"encoder": "resnet18.layer2", "weights": "random", "image_size": 64, "workers": 0, "precision": "float32"}
+TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "batch_size": 6, "learning_rate": 1e-2}
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 
 
@@ -35,3 +40,16 @@ def make_small_data(folder: Path, photos: int = 24, seed: int = 0) -> Path:
         data / VOCABULARY_FILE
     )
     return data
+
+
+def weights(run):
+    return load_checkpoint(Path("checkpoints") / run / "last.pt")["decoder"]["state"]
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (Path("checkpoints") / run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "epoch"]

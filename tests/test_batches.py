@@ -131,3 +131,4 @@ def test_an_update_counts_the_words_and_captions_of_all_its_batches(all_captions
         assert len(update.batches) <= accumulate
         assert update.words == sum(len(targets) for _, targets, _ in packed)
         assert update.captions == sum(len(photo) for _, _, photo in packed)
+        assert update.photos == sum(map(len, update.batches))

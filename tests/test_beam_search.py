@@ -158,7 +158,7 @@ def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible,
     table = Table(seed, end=-0.5, levels=levels, impossible=impossible)
     alone = [beam_search(table, grid_of(photo), beam_size, 5)[0] for photo in range(5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_look_every", lambda device: look_every)
+        patch.setattr(module, "steps_between_looks", lambda device: look_every)
         together = beam_search(table, grid_of(*range(5)), beam_size, 5)
     for found, expected in zip(together, alone, strict=True):
         same(found, expected)

@@ -27,7 +27,8 @@ import train
 from captioning import dashboard, visdom_server
 from captioning.dashboard import Follower, Sender, compared, read_log, windows
 from captioning.pictures import Entry, draw_card
-from config import DASHBOARD_URL, Dashboard, ExtractFeatures, Train, UserError, parse
+from command_line import parse
+from config import DASHBOARD_URL, Dashboard, ExtractFeatures, Train, UserError
 from tests.small import make_small_data
 
 HOUSE = Path(__file__).parents[1]

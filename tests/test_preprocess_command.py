@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import config
+import command_line
 from config import Preprocess, UserError
 from preprocess.__main__ import main
 from preprocess.annotations import Record
@@ -205,7 +205,7 @@ def test_a_data_folder_that_cannot_be_is_one_line(tmp_path, images, monkeypatch,
     command = ["preprocess", str(annotations_file), "--train", str(annotations_file), str(folder)]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match=r"^error: .*ann\.json: cannot be written"):
-        config.run(Preprocess, main)
+        command_line.run(Preprocess, main)
 
 
 @needs_shared

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 from torchvision import models
 
+import command_line
 import config
 import extract_features
 import generate
@@ -110,7 +111,7 @@ ROOMS = {
 def run_as_it_stands(command: str) -> None:
     room = next(room for room in ROOMS if command.startswith(f"python {room} "))
     dataclass, work = ROOMS[room]
-    settings = config.parse(dataclass, shlex.split(command.removeprefix(f"python {room} ")))
+    settings = command_line.parse(dataclass, shlex.split(command.removeprefix(f"python {room} ")))
     cheaper = {"epochs": 1, "workers": 1 if room == "-m preprocess" else 0, "min_count": 1}
     fields = {field.name for field in dataclasses.fields(dataclass)}
     work(dataclasses.replace(settings, **{key: value for key, value in cheaper.items() if key in fields}))

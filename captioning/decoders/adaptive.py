@@ -29,6 +29,7 @@ class AdaptiveDecoder(nn.Module):
 
     sees_cells = True
     has_sentinel = True
+    covers = False
 
     def __init__(
         self, vocabulary_size: int, channels: int, embedding_size: int, attention_size: int, hidden_size: int,
@@ -62,7 +63,7 @@ class AdaptiveDecoder(nn.Module):
     def step(self, words: Tensor, state: State) -> Step:
         word_gates = self.word_gates(self.embedding(words))
         hidden, memory, attention, said = self._advance(word_gates, *state.rows, *state.photos)
-        scores = self.vocabulary(said)  # (R, V)
+        scores = self.vocabulary(self.dropout(said))  # (R, V)
         return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, (hidden, memory)))
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:

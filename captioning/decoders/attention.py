@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
+from captioning.decoders.protocol import Choices, State, Step, TeacherForced, all_choices, coverage, full, initialise
 from captioning.grid import Grid
 
 
@@ -25,6 +25,7 @@ class AttentionDecoder(nn.Module):
 
     sees_cells = True
     has_sentinel = False
+    covers = True
 
     def __init__(
         self, vocabulary_size: int, channels: int, embedding_size: int, attention_size: int, hidden_size: int,
@@ -53,38 +54,44 @@ class AttentionDecoder(nn.Module):
         return State((grid.cells, keys, pooling), full(self.initial(grid.mean())).chunk(2, 1))
 
     def step(self, words: Tensor, state: State) -> Step:
-        hidden, cell, attention = self._advance(self.word_gates(self.embedding(words)), *state.rows, *state.photos)
-        scores = self.vocabulary(hidden)  # (R, V)
-        return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, (hidden, cell)))
+        rows, attention, choices = self._advance(self.word_gates(self.embedding(words)), state.rows, *state.photos)
+        scores = self.vocabulary(self.dropout(rows[0]))  # (R, V)
+        return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, rows), choices)
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
         """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
         (cells, keys, _), rows = self.begin(grid)  # the pooling stays one matrix for all captions
         state = State((cells, keys), rows).of_captions(photo)  # (R, N, C), (R, P, A); (R, H)
-        hiddens, attentions = [], []
+        hiddens, attentions, chosen = [], [], []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
         for gates in word_gates.split(words.batch_sizes.tolist()):
             photos, rows = state.first(len(gates))
-            hidden, cell, attention = self._advance(gates, *rows, *photos, grid.pooling)
-            state = State(photos, (hidden, cell))
-            hiddens.append(hidden)
+            rows, attention, choices = self._advance(gates, rows, *photos, grid.pooling)
+            state = State(photos, rows)
+            hiddens.append(rows[0])
             attentions.append(attention)
+            chosen.append(choices)
         scores = self.vocabulary(self.dropout(torch.cat(hiddens)))  # (W, V): one product for all words
-        attention, _ = pad_packed_sequence(PackedSequence(torch.cat(attentions), words.batch_sizes), batch_first=True)
-        return TeacherForced(scores, attention.sum(1))
+        return TeacherForced(scores, coverage(self, attentions), all_choices(chosen))
 
     def _advance(
-        self, word_gates: Tensor, hidden: Tensor, cell: Tensor, cells: Tensor, keys: Tensor, pooling: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of R = B K rows over B photos -> h (R, H), c (R, H), attention (R, P)."""
-        photos, rows = len(cells), len(hidden)
+        self, word_gates: Tensor, rows: tuple[Tensor, ...], cells: Tensor, keys: Tensor, pooling: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Choices | None]:
+        """One step of R = B K rows over B photos -> rows h (R, H), c (R, H), ...; attention (R, P); choices (R,)."""
+        hidden, cell, *others = rows
+        photos = len(cells)
         query, gate, hidden_gates = self.from_hidden(hidden).split(self.parts, 1)
         scores = self.score((keys[:, None] + query.view(photos, -1, 1, query.shape[1])).relu_()).squeeze(3)
         attention = full(scores).softmax(2)  # (B, K, P)
-        seen = Grid(cells, pooling).look(attention)  # (B, K, C): (a P) F
-        context = gate.sigmoid() * seen.view(rows, -1)
+        weights, choices = self._looks(attention, *others)
+        seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
+        context = gate.sigmoid() * seen.view(len(hidden), -1)
         gates = word_gates + self.context_gates(context) + hidden_gates
         let_in, forget, candidate, let_out = full(gates).chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         hidden = let_out.sigmoid() * cell.tanh()
-        return hidden, cell, attention.view(rows, -1)
+        return (hidden, cell, *others), attention.view(len(hidden), -1), choices
+
+    def _looks(self, attention: Tensor) -> tuple[Tensor, Choices | None]:
+        """Attention (B, K, P) -> the weight of each cell in what is seen (B, K, P): here the attention itself."""
+        return attention, None

@@ -1,6 +1,7 @@
-"""Show and Tell (Vinyals et al. 2015): the photo is the first word that an LSTM reads.
+"""Show and Tell (Vinyals et al. 2015): the photo is the first word that a recurrent network reads.
 
-Letters: B photos, R captions, W words of all captions packed, C channels, E embedding, H hidden, V vocabulary.
+Letters: B photos, R captions, W words of all captions packed, L layers, C channels, E embedding, H hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,37 +14,53 @@ from captioning.decoders.protocol import State, Step, TeacherForced, full, initi
 from captioning.grid import Grid
 from captioning.ranks import RanksBatchNorm
 
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
 
 class LstmDecoder(nn.Module):
-    """x_-1 = BatchNorm(W mean(F));  x_t = E y_t;  p(y_t+1) = softmax(W_o LSTM(x_t))   (eq. 10-12)."""
+    """x_-1 = norm(W mean(F));  x_t = E y_t;  p(y_t+1) = softmax(W_o LSTM(x_t))   (eq. 10-12)
+
+    cell: lstm, gru or rnn (tanh). photo_norm: batch, as the tutorials have it; none, as the paper.
+    """
 
     sees_cells = False  # the pooled map is all it looks at
     has_sentinel = False
+    covers = False
 
-    def __init__(self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float):
+    def __init__(
+        self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float,
+        cell: str = "lstm", layers: int = 1, photo_norm: str = "batch",
+    ):  # fmt: skip
         super().__init__()
-        self.image = nn.Linear(channels, embedding_size)
-        self.norm = RanksBatchNorm(embedding_size, momentum=0.01)
+        self.photo = nn.Linear(channels, embedding_size)
+        self.norm = RanksBatchNorm(embedding_size, momentum=0.01) if photo_norm == "batch" else nn.Identity()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
-        self.lstm = nn.LSTM(embedding_size, hidden_size)
+        self.recurrent = CELLS[cell](embedding_size, hidden_size, layers, dropout=dropout if layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
         self.vocabulary = nn.Linear(hidden_size, vocabulary_size)
         initialise(self.embedding, self.vocabulary)
 
     def begin(self, grid: Grid) -> State:
-        """The LSTM has read the photo, once however many captions it has: rows hold h and c (B, H)."""
-        image = self.norm(self.image(grid.mean()))  # (B, E)
-        _, (hidden, cell) = self.lstm(image[None])
-        return State((), (hidden[0], cell[0]))
+        """The network has read the photo, once however many captions it has: rows hold h (B, L, H), and an LSTM's c."""
+        photo = self.norm(self.photo(grid.mean()))  # (B, E)
+        return State((), _rows(self.recurrent(photo[None])[1]))
 
     def step(self, words: Tensor, state: State) -> Step:
-        hidden, cell = state.rows
-        _, (hidden, cell) = self.lstm(self.embedding(words)[None], (hidden[None], cell[None]))
-        scores = self.vocabulary(hidden[0])  # (R, V)
-        return Step(F.log_softmax(full(scores), 1), None, State((), (hidden[0], cell[0])))
+        output, memory = self.recurrent(self.embedding(words)[None], _memory(state.rows))
+        scores = self.vocabulary(self.dropout(output[0]))  # (R, V)
+        return Step(F.log_softmax(full(scores), 1), None, State((), _rows(memory)))
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
-        hidden, cell = (rows[None] for rows in self.begin(grid).of_captions(photo).rows)
         packed = PackedSequence(self.embedding(words.data), words.batch_sizes)
-        output, _ = self.lstm(packed, (hidden, cell))
+        output, _ = self.recurrent(packed, _memory(self.begin(grid).of_captions(photo).rows))
         return TeacherForced(self.vocabulary(self.dropout(output.data)), None)  # (W, V)
+
+
+def _rows(memory: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """torch's memory, (L, R, H) or a pair of it -> a row a caption (R, L, H)."""
+    return tuple(tensor.transpose(0, 1) for tensor in (memory if isinstance(memory, tuple) else (memory,)))
+
+
+def _memory(rows: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    memory = tuple(tensor.transpose(0, 1).contiguous() for tensor in rows)
+    return memory if len(memory) > 1 else memory[0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -49,19 +51,31 @@ class State(NamedTuple):
         return State(tuple(tensor[:rows] for tensor in self.photos), tuple(tensor[:rows] for tensor in self.rows))
 
 
+class Choices(NamedTuple):
+    """What a decoder drew while it read, one choice a word: what REINFORCE needs to know of it."""
+
+    log_probability: Tensor  # (W,) of what was drawn; zero where nothing was
+    entropy: Tensor  # (W,) natural, of the distribution
+
+
 class Step(NamedTuple):
     log_probabilities: Tensor  # (R, V) float32
     attention: Tensor | None  # (R, P), rows sum to one, or to 1 - beta with a sentinel; None where it does not attend
     state: State
+    choices: Choices | None = None  # (R,): only of a decoder that draws, in training
 
 
 class TeacherForced(NamedTuple):
     scores: Tensor  # (W, V): unnormalised, before the softmax; packed like the words
     coverage: Tensor | None  # (R, P): the attention a caption gave each cell, summed over its words
+    choices: Choices | None = None  # (W,): only of a decoder that draws, in training
 
 
 class Decoder(Protocol):
+    embedding: nn.Embedding  # (V, E): of the words it reads
+    vocabulary: nn.Linear  # H -> V: of the words it says
     sees_cells: bool  # False: the pooled map is enough
+    covers: bool  # True: over a caption its attention should cover each cell about once (doubly stochastic)
     has_sentinel: bool  # True: attention sums to 1 - beta, the share of the photo in a word
 
     def begin(self, grid: Grid) -> State:
@@ -75,6 +89,19 @@ class Decoder(Protocol):
 
         photo (R,) int64: which photo of the grid each caption describes.
         """
+
+
+def coverage(decoder: Decoder, attentions: list[Tensor]) -> Tensor | None:
+    """The attention of each step (R, P), fewer rows as captions end -> its sum (R, P), where the decoder covers."""
+    if not decoder.covers:
+        return None
+    rows = len(attentions[0])
+    return torch.stack([F.pad(attention, (0, 0, 0, rows - len(attention))) for attention in attentions]).sum(0)
+
+
+def all_choices(choices: list[Choices | None]) -> Choices | None:
+    """Those of each step (R,) -> of all words (W,)."""
+    return Choices(*map(torch.cat, zip(*choices, strict=True))) if choices[0] is not None else None
 
 
 def full(values: Tensor) -> Tensor:

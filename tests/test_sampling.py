@@ -1,0 +1,123 @@
+"""Captions and words that a decoder draws itself."""
+
+import pytest
+import torch
+from torch import nn
+
+import captioning.sampling as module
+from captioning.beam_search import beam_search
+from captioning.decoders import DECODERS
+from captioning.grid import Grid
+from captioning.sampling import forced_as_drawn, read_own_words, sample, without_chance
+from preprocess.vocabulary import END, PAD, START, UNKNOWN
+from tests.test_decoders import PHOTO, VARIANTS, make
+
+
+def probability(decoder, grid, words):
+    """Of a caption of photo 0, <end> among its words where it ended."""
+    state, probability = decoder.begin(grid.select(torch.tensor([0]))), 1.0
+    for read, said in zip([START, *words], words, strict=False):
+        log_probabilities, _, state, _ = decoder.step(torch.tensor([read]), state)
+        allowed = log_probabilities[0].index_fill(0, torch.tensor([PAD, UNKNOWN, START]), -torch.inf).softmax(0)
+        probability *= float(allowed[said])
+    return probability
+
+
+@torch.no_grad()
+def test_captions_are_drawn_as_often_as_they_are_likely():
+    decoder, grid, *_ = make("lstm")
+    decoder.eval().vocabulary.bias[torch.arange(11) > 5] = -9  # so that few captions are likely
+    torch.manual_seed(1)
+    drawn = sample(decoder, grid, 6000, 2)
+    assert drawn.shape == (3, 6000, 3)
+    found, counts = drawn[0].unique(dim=0, return_counts=True)
+    shares = {tuple(row.tolist()): count / 6000 for row, count in zip(found, counts.tolist(), strict=True)}
+    common = {row: share for row, share in shares.items() if share > 0.02}
+    assert len(common) > 4 and sum(common.values()) > 0.9
+    for row, share in common.items():
+        expected = probability(decoder, grid, [word for word in row if word != PAD])
+        assert share == pytest.approx(expected, abs=4 * (expected / 6000) ** 0.5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_captions_are_words_then_an_end_then_padding(variant):
+    decoder, grid, *_ = make(variant)
+    torch.manual_seed(2)
+    drawn = sample(decoder.eval(), grid, 200, 4).flatten(0, 1)
+    assert not ((drawn == UNKNOWN) | (drawn == START)).any()
+    for caption in drawn.tolist():
+        words = caption[: caption.index(END) if END in caption else len(caption)]
+        assert PAD not in words and set(caption[len(words) + 1 :]) <= {PAD}
+    assert (drawn == END).any(1).float().mean() > 0.1 and (drawn[:, 0] == END).any()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_first_caption_of_a_photo_is_the_greedy_one_where_it_is_wanted(name):
+    decoder, grid, *_ = make(name)
+    with torch.no_grad():
+        decoder.vocabulary.weight.mul_(5)
+    decoder, grid = decoder.float().eval(), Grid(grid.cells.float(), grid.pooling.float())
+    drawn = sample(decoder, grid, 3, 5, greedy_first=True)
+    assert drawn.shape[:2] == (3, 4)
+    for caption, greedy in zip(drawn[:, 0].tolist(), beam_search(decoder, grid, 1, 5), strict=True):
+        words = caption[: caption.index(END)] if END in caption else caption[:5]
+        assert words == greedy.words and (END in caption) == greedy.finished
+
+
+def test_drawn_captions_are_read_from_start_and_said_to_their_end():
+    captions = torch.tensor([[5, END, PAD, PAD], [5, 6, 7, 8], [END, PAD, PAD, PAD], [9, 10, END, PAD]])
+    words, said, order = forced_as_drawn(captions)
+    assert order.tolist() == [1, 3, 0, 2] and words.batch_sizes.tolist() == [4, 3, 2, 1]
+    assert words.data.tolist() == [START, START, START, START, 5, 9, 5, 6, 10, 7]
+    assert said.tolist() == [5, 9, 5, END, 6, 10, END, 7, END, 8]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reading_no_own_words_is_teacher_forcing(variant):
+    decoder, grid, _, _, packed = make(variant)
+    decoder.eval()
+    ours, forced = read_own_words(decoder, grid, packed, PHOTO, 0.0), decoder(grid, packed, PHOTO)
+    torch.testing.assert_close(ours.scores, forced.scores.log_softmax(1))
+    assert (ours.coverage is None) == (forced.coverage is None)
+    if forced.coverage is not None:
+        torch.testing.assert_close(ours.coverage, forced.coverage)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_own_words_are_read_as_often_as_asked_and_as_likely_as_they_are(variant, monkeypatch):
+    decoder, grid, _, _, packed = make(variant)
+    read, said = [], []
+    step = decoder.step
+
+    def spy(words, state):
+        read.append(words)
+        said.append(step(words, state))
+        return said[-1]
+
+    monkeypatch.setattr(decoder.eval(), "step", spy)
+    monkeypatch.setattr(torch.Tensor, "multinomial", lambda weights, count: weights.argmax(1, keepdim=True))
+    read_own_words(decoder, grid, packed, PHOTO, 1.0)
+    assert torch.equal(read[0], packed.data[: len(read[0])]), "the first word is the true one"
+    for words, before in zip(read[1:], said, strict=False):
+        assert torch.equal(words, before.log_probabilities.argmax(1)[: len(words)])
+    own = 0
+    for _ in range(60):
+        read.clear()
+        read_own_words(decoder, grid, packed, PHOTO, 0.3)
+        own += int((torch.cat(read) != packed.data).sum())
+    assert 0.15 < own / (60 * (len(packed.data) - 5)) < 0.35, "some of the own words are the true ones"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_chance_a_decoder_in_training_says_what_it_says_when_it_captions(variant):
+    decoder, grid, _, _, packed = make(variant)
+    decoder.dropout.p = 0.5
+    if isinstance(getattr(decoder, "recurrent", None), nn.RNNBase) and decoder.recurrent.num_layers > 1:
+        decoder.recurrent.dropout = 0.5
+    expected = decoder.eval()(grid, packed, PHOTO).scores
+    decoder.train()
+    with without_chance(decoder):
+        assert torch.equal(decoder(grid, packed, PHOTO).scores, expected)
+    assert all(part.training for part in decoder.modules())
+    assert not torch.equal(decoder(grid, packed, PHOTO).scores, expected), "chance is back"
+    assert module.FORBIDDEN == (PAD, UNKNOWN, START)
