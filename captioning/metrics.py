@@ -22,6 +22,14 @@ from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "METEOR")
+# Words that a caption hardly ever ends in: of Flickr8k's 35,000 captions 0.6 % in English and 0.1 % in Chinese do.
+# Words that may well end one, such as by, over or 上 (on), are not among them.
+FUNCTION_WORDS = {
+    "en": frozenset("a an the this that his their its in on at of with for to from into onto near through under and or "
+                    "while as is are was were am be".split()),
+    "zh": frozenset("的 地 得 在 和 与 及 跟 把 被 给 对 从 向 往 于 是 有 穿 穿着 正在 个 只 条 名 位 "
+                    "一个 一只 一条 一名 一位 一群 一件 一辆 一张 两个 两只 几个".split()),
+}  # fmt: skip
 METEOR_SECONDS = 600  # a Java that does not answer for so long is ended; first it reads its tables, 10 of work
 METEOR = (
     *("java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", str(Path(meteor.__file__).with_name(meteor.METEOR_JAR))),
@@ -64,6 +72,11 @@ def score(
 def score_table(candidates: Captions, references: References, language: str, tokenizer: str) -> dict:
     """The scores by word and, for Chinese, by character: how a text is cut moves CIDEr-D by a factor of two."""
     table = {"photos": len(candidates), "tokenizer": tokenizer, "word": score(candidates, references, language)}
+    all_references = [words for photo in candidates for words in references[photo]]
+    table["function_word_endings"] = {
+        "captions": function_word_endings(list(candidates.values()), language),
+        "references": function_word_endings(all_references, language),
+    }
     if language == "zh":
         table["character"] = score(
             {photo: by_character(words) for photo, words in candidates.items()},
@@ -85,7 +98,15 @@ def format_table(table: dict) -> str:
     note = f"; METEOR {meteor_or_why}" if isinstance(meteor_or_why, str) else ""
     lines.append(f"{table['photos']:,} photos, words by {table['tokenizer']}; times 100, corpus BLEU unsmoothed, "
                  f"references are the words themselves, not their <unk> version{note}")  # fmt: skip
+    endings = table["function_word_endings"]
+    lines.append(f"{endings['captions']:.1%} of the captions end in a function word, such as a or 的; "
+                 f"{endings['references']:.1%} of the references do")  # fmt: skip
     return "\n".join(lines)
+
+
+def function_word_endings(captions: Sequence[Sequence[str]], language: str) -> float:
+    """The share of captions (words) that break off at a function word: what CIDEr optimisation is known to teach."""
+    return sum(bool(words) and words[-1] in FUNCTION_WORDS[language] for words in captions) / len(captions)
 
 
 def by_character(words: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Only what costs time is cut: one epoch instead of twenty, no worker processes. T
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import re
 import shlex
@@ -87,6 +88,8 @@ def user(tmp_path, monkeypatch):
     write_karpathy(
         tmp_path / "dataset_coco.json", tmp_path / "coco", all_names, ["train"] * 4 + ["val"] * 3 + ["test"] * 2
     )
+    numbers = " ".join(["0.1"] * 300)
+    (tmp_path / "cc.zh.300.vec.gz").write_bytes(gzip.compress(f"2 300\n男人 {numbers}\n狗 {numbers}\n".encode()))
     draw_photos(tmp_path, ["photo.jpg"])
     draw_photos(tmp_path / "folder", names[:2])
     cache = tmp_path / "torch" / "hub" / "checkpoints"

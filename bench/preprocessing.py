@@ -1,7 +1,7 @@
 """How long `python -m preprocess` takes over a made-up AI Challenger, and how much memory.
 
-    python bench/preprocess.py caption_train_annotations_zh.json                       1,050,000 captions
-    python bench/preprocess.py caption_train_annotations_zh.json --photos 2000         a quick look
+    python bench/preprocessing.py caption_train_annotations_zh.json                       1,050,000 captions
+    python bench/preprocessing.py caption_train_annotations_zh.json --photos 2000         a quick look
 
 Any annotation file in AI Challenger's form is the source. A caption here is some of its captions side by side,
 drawn at random up to a length of 18 to 26 characters, as AI Challenger's are, so that hardly two are alike. The
