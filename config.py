@@ -116,8 +116,8 @@ class Train:
 
     data: Positional[Path]  # folder made by python -m preprocess
     run: str  # name of the run: it is kept in checkpoints/RUN
-    decoder: Literal["lstm", "attention", "hard-attention", "adaptive"] = "attention"  # lstm: Show and Tell (Vinyals
-    # 2015); attention, hard-attention: Show, Attend and Tell (Xu 2015); adaptive: Knowing When to Look (Lu 2017)
+    # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look
+    decoder: Literal["lstm", "attention", "hard-attention", "adaptive"] = "attention"
     objective: Literal["cross-entropy", "cider"] = "cross-entropy"  # cider: improve a run, with --start-from RUN
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
     epochs: int = 20  # at most
@@ -139,7 +139,8 @@ class Train:
     reinforce: float = 1.0  # weight of the REINFORCE term (hard-attention)
     entropy: float = 0.002  # weight of the entropy of the attention (hard-attention)
     samples: int = 5  # captions drawn of a photo (--objective cider)
-    baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"  # a reward is compared with (--objective cider)
+    # what a reward is compared with (--objective cider): the others of its photo, or its greedy caption
+    baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
     learning_rate: float = 4e-4  # Adam's
     weight_decay: float = 0.0  # AdamW's, of matrices; 0 is Adam
     schedule: Literal["step", "cosine"] = "step"  # of the learning rate; cosine: to 0 at --epochs

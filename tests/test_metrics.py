@@ -15,7 +15,9 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from captioning import metrics
-from captioning.metrics import by_character, format_table, score, score_table
+from captioning.metrics import by_character, format_table, function_word_endings, score, score_table
+from preprocess.annotations import read_annotations
+from preprocess.tokenizers import tokenize
 
 PURE = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 caption = st.lists(st.sampled_from("abcde"), min_size=1, max_size=8)
@@ -187,6 +189,26 @@ def test_chinese_is_scored_by_word_and_by_character():
     assert table["character"]["BLEU-1"] > table["word"]["BLEU-1"] > 0
     text = format_table(table)
     assert "by character" in text and "jieba" in text and "skipped: METEOR has no Chinese" in text
+
+
+def test_captions_that_break_off_at_a_function_word_are_counted_beside_the_references():
+    candidates = {"1": "a man on a".split(), "2": "a dog on the grass".split(), "3": [], "4": "dogs with".split()}
+    references = {photo: [["a", "dog"], ["a", "dog", "and"]] for photo in candidates}
+    table = score_table(candidates, references, "en", "whitespace")
+    assert table["function_word_endings"] == {"captions": 0.5, "references": 0.5}
+    assert "50.0% of the captions end in a function word" in format_table(table)
+    assert function_word_endings([["一个", "男人", "穿着"], ["狗", "在", "草地", "上"]], "zh") == 0.5
+
+
+@pytest.mark.parametrize(
+    "file, language, tokenizer, most",
+    [("dataset_flickr8k.json", "en", "whitespace", 0.007), ("caption_val_annotations_zh.json", "zh", "jieba", 0.0012)],
+)
+def test_people_hardly_ever_end_a_caption_in_a_function_word(shared, file, language, tokenizer, most):
+    flickr = shared / "flickr8k"
+    records = read_annotations(flickr / file, flickr / "images", "val" if language == "zh" else None)[-1000:]
+    captions = [tokenize(caption, tokenizer) for record in records for caption in record.captions]
+    assert 0 < function_word_endings(captions, language) < most
 
 
 def test_characters_do_not_depend_on_how_the_words_were_cut_and_latin_runs_stay_whole():

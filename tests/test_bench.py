@@ -1,0 +1,21 @@
+"""The benches run, and compare like with like before they time anything. What they find is not tested."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+
+def bench(name):
+    path = Path(__file__).parents[1] / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bench_of_the_cider_reward_runs(small_data, capsys):
+    cider = bench("cider")
+    cider.main(cider.Bench(small_data, batch_size=6, steps=1, channels=8, device="cpu", threads=1))
+    assert re.search(r"of it the reward +[\d.]+ ms, [\d.]+%", capsys.readouterr().out)
