@@ -94,8 +94,14 @@ class ExtractFeatures:
     out: Path | None = None  # file to write; data/NAME/features.h5 unless given
     allow_missing: float = 0.01  # share of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
+    info: bool = False  # extract nothing: tell what the file holds
+    verify: bool = False  # extract nothing: look for rows that are not finite, and make some anew to compare
 
     def __post_init__(self):
+        if self.info and self.verify:
+            raise UserError("--info tells what the file holds and --verify checks it: give one of them")
+        if self.overwrite and (self.info or self.verify):
+            raise UserError("--overwrite goes without --info and --verify, which extract nothing")
         if self.image_size is not None:
             check_at_least("--image-size", self.image_size, 32)
         check_at_least("--batch-size", self.batch_size, 1)

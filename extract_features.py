@@ -5,31 +5,43 @@
 
     torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs, each its own rows of one file)
 
+    python extract_features.py data/aic --info             what the file holds
+    python extract_features.py data/aic --verify           is it right?
+
 A killed extraction goes on where it stopped with the same command.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.device import autocast, encoder_precision, pick_device
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
-from captioning.feature_cache import FeatureWriter, describe_features, encoder_file
-from captioning.grid import SIDE, Grid
-from captioning.images import PhotoError, Unreadable, in_batches, photo_batches
+from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features, encoder_file, stored
+from captioning.images import PhotoError, Unreadable, photo_batches
+from captioning.inspection import describe, verify
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from command_line import run
 from config import ExtractFeatures, UserError
 from preprocess.captions import Photo, read_captions
+from preprocess.files import draft
 
 
 def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
+    if config.info:
+        print(describe(FeatureReader(config.file)))
+        return
     photos = list(read_captions(config.data))
     device = pick_device(config.device)
+    if config.verify:
+        print(verify(FeatureReader(config.file), photos, device))
+        return
     precision = encoder_precision(config.precision, device)
     if ranks.first:
         encoder, writer = begin(config, photos, device, precision)
@@ -42,15 +54,25 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
           f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
           f"{len(photos) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
     unreadable = Unreadable(len(photos), config.allow_missing)
-    with tqdm(total=len(ranks.share(rows)), unit="photo", desc="extract", disable=not ranks.first) as bar:
-        extract(config, encoder, writer, photos, ranks.share(rows), precision, unreadable, bar)
+    batches = ranks.share(fixed_batches(rows, config.batch_size))
+    with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.first) as bar:
+        extract(config, encoder, writer, photos, batches, precision, unreadable, bar)
     for reasons in ranks.gather(list(unreadable.reasons)):
         unreadable.add(reasons)
+    if ranks.first:
+        report(unreadable, config.file.with_suffix(".unreadable.txt"))
+    print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
+
+
+def report(unreadable: Unreadable, path: Path) -> None:
+    """The photos that could not be read, a line each: the first ones on the screen, all of them in a file."""
+    path.unlink(missing_ok=True)
     for reason in list(unreadable.reasons)[:10]:
         print(f"skipped: {reason}")
-    if len(unreadable.reasons) > 10:
-        print(f"skipped: {len(unreadable.reasons) - 10} more")
-    print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
+    if unreadable.reasons:
+        with draft(path) as file:
+            file.writelines(f"{reason}\n" for reason in unreadable.reasons)
+        print(f"{path}: lists all {len(unreadable.reasons):,} of them")
 
 
 def begin(
@@ -83,11 +105,16 @@ def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
     return encoder
 
 
+def fixed_batches(rows: np.ndarray, size: int) -> list[list[int]]:
+    """The rows to do, with those that any extraction does together: what a CNN makes of a photo depends, in its last
+    bit, on how many others there are."""
+    return [batch.tolist() for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(batch)]
+
+
 @torch.inference_mode()
-def extract(config, encoder, writer, photos, rows, precision, unreadable, bar) -> None:
-    """Every row given: decode, squash, encode, pool to 14x14 where asked, write."""
+def extract(config, encoder, writer, photos, batches, precision, unreadable, bar) -> None:
+    """Every batch of rows: decode, squash, encode, pool to 14x14 where asked, write."""
     device = next(encoder.parameters()).device
-    batches = in_batches(rows.tolist(), config.batch_size)
     try:
         for batch in photo_batches([photo.image for photo in photos], batches, encoder.transform, config.workers):
             unreadable.add(batch.failures)
@@ -98,13 +125,6 @@ def extract(config, encoder, writer, photos, rows, precision, unreadable, bar) -
             bar.update(len(batch.indices) + len(batch.failures))
     finally:
         writer.close()
-
-
-def stored(grid: Grid, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A grid as its rows on disk: cells (B, h, w, C), 14x14 or native, and their mean (B, C); on the CPU."""
-    grid = Grid(grid.cells.float(), grid.pooling)
-    cells = grid.spread(grid.cells) if shape[1:3] == (SIDE, SIDE) else grid.cells
-    return cells.reshape(-1, *shape[1:]).cpu(), grid.mean().cpu()
 
 
 def work(config: ExtractFeatures) -> None:

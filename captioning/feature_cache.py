@@ -150,12 +150,18 @@ class FeatureWriter:
                 self._put("features", row, features[i])
                 self._put("pooled", row, pooled[i])
             SYNC(self.file)  # first the rows, then the word that they are there
-            for row in rows:
-                self._put("done", row, np.ones((), np.uint8))
+            self._mark_done(np.asarray(rows))
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); make room and run the same command"
             ) from None
+
+    def _mark_done(self, rows: np.ndarray) -> None:
+        """In one write, so that a kill leaves a batch done or not: it is then made anew as the same batch."""
+        first, count = rows.min(), np.ptp(rows) + 1
+        done = np.frombuffer(os.pread(self.file, count, self.blocks["done"].offset + first), np.uint8).copy()
+        done[rows - first] = 1
+        self._put("done", first, done)
 
     def _put(self, name: str, row: int, values: np.ndarray) -> None:
         block = self.blocks[name]
@@ -167,6 +173,22 @@ class FeatureWriter:
     def close(self) -> None:
         os.fsync(self.file)
         os.close(self.file)
+
+
+def forget_rows(path: Path, rows: Sequence[int]) -> None:
+    """These rows are not done: the next extraction makes them anew."""
+    block = _read_layout(path)[0]["done"]
+    with open(path, "r+b") as file:
+        for row in rows:
+            file.seek(block.offset + int(row))
+            file.write(b"\0")
+
+
+def stored(grid: Grid, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grid as its rows on disk: cells (B, h, w, C), 14x14 or native, and their mean (B, C); on the CPU."""
+    grid = Grid(grid.cells.float(), grid.pooling)
+    cells = grid.spread(grid.cells) if shape[1:3] == (SIDE, SIDE) else grid.cells
+    return cells.reshape(-1, *shape[1:]).cpu(), grid.mean().cpu()
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -277,6 +299,11 @@ class FeatureReader:
         for i, row in enumerate(rows):
             cells[i] = block[row] if self.places is None else block[row][self.places]
         return Grid(torch.from_numpy(cells).flatten(1, 2), grid_pooling(self.height, self.width))
+
+    def read_stored(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (B,) int64 with all that is stored of them (B, h w C), in the stored type."""
+        block = self._map("features")
+        return block.reshape(len(block), -1)[rows]
 
     def read_pooled(self, rows: np.ndarray) -> Grid:
         """The mean of each map alone, as a grid of one cell: all that a decoder without attention looks at."""

@@ -7,6 +7,7 @@ import torch
 
 import generate
 import train
+from captioning import objectives
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_checkpoint
 from captioning.trainer import Trainer
@@ -106,3 +107,10 @@ def test_hard_attention_captions_by_argmax_where_asked(here):
     assert Path("argmax.json").read_text()
     with pytest.raises(UserError, match="--hard argmax goes with a run of --decoder hard-attention"):
         generate.main(Generate(Path("checkpoints/attention"), data=DATA, hard="argmax"))
+
+
+def test_more_of_the_words_read_are_its_own_from_epoch_to_epoch(here, monkeypatch):
+    asked, plain = [], objectives.read_own_words
+    monkeypatch.setattr(objectives, "read_own_words", lambda *batch: asked.append(batch[-1]) or plain(*batch))
+    train.main(Train(DATA, "own", epochs=4, scheduled_sampling=0.25, sampling_rise=0.1, panel=0, **TINY))
+    assert sorted(set(asked)) == pytest.approx([0.1, 0.2, 0.25]) and asked == sorted(asked)

@@ -1,0 +1,86 @@
+"""What a feature file holds, and whether it is right: extract_features.py --info and --verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from captioning.checkpoint import load_checkpoint
+from captioning.device import autocast
+from captioning.encoder import Encoder, encoder_from_checkpoint
+from captioning.feature_cache import FeatureReader, encoder_file, forget_rows, stored
+from captioning.images import in_batches, photo_batches
+from config import UserError
+from preprocess.captions import Photo
+
+SAMPLE = 64  # photos that are encoded again
+TOLERANCE = 0.1  # of a row's norm: half precision rounds by less; another photo or other weights are off by far more
+
+
+def describe(reader: FeatureReader) -> str:
+    """The recipe, the size and the rows done, a line each."""
+    block, done = reader.blocks["features"], reader.done()
+    size = reader.path.stat()
+    lines = {"photos": f"{len(done):,}, of which {done.sum():,} are done",
+             "a row": f"{'x'.join(map(str, block.shape[1:]))} {block.dtype}, {block.row_bytes:,} bytes",
+             "size": f"{size.st_size / 1e9:.2f} GB, {size.st_blocks * 512 / 1e9:.2f} GB of it on the disk",
+             **{name: str(value) for name, value in reader.attributes.items()}}  # fmt: skip
+    return "\n".join(f"{name:>16}  {value}" for name, value in lines.items())
+
+
+def verify(reader: FeatureReader, photos: Sequence[Photo], device: torch.device) -> str:
+    """Every done row is finite, and some, made anew with the encoder kept beside the file, are what it holds.
+
+    -> what was found, for a person. Raises UserError where rows are wrong; those that are not finite are then marked
+    as not done, so that the next extraction makes them anew.
+    """
+    if reader.ids != [photo.id for photo in photos]:
+        raise UserError(f"{reader.path}: holds the photos of another data set")
+    bad = rows_not_finite(reader)
+    if len(bad):
+        forget_rows(reader.path, bad)
+        raise UserError(
+            f"{reader.path}: {len(bad):,} rows are not finite, such as that of {reader.ids[bad[0]]}; they now count as "
+            "not done: the same command without --verify makes them anew"
+        )
+    encoder = encoder_from_checkpoint(load_checkpoint(encoder_file(reader.path)))
+    encoder = encoder.to(device).eval().requires_grad_(False)
+    difference, photo, compared = largest_difference(reader, encoder, photos)
+    if difference > TOLERANCE:
+        raise UserError(
+            f"{reader.path}: the row of {photo} is {difference:.0%} off what {encoder.name} ({encoder.weights}) makes "
+            "of the photo now; was the photo replaced? Extract again with --overwrite"
+        )
+    done = int(reader.done().sum())
+    return (f"{reader.path}: {done:,} of {len(reader.ids):,} rows are done, and finite; "
+            f"{compared} made anew differ by {difference:.2%} at most")  # fmt: skip
+
+
+def rows_not_finite(reader: FeatureReader) -> np.ndarray:
+    """The done rows that have a value that is not finite (M,) int64. Every byte of them is read."""
+    rows, bad = np.flatnonzero(reader.done()), []
+    for batch in tqdm(in_batches(rows, 64), desc="verify", unit="batch"):
+        bad += batch[~np.isfinite(reader.read_stored(batch)).all(1)].tolist()
+    return np.array(bad, np.int64)
+
+
+@torch.inference_mode()
+def largest_difference(reader: FeatureReader, encoder: Encoder, photos: Sequence[Photo]) -> tuple[float, str, int]:
+    """Of up to SAMPLE rows made anew: the largest difference, as a share of the row's norm; its photo; how many."""
+    rows = np.flatnonzero(reader.done())
+    rows = np.sort(np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False))
+    device, worst = next(encoder.parameters()).device, (0.0, "")
+    precision = getattr(torch, reader.attributes["precision"])
+    for batch in photo_batches([photo.image for photo in photos], in_batches(rows, 16), encoder.transform, 0):
+        if batch.failures:
+            raise UserError(f"{batch.failures[0]}; its row cannot be verified")
+        with autocast(device, precision):
+            again, _ = stored(encoder(batch.photos.to(device)), reader.blocks["features"].shape)
+        there = torch.from_numpy(reader.read_stored(np.array(batch.indices))).float()
+        again = again.flatten(1)
+        shares = (there - again).norm(dim=1) / again.norm(dim=1).clamp_min(1e-12)
+        worst = max([worst, *zip(shares.tolist(), [reader.ids[row] for row in batch.indices], strict=True)])
+    return *worst, len(rows)

@@ -1,0 +1,192 @@
+"""An extraction is safe under kills and full disks, and its file can be asked and checked."""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import extract_features
+from captioning.feature_cache import FeatureReader, FeatureWriter
+from config import ExtractFeatures, UserError
+from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
+from tests.small import ENCODER
+from tests.test_feature_cache import IDS, attributes, write
+
+PHOTOS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 photos of 64x64 pixels, and the file that an undisturbed extraction makes of them."""
+    folder = tmp_path_factory.mktemp("extraction")
+    pixels = np.random.default_rng(0).integers(0, 255, (PHOTOS, 64, 64, 3), np.uint8)
+    records = []
+    for number, photo in enumerate(pixels):
+        path = folder / f"{number}.png"
+        Image.fromarray(photo).save(path)
+        records.append(Photo(str(path), f"photo{number}", "train", (("a",),)))
+    write_captions(folder / CAPTIONS_FILE, records)
+    extract(folder, folder / "whole.h5")
+    return folder
+
+
+def extract(data, out, **settings):
+    extract_features.main(ExtractFeatures(data, **ENCODER, batch_size=4, out=out, **settings))
+
+
+def extract_in_a_process(data, out):
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    extract(data, out)
+
+
+def test_killed_at_fifty_moments_an_extraction_ends_bit_equal_and_does_no_row_twice(data, tmp_path):
+    """Real processes, real files. A fork spares each of them the seconds that importing torch takes."""
+    out, context, chance = tmp_path / "killed.h5", get_context("fork"), random.Random(0)
+    shutil.copy(data / "whole.encoder.pt", tmp_path / "killed.encoder.pt")  # the random weights are the same ones
+    started = time.monotonic()
+    extract(data, tmp_path / "timed.h5")
+    seconds = time.monotonic() - started
+    kills = 0
+    while kills < 50:
+        process = context.Process(target=extract_in_a_process, args=(data, out))
+        before = done_rows(out)
+        process.start()
+        time.sleep(chance.uniform(0, 1.2 * seconds))
+        ended = not process.is_alive()
+        process.kill()
+        process.join()
+        if out.exists():
+            after = done_rows(out)
+            assert before <= after, "a row that was done stays done"
+            kept = FeatureReader(data / "whole.h5").read_stored(np.array(sorted(after), int))
+            assert np.array_equal(FeatureReader(out).read_stored(np.array(sorted(after), int)), kept)
+            with h5py.File(out) as file:
+                assert file["features"].shape[0] == PHOTOS
+        kills += 1
+        if ended:  # it was faster than the kill: the next ones begin anew
+            assert out.read_bytes() == (data / "whole.h5").read_bytes()
+            out.unlink()
+    extract(data, out)
+    assert out.read_bytes() == (data / "whole.h5").read_bytes()
+
+
+def done_rows(path):
+    return set(np.flatnonzero(FeatureReader(path).done()).tolist()) if path.exists() else set()
+
+
+def test_no_done_row_is_encoded_again(data, tmp_path, monkeypatch):
+    out = tmp_path / "parts.h5"
+    shutil.copy(data / "whole.encoder.pt", tmp_path / "parts.encoder.pt")
+    seen = []
+    plain = FeatureWriter.write
+
+    def killed_in_the_third(self, rows, *values):
+        seen.append(list(rows))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        plain(self, rows, *values)
+
+    monkeypatch.setattr(FeatureWriter, "write", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        extract(data, out)
+    extract(data, out)
+    assert sum(seen[3:], []) == list(range(8, PHOTOS)), "all but the batch in flight were done"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # an array may still be mapped
+
+
+def test_a_disk_that_fills_up_ends_with_one_line_and_the_same_command_goes_on(data, small_disk):
+    write(small_disk / "features.h5", rows=range(3))
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "others").write_bytes(b"x" * (free - 3000))
+    with pytest.raises(UserError, match="features.h5: cannot be written .No space.*run the same command") as error:
+        write(small_disk / "features.h5", rows=range(3, 10))
+    assert "\n" not in str(error.value) and FeatureReader(small_disk / "features.h5").done().sum() == 3
+    (small_disk / "others").unlink()
+    write(small_disk / "features.h5", rows=range(3, 10))
+    write(data / "roomy.h5")
+    assert (small_disk / "features.h5").read_bytes() == (data / "roomy.h5").read_bytes()
+    (small_disk / "others").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 3000))
+    with pytest.raises(UserError, match="needs .* GB and the disk has"):
+        FeatureWriter(small_disk / "more.h5", IDS, attributes(), 2000, "float16", overwrite=False)
+
+
+def test_photos_that_cannot_be_read_are_listed_in_a_file(data, tmp_path):
+    records = [Photo(str(data / f"{number}.png"), f"photo{number}", "train", (("a",),)) for number in range(20)]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no photo")
+    write_captions(tmp_path / CAPTIONS_FILE, [*records, Photo(str(broken), "broken", "train", (("a",),))])
+    extract(tmp_path, tmp_path / "f.h5", allow_missing=0.1)
+    assert (tmp_path / "f.unreadable.txt").read_text() == f"{broken}: not an image\n"
+    Image.new("RGB", (64, 64)).save(broken)
+    extract(tmp_path, tmp_path / "f.h5")
+    assert not (tmp_path / "f.unreadable.txt").exists() and FeatureReader(tmp_path / "f.h5").done().all()
+
+
+def test_info_tells_the_recipe_the_size_and_the_rows_done(data, capsys):
+    extract(data, data / "whole.h5", info=True)
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("photos 40, of which 40 are done", "a row 14x14x128 float16, 50,176 bytes", "encoder resnet18.layer2",
+                  "weights random", "image_size 64", "grid 14", "native_grid [8, 8]"):  # fmt: skip
+        assert words in said
+    with pytest.raises(UserError, match="none.h5: no such file"):
+        extract(data, data / "none.h5", info=True)
+
+
+def test_verify_finds_rows_that_are_not_finite_and_has_them_made_anew(data, tmp_path, capsys):
+    out = tmp_path / "spoilt.h5"
+    for name in ("h5", "encoder.pt"):
+        shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
+    extract(data, out, verify=True)
+    assert "40 of 40 rows are done, and finite; 40 made anew differ by 0.0" in capsys.readouterr().out
+    block = FeatureReader(out).blocks["features"]
+    with open(out, "r+b") as file:
+        file.seek(block.offset + 7 * block.row_bytes + 100)
+        file.write(np.array([np.nan], np.float16).tobytes())
+    with pytest.raises(UserError, match="1 rows are not finite, such as that of photo7"):
+        extract(data, out, verify=True)
+    assert np.flatnonzero(~FeatureReader(out).done()).tolist() == [7]
+    extract(data, out)
+    whole, mended = (FeatureReader(path).read_stored(np.arange(PHOTOS)) for path in (data / "whole.h5", out))
+    np.testing.assert_allclose(whole.astype(float), mended.astype(float), rtol=1e-2, atol=1e-3)
+    extract(data, out, verify=True)
+
+
+def test_verify_finds_a_row_of_another_photo(data, tmp_path):
+    out = tmp_path / "swapped.h5"
+    for name in ("h5", "encoder.pt"):
+        shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
+    block = FeatureReader(out).blocks["features"]
+    content = bytearray(out.read_bytes())
+    one, other = (
+        slice(block.offset + row * block.row_bytes, block.offset + (row + 1) * block.row_bytes) for row in (3, 4)
+    )
+    content[one], content[other] = content[other], content[one]
+    out.write_bytes(content)
+    with pytest.raises(UserError, match=r"the row of photo[34] is \d+% off what resnet18.layer2 .random. makes"):
+        extract(data, out, verify=True)
+    write_captions(Path(tmp_path) / CAPTIONS_FILE, [Photo("x.png", "x", "train", (("a",),))])
+    with pytest.raises(UserError, match="photos of another data set"):
+        extract(tmp_path, out, verify=True)
