@@ -126,6 +126,7 @@ class Train:
     decoder: Literal["lstm", "attention", "hard-attention", "adaptive"] = "attention"
     objective: Literal["cross-entropy", "cider"] = "cross-entropy"  # cider: improve a run, with --start-from RUN
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
+    resident: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where cached features are while training
     epochs: int = 20  # at most
     batch_size: int = 32  # captions, of all processes together; a photo's captions stay together
     accumulate: int = 1  # batches whose gradients add up to one update of the weights: large batches in little memory
@@ -176,7 +177,7 @@ class Train:
     panel: int = 6  # first photos of val whose captions and attention are drawn every epoch; 0 is none
     dashboard: str | None = None  # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    workers: int | None = None  # processes that read batches; 0 from a cache, a core each from photos
+    workers: int | None = None  # with --fine-tune: processes that decode photos; a core each unless given
     seed: int = 0  # of the weights, the order and the dropout
     allow_missing: float = 0.01  # share of photos that may be without features, or unreadable
     overwrite: bool = False  # start the run anew where one is
@@ -209,6 +210,8 @@ class Train:
                 raise UserError(
                     f"--{flag.replace('_', '-')}: --start-from {self.start_from} already brings its encoder"
                 )
+        if self.fine_tune and self.resident != "auto":
+            raise UserError("--resident goes without --fine-tune, which reads the photos themselves")
         if self.fine_tune and self.features:
             raise UserError("--features goes without --fine-tune, which reads the photos themselves")
         if self.checkpoint_activations and self.weights == "random":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import torch
 
 from captioning.batches import CachedPhotos, LivePhotos
@@ -26,6 +27,7 @@ from captioning.images import Augment, PhotoError
 from captioning.log import Log
 from captioning.objectives import OBJECTIVES
 from captioning.ranks import ALONE, Ranks, joined_ranks
+from captioning.residence import PLACES, reading
 from captioning.splits import Split, photos_of, tells_sides
 from captioning.stop import StopRequest
 from captioning.trainer import Trainer
@@ -62,11 +64,10 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
         described, channels = None, encoder.output_shape()[2]
         views = live_views(config, train, val, vocabulary, encoder)
     else:
-        reader = FeatureReader(config.features or config.data / "features.h5")
+        reader = FeatureReader(config.features or config.data / "features.h5", pin=device.type == "cuda")
         encoder, described, channels = None, saved_encoder(reader), reader.channels
         train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
-        sees_cells = DECODERS[config.decoder].sees_cells
-        views = [CachedPhotos(Split(part, vocabulary, config.max_length), reader, sees_cells) for part in (train, val)]
+        views = cached_views(config, train, val, vocabulary, reader, device)
     references = {photo.id: photo.captions for photo in val}
     objective = OBJECTIVES[config.objective](config, train, vocabulary)
     del photos, train, val  # from here on captions are flat arrays
@@ -94,6 +95,17 @@ def live_encoder(config: Train, train: list[Photo], saved: dict | None, start: d
         calibrate_on(encoder, [photo.image for photo in train], 32, config.workers or 0)
     encoder.weights = f"{encoder.weights}, fine-tuned in {config.folder}"
     return encoder
+
+
+def cached_views(config: Train, train: list[Photo], val: list[Photo], vocabulary: Vocabulary, reader: FeatureReader,
+                 device: torch.device) -> list[CachedPhotos]:  # fmt: skip
+    """The features of the photos, wherever they lie."""
+    rows = [np.array([reader.rows[photo.id] for photo in part]) for part in (train, val)]
+    pooled = not DECODERS[config.decoder].sees_cells
+    read, residence = reading(reader, np.concatenate(rows), pooled, config.resident, device)
+    print(f"{reader.path}: read from {PLACES[residence.where]} ({residence.why})")
+    splits = [Split(part, vocabulary, config.max_length) for part in (train, val)]
+    return [CachedPhotos(split, where, read) for split, where in zip(splits, rows, strict=True)]
 
 
 def live_views(config: Train, train: list[Photo], val: list[Photo], vocabulary: Vocabulary,

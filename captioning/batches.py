@@ -5,7 +5,7 @@ Letters: B photos, R captions, W words of all captions packed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
-from captioning.feature_cache import FeatureReader
 from captioning.grid import Grid
 from captioning.images import Augment, PhotoError, Transform, read_photos
 from captioning.splits import Split
@@ -44,7 +43,7 @@ class Batch:
         return Batch(view, words, targets, photo, self.indices, self.failures)
 
     def pin_memory(self) -> Batch:
-        view = self.view.pin_memory()
+        view = self.view if self.view.is_cuda else self.view.pin_memory()
         return Batch(view, self.words.pin_memory(), self.targets.pin_memory(), self.photo.pin_memory(), self.indices,
                      self.failures)  # fmt: skip
 
@@ -52,13 +51,12 @@ class Batch:
 class CachedPhotos(Dataset):
     """Batches of a split whose feature maps are read from the cache."""
 
-    def __init__(self, split: Split, reader: FeatureReader, sees_cells: bool):
-        self.split, self.reader, self.sees_cells = split, reader, sees_cells
-        self.rows = np.array([reader.rows[photo] for photo in split.ids])  # where each photo is in the file
+    def __init__(self, split: Split, rows: np.ndarray, read: Callable[[np.ndarray], Grid]):
+        """rows (N,) int64: where each photo is in the file; read: rows -> their Grid."""
+        self.split, self.rows, self.read = split, rows, read
 
     def __getitem__(self, photos: np.ndarray) -> Batch:
-        read = self.reader.read if self.sees_cells else self.reader.read_pooled
-        return Batch(read(self.rows[photos]), *self.split.pack(photos), photos)
+        return Batch(self.read(self.rows[photos]), *self.split.pack(photos), photos)
 
 
 class LivePhotos(Dataset):

@@ -157,11 +157,10 @@ class FeatureWriter:
             ) from None
 
     def _mark_done(self, rows: np.ndarray) -> None:
-        """In one write, so that a kill leaves a batch done or not: it is then made anew as the same batch."""
-        first, count = rows.min(), np.ptp(rows) + 1
-        done = np.frombuffer(os.pread(self.file, count, self.blocks["done"].offset + first), np.uint8).copy()
-        done[rows - first] = 1
-        self._put("done", first, done)
+        """Neighbours in one write: a kill leaves a batch done or not done, and it is made anew as the same batch."""
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            if len(run):
+                self._put("done", run[0], np.ones(len(run), np.uint8))
 
     def _put(self, name: str, row: int, values: np.ndarray) -> None:
         block = self.blocks[name]
@@ -251,8 +250,9 @@ class FeatureReader:
     Of a 14x14 file only the rows and columns that ARE native cells are read, where there are such.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, pin: bool = False):
+        """pin: read into memory that a GPU can fetch from while it computes."""
+        self.path, self.pin = Path(path), pin
         self.blocks, self.attributes, self.ids = _read_layout(self.path)
         self.rows = {photo: row for row, photo in enumerate(self.ids)}
         height, width = self.blocks["features"].shape[1:3]
@@ -295,10 +295,11 @@ class FeatureReader:
     def read(self, rows: np.ndarray) -> Grid:
         """The feature maps of rows (B,) int64."""
         block = self._map("features")
-        cells = np.empty((len(rows), self.height, self.width, self.channels), block.dtype)
-        for i, row in enumerate(rows):
-            cells[i] = block[row] if self.places is None else block[row][self.places]
-        return Grid(torch.from_numpy(cells).flatten(1, 2), grid_pooling(self.height, self.width))
+        shape = len(rows), self.height, self.width, self.channels
+        cells = torch.empty(shape, dtype=getattr(torch, str(block.dtype)), pin_memory=self.pin)
+        for cell, row in zip(cells.numpy(), rows, strict=True):
+            cell[:] = block[row] if self.places is None else block[row][self.places]
+        return Grid(cells.flatten(1, 2), grid_pooling(self.height, self.width))
 
     def read_stored(self, rows: np.ndarray) -> np.ndarray:
         """Rows (B,) int64 with all that is stored of them (B, h w C), in the stored type."""

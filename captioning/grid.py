@@ -53,6 +53,10 @@ class Grid:
         cells = self.cells.to(device, non_blocking=True).to(dtype)  # travel in the stored type, then widen
         return Grid(cells, self.pooling.to(device))
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.cells.is_cuda
+
     def pin_memory(self) -> Grid:
         return Grid(self.cells.pin_memory(), self.pooling)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from captioning.log import Log
 from captioning.meter import Meter
 from captioning.objectives import Loss, Objective, Share
 from captioning.panel import Panel
+from captioning.prefetch import Prefetch
 from captioning.ranks import Ranks
 from captioning.schedule import rate_factor
 from captioning.stop import StopRequest
@@ -242,10 +244,12 @@ class Trainer:
         """This rank's share of the plan's batches."""
         return iter(self.loader(self.train, [self.ranks.share(batch) for update in plan for batch in update.batches]))
 
-    def loader(self, photos: Dataset, plan: list[np.ndarray]) -> DataLoader:
+    def loader(self, photos: Dataset, plan: list[np.ndarray]) -> Iterable[Batch]:
+        if not self.encoder:
+            return Prefetch(photos, plan, pin=self.device.type == "cuda")
         workers = self.config.workers
         if workers is None:
-            workers = (torch.get_num_threads() if self.encoder else 0) if self.device.type == "cpu" else 2
+            workers = torch.get_num_threads() if self.device.type == "cpu" else os.cpu_count()
         return DataLoader(
             photos, sampler=plan, batch_size=None, num_workers=workers, pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # of its own: reading must not move the training's random numbers

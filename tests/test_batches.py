@@ -63,20 +63,10 @@ def test_captions_too_long_are_cut_and_counted():
     assert split.cut == 1 and len(split.pack([0])[1]) == 5 + 3
 
 
-class FakeReader:
-    rows = {"0": 10, "1": 11}
-
-    def read(self, rows):
-        return ("cells", rows.tolist())
-
-    def read_pooled(self, rows):
-        return ("pooled", rows.tolist())
-
-
-def test_a_decoder_without_attention_reads_the_pooled_map_alone():
+def test_a_cached_batch_has_the_features_of_its_photos():
     split = split_of([(("a",),), (("b",),)])
-    assert CachedPhotos(split, FakeReader(), sees_cells=True)[np.array([1, 0])].view == ("cells", [11, 10])
-    assert CachedPhotos(split, FakeReader(), sees_cells=False)[np.array([1, 0])].view == ("pooled", [11, 10])
+    batch = CachedPhotos(split, np.array([10, 11]), lambda rows: rows.tolist())[np.array([1, 0])]
+    assert batch.view == [11, 10] and batch.photo.tolist() == [0, 1]
 
 
 def test_a_live_batch_leaves_out_a_broken_photo_and_its_captions(small_data, tmp_path):

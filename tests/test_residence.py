@@ -1,0 +1,134 @@
+"""Wherever the features lie, and whoever reads them ahead, training sees the same."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from captioning import residence
+from captioning.feature_cache import FeatureReader
+from captioning.prefetch import Prefetch
+from captioning.residence import choose_residence, reading
+from config import Train, UserError
+from tests.small import TINY, same, weights
+from tests.test_feature_cache import write
+
+GB = 10**9
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with 100 GB free on the GPU and 200 GB in memory."""
+    monkeypatch.setattr(residence, "free_on_gpu", lambda device: 100 * GB if device.type == "cuda" else 0)
+    monkeypatch.setattr(residence, "free_in_memory", lambda: 200 * GB)
+
+
+@pytest.mark.parametrize(
+    "wanted, device, needed, where",
+    [("auto", GPU, 50 * GB, "gpu"), ("auto", GPU, 70 * GB, "ram"), ("auto", GPU, 150 * GB, "disk"),
+     ("auto", CPU, 1 * GB, "disk"), ("ram", CPU, 90 * GB, "ram"), ("gpu", GPU, 59 * GB, "gpu"),
+     ("disk", GPU, 1 * GB, "disk")],
+)  # fmt: skip
+def test_features_lie_where_they_fit_with_room_to_spare(machine, wanted, device, needed, where):
+    found, why = choose_residence(wanted, needed, device)
+    assert found == where and f"{needed / GB:.1f} GB of features" in why
+
+
+@pytest.mark.parametrize(
+    "wanted, device, needed, words",
+    [("gpu", CPU, 1, "--resident gpu: the run is on cpu"), ("gpu", GPU, 61 * GB, "more than 60% of the 100.0 GB free"),
+     ("ram", CPU, 101 * GB, "--resident ram: 101.0 GB of features are more than 50%")],
+)  # fmt: skip
+def test_features_that_do_not_fit_where_they_are_wanted_are_refused(machine, wanted, device, needed, words):
+    with pytest.raises(UserError, match=words):
+        choose_residence(wanted, needed, device)
+
+
+def test_the_free_memory_is_measured_and_shared_by_the_processes_of_a_machine(monkeypatch):
+    free = residence.free_in_memory()
+    assert 10**7 < free < 10**14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert residence.free_in_memory() == pytest.approx(free / 4, rel=0.3)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("native, grid", [((8, 8), "14"), ((8, 8), "native"), ((10, 10), "14")])
+def test_rows_in_memory_are_those_of_the_file(tmp_path, native, grid, pooled, monkeypatch):
+    monkeypatch.setattr(residence, "LOADED_AT_ONCE", 3)
+    write(tmp_path / "f.h5", native, grid)
+    reader = FeatureReader(tmp_path / "f.h5")
+    rows = np.array([9, 2, 4, 0, 7, 1, 5])
+    there, where = reading(reader, rows, pooled, "ram", CPU)
+    plain, disk = reading(reader, rows, pooled, "disk", CPU)
+    assert (where.where, disk.where) == ("ram", "disk")
+    for asked in (np.array([4, 0]), rows[::-1].copy(), np.array([5, 5])):
+        one, other = there(asked), plain(asked)
+        assert torch.equal(one.cells, other.cells) and torch.equal(one.pooling, other.pooling)
+        assert one.cells.dtype == other.cells.dtype
+
+
+@pytest.mark.parametrize("decoder", ["attention", "lstm"])
+def test_training_from_memory_is_training_from_the_disk(here, decoder, capsys):
+    setting = {**TINY, "decoder": decoder, "epochs": 3, "precision": "float32"}
+    train.main(Train(Path("data/small"), f"{decoder} in ram", resident="ram", **setting))
+    assert "features.h5: read from main memory (0.0 GB of features)" in capsys.readouterr().out
+    assert same(weights(f"{decoder} in ram"), weights(decoder))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_from_the_gpu_is_training_from_the_disk(here):
+    setting = {**TINY, "epochs": 2, "precision": "float32", "device": "cuda"}
+    for where in ("gpu", "ram", "disk"):
+        train.main(Train(Path("data/small"), f"from {where}", resident=where, **setting))
+    for where in ("ram", "disk"):
+        for name, values in weights("from gpu").items():
+            torch.testing.assert_close(values, weights(f"from {where}")[name], msg=name)
+
+
+# ---- prefetch
+
+
+def test_items_come_in_the_order_of_the_plan_and_the_thread_ends():
+    plan = [3, 1, 4, 1, 5, 9, 2, 6]
+    squares = {number: number**2 for number in plan}
+    assert list(Prefetch(squares, plan)) == [number**2 for number in plan] and len(Prefetch(squares, plan)) == 8
+    assert list(Prefetch({}, [])) == []
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
+class Slow:
+    """Notes what was asked of it."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getitem__(self, place):
+        self.asked.append(place)
+        if place == 13:
+            raise UserError("thirteen cannot be read")
+        return place
+
+
+def test_it_reads_ahead_but_not_far():
+    slow = Slow()
+    items = iter(Prefetch(slow, range(100)))
+    assert next(items) == 0
+    deadline = time.monotonic() + 10
+    while len(slow.asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert slow.asked == [0, 1, 2, 3], "one in hand, two ready, one more waiting for its place"
+    items.close()
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_an_error_arrives_where_its_item_would():
+    items = iter(Prefetch(Slow(), [1, 2, 13, 4]))
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(UserError, match="thirteen"):
+        next(items)
