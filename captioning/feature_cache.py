@@ -15,7 +15,9 @@ Letters: N photos, B photos of a batch, h x w cells, C channels.
 from __future__ import annotations
 
 import os
+import queue
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from config import UserError
 from preprocess.captions import Photo
 
 FORMAT = "kantu features 1"
+IN_FLIGHT = 4  # batches handed over and not yet on the disk; as many again may be on their way there
 SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
 
 
@@ -85,6 +88,10 @@ class FeatureWriter:
             self._make(ids, attributes)
         self.blocks = _read_layout(path)[0]
         self.file = os.open(path, os.O_RDWR)
+        self.waiting: queue.Queue = queue.Queue(IN_FLIGHT)
+        self.failure: OSError | None = None
+        self.thread = threading.Thread(target=self._write_what_waits, name="writer", daemon=True)
+        self.thread.start()
 
     def _check_same(self, ids: Sequence[str], wanted: dict) -> None:
         blocks, found, found_ids = _read_layout(self.path)
@@ -135,26 +142,52 @@ class FeatureWriter:
         return np.flatnonzero(self.blocks["done"].map(self.path) != 1)
 
     def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor) -> None:
-        """rows (B,) int64; features (B, h, w, C); pooled (B, C). They are on disk before `done` says so."""
+        """rows (B,) int64; features (B, h, w, C); pooled (B, C). A thread writes them while the next are made.
+
+        Raises UserError where these are not finite, or where rows handed over before could not be written.
+        """
+        if not len(rows):
+            return
         block = self.blocks["features"]
         features = features.to(getattr(torch, str(block.dtype)))
-        if not features.isfinite().all():
+        if not torch.stack(features.aminmax()).isfinite().all():  # both are NaN where one value is; 50 times faster
             raise UserError(
                 f"{self.path}: features too large for {block.dtype}, or not finite; "
                 "give --dtype float32 --overwrite, or check the --weights"
             )
         features = np.ascontiguousarray(features.numpy())
         pooled = np.ascontiguousarray(pooled.float().numpy())
-        try:
-            for i, row in enumerate(rows):
-                self._put("features", row, features[i])
-                self._put("pooled", row, pooled[i])
-            SYNC(self.file)  # first the rows, then the word that they are there
-            self._mark_done(np.asarray(rows))
-        except OSError as error:
+        self._raise_failure()
+        self.waiting.put((np.asarray(rows), features, pooled))
+
+    def _write_what_waits(self) -> None:
+        """All batches that wait are written together: a slow disk then syncs less often."""
+        closing = False
+        while not closing:
+            batches = [self.waiting.get()]
+            while not self.waiting.empty():
+                batches.append(self.waiting.get())
+            closing = batches[-1] is None
+            try:
+                if self.failure is None:
+                    self._commit([batch for batch in batches if batch])
+            except OSError as error:
+                self.failure = error  # from here on nothing is written: the next call says so
+
+    def _commit(self, batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        for rows, features, pooled in batches:
+            for place, row in enumerate(rows):
+                self._put("features", row, features[place])
+                self._put("pooled", row, pooled[place])
+        SYNC(self.file)  # first the rows, then the word that they are there
+        for rows, _, _ in batches:
+            self._mark_done(rows)
+
+    def _raise_failure(self) -> None:
+        if self.failure:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room and run the same command"
-            ) from None
+                f"{self.path}: cannot be written ({self.failure.strerror}); make room and run the same command"
+            )
 
     def _mark_done(self, rows: np.ndarray) -> None:
         """Neighbours in one write: a kill leaves a batch done or not done, and it is made anew as the same batch."""
@@ -170,8 +203,15 @@ class FeatureWriter:
             data, offset = data[written:], offset + written
 
     def close(self) -> None:
-        os.fsync(self.file)
+        """Everything handed over is on the disk. Raises UserError where it is not."""
+        self.waiting.put(None)
+        self.thread.join()
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            self.failure = self.failure or error
         os.close(self.file)
+        self._raise_failure()
 
 
 def forget_rows(path: Path, rows: Sequence[int]) -> None:
@@ -285,7 +325,7 @@ class FeatureReader:
 
     def _map(self, name: str) -> np.ndarray:
         if name not in self._maps:
-            self._maps[name] = self.blocks[name].map(self.path)
+            self._maps[name] = np.asarray(self.blocks[name].map(self.path))  # numpy takes rows of a memmap slowly
         return self._maps[name]
 
     def done(self) -> np.ndarray:

@@ -19,3 +19,11 @@ def test_the_bench_of_the_cider_reward_runs(small_data, capsys):
     cider = bench("cider")
     cider.main(cider.Bench(small_data, batch_size=6, steps=1, channels=8, device="cpu", threads=1))
     assert re.search(r"of it the reward +[\d.]+ ms, [\d.]+%", capsys.readouterr().out)
+
+
+def test_the_bench_of_the_feature_cache_runs_and_leaves_nothing(tmp_path, capsys):
+    cache = bench("cache")
+    cache.main(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2, rounds=1))
+    said = capsys.readouterr().out
+    assert said.count(" photos/s ") == 13 and "times as fast as the plain way" in said
+    assert list(tmp_path.iterdir()) == []
