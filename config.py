@@ -90,6 +90,7 @@ class ExtractFeatures:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the CNN's arithmetic
     batch_size: int = 32  # photos
     workers: int = os.cpu_count() or 1  # processes that decode photos
+    scaled_decoding: bool = False  # decode large JPEGs at a fraction of their size: faster, slightly other features
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     out: Path | None = None  # file to write; data/NAME/features.h5 unless given
     allow_missing: float = 0.01  # share of photos that may be missing or unreadable

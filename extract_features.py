@@ -24,7 +24,7 @@ from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.device import autocast, encoder_precision, pick_device
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
 from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features, encoder_file, stored
-from captioning.images import PhotoError, Unreadable, photo_batches
+from captioning.images import PhotoError, Transform, Unreadable, photo_batches
 from captioning.inspection import describe, verify
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from command_line import run
@@ -96,10 +96,13 @@ def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
     """The encoder of the flags. A random one is calibrated once, and then kept beside the features."""
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         kept = encoder_from_checkpoint(load_checkpoint(encoder_file(config.file)))
-        wanted = (config.encoder or "resnet101", "random", config.image_size or 256)
-        if (kept.name, kept.weights, kept.transform.image_size) == wanted:
+        wanted = (config.encoder or "resnet101", "random", Transform(
+            config.image_size or 256, scaled_decoding=config.scaled_decoding))  # fmt: skip
+        if (kept.name, kept.weights, kept.transform) == wanted:
             return kept
     encoder = load_encoder(config.encoder, config.weights, config.image_size)
+    if config.scaled_decoding:
+        encoder.transform = replace(encoder.transform, scaled_decoding=True)
     if config.weights == "random":
         calibrate_on(encoder, [photo.image for photo in photos], config.batch_size, config.workers)
     return encoder

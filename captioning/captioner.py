@@ -22,7 +22,7 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.encoder import Encoder, encoder_from_checkpoint
 from captioning.grid import SIDE, Grid
-from captioning.images import open_photo, to_rgb
+from captioning.images import to_rgb
 from config import UserError
 from preprocess.vocabulary import Vocabulary
 
@@ -87,7 +87,7 @@ class Captioner:
         length_penalty: float = 0.0,
     ) -> list[Captioned]:
         """Captions of paths, PIL images, or tensors (3, H, W) uint8 RGB. Raises captioning.images.PhotoError."""
-        squashed = [self.encoder.transform.squash(_as_image(photo)) for photo in photos]
+        squashed = [self.encoder.transform.squash(self._as_image(photo)) for photo in photos]
         if not squashed:
             return []
         return self.caption_squashed(torch.stack(squashed), beam_size, max_length, length_penalty)
@@ -115,8 +115,7 @@ class Captioner:
         sentinel = (1 - caption.attention.sum(1)).tolist() if self.decoder.has_sentinel else None
         return Captioned(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
 
-
-def _as_image(photo: Path | str | Image.Image | Tensor) -> Image.Image:
-    if isinstance(photo, Tensor):
-        return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy()).convert("RGB")
-    return to_rgb(photo) if isinstance(photo, Image.Image) else open_photo(photo)
+    def _as_image(self, photo: Path | str | Image.Image | Tensor) -> Image.Image:
+        if isinstance(photo, Tensor):
+            return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy()).convert("RGB")
+        return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)

@@ -132,8 +132,7 @@ def load_encoder(name: str | None, weights: str | None, image_size: int | None, 
 def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None) -> Encoder:
     """The very encoder that a run was trained with."""
     saved = checkpoint["encoder"]
-    transform = Transform(saved["transform"]["image_size"], *(tuple(saved["transform"][k]) for k in ("mean", "std")))
-    encoder = Encoder(saved["name"], weights or saved["weights"], transform)
+    encoder = Encoder(saved["name"], weights or saved["weights"], Transform.from_dict(saved["transform"]))
     state = saved["state"] or _body_part(_torchvision_weights(saved["name"]), encoder, "torchvision")
     encoder.body.load_state_dict(state)
     if state_sha256(encoder.body.state_dict()) != saved["sha256"]:

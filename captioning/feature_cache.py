@@ -67,6 +67,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "grid": grid,
         "native_grid": list(native_grid),
         "precision": precision,
+        "scaled_decoding": transform.get("scaled_decoding", False),
     }
 
 
@@ -96,7 +97,12 @@ class FeatureWriter:
     def _check_same(self, ids: Sequence[str], wanted: dict) -> None:
         blocks, found, found_ids = _read_layout(self.path)
         wanted = {**wanted, "shape": list(self.shape[1:])}
-        found = {**found, "dtype": str(blocks["features"].dtype), "shape": list(blocks["features"].shape[1:])}
+        found = {
+            "scaled_decoding": False,
+            **found,
+            "dtype": str(blocks["features"].dtype),
+            "shape": list(blocks["features"].shape[1:]),
+        }
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise UserError(

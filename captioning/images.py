@@ -33,6 +33,21 @@ class Transform:
     image_size: int = 256  # pixels a side
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    scaled_decoding: bool = False  # JPEGs of four times the size or more are decoded at 1/2, 1/4 or 1/8 of it
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> Transform:
+        """As to_dict gave it, perhaps through JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+
+    def open(self, path: Path | str) -> Image.Image:
+        """A photo file as an upright RGB image, for `squash`. Raises PhotoError.
+
+        Scaled decoding leaves out frequencies of a JPEG that squashing would average away. It keeps twice the size of
+        the square: cosine similarity of MobileNetV2's maps to those of full decoding 0.9998 in the mean, but 0.996 for
+        the worst of 60 photos of COCO (128 px), so it is off unless asked for.
+        """
+        return open_photo(path, 2 * self.image_size if self.scaled_decoding else None)
 
     def squash(self, photo: Image.Image) -> Tensor:
         """An RGB photo of any size -> (3, S, S) uint8."""
@@ -71,15 +86,18 @@ class Augment:
         return photo
 
 
-def open_photo(path: Path | str) -> Image.Image:
+def open_photo(path: Path | str, at_least: int | None = None) -> Image.Image:
     """A photo file as an upright RGB image: grey, CMYK, palette, alpha and 16-bit are converted.
 
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with so many pixels a side at the least.
     Raises PhotoError where the file is missing, truncated, no image, or absurdly large.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if at_least:
+                    image.draft(None, (at_least, at_least))
                 return to_rgb(image)
     except FileNotFoundError:
         raise PhotoError(f"{path}: no such file") from None
@@ -122,7 +140,7 @@ def read_photos(
     readable, photos, failures = [], [], []
     for index in indices:
         try:
-            photo = open_photo(paths[index])
+            photo = transform.open(paths[index])
             photos.append(transform.squash(view(photo, index) if view else photo))
             readable.append(int(index))
         except PhotoError as error:

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 import extract_features
+from captioning.checkpoint import load_checkpoint
+from captioning.encoder import encoder_from_checkpoint
 from captioning.feature_cache import FeatureReader, FeatureWriter
 from config import ExtractFeatures, UserError
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
@@ -190,3 +192,12 @@ def test_verify_finds_a_row_of_another_photo(data, tmp_path):
     write_captions(Path(tmp_path) / CAPTIONS_FILE, [Photo("x.png", "x", "train", (("a",),))])
     with pytest.raises(UserError, match="photos of another data set"):
         extract(tmp_path, out, verify=True)
+
+
+def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
+    with pytest.raises(UserError, match="scaled_decoding False, not True; give --overwrite"):
+        extract(data, data / "whole.h5", scaled_decoding=True)
+    extract(data, tmp_path / "scaled.h5", scaled_decoding=True)
+    extract(data, tmp_path / "scaled.h5", info=True)
+    assert "scaled_decoding  True" in capsys.readouterr().out
+    assert encoder_from_checkpoint(load_checkpoint(tmp_path / "scaled.encoder.pt")).transform.scaled_decoding

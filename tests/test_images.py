@@ -120,3 +120,24 @@ def test_every_second_photo_is_mirrored_but_none_that_must_not_be():
     assert 150 < sum(mirrored) < 250
     assert all(flip or np.array_equal(view, photo) for view, flip in zip(views, mirrored, strict=True))
     assert all(np.array_equal(Augment(flip=True)(photo, i, 0, may_flip=False), photo) for i in range(50))
+
+
+def test_scaled_decoding_keeps_twice_the_square_and_hardly_changes_the_photo(tmp_path):
+    large = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 40, 3), np.uint8)).resize((1600, 1200))
+    large.save(tmp_path / "large.jpg", quality=95)
+    large.resize((90, 60)).save(tmp_path / "small.jpg")
+    large.save(tmp_path / "large.png")
+    plain, scaled = Transform(96), Transform(96, scaled_decoding=True)
+    sizes = {name: scaled.open(tmp_path / name).size for name in ("large.jpg", "small.jpg", "large.png")}
+    assert sizes == {"large.jpg": (400, 300), "small.jpg": (90, 60), "large.png": (1600, 1200)}
+    one, other = (way.squash(way.open(tmp_path / "large.jpg")).float() for way in (plain, scaled))
+    assert 0 < (one - other).abs().mean() < 1
+    assert Transform.from_dict(scaled.to_dict()) == scaled != plain == Transform.from_dict({"image_size": 96})
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_scaled_decoding_keeps_to_the_colours_of_every_mode(tmp_path, mode):
+    a_photo(900, 600).convert(mode).save(tmp_path / "photo.jpg", quality=95)
+    plain, scaled = Transform(64), Transform(64, scaled_decoding=True)
+    one, other = (way.squash(way.open(tmp_path / "photo.jpg")).float() for way in (plain, scaled))
+    assert (one - other).abs().mean() < 2
