@@ -120,9 +120,10 @@ class Cider(nn.Module):
         gradient = -mean_k (r_k - b_k) d log p(caption k)
 
     leave-one-out: b_k is the mean of the photo's other rewards (Luo 2020); greedy: the reward of the photo's greedy
-    caption, self-critical training (Rennie et al. 2017). The mean is over the captions drawn, and log p is summed over
-    the words, <end> among them, so that the gradient is unbiased. What may never be written is no part of p, and
-    nothing is dropped out: what learns is what spoke.
+    caption, self-critical training (Rennie et al. 2017). The mean is over the captions drawn, log p is summed over the
+    words, <end> among them, and what may never be written is no part of p: without dropout the gradient is unbiased.
+    Captions are drawn as the decoder captions, without dropout; it learns from them with it, for else the rewards of
+    the photos it learns from rise long after those of others.
     """
 
     measures = "reward"
@@ -142,7 +143,8 @@ class Cider(nn.Module):
                 drawn, baseline, rewards = drawn[:, 1:], rewards[:, :1], rewards[:, 1:]
             else:
                 baseline = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
-            words, targets, order = forced_as_drawn(drawn.flatten(0, 1))
+        words, targets, order = forced_as_drawn(drawn.flatten(0, 1))
+        with without_chance(decoder, but_dropout=True):
             scores = full(decoder(grid, words, order // self.samples).scores)
         scores = scores.index_fill(1, torch.tensor(FORBIDDEN, device=scores.device), -torch.inf)
         log_probabilities = -F.cross_entropy(scores, targets, reduction="none")  # (W,)

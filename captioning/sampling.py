@@ -73,16 +73,16 @@ def read_own_words(decoder: Decoder, grid: Grid, words: PackedSequence, photo: T
 
 
 @contextlib.contextmanager
-def without_chance(decoder: nn.Module) -> Iterator[None]:
-    """A decoder in training says and learns, inside this block, exactly as it does when it captions.
+def without_chance(decoder: nn.Module, but_dropout: bool = False) -> Iterator[None]:
+    """A decoder in training says and learns, inside this block, as it does when it captions; or so but for its dropout.
 
     Not simply eval(): on a GPU a recurrent layer that is not in training has no gradient.
     """
     modules = [(module, module.training, getattr(module, "dropout", None)) for module in decoder.modules()]
     for module, _, _ in modules:
         if isinstance(module, nn.RNNBase):
-            module.dropout = 0.0
-        else:
+            module.dropout *= but_dropout
+        elif not (but_dropout and isinstance(module, nn.Dropout)):
             module.training = False
     try:
         yield

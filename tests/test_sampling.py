@@ -119,5 +119,13 @@ def test_without_chance_a_decoder_in_training_says_what_it_says_when_it_captions
     with without_chance(decoder):
         assert torch.equal(decoder(grid, packed, PHOTO).scores, expected)
     assert all(part.training for part in decoder.modules())
+    with without_chance(decoder, but_dropout=True):
+        assert not torch.equal(decoder(grid, packed, PHOTO).scores, expected)
+        assert decoder(grid, packed, PHOTO).choices is None, "dropout is the only chance"
+        decoder.dropout.p = 0.0
+        if hasattr(decoder, "recurrent"):
+            decoder.recurrent.dropout = 0.0
+        assert torch.equal(decoder(grid, packed, PHOTO).scores, expected), "dropout is the only chance"
+    decoder.dropout.p = 0.5
     assert not torch.equal(decoder(grid, packed, PHOTO).scores, expected), "chance is back"
     assert module.FORBIDDEN == (PAD, UNKNOWN, START)
