@@ -27,3 +27,11 @@ def test_the_bench_of_the_feature_cache_runs_and_leaves_nothing(tmp_path, capsys
     said = capsys.readouterr().out
     assert said.count(" photos/s ") == 13 and "times as fast as the plain way" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_of_the_extraction_runs(small_data, capsys):
+    extraction = bench("extraction")
+    settings = {"encoder": "resnet18.layer1", "image_size": 32, "precision": "float32", "device": "cpu"}
+    folder = small_data / "photos"
+    extraction.main(extraction.Bench(folder, photos=5, batch_size=2, workers=0, rounds=1, **settings))
+    assert "the extraction reaches" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""How well decoding and the CNN overlap: photos/s of each alone, and of an extraction that does both.
+
+    python bench/extraction.py PHOTOS              a folder of photos, repeated until there are --photos of them
+    python bench/extraction.py PHOTOS --device cuda --photos 20000 --batch-size 256
+
+Where the processors that decode are those that compute, an extraction can at best take the sum of both times, which
+is 1 / (1/decode + 1/CNN) photos/s; beside a GPU, the longer of the two. Random weights: they take as long as others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+from captioning.device import autocast, encoder_precision, pick_device
+from captioning.encoder import Encoder, load_encoder
+from captioning.feature_cache import FeatureWriter, describe_features
+from captioning.images import PHOTO_ENDINGS, Unreadable, in_batches, photo_batches
+from extract_features import extract
+
+
+@dataclass(frozen=True)
+class Bench:
+    folder: Positional[Path]  # of photos
+    photos: int = 480
+    encoder: str = "resnet101"
+    image_size: int = 256
+    precision: str = "bfloat16"
+    batch_size: int = 32
+    workers: int = os.cpu_count() or 1
+    device: str = "auto"
+    rounds: int = 3
+
+
+class Nothing:
+    """A bar that shows nothing."""
+
+    def update(self, _: int) -> None:
+        pass
+
+
+def main(bench: Bench) -> None:
+    device = pick_device(bench.device)
+    files = sorted(path for path in bench.folder.rglob("*") if path.suffix.lower() in PHOTO_ENDINGS)
+    paths = [str(path) for path in itertools.islice(itertools.cycle(files), bench.photos)]
+    encoder = load_encoder(bench.encoder, "random", bench.image_size).to(device).eval().requires_grad_(False)
+    precision = encoder_precision(bench.precision, device)
+    plan = in_batches(list(range(len(paths))), bench.batch_size)
+    best = {"decode": 0.0, "CNN": 0.0, "extraction": 0.0}
+    for _ in range(bench.rounds):
+        works = {
+            "decode": lambda: [None for _ in photo_batches(paths, plan, encoder.transform, bench.workers)],
+            "CNN": lambda: compute(encoder, len(plan), bench.batch_size, precision, device),
+            "extraction": lambda: whole(bench, encoder, paths, plan, precision),
+        }
+        for name, work in works.items():
+            best[name] = max(best[name], len(paths) / timed(work))
+    shared = device.type == "cpu"
+    at_best = 1 / (1 / best["decode"] + 1 / best["CNN"]) if shared else min(best["decode"], best["CNN"])
+    for name, rate in best.items():
+        print(f"{name:>12}  {rate:8.1f} photos/s")
+    formula = "1 / (1/decode + 1/CNN)" if shared else "the slower of the two"
+    print(f"{'at best':>12}  {at_best:8.1f} photos/s, {formula}: the extraction reaches {best['extraction'] / at_best:.0%} ({len(files)} photos repeated to {len(paths):,}, "
+          f"{bench.encoder}, {bench.image_size} px, {bench.precision}, {bench.workers} workers, {device}, "
+          f"torch {torch.__version__})")  # fmt: skip
+
+
+@torch.inference_mode()
+def compute(encoder: Encoder, batches: int, size: int, precision: torch.dtype, device: torch.device) -> None:
+    photos = torch.randint(0, 255, (size, 3, encoder.transform.image_size, encoder.transform.image_size)).byte()
+    for _ in range(batches):
+        with autocast(device, precision):
+            encoder(photos.to(device)).cells.float().cpu()
+
+
+def whole(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]], precision: torch.dtype) -> None:
+    height, width, channels = encoder.output_shape()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = {"name": bench.encoder, "weights": "random", "sha256": "", "transform": encoder.transform.to_dict()}
+        attributes = describe_features(recipe, (height, width), "native", bench.precision)
+        writer = FeatureWriter(
+            Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
+        )
+        photos = [Photo(path) for path in paths]
+        extract(bench, encoder, writer, photos, plan, precision, Unreadable(len(paths), 0), Nothing())
+
+
+@dataclass(frozen=True)
+class Photo:
+    image: str
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
