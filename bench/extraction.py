@@ -69,9 +69,8 @@ def main(bench: Bench) -> None:
     for name, rate in best.items():
         print(f"{name:>12}  {rate:8.1f} photos/s")
     formula = "1 / (1/decode + 1/CNN)" if shared else "the slower of the two"
-    print(
-        f"{'at best':>12}  {at_best:8.1f} photos/s, {formula}: the extraction reaches {best['extraction'] / at_best:.0%}"
-    )
+    print(f"{'at best':>12}  {at_best:8.1f} photos/s, {formula}")
+    print(f"the extraction reaches {best['extraction'] / at_best:.0%} of that")
     print(f"{len(files)} photos repeated to {len(paths):,}; {bench.encoder}, {bench.image_size} px, {bench.precision}, "
           f"{bench.workers} workers, {device}, torch {torch.__version__}")  # fmt: skip
 
