@@ -17,7 +17,7 @@ from config import UserError
 FORMAT = "kantu checkpoint 1"
 # Settings that may differ between a run and its --resume: they decide how it is computed, not what.
 MAY_CHANGE = {"epochs", "patience", "val_photos", "save_every", "precision", "device", "workers", "resume", "overwrite",
-              "allow_missing", "features", "start_from", "checkpoint_activations", "panel",
+              "allow_missing", "features", "resident", "start_from", "checkpoint_activations", "panel",
               "dashboard"}  # fmt: skip
 
 
