@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.device import autocast, encoder_precision, pick_device
-from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
-from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features, encoder_file, stored
+from captioning.encoder import Encoder, calibrate_on, encoder_file, encoder_from_checkpoint, load_encoder
+from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features, stored
 from captioning.images import PhotoError, Transform, Unreadable, photo_batches
 from captioning.inspection import describe, verify
 from captioning.ranks import ALONE, Ranks, joined_ranks

@@ -21,8 +21,8 @@ from captioning.checkpoint import load_checkpoint, to_resume
 from captioning.dashboard import Follower
 from captioning.decoders import DECODERS
 from captioning.device import pick_device
-from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
-from captioning.feature_cache import FeatureReader, saved_encoder
+from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
+from captioning.feature_cache import FeatureReader
 from captioning.images import Augment, PhotoError
 from captioning.log import Log
 from captioning.objectives import OBJECTIVES
@@ -65,7 +65,11 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
         views = live_views(config, train, val, vocabulary, encoder)
     else:
         reader = FeatureReader(config.features or config.data / "features.h5", pin=device.type == "cuda")
-        encoder, described, channels = None, saved_encoder(reader), reader.channels
+        encoder, described, channels = (
+            None,
+            saved_encoder(reader.path, reader.attributes["weights_sha256"]),
+            reader.channels,
+        )
         train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
         views = cached_views(config, train, val, vocabulary, reader, device)
     references = {photo.id: photo.captions for photo in val}

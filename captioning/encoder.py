@@ -201,3 +201,19 @@ def calibrate_on(encoder: Encoder, paths: Sequence[str], batch_size: int, worker
         norm.momentum = 0.1
         norm.eval()
     print(f"--weights random: {encoder.name} has learnt nothing; its BatchNorm is calibrated on {len(some)} photos")
+
+
+def encoder_file(features: Path) -> Path:
+    """Where the encoder that made a feature file is kept: a run that trains on it takes it along."""
+    return features.with_suffix(".encoder.pt")
+
+
+def saved_encoder(features: Path, sha256: str) -> dict:
+    """The encoder behind a feature file, as in checkpoints; sha256: the file's own word of it. Raises UserError."""
+    file = encoder_file(features)
+    if not file.exists():
+        raise UserError(f"{file}: the encoder of {features} is missing; extract again with --overwrite")
+    encoder = load_checkpoint(file)["encoder"]
+    if encoder["sha256"] != sha256:
+        raise UserError(f"{file}: is not the encoder of {features}; extract again with --overwrite")
+    return encoder

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioning.checkpoint import load_checkpoint
 from captioning.grid import SIDE, Grid, grid_pooling, native_places
 from config import UserError
 from preprocess.captions import Photo
@@ -272,22 +271,6 @@ def _read_layout(path: Path) -> tuple[dict[str, Block], dict, list[str]]:
 
 def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def saved_encoder(reader: FeatureReader) -> dict:
-    """The encoder behind a feature file, for the checkpoints of the runs that train on it."""
-    file = encoder_file(reader.path)
-    if not file.exists():
-        raise UserError(f"{file}: the encoder of {reader.path} is missing; extract again with --overwrite")
-    encoder = load_checkpoint(file)["encoder"]
-    if encoder["sha256"] != reader.attributes["weights_sha256"]:
-        raise UserError(f"{file}: is not the encoder of {reader.path}; extract again with --overwrite")
-    return encoder
-
-
-def encoder_file(path: Path) -> Path:
-    """Where the encoder that made a feature file is kept: a run that trains on it takes it along."""
-    return path.with_suffix(".encoder.pt")
 
 
 class FeatureReader:

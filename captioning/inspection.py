@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from captioning.checkpoint import load_checkpoint
 from captioning.device import autocast
-from captioning.encoder import Encoder, encoder_from_checkpoint
-from captioning.feature_cache import FeatureReader, encoder_file, forget_rows, stored
+from captioning.encoder import Encoder, encoder_file, encoder_from_checkpoint
+from captioning.feature_cache import FeatureReader, forget_rows, stored
 from captioning.images import in_batches, photo_batches
 from config import UserError
 from preprocess.captions import Photo
