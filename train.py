@@ -65,11 +65,8 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
         views = live_views(config, train, val, vocabulary, encoder)
     else:
         reader = FeatureReader(config.features or config.data / "features.h5", pin=device.type == "cuda")
-        encoder, described, channels = (
-            None,
-            saved_encoder(reader.path, reader.attributes["weights_sha256"]),
-            reader.channels,
-        )
+        encoder, channels = None, reader.channels
+        described = saved_encoder(reader.path, reader.attributes["weights_sha256"])
         train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
         views = cached_views(config, train, val, vocabulary, reader, device)
     references = {photo.id: photo.captions for photo in val}
