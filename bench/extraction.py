@@ -22,7 +22,7 @@ import tyro
 from tyro.conf import Positional
 
 from captioning.device import autocast, encoder_precision, pick_device
-from captioning.encoder import Encoder, load_encoder
+from captioning.encoder import Encoder, calibrate_on, load_encoder
 from captioning.feature_cache import FeatureWriter, describe_features
 from captioning.images import PHOTO_ENDINGS, Unreadable, in_batches, photo_batches
 from extract_features import extract
@@ -52,7 +52,9 @@ def main(bench: Bench) -> None:
     device = pick_device(bench.device)
     files = sorted(path for path in bench.folder.rglob("*") if path.suffix.lower() in PHOTO_ENDINGS)
     paths = [str(path) for path in itertools.islice(itertools.cycle(files), bench.photos)]
-    encoder = load_encoder(bench.encoder, "random", bench.image_size).to(device).eval().requires_grad_(False)
+    encoder = load_encoder(bench.encoder, "random", bench.image_size)
+    calibrate_on(encoder, paths[:64], bench.batch_size, bench.workers)  # else its features would not fit float16
+    encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
     plan = in_batches(list(range(len(paths))), bench.batch_size)
     best = {"decode": 0.0, "CNN": 0.0, "extraction": 0.0}
