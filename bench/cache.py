@@ -11,10 +11,9 @@ Every figure is the best of --rounds rounds in which all ways take their turns; 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 
 import h5py
 import numpy as np
@@ -49,9 +48,19 @@ def main(bench: Bench) -> None:
         f14 = grid.spread(cells.float()).half().view(-1, 14, 14, bench.channels)
         native = cells.view(-1, 8, 8, bench.channels)
         print("writing, and syncing at the end")
-        table("plain h5py, 14x14", bench, f14[0].nbytes, timed(lambda: write_plainly(bench, paths["plain"], f14)))
-        table("ours, 14x14", bench, f14[0].nbytes, timed(lambda: write(bench, paths["14"], "14", f14)))
-        table("ours, native", bench, native[0].nbytes, timed(lambda: write(bench, paths["native"], "native", native)))
+        table(
+            "plain h5py, 14x14",
+            bench,
+            f14[0].nbytes,
+            timeit(lambda: write_plainly(bench, paths["plain"], f14), number=1),
+        )
+        table("ours, 14x14", bench, f14[0].nbytes, timeit(lambda: write(bench, paths["14"], "14", f14), number=1))
+        table(
+            "ours, native",
+            bench,
+            native[0].nbytes,
+            timeit(lambda: write(bench, paths["native"], "native", native), number=1),
+        )
         plan = in_batches(random.permutation(bench.photos), bench.batch_size)
         for cold in (True, False):
             print("random photos, from a cold file" if cold else "random photos, from the page cache")
@@ -120,7 +129,7 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
     for _ in range(bench.rounds):
         for way, (read, name) in ways.items():
             forget(paths[name]) if cold else warm(paths[name])
-            best[way] = min(best[way], timed(read))
+            best[way] = min(best[way], timeit(read, number=1))
     for way, seconds in best.items():
         table(way, bench, 14 * 14 * 2 * bench.channels if way.startswith("plain") else block.row_bytes, seconds)
     against = "os.pread of it" if cold else "memmap copy of it"
@@ -140,12 +149,6 @@ def warm(path: Path) -> None:
     with open(path, "rb") as file:
         while file.read(1 << 24):
             pass
-
-
-def timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def table(way: str, bench: Bench, size: int, seconds: float) -> None:

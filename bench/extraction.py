@@ -12,10 +12,9 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 
 import torch
 import tyro
@@ -65,7 +64,7 @@ def main(bench: Bench) -> None:
             "extraction": lambda: whole(bench, encoder, paths, plan, precision),
         }
         for name, work in works.items():
-            best[name] = max(best[name], len(paths) / timed(work))
+            best[name] = max(best[name], len(paths) / timeit(work, number=1))
     shared = device.type == "cpu"
     at_best = 1 / (1 / best["decode"] + 1 / best["CNN"]) if shared else min(best["decode"], best["CNN"])
     for name, rate in best.items():
@@ -100,12 +99,6 @@ def whole(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]
 @dataclass(frozen=True)
 class Photo:
     image: str
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

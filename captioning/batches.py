@@ -43,7 +43,7 @@ class Batch:
         return Batch(view, words, targets, photo, self.indices, self.failures)
 
     def pin_memory(self) -> Batch:
-        view = self.view if self.view.is_cuda else self.view.pin_memory()
+        view = self.view.pin_memory()
         return Batch(view, self.words.pin_memory(), self.targets.pin_memory(), self.photo.pin_memory(), self.indices,
                      self.failures)  # fmt: skip
 

@@ -51,7 +51,7 @@ class CiderReward:
         for first in range(0, len(photos), PHOTOS_AT_ONCE):
             photo = np.arange(first, min(first + PHOTOS_AT_ONCE, len(photos)))
             grams, references = self._references(photo)
-            parts.append(_distinct(references.photo[grams.caption], grams.key)[1])
+            parts.append(_once_each(references.photo[grams.caption], grams.key))
         self.keys, self.frequencies = np.unique(np.concatenate(parts), return_counts=True)
         self.log_photos = np.log(float(len(photos)))
 
@@ -142,11 +142,11 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
     return new
 
 
-def _distinct(owner: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    sort = np.lexsort((key, owner))
-    owner, key = owner[sort], key[sort]
-    new = _changes(owner, key)
-    return owner[new], key[new]
+def _once_each(photo: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The keys of each photo, once however many of its captions have them."""
+    sort = np.lexsort((key, photo))
+    photo, key = photo[sort], key[sort]
+    return key[_changes(photo, key)]
 
 
 def _norms(grams: Grams, weight: np.ndarray, captions: int) -> np.ndarray:

@@ -89,7 +89,7 @@ class FeatureWriter:
         self.blocks = _read_layout(path)[0]
         self.file = os.open(path, os.O_RDWR)
         self.waiting: queue.Queue = queue.Queue(IN_FLIGHT)
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._write_what_waits, name="writer", daemon=True)
         self.thread.start()
 
@@ -176,7 +176,7 @@ class FeatureWriter:
             try:
                 if self.failure is None:
                     self._commit([batch for batch in batches if batch])
-            except OSError as error:
+            except Exception as error:  # whatever it is: a thread that died would leave `write` waiting for ever
                 self.failure = error  # from here on nothing is written: the next call says so
 
     def _commit(self, batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -189,10 +189,12 @@ class FeatureWriter:
             self._mark_done(rows)
 
     def _raise_failure(self) -> None:
-        if self.failure:
+        if isinstance(self.failure, OSError):
             raise UserError(
                 f"{self.path}: cannot be written ({self.failure.strerror}); make room and run the same command"
             )
+        if self.failure:
+            raise self.failure
 
     def _mark_done(self, rows: np.ndarray) -> None:
         """Neighbours in one write: a kill leaves a batch done or not done, and it is made anew as the same batch."""

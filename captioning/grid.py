@@ -53,12 +53,9 @@ class Grid:
         cells = self.cells.to(device, non_blocking=True).to(dtype)  # travel in the stored type, then widen
         return Grid(cells, self.pooling.to(device))
 
-    @property
-    def is_cuda(self) -> bool:
-        return self.cells.is_cuda
-
     def pin_memory(self) -> Grid:
-        return Grid(self.cells.pin_memory(), self.pooling)
+        """Where a GPU can fetch it while it computes; what lies on one stays there."""
+        return self if self.cells.is_cuda else Grid(self.cells.pin_memory(), self.pooling)
 
 
 def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:

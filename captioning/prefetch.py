@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-AHEAD = 2  # batches
-PATIENCE = 0.1  # seconds until the thread looks again whether it is still wanted
+AHEAD = 3  # batches
 
 
 class Prefetch:
@@ -26,33 +25,18 @@ class Prefetch:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises what reading an item raised."""
-        ready: queue.Queue = queue.Queue(AHEAD)
-        unwanted = threading.Event()
-        thread = threading.Thread(target=self._read, args=(ready, unwanted), name="prefetch", daemon=True)
-        thread.start()
+        """Raises what reading an item raised, in its place."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         try:
-            for _ in self.plan:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            ahead = deque(thread.submit(self._read, place) for place in self.plan[:AHEAD])
+            for place in self.plan[AHEAD:]:
+                ahead.append(thread.submit(self._read, place))
+                yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
         finally:
-            unwanted.set()
-            thread.join()
+            thread.shutdown(cancel_futures=True)
 
-    def _read(self, ready: queue.Queue, unwanted: threading.Event) -> None:
-        for place in self.plan:
-            try:
-                item = self.dataset[place]
-                item = item.pin_memory() if self.pin else item
-            except Exception as error:
-                item = error
-            while not unwanted.is_set():
-                try:
-                    ready.put(item, timeout=PATIENCE)
-                    break
-                except queue.Full:
-                    continue
-            if unwanted.is_set() or isinstance(item, Exception):
-                return
+    def _read(self, place: Any) -> Any:
+        item = self.dataset[place]
+        return item.pin_memory() if self.pin else item

@@ -201,3 +201,13 @@ def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
     extract(data, tmp_path / "scaled.h5", info=True)
     assert "scaled_decoding  True" in capsys.readouterr().out
     assert encoder_from_checkpoint(load_checkpoint(tmp_path / "scaled.encoder.pt")).transform.scaled_decoding
+
+
+def test_a_writer_that_fails_for_any_reason_says_so_and_nobody_waits_for_ever(tmp_path, monkeypatch):
+    def broken(self, batches):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(FeatureWriter, "_commit", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        for _ in range(9):
+            write(tmp_path / "features.h5", rows=range(3))
