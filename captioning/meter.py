@@ -70,6 +70,3 @@ def most_resident() -> int:
     if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    def __str__(self) -> str:
-        return f"{self.rate():.0f} captions/s, waiting {self.share_waited():.0%}"
