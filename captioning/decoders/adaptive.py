@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from captioning.decoders.all_steps import AllSteps, Layer
 from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
 
@@ -62,7 +63,8 @@ class AdaptiveDecoder(nn.Module):
 
     def step(self, words: Tensor, state: State) -> Step:
         word_gates = self.word_gates(self.embedding(words))
-        hidden, memory, attention, said = self._advance(word_gates, *state.rows, *state.photos)
+        layers = self.hidden_gates, self.query, self.sentinel_key
+        hidden, memory, attention, said = self._advance(word_gates, *state.rows, *state.photos, *layers)
         scores = self.vocabulary(self.dropout(said))  # (R, V)
         return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, (hidden, memory)))
 
@@ -71,26 +73,28 @@ class AdaptiveDecoder(nn.Module):
         state = self.begin(grid).of_captions(photo)
         says = []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 5H): they wait for no hidden state
+        layers = [AllSteps(layer) for layer in (self.hidden_gates, self.query, self.sentinel_key)]
         for gates in word_gates.split(words.batch_sizes.tolist()):
             photos, rows = state.first(len(gates))
-            hidden, memory, _, said = self._advance(gates, *rows, *photos)
+            hidden, memory, _, said = self._advance(gates, *rows, *photos, *layers)
             state = State(photos, (hidden, memory))
             says.append(said)
         return TeacherForced(self.vocabulary(self.dropout(torch.cat(says))), None)  # (W, V): one product for all words
 
     def _advance(
-        self, word_gates: Tensor, hidden: Tensor, memory: Tensor, values: Tensor, keys: Tensor, photo_gates: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, word_gates: Tensor, hidden: Tensor, memory: Tensor, values: Tensor, keys: Tensor, photo_gates: Tensor,
+        hidden_gates: Layer, query_of: Layer, sentinel_key: Layer,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """One step of R = B K rows over B photos -> h (R, H), m (R, H), attention (R, P), c + h (R, H)."""
         photos, rows = len(values), len(hidden)
         each = (photos, rows // photos, -1)  # (B, K, ...)
-        gates = word_gates.view(each) + photo_gates[:, None] + self.hidden_gates(hidden).view(each)
+        gates = word_gates.view(each) + photo_gates[:, None] + hidden_gates(hidden).view(each)
         let_in, forget, candidate, let_out, let_speak = full(gates).view(rows, -1).chunk(5, 1)
         memory = forget.sigmoid() * memory + let_in.sigmoid() * candidate.tanh()
         hidden, sentinel = let_out.sigmoid() * memory.tanh(), let_speak.sigmoid() * memory.tanh()
-        query = self.query(hidden)  # (R, A)
+        query = query_of(hidden)  # (R, A)
         cells = self.score((keys[:, None] + query.view(each)[:, :, None]).tanh()).squeeze(3)  # (B, K, P)
-        own = self.score((self.sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
+        own = self.score((sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
         weights = full(torch.cat([cells, own], 2)).softmax(2)
         attention, beta = weights[..., :-1], weights[..., -1:]
         context = attention.to(values.dtype) @ values + beta * sentinel.view(each)  # (B, K, H)

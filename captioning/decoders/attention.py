@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from captioning.decoders.all_steps import AllSteps, Layer
 from captioning.decoders.protocol import Choices, State, Step, TeacherForced, all_choices, coverage, full, initialise
 from captioning.grid import Grid
 
@@ -54,7 +55,8 @@ class AttentionDecoder(nn.Module):
         return State((grid.cells, keys, pooling), full(self.initial(grid.mean())).chunk(2, 1))
 
     def step(self, words: Tensor, state: State) -> Step:
-        rows, attention, choices = self._advance(self.word_gates(self.embedding(words)), state.rows, *state.photos)
+        gates = self.word_gates(self.embedding(words))
+        rows, attention, choices = self._advance(gates, state.rows, *state.photos, self.from_hidden, self.context_gates)
         scores = self.vocabulary(self.dropout(rows[0]))  # (R, V)
         return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, rows), choices)
 
@@ -64,9 +66,10 @@ class AttentionDecoder(nn.Module):
         state = State((cells, keys), rows).of_captions(photo)  # (R, N, C), (R, P, A); (R, H)
         hiddens, attentions, chosen = [], [], []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
+        layers = AllSteps(self.from_hidden), AllSteps(self.context_gates)
         for gates in word_gates.split(words.batch_sizes.tolist()):
             photos, rows = state.first(len(gates))
-            rows, attention, choices = self._advance(gates, rows, *photos, grid.pooling)
+            rows, attention, choices = self._advance(gates, rows, *photos, grid.pooling, *layers)
             state = State(photos, rows)
             hiddens.append(rows[0])
             attentions.append(attention)
@@ -75,18 +78,19 @@ class AttentionDecoder(nn.Module):
         return TeacherForced(scores, coverage(self, attentions), all_choices(chosen))
 
     def _advance(
-        self, word_gates: Tensor, rows: tuple[Tensor, ...], cells: Tensor, keys: Tensor, pooling: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor, Choices | None]:
+        self, word_gates: Tensor, rows: tuple[Tensor, ...], cells: Tensor, keys: Tensor, pooling: Tensor,
+        from_hidden: Layer, context_gates: Layer,
+    ) -> tuple[tuple[Tensor, ...], Tensor, Choices | None]:  # fmt: skip
         """One step of R = B K rows over B photos -> rows h (R, H), c (R, H), ...; attention (R, P); choices (R,)."""
         hidden, cell, *others = rows
         photos = len(cells)
-        query, gate, hidden_gates = self.from_hidden(hidden).split(self.parts, 1)
+        query, gate, hidden_gates = from_hidden(hidden).split(self.parts, 1)
         scores = self.score((keys[:, None] + query.view(photos, -1, 1, query.shape[1])).relu_()).squeeze(3)
         attention = full(scores).softmax(2)  # (B, K, P)
         weights, choices = self._looks(attention, *others)
         seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
         context = gate.sigmoid() * seen.view(len(hidden), -1)
-        gates = word_gates + self.context_gates(context) + hidden_gates
+        gates = word_gates + context_gates(context) + hidden_gates
         let_in, forget, candidate, let_out = full(gates).chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         hidden = let_out.sigmoid() * cell.tanh()

@@ -1,0 +1,72 @@
+"""A linear layer that a recurrence applies at every step, with one product for its weight's gradient.
+
+Backpropagation through time forms dW = sum_t dy_t^T x_t term by term: many products of few rows, each as large as the
+weight itself, and that took more of a training step than all attention did. Here every step notes x_t and dy_t, and
+the sum is one product behind the last of them.
+
+Letters: R rows of a step, W rows of all steps, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = Callable[[Tensor], Tensor]  # a linear layer itself, or AllSteps of it
+
+
+class AllSteps:
+    """y_t = W x_t + b for every step of one forward pass: values and gradients are those of the layer.
+
+    Under autocast the weight is rounded once, and gradients add up in the product, not in half precision.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        device = layer.weight.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+        self.weight = layer.weight.detach().to(half)  # (O, I)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(half)
+        self.count = 0  # of steps
+        self.notes: dict[int, tuple[Tensor, Tensor]] = {}  # by step: x_t (R, I), dy_t (R, O) of the backward pass
+        self.parameters = _Parameters.apply(layer.weight, layer.bias, self.notes)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(R, I) -> (R, O), in the type that autocast computes in."""
+        self.count += 1
+        return _OneStep.apply(inputs.to(self.weight.dtype), self.parameters, self, self.count)
+
+
+class _Parameters(torch.autograd.Function):
+    """Stands for weight and bias in the graph: behind all steps, its backward sees the notes of every one."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor, bias: Tensor | None, notes: dict) -> Tensor:
+        context.notes, context.dtype = notes, weight.dtype
+        return weight.new_empty(0)
+
+    @staticmethod
+    def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, gradients = (
+            torch.cat(tensors) for tensors in zip(*context.notes.values(), strict=True)
+        )  # (W, I), (W, O)
+        context.notes.clear()
+        of_bias = gradients.sum(0, dtype=context.dtype) if context.needs_input_grad[1] else None
+        return (gradients.T @ inputs).to(context.dtype), of_bias, None
+
+
+class _OneStep(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, parameters: Tensor, steps: AllSteps, number: int) -> Tensor:
+        context.save_for_backward(inputs)
+        context.steps, context.number = steps, number
+        return F.linear(inputs, steps.weight, steps.bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if context.needs_input_grad[1]:
+            context.steps.notes[context.number] = (*context.saved_tensors, gradient)
+        return gradient @ context.steps.weight, None, None, None
