@@ -45,6 +45,7 @@ class Bench:
     decoder: Literal["attention", "lstm"] = "attention"
     photos: int = 8
     captions_of_a_photo: int = 4  # not COCO's 5: 32 captions a batch, and each photo counts alike in a BatchNorm
+    longer: int = 1  # times COCO's captions
     vocabulary: int = 9490
     channels: int = 2048
     size: int = 512  # of embedding, attention and hidden state
@@ -61,10 +62,8 @@ class Data:
     def __init__(self, bench: Bench, seed: int = 0):
         random = np.random.default_rng(seed)
         counts = np.array(list(COCO_LENGTHS.values()))
-        lengths = (
-            random.choice(list(COCO_LENGTHS), bench.photos * bench.captions_of_a_photo, p=counts / counts.sum()) + 1
-        )  # and an <end>
-        self.lengths = -np.sort(-lengths)
+        lengths = random.choice(list(COCO_LENGTHS), bench.photos * bench.captions_of_a_photo, p=counts / counts.sum())
+        self.lengths = -np.sort(-bench.longer * lengths) + 1  # and an <end>
         self.captions = torch.zeros(len(self.lengths), self.lengths[0] + 1, dtype=torch.long)
         for row, length in zip(self.captions, self.lengths, strict=True):
             words = torch.from_numpy(random.integers(len(SPECIAL), bench.vocabulary, length - 1))
@@ -192,8 +191,8 @@ def main(bench: Bench) -> None:
     seconds = best_of(bench.rounds, works)
     for name, taken in seconds.items():
         print(f"{name:>16}  {taken:7.3f} s a step  {seconds['tutorial'] / taken:5.1f} times as fast")
-    print(f"{len(data.lengths)} captions, {data.lengths.sum()} words, of {bench.photos} photos; {bench.cells}x{bench.cells}"
-          f"x{bench.channels} cells, {bench.vocabulary:,} words; {bench.threads} threads, torch {torch.__version__}")  # fmt: skip
+    print(f"{len(data.lengths)} captions of {bench.photos} photos, {data.lengths.sum()} words of {bench.vocabulary:,}")
+    print(f"{bench.cells}x{bench.cells} cells of {bench.channels}; {bench.threads} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

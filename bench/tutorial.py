@@ -83,12 +83,15 @@ class TutorialAttention(nn.Module):
         return F.cross_entropy(scores, targets) + alpha_c * ((1 - alphas.sum(1)) ** 2).mean()
 
     @torch.no_grad()
-    def beam_search(self, features: Tensor, beams: int, longest: int) -> list[int]:
-        """features (14, 14, C) of one photo -> its best caption, without <start> and <end>."""
-        vocabulary = self.vocabulary.out_features
+    def beam_search(self, features: Tensor, beams: int, longest: int, refill: bool = False) -> list[int]:
+        """features (14, 14, C) of one photo -> its best caption, without <start> and <end>.
+
+        In the tutorial a beam that ends is gone, and the search goes on until all are. refill: as in our search,
+        continuations of the others take its place, until none of them can come out better.
+        """
+        vocabulary, width = self.vocabulary.out_features, beams
         cells = features.flatten(0, 1).expand(beams, -1, -1)
-        words = torch.full((beams, 1), START)
-        totals = torch.zeros(beams, 1)
+        words, totals = torch.full((beams, 1), START), torch.zeros(beams, 1)
         h, c = self.begin(cells)
         finished: list[tuple[float, list[int]]] = []
         for step in range(longest + 1):
@@ -96,17 +99,17 @@ class TutorialAttention(nn.Module):
             log_probabilities = F.log_softmax(self.vocabulary(h), 1)
             log_probabilities[:, : START + 1] = -torch.inf  # never <pad>, <unk>, <start>
             candidates = totals + log_probabilities
-            best, places = (candidates[0] if step == 0 else candidates.flatten()).topk(beams)
+            best, places = (candidates[0] if step == 0 else candidates.flatten()).topk(width)
             parents, following = places // vocabulary, places % vocabulary
-            words = torch.cat([words[parents], following[:, None]], 1)
             for row in (following == END).nonzero()[:, 0].tolist():
-                finished.append((best[row].item(), words[row, 1:-1].tolist()))
+                finished.append((best[row].item(), words[parents[row], 1:].tolist()))
             going = following != END
-            beams = int(going.sum())
-            if beams == 0:
+            width = beams if refill else int(going.sum())
+            if step == longest or not going.any() or (refill and finished and best[going].max() <= max(finished)[0]):
                 break
-            words, totals, parents = words[going], best[going][:, None], parents[going]
-            h, c, cells = h[parents], c[parents], cells[:beams]
+            parents, totals = parents[going], best[going][:, None]
+            words = torch.cat([words[parents], following[going][:, None]], 1)
+            h, c, cells = h[parents], c[parents], features.flatten(0, 1).expand(len(parents), -1, -1)
         return max(finished)[1] if finished else words[0, 1:].tolist()
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ class Caption:
     attention: Tensor | None  # (len(words), P) float32 on the CPU, a row a word; None for a decoder without
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: autocast would round the weights anew at every step
 def beam_search(
     decoder: Decoder, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0
 ) -> list[Caption]:

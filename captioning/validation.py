@@ -54,7 +54,7 @@ class Validation:
         figures = self.figures(parts, epoch) if self.ranks.first else {}
         return self.ranks.from_first(figures) | {"val_seconds": time.monotonic() - began}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def see(self, whole: Whole, precision: torch.dtype, batches: Iterable[Batch], stop: StopRequest) -> Part:
         device = next(whole.parameters()).device
         sums, captions, watched = torch.zeros(3, dtype=torch.float64), {}, {}

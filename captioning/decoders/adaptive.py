@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.all_steps import AllSteps, Layer
+from captioning.decoders.fast import AllSteps, Layer, in_parts
 from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
 
@@ -93,9 +93,13 @@ class AdaptiveDecoder(nn.Module):
         memory = forget.sigmoid() * memory + let_in.sigmoid() * candidate.tanh()
         hidden, sentinel = let_out.sigmoid() * memory.tanh(), let_speak.sigmoid() * memory.tanh()
         query = query_of(hidden)  # (R, A)
-        cells = self.score((keys[:, None] + query.view(each)[:, :, None]).tanh()).squeeze(3)  # (B, K, P)
+        cells = in_parts(self._scores, keys, query.view(each))  # (B, K, P)
         own = self.score((sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
         weights = full(torch.cat([cells, own], 2)).softmax(2)
         attention, beta = weights[..., :-1], weights[..., -1:]
         context = attention.to(values.dtype) @ values + beta * sentinel.view(each)  # (B, K, H)
         return hidden, memory, attention.reshape(rows, -1), context.view(rows, -1) + hidden
+
+    def _scores(self, keys: Tensor, query: Tensor, out: Tensor | None = None) -> Tensor:
+        """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""
+        return self.score(torch.add(keys[:, None], query[:, :, None], out=out).tanh_()).squeeze(3)

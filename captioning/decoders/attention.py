@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.all_steps import AllSteps, Layer
+from captioning.decoders.fast import AllSteps, Layer, in_parts
 from captioning.decoders.protocol import Choices, State, Step, TeacherForced, all_choices, coverage, full, initialise
 from captioning.grid import Grid
 
@@ -85,8 +85,7 @@ class AttentionDecoder(nn.Module):
         hidden, cell, *others = rows
         photos = len(cells)
         query, gate, hidden_gates = from_hidden(hidden).split(self.parts, 1)
-        scores = self.score((keys[:, None] + query.view(photos, -1, 1, query.shape[1])).relu_()).squeeze(3)
-        attention = full(scores).softmax(2)  # (B, K, P)
+        attention = full(in_parts(self._scores, keys, query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
         weights, choices = self._looks(attention, *others)
         seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
         context = gate.sigmoid() * seen.view(len(hidden), -1)
@@ -95,6 +94,10 @@ class AttentionDecoder(nn.Module):
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         hidden = let_out.sigmoid() * cell.tanh()
         return (hidden, cell, *others), attention.view(len(hidden), -1), choices
+
+    def _scores(self, keys: Tensor, query: Tensor, out: Tensor | None = None) -> Tensor:
+        """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""
+        return self.score(torch.add(keys[:, None], query[:, :, None], out=out).relu_()).squeeze(3)
 
     def _looks(self, attention: Tensor) -> tuple[Tensor, Choices | None]:
         """Attention (B, K, P) -> the weight of each cell in what is seen (B, K, P): here the attention itself."""

@@ -1,10 +1,11 @@
-"""A layer of a recurrence, its weight's gradient in one product: the same as step by step."""
+"""What makes the decoders fast changes no value and no gradient."""
 
 import pytest
 import torch
 from torch import nn
 
-from captioning.decoders.all_steps import AllSteps
+from captioning.decoders import fast
+from captioning.decoders.fast import AllSteps, in_parts
 from captioning.device import autocast
 
 ROWS = (5, 5, 3, 1)  # of each step: captions end
@@ -76,3 +77,19 @@ def test_nothing_is_kept_once_the_gradients_are_there(layer, first):
 
     unrolled(layer, noting, first).backward()
     assert not kept[0].notes and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("in_cache", [1, 2 * 3 * 4 * 6, 10**6], ids=["one by one", "two by two", "all at once"])
+def test_scores_in_parts_are_the_scores(in_cache, monkeypatch):
+    monkeypatch.setattr(fast, "IN_CACHE", in_cache)
+    keys, query, parts = torch.randn(5, 4, 6), torch.randn(5, 3, 6), []
+
+    def scores(keys, query, out=None):
+        parts.append(len(keys))
+        return torch.add(keys[:, None], query[:, :, None], out=out).relu_().sum(3)
+
+    whole = in_parts(scores, keys, query)
+    assert parts == [5]  # with gradients: every part would have to be kept anyway
+    with torch.no_grad():
+        assert torch.equal(in_parts(scores, keys, query), whole)
+    assert parts[1:] == {1: [1] * 5, 144: [2, 2, 1], 10**6: [5]}[in_cache]

@@ -1,14 +1,17 @@
-"""A linear layer that a recurrence applies at every step, with one product for its weight's gradient.
+"""Where the decoders' speed lives: two ways of doing what their equations say.
 
+AllSteps: a linear layer that a recurrence applies at every step, with one product for its weight's gradient.
 Backpropagation through time forms dW = sum_t dy_t^T x_t term by term: many products of few rows, each as large as the
-weight itself, and that took more of a training step than all attention did. Here every step notes x_t and dy_t, and
-the sum is one product behind the last of them.
+weight itself. Here every step notes x_t and dy_t, and the sum is one product behind the last of them.
 
-Letters: R rows of a step, W rows of all steps, I inputs, O outputs.
+in_parts: the scores of attention, a few photos at a time.
+
+Letters: B photos, K captions a photo, R rows of a step, W rows of all steps, P cells, A attention, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IN_CACHE = 2**19  # elements
 Layer = Callable[[Tensor], Tensor]  # a linear layer itself, or AllSteps of it
 
 
@@ -70,3 +74,17 @@ class _OneStep(torch.autograd.Function):
         if context.needs_input_grad[1]:
             context.steps.notes[context.number] = (*context.saved_tensors, gradient)
         return gradient @ context.steps.weight, None, None, None
+
+
+def in_parts(scores: Callable[..., Tensor], keys: Tensor, query: Tensor) -> Tensor:
+    """scores(keys (B, P, A), query (B, K, A)) -> (B, K, P), a few photos at a time where nothing learns on a CPU.
+
+    In between there are B K P A sums: asking the system for so much memory takes longer than the sums themselves.
+    """
+    if torch.is_grad_enabled() or keys.device.type != "cpu":
+        return scores(keys, query)
+    shape = query.shape[1], *keys.shape[1:]
+    photos = max(1, IN_CACHE // math.prod(shape))
+    sums = torch.empty(min(photos, len(keys)), *shape, dtype=torch.result_type(keys, query))
+    parts = zip(keys.split(photos), query.split(photos), strict=True)
+    return torch.cat([scores(*part, out=sums[: len(part[0])]) for part in parts])

@@ -1,0 +1,125 @@
+"""Beam search over a batch of photos beside the tutorial's, which takes one photo at a time.
+
+    python bench/beam_search.py                                                   random weights and features
+    python bench/beam_search.py --run checkpoints/att --data data/aic             a trained run, photos of val
+    python bench/beam_search.py --photos 5000 --batch-size 500 --device cuda      ours alone, on a GPU
+
+Both have the same weights. The tutorial lets a beam that ended go and searches on with fewer; with the rule of our
+search instead (captioning/beam_search.py) it must write the same captions, and that is checked before anything counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from timeit import timeit
+
+import torch
+import tyro
+from torch import nn
+from tutorial import TutorialAttention
+
+from captioning.beam_search import beam_search
+from captioning.checkpoint import load_checkpoint
+from captioning.decoders import build_decoder
+from captioning.device import autocast, pick_device
+from captioning.feature_cache import FeatureReader
+from captioning.grid import SIDE, Grid, grid_pooling
+from preprocess.captions import read_captions
+
+
+@dataclass(frozen=True)
+class Bench:
+    run: Path | None = None  # of decoder attention; random weights unless given
+    data: Path | None = None  # with --run
+    features: Path | None = None  # with --run: data/NAME/features.h5 unless given
+    photos: int = 60
+    beam_size: int = 5
+    max_length: int = 12  # random weights write so many words
+    batch_size: int = 32
+    vocabulary: int = 9490
+    channels: int = 2048
+    size: int = 512
+    device: str = "cpu"
+    threads: int = torch.get_num_threads()
+
+
+def made_up(bench: Bench) -> tuple[nn.Module, Grid]:
+    """Random weights: their captions end where --max-length is, and each is another."""
+    torch.manual_seed(0)
+    decoder = build_decoder("attention", {
+        "vocabulary_size": bench.vocabulary, "channels": bench.channels, "embedding_size": bench.size,
+        "attention_size": bench.size, "hidden_size": bench.size, "dropout": 0.5})  # fmt: skip
+    with torch.no_grad():
+        decoder.embedding.weight *= 10
+        decoder.vocabulary.weight *= 10
+    return decoder, Grid(torch.randn(bench.photos, 64, bench.channels).relu(), grid_pooling(8, 8))
+
+
+def trained(bench: Bench) -> tuple[nn.Module, Grid]:
+    saved = load_checkpoint(bench.run)["decoder"]
+    decoder = build_decoder(saved["name"], saved["sizes"])
+    decoder.load_state_dict(saved["state"])
+    reader = FeatureReader(bench.features or bench.data / "features.h5")
+    rows = [reader.rows[photo.id] for photo in read_captions(bench.data) if photo.split == "val"][: bench.photos]
+    return decoder, reader.read(torch.tensor(rows).numpy()).to(torch.device("cpu"), torch.float32)
+
+
+def captions(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype) -> list[list[int]]:
+    """Ours, batch by batch."""
+    found = []
+    for cells in grid.cells.split(bench.batch_size):
+        with autocast(cells.device, dtype):
+            batch = Grid(cells.to(dtype), grid.pooling)
+            found += [caption.words for caption in beam_search(decoder, batch, bench.beam_size, bench.max_length)]
+    return found
+
+
+def main(bench: Bench) -> None:
+    torch.set_num_threads(bench.threads)
+    decoder, grid = trained(bench) if bench.run else made_up(bench)
+    device = pick_device(bench.device)
+    decoder, grid = decoder.to(device).eval(), grid.to(device, torch.float32)
+    seconds = {}
+    if device.type == "cpu":
+        seconds = tutorial_seconds(bench, decoder, grid)
+    for dtype in (torch.float32, torch.bfloat16):
+        captions(decoder, Grid(grid.cells[: bench.batch_size], grid.pooling), bench, dtype)  # warm
+        name = f"ours, {str(dtype).removeprefix('torch.')}"
+        seconds[name] = timeit(lambda dtype=dtype: captions(decoder, grid, bench, dtype), number=1)
+    slowest = next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        print(f"{name:>30}  {len(grid) / taken:8.1f} captions/s  {slowest / taken:6.1f} times as fast")
+    print(f"{len(grid)} photos, beam {bench.beam_size}, batches of {bench.batch_size}")
+    print(f"{device}, {bench.threads} threads, torch {torch.__version__}")
+
+
+def tutorial_seconds(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, float]:
+    """What the tutorial takes. Its captions, under the rule of our search, are ours, or there is nothing to compare."""
+    sizes = (
+        decoder.embedding.weight.shape,
+        grid.cells.shape[2],
+        decoder.key.out_features,
+        decoder.vocabulary.in_features,
+    )
+    (vocabulary, embedding), channels, attention, hidden = sizes
+    plain = TutorialAttention(vocabulary, channels, embedding, attention, hidden, 0.0).take(decoder).eval()
+    maps = grid.spread(grid.cells).unflatten(1, (SIDE, SIDE))
+    found: dict[bool, list] = {}
+
+    def search(refill: bool) -> None:
+        found[refill] = [plain.beam_search(one, bench.beam_size, bench.max_length, refill) for one in maps]
+
+    seconds = {"tutorial": timeit(lambda: search(False), number=1),
+               "tutorial, our rule": timeit(lambda: search(True), number=1)}  # fmt: skip
+    ours = captions(decoder, grid, bench, torch.float32)
+    same, also = (sum(a == b for a, b in zip(ours, found[refill], strict=True)) for refill in (True, False))
+    print(f"{same} of {len(ours)} captions are the tutorial's under our rule, {also} under its own; "
+          f"{sum(map(len, ours)) / len(ours):.1f} words each")  # fmt: skip
+    if same < len(ours):
+        raise SystemExit("they are not the same; nothing is compared")
+    return seconds
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
