@@ -5,9 +5,13 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
 
 def bench(name):
-    path = Path(__file__).parents[1] / "bench" / f"{name}.py"
+    path = BENCH / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
@@ -35,3 +39,42 @@ def test_the_bench_of_the_extraction_runs(small_data, capsys):
     folder = small_data / "photos"
     extraction.main(extraction.Bench(folder, photos=5, batch_size=2, workers=0, rounds=1, **settings))
     assert "the extraction reaches" in capsys.readouterr().out
+
+
+def test_the_bench_of_the_decoders_compares_them_before_it_times_them(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    decoders = bench("decoders")
+    small = {"photos": 2, "captions_of_a_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
+    for name in ("attention", "lstm"):
+        decoders.main(decoders.Bench(name, **small, threads=1))
+        said = capsys.readouterr().out
+        assert re.search(r"float64: ours and the tutorial's differ by \S+ in the loss, (0|[1-9])e[-+]\d+", said)
+        assert said.count("times as fast") == 3
+
+
+def test_the_bench_of_the_decoders_times_nothing_that_is_not_the_same(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    decoders = bench("decoders")
+    right = decoders.TutorialLstm.loss
+    monkeypatch.setattr(decoders.TutorialLstm, "loss", lambda *batch: 1.001 * right(*batch))
+    with pytest.raises(SystemExit, match="not the same"):
+        decoders.main(decoders.Bench("lstm", photos=2, vocabulary=30, channels=8, size=4, rounds=1, threads=1))
+    assert "times as fast" not in capsys.readouterr().out
+
+
+def test_the_bench_of_beam_search_writes_the_captions_of_the_plain_search(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    search = bench("beam_search")
+    search.main(search.Bench(photos=6, batch_size=4, vocabulary=40, channels=8, size=6, max_length=5, threads=1))
+    assert "6 of 6 captions are the tutorial's under our rule" in capsys.readouterr().out
+
+
+def test_the_bench_of_an_epoch_and_of_growth_run(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    epoch, scaling = bench("epoch"), bench("scaling")
+    monkeypatch.setattr(epoch, "ceilings", lambda device, dtype: (1e12, 1e10))  # they take seconds
+    epoch.main(epoch.Bench(photos=4, captions=10, batch_size=5, vocabulary=30, channels=8, cells=2, device="cpu"))
+    assert "10 captions of 4 photos" in capsys.readouterr().out
+    base = scaling.Bench(photos=1, captions_of_a_photo=2, vocabulary=30, channels=4, size=4)
+    scaling.main(scaling.Scaling(base, rounds=1, threads=1))
+    assert capsys.readouterr().out.count("times as long") == 12
