@@ -246,6 +246,35 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How captions are looked for: see captioning/beam_search.py. Raises UserError for values out of range."""
+
+    beam_size: int = 5  # hypotheses of a photo; 1 is greedy
+    max_length: int = 30  # words of a caption; what is longer is marked as unfinished
+    min_length: int = 0  # words of a caption
+    length_penalty: float = 0.0  # rank by log-probability / length^this: 0 the sum, 1 the mean; more, longer captions
+    no_repeat: int = 0  # no so many words one after the other come twice in a caption; 0: they may
+    allow_unknown: bool = False  # captions may have <unk> for words that are not in the vocabulary
+    captions: int = 1  # of each photo, all different
+    groups: int = 1  # parts of the beam that keep away from one another's words; each gives its share of the captions
+    diversity: float = 0.5  # with groups: log-probability that a word loses for each group that wrote it at this step
+
+    def __post_init__(self):
+        for flag, least in (("beam_size", 1), ("max_length", 1), ("captions", 1), ("groups", 1), ("min_length", 0),
+                            ("length_penalty", 0), ("no_repeat", 0), ("diversity", 0)):  # fmt: skip
+            check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), least)
+        if self.min_length > self.max_length:
+            raise UserError(f"--min-length {self.min_length}: must be at most --max-length, now {self.max_length}")
+        if self.beam_size % self.groups or self.captions % self.groups:
+            raise UserError(
+                f"--groups {self.groups}: must divide --beam-size, now {self.beam_size}, and --captions, "
+                f"now {self.captions}"
+            )
+        if self.captions > self.beam_size:
+            raise UserError(f"--captions {self.captions}: must be at most --beam-size, now {self.beam_size}")
+
+
+@dataclass(frozen=True)
 class Generate:
     """Captions for photos, folders and splits; scores; attention pictures.
 

@@ -2,16 +2,21 @@
 
 At every step the `beam_size` likeliest continuations of all live hypotheses of a photo are kept. Those that wrote
 <end> are finished and leave the beam; the next step fills their places with continuations of the others. The finished
-hypothesis of the highest rank wins:
+hypotheses of the highest rank win:
 
     rank(y) = log p(y) / |y|^a        |y| words, <end> among them; a, the length penalty: 0 sum, 1 mean
 
 As log p can only fall, a live hypothesis can at best have its present log p at the greatest length: a photo is done
-once that is above its best finished one for none of them, and stopping there changes nothing. A beam as wide as there
-are captions is an exhaustive search; a beam of one is greedy. Equal scores are ordered by torch.topk, which sees only
-the photo's own scores, so that the other photos of a batch do not matter.
+once that is above its last wanted finished one for none of them, and stopping there changes nothing. A beam as wide as
+there are captions is an exhaustive search; a beam of one is greedy. Equal scores are ordered by torch.topk, which sees
+only the photo's own scores, so that the other photos of a batch do not matter.
 
-Letters: B photos, L of them still searched, K hypotheses a photo, V vocabulary, P cells.
+Diverse beam search (Vijayakumar et al. 2018, algorithm 1): the beam is parted into groups, which choose one after the
+other. A word that earlier groups wrote at this step loses `diversity` for each hypothesis that did; log p, by which
+finished captions are ranked, stays what it is.
+
+Letters: B photos, L of them still searched, G groups, K hypotheses a group, N captions wanted of a group, V vocabulary,
+P cells. A slot is a group of a photo: S = L G of them, those of a photo side by side.
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from torch import Tensor
 
 from captioning.decoders.protocol import Decoder, State
 from captioning.grid import Grid
+from config import Search
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-FORBIDDEN = (PAD, UNKNOWN, START)  # never written
+FORBIDDEN = (PAD, UNKNOWN, START)  # never written; <unk> may be allowed
 
 
 @dataclass
@@ -38,26 +44,25 @@ class Caption:
 
 
 @torch.no_grad()  # not inference_mode: autocast would round the weights anew at every step
-def beam_search(
-    decoder: Decoder, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0
-) -> list[Caption]:
-    """The best caption of each photo of the grid, in its order, of at most `max_length` words.
+def beam_search(decoder: Decoder, grid: Grid, search: Search) -> list[list[Caption]]:
+    """The best captions of each photo of the grid, in its order, of at most `max_length` words.
 
-    One more step than words, so that a caption of `max_length` words can end. The decoder should be in eval mode.
-    Raises ValueError for a beam or a length below 1, or a length penalty below 0.
+    `captions` of each, all different, the finished ones first, each group's by rank; fewer where there are no more
+    that end. One more step than words, so that a caption of `max_length` words can end. The decoder should be in eval
+    mode.
     """
-    if beam_size < 1 or max_length < 1:
-        raise ValueError(f"a beam of {beam_size} and captions of {max_length} words: both must be 1 or more")
-    if not length_penalty >= 0:
-        raise ValueError(f"a length penalty of {length_penalty}: must be 0 or more")
     device = grid.cells.device
-    search = _Search(decoder.begin(grid), len(grid), device, length_penalty, longest=max_length + 1)
+    beam = _Beam(decoder.begin(grid), len(grid), device, search)
     every = steps_between_looks(device)
-    for number in range(max_length + 1):
-        search.advance(decoder, beam_size, only_ends=number == max_length)
-        if (number + 1) % every == 0 and not search.retire():
+    for number in range(search.max_length + 1):
+        beam.advance(decoder)
+        if (number + 1) % every == 0 and not beam.retire():
             break
-    return _unroll(search.history, search.best)
+    slots = _unroll(beam.history, beam.best)
+    return [
+        _different([caption for slot in slots[first : first + search.groups] for caption in slot])
+        for first in range(0, len(slots), search.groups)
+    ]
 
 
 def steps_between_looks(device: torch.device) -> int:
@@ -66,125 +71,181 @@ def steps_between_looks(device: torch.device) -> int:
 
 
 class _Step(NamedTuple):
-    """Hypothesis k of photo b wrote words[b, k] while it looked at attention[b, k]; parents[b, k] wrote before it."""
+    """Hypothesis k of slot s wrote words[s, k] while it looked at attention[s, k]; parents[s, k] wrote before it."""
 
-    words: Tensor  # (B, K) int64
-    parents: Tensor  # (B, K) int64, into the K of the step before
-    attention: Tensor | None  # (B, K, P)
+    words: Tensor  # (B G, K) int64
+    parents: Tensor  # (B G, K) int64, into the K of the step before
+    attention: Tensor | None  # (B G, K, P)
+
+
+class _Found(NamedTuple):
+    """Hypotheses of each slot, the best first; what is not there has the rank -inf. All tensors (B G, N)."""
+
+    rank: Tensor  # float32
+    log_probability: Tensor  # float32
+    step: Tensor  # int64: at which it wrote its last word ...
+    place: Tensor  # int64: ... and its place in the beam there
+
+    @classmethod
+    def nothing(cls, slots: int, captions: int, device: torch.device) -> _Found:
+        none, zero = torch.full((slots, captions), -torch.inf, device=device), torch.zeros(slots, captions)
+        return cls(none, none.clone(), *(zero.to(device, torch.long) for _ in range(2)))
+
+    def best(self, slots: Tensor, new: _Found, and_old: bool | Tensor = True) -> None:
+        """The best of the new ones (S, K) and the old ones; a new one must exceed an old one to come before it."""
+        old_rank = self.rank[slots].where(torch.as_tensor(and_old, device=slots.device), -torch.inf)
+        rank, order = torch.cat([old_rank, new.rank], 1).sort(dim=1, descending=True, stable=True)
+        wanted = self.rank.shape[1]
+        self.rank[slots] = rank[:, :wanted]
+        for old, more in zip(self[1:], new[1:], strict=True):
+            old[slots] = torch.cat([old[slots], more], 1).gather(1, order[:, :wanted])
 
 
 class _Best:
-    """The best hypothesis of each photo so far; to begin with an unfinished one without words. All tensors (B,)."""
+    """The best finished hypotheses of each slot so far; and unfinished ones, which stand in where there are too few."""
 
-    def __init__(self, photos: int, device: torch.device):
-        self.log_probability = torch.zeros(photos, device=device)
-        self.rank = torch.zeros(photos, device=device)
-        self.finished = torch.zeros(photos, dtype=torch.bool, device=device)
-        self.step = torch.full((photos,), -1, device=device)  # the step at which it wrote its last word ...
-        self.place = torch.zeros(photos, dtype=torch.long, device=device)  # ... and its place in the beam there
+    def __init__(self, slots: int, captions: int, device: torch.device):
+        self.finished = _Found.nothing(slots, captions, device)
+        self.unfinished = _Found.nothing(slots, captions, device)
+        self.unfinished.rank[:, 0] = self.unfinished.log_probability[:, 0] = 0.0  # the one without words
+        self.unfinished.step.fill_(-1)
 
-    def to_beat(self, photos: Tensor) -> Tensor:
-        """What a hypothesis of these photos (L,) must exceed: the best finished one, -inf where there is none."""
-        return self.rank.masked_fill(~self.finished, -torch.inf)[photos]
-
-    def update(self, photos: Tensor, scores: Tensor, ended: Tensor, step: int, length_penalty: float) -> None:
-        """scores, ended (L, K), all of step + 1 words.
-
-        A better finished hypothesis wins; an unfinished one stands in while there is none.
-        """
-        finished, place_of_finished = scores.masked_fill(~ended, -torch.inf).max(1)
-        unfinished, place_of_unfinished = scores.masked_fill(ended, -torch.inf).max(1)
-        to_beat = self.to_beat(photos)
-        rank = finished / (step + 1) ** length_penalty
-        wins = rank > to_beat
-        stands_in = ~wins & (to_beat == -torch.inf) & (unfinished > -torch.inf)
-        for old, new in (
-            (self.log_probability, torch.where(wins, finished, unfinished)),
-            (self.rank, rank),
-            (self.finished, wins),
-            (self.step, torch.full_like(photos, step)),
-            (self.place, torch.where(wins, place_of_finished, place_of_unfinished)),
-        ):
-            old[photos] = torch.where(wins | stands_in, new, old[photos])
+    def update(self, slots: Tensor, scores: Tensor, ended: Tensor, step: int, length_penalty: float) -> None:
+        """scores, ended (S, K), all of step + 1 words."""
+        rank = scores.masked_fill(~ended, -torch.inf) / (step + 1) ** length_penalty
+        steps, places = (
+            torch.full_like(ended, step, dtype=torch.long),
+            torch.arange(ended.shape[1], device=slots.device),
+        )
+        places = places.expand_as(steps)
+        self.finished.best(slots, _Found(rank, scores, steps, places))
+        live = scores.masked_fill(ended, -torch.inf)
+        none_lives = live.amax(1, keepdim=True) == -torch.inf  # then those before it still stand in
+        self.unfinished.best(slots, _Found(live, scores, steps, places), and_old=none_lives)
 
 
-class _Search:
+class _Beam:
     """The hypotheses of a batch on their way."""
 
-    def __init__(self, state: State, photos: int, device: torch.device, length_penalty: float, longest: int):
-        self.state, self.length_penalty, self.longest = state, length_penalty, longest
+    def __init__(self, state: State, photos: int, device: torch.device, search: Search):
+        self.search = search
         self.photos = torch.arange(photos, device=device)  # (L,) those still searched
-        self.words = torch.full((photos, 1), START, device=device)  # (L, K) just written
-        self.scores = torch.zeros(photos, 1, device=device)  # (L, K) log-probabilities; -inf: ended, or impossible
-        self.forbidden = torch.tensor(FORBIDDEN, device=device)
-        self.best = _Best(photos, device)
+        self.state = state.reorder(self.photos.repeat_interleave(search.groups)) if search.groups > 1 else state
+        slots = photos * search.groups
+        self.words = torch.full((slots, 1), START, device=device)  # (S, K) just written
+        self.written = torch.empty(slots, 1, 0, dtype=torch.long, device=device)  # (S, K, T): only with no_repeat
+        self.scores = torch.zeros(slots, 1, device=device)  # (S, K) log-probabilities; -inf: ended, or impossible
+        forbidden = [word for word in FORBIDDEN if not (search.allow_unknown and word == UNKNOWN)]
+        self.forbidden = torch.tensor(forbidden, device=device)
+        self.best = _Best(slots, search.captions // search.groups, device)
         self.history: list[_Step] = []
 
-    def advance(self, decoder: Decoder, beam_size: int, only_ends: bool) -> None:
-        """Every hypothesis writes a word; at the last step (`only_ends`) what does not end is too long, and dropped."""
+    @property
+    def slots(self) -> Tensor:
+        """(S,) of those still searched, among the B G of all."""
+        groups = torch.arange(self.search.groups, device=self.photos.device)
+        return (self.photos[:, None] * self.search.groups + groups).flatten()
+
+    def advance(self, decoder: Decoder) -> None:
+        """Every hypothesis writes a word; at the last step what does not end is too long, and dropped."""
         log_probabilities, attention, state, _ = decoder.step(self.words.flatten(), self.state)
-        scores, parents, words = self._choose(log_probabilities, beam_size)
+        number = len(self.history)
+        scores, parents, words = self._choose(self._continuations(log_probabilities))
         rows = self._rows(parents)
         if attention is not None:
             attention = attention.index_select(0, rows).unflatten(0, parents.shape)
         ended = words == END
-        if only_ends:
+        if number == self.search.max_length:
             scores = scores.masked_fill(~ended, -torch.inf)
-        self.best.update(self.photos, scores, ended, len(self.history), self.length_penalty)
-        self.history.append(_Step(*(self._for_all_photos(values) for values in (words, parents, attention))))
+        self.best.update(self.slots, scores, ended, number, self.search.length_penalty)
+        self.history.append(_Step(*(self._for_all_slots(values) for values in (words, parents, attention))))
+        if self.search.no_repeat:
+            before = self.written.gather(1, parents[:, :, None].expand(-1, -1, number))
+            self.written = torch.cat([before, words[:, :, None]], 2)
         self.words, self.scores, self.state = words, scores.masked_fill(ended, -torch.inf), state.reorder(rows)
 
     def retire(self) -> bool:
         """Is any photo left that is not done? Those that are leave the batch once they are half of it."""
-        at_best = self.scores.amax(1) / self.longest**self.length_penalty  # no word more costs nothing
-        going = at_best > self.best.to_beat(self.photos)
+        at_best = self.scores.amax(1) / (self.search.max_length + 1) ** self.search.length_penalty  # no word costs less
+        going = (at_best > self.best.finished.rank[self.slots, -1]).view(len(self.photos), -1).any(1)
         left = int(going.sum())
         if 0 < left <= len(going) // 2:
             kept = going.nonzero()[:, 0]
-            rows = torch.arange(self.scores.numel(), device=kept.device).view_as(self.scores)  # (L, K)
-            self.state = self.state.keep(kept, rows[kept].flatten())
-            self.photos, self.words, self.scores = self.photos[kept], self.words[kept], self.scores[kept]
+            slots = torch.arange(len(self.words), device=kept.device).view(len(going), -1)[kept].flatten()
+            rows = torch.arange(self.scores.numel(), device=kept.device).view_as(self.scores)[slots]  # (S, K)
+            self.state = self.state.keep(kept, rows.flatten())
+            self.photos, self.words, self.scores = self.photos[kept], self.words[slots], self.scores[slots]
+            self.written = self.written[slots]
         return left > 0
 
-    def _choose(self, log_probabilities: Tensor, beam_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(L K, V) -> the best continuations: scores, parents, words (L, K'), where K' may be fewer than beam_size."""
-        vocabulary = log_probabilities.shape[1]
-        candidates = self.scores[:, :, None] + log_probabilities.unflatten(0, self.scores.shape)  # (L, K, V)
-        candidates.index_fill_(2, self.forbidden, -torch.inf)
-        candidates = candidates.flatten(1)
-        scores, places = candidates.topk(min(beam_size, candidates.shape[1]))
-        return scores, places // vocabulary, places % vocabulary
+    def _continuations(self, log_probabilities: Tensor) -> Tensor:
+        """The decoder's (S K, V) -> the scores of all hypotheses with one word more (S, K, V); -inf: not allowed."""
+        number, size = len(self.history), self.search.no_repeat
+        scores = self.scores[:, :, None] + log_probabilities.unflatten(0, self.scores.shape)
+        scores.index_fill_(2, self.forbidden, -torch.inf)
+        if number < self.search.min_length:
+            scores[:, :, END] = -torch.inf
+        if 0 < size <= number:
+            runs = self.written.unfold(2, size, 1)  # (S, K, number - size + 1, size): all of so many words
+            again = (runs[..., :-1] == self.written[:, :, None, number - size + 1 :]).all(3)  # begin as the last ones
+            scores.scatter_(2, runs[..., -1].where(again, PAD), -torch.inf)  # PAD is forbidden anyway
+        return scores
+
+    def _choose(self, continuations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(S, K, V) -> the best of them: scores, parents, words (S, K'), where K' may be fewer than a beam."""
+        groups, vocabulary = self.search.groups, continuations.shape[2]
+        continuations = continuations.unflatten(0, (-1, groups))  # (L, G, K, V)
+        size = min(self.search.beam_size // groups, continuations.shape[2] * vocabulary)
+        losses = continuations.new_zeros(len(continuations), 1, vocabulary)  # of the words of the groups before
+        chosen = []
+        for group in continuations.unbind(1):
+            places = (group - losses if chosen else group).flatten(1).topk(size)[1]  # (L, K')
+            scores, parents, words = group.flatten(1).gather(1, places), places // vocabulary, places % vocabulary
+            losses.scatter_add_(2, words[:, None], self.search.diversity * (scores > -torch.inf)[:, None].float())
+            chosen.append((scores, parents, words))
+        return tuple(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*chosen, strict=True))
 
     def _rows(self, places: Tensor) -> Tensor:
-        """Places in the beams (L, K') -> the decoder's rows (L K',)."""
+        """Places in the beams (S, K') -> the decoder's rows (S K',)."""
         first = torch.arange(len(places), device=places.device)[:, None] * self.scores.shape[1]
         return (first + places).flatten()
 
-    def _for_all_photos(self, values: Tensor | None) -> Tensor | None:
-        """(L, K, ...) -> (B, K, ...), zero for photos that have left: history is read by photo."""
-        total = len(self.best.step)
+    def _for_all_slots(self, values: Tensor | None) -> Tensor | None:
+        """(S, K, ...) -> (B G, K, ...), zero for photos that have left: history is read by slot."""
+        total = len(self.best.finished.rank)
         if values is None or len(values) == total:
             return values
-        return values.new_zeros(total, *values.shape[1:]).index_copy_(0, self.photos, values)
+        return values.new_zeros(total, *values.shape[1:]).index_copy_(0, self.slots, values)
 
 
-def _unroll(history: list[_Step], best: _Best) -> list[Caption]:
-    """Follow the parents back from each photo's best hypothesis."""
-    photos, place = torch.arange(len(best.place), device=best.place.device), best.place
+def _unroll(history: list[_Step], best: _Best) -> list[list[Caption]]:
+    """Follow the parents back from each slot's best hypotheses, the finished ones and then the others."""
+    found = _Found(*(torch.cat(both, 1) for both in zip(best.finished, best.unfinished, strict=True)))  # (B G, 2 N)
+    slots, place = torch.arange(len(found.place), device=found.place.device)[:, None], found.place
     words, attentions = [], []
     for number in reversed(range(len(history))):
         step = history[number]
-        words.append(step.words[photos, place])
+        words.append(step.words[slots, place])
         if step.attention is not None:
-            attentions.append(step.attention[photos, place])
-        place = torch.where(number <= best.step, step.parents[photos, place], place)  # before that: not yet on its way
-    words = torch.stack(words[::-1], 1).tolist()
-    attentions = torch.stack(attentions[::-1], 1).float().cpu() if attentions else [None] * len(words)
-    lengths = best.step + (~best.finished).long()  # the last word of a finished hypothesis is <end>
-    captions = []
-    for row, length, score, finished, attention in zip(
-        words, lengths.tolist(), best.log_probability.tolist(), best.finished.tolist(), attentions, strict=True
-    ):
-        own = None if attention is None else attention[:length].clone()  # a view would keep the whole batch's alive
-        captions.append(Caption(row[:length], score, finished, own))
+            attentions.append(step.attention[slots, place])
+        place = torch.where(number <= found.step, step.parents[slots, place], place)  # before: not yet on its way
+    words = torch.stack(words[::-1], 2).tolist()  # (B G, 2 N, steps)
+    attentions = torch.stack(attentions[::-1], 2).float().cpu() if attentions else None
+    captions: list[list[Caption]] = []
+    for slot, (ranks, scores, steps) in enumerate(zip(*(values.tolist() for values in found[:3]), strict=True)):
+        wanted, captions_of_slot = len(ranks) // 2, []
+        for i in [i for i, rank in enumerate(ranks) if rank > -torch.inf][:wanted]:
+            length = steps[i] + (i >= wanted)  # the last word of a finished hypothesis is <end>
+            # a view would keep the whole batch's alive
+            own = None if attentions is None else attentions[slot, i, :length].clone()
+            captions_of_slot.append(Caption(words[slot][i][:length], scores[i], i < wanted, own))
+        captions.append(captions_of_slot)
     return captions
+
+
+def _different(captions: list[Caption]) -> list[Caption]:
+    """Each once: groups may find the same, and what did not end may have the words of one that did."""
+    different: dict[tuple[int, ...], Caption] = {}
+    for caption in captions:
+        different.setdefault(tuple(caption.words), caption)
+    return list(different.values())

@@ -21,7 +21,7 @@ from captioning.ranks import Ranks
 from captioning.splits import Split
 from captioning.stop import StopRequest
 from captioning.whole import Whole
-from config import Generate
+from config import Search
 from preprocess.vocabulary import Vocabulary
 
 
@@ -65,7 +65,7 @@ class Validation:
             with autocast(device, precision):
                 grid = whole.see(batch)
                 scores = full(whole.decoder(grid, batch.words, batch.photo).scores)
-                found = beam_search(whole.decoder, grid, 1, Generate.max_length)
+                found = [best for (best,) in beam_search(whole.decoder, grid, Search(beam_size=1))]
             cross_entropy = F.cross_entropy(scores, batch.targets, reduction="sum")
             likelier = scores > scores.gather(1, batch.targets[:, None])  # (W, V): cheaper than sorting
             hits = (likelier.sum(1) < 5).sum()

@@ -12,6 +12,7 @@ from captioning.beam_search import beam_search
 from captioning.decoders import DECODERS, build_decoder
 from captioning.decoders.protocol import State, Step
 from captioning.grid import Grid, grid_pooling
+from config import Search, UserError
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 WORDS = 3  # beside the four special ones
@@ -65,6 +66,12 @@ class Table:
 
 def grid_of(*photos):
     return Grid(torch.tensor(photos).float().view(-1, 1, 1), torch.ones(196, 1))
+
+
+def best(decoder, grid, beam_size, max_length, length_penalty=0.0):
+    """The best caption of each photo."""
+    search = Search(beam_size, max_length, length_penalty=length_penalty)
+    return [first for (first,) in beam_search(decoder, grid, search)]
 
 
 def log_probability(table, photo, words, finished=True):
@@ -124,11 +131,11 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds_on_a_tiny_vocabulary(
     seed, max_length, impossible, length_penalty
 ):
     table, widest = Table(seed, end=-1.0, impossible=impossible), (WORDS + 1) ** (max_length + 1)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2), widest, max_length, length_penalty)):
-        best, words = exhaustive(table, photo, max_length, length_penalty)
-        if best > -torch.inf:
+    for photo, found in enumerate(best(table, grid_of(0, 1, 2), widest, max_length, length_penalty)):
+        highest, words = exhaustive(table, photo, max_length, length_penalty)
+        if highest > -torch.inf:
             assert found.words == words and found.finished
-            assert found.log_probability == pytest.approx(best, abs=1e-5)
+            assert found.log_probability == pytest.approx(highest, abs=1e-5)
         else:
             assert not found.finished
 
@@ -137,7 +144,7 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds_on_a_tiny_vocabulary(
 @given(seeds, st.integers(1, 8))
 def test_a_beam_of_one_equals_greedy(seed, max_length):
     table = Table(seed, end=-0.5)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2), 1, max_length)):
+    for photo, found in enumerate(best(table, grid_of(0, 1, 2), 1, max_length)):
         assert (found.words, found.finished) == greedy(table, photo, max_length)
 
 
@@ -147,7 +154,7 @@ def test_a_beam_of_any_width_equals_the_definition_written_plainly(
     seed, beam_size, max_length, impossible, length_penalty
 ):
     table = Table(seed, end=-0.5, impossible=impossible)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2, 3), beam_size, max_length, length_penalty)):
+    for photo, found in enumerate(best(table, grid_of(0, 1, 2, 3), beam_size, max_length, length_penalty)):
         assert (found.words, found.finished) == plain_beam(table, photo, beam_size, max_length, length_penalty)
 
 
@@ -156,10 +163,10 @@ def test_a_beam_of_any_width_equals_the_definition_written_plainly(
 def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, look_every):
     """Also with many equal scores, with impossible words, and where the looks are as rare as on a GPU."""
     table = Table(seed, end=-0.5, levels=levels, impossible=impossible)
-    alone = [beam_search(table, grid_of(photo), beam_size, 5)[0] for photo in range(5)]
+    alone = [best(table, grid_of(photo), beam_size, 5)[0] for photo in range(5)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "steps_between_looks", lambda device: look_every)
-        together = beam_search(table, grid_of(*range(5)), beam_size, 5)
+        together = best(table, grid_of(*range(5)), beam_size, 5)
     for found, expected in zip(together, alone, strict=True):
         same(found, expected)
 
@@ -174,30 +181,30 @@ def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
             weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(4)
         decoder.vocabulary.bias[END] = -2
     grid = Grid(3 * torch.randn(6, 64, 6), grid_pooling(8, 8))
-    together = beam_search(decoder, grid, 3, 9)
+    together = best(decoder, grid, 3, 9)
     assert len({tuple(caption.words) for caption in together}) > 1
     for photo, found in enumerate(together):
-        same(found, beam_search(decoder, grid.select(torch.tensor([photo])), 3, 9)[0])
+        same(found, best(decoder, grid.select(torch.tensor([photo])), 3, 9)[0])
 
 
 @settings(max_examples=25)
 @given(seeds, st.integers(1, 6), st.sampled_from([-torch.inf, -2.0, 0.0]), st.integers(1, 5))
 def test_the_score_is_that_of_the_words_and_forbidden_words_never_appear(seed, beam_size, end, max_length):
     table = Table(seed, end=end)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1), beam_size, max_length)):
+    for photo, found in enumerate(best(table, grid_of(0, 1), beam_size, max_length)):
         expected = log_probability(table, photo, found.words, found.finished)
         assert found.log_probability == pytest.approx(expected, abs=1e-5)
         assert all(word > END for word in found.words) and len(found.words) <= max_length
 
 
 def test_what_never_ends_is_returned_and_marked_unfinished():
-    for caption in beam_search(Table(1, end=-torch.inf), grid_of(0, 1, 2), 4, 5):
+    for caption in best(Table(1, end=-torch.inf), grid_of(0, 1, 2), 4, 5):
         assert not caption.finished and len(caption.words) == len(caption.attention) == 5
 
 
 def test_a_caption_that_would_go_on_is_not_made_to_end():
     """Any real decoder gives <end> some probability everywhere."""
-    for caption in beam_search(Table(1, end=-20.0), grid_of(0, 1, 2), WORDS, 5):
+    for caption in best(Table(1, end=-20.0), grid_of(0, 1, 2), WORDS, 5):
         assert not caption.finished and len(caption.words) == 5
 
 
@@ -205,15 +212,15 @@ def test_a_caption_that_would_go_on_is_not_made_to_end():
 @given(seeds)
 def test_the_likeliest_unfinished_hypothesis_stands_in(seed):
     table = Table(seed, end=-torch.inf)
-    found = beam_search(table, grid_of(0), WORDS**3, 3)[0]
-    best = max(log_probability(table, 0, words, False) for words in itertools.product(range(4, 4 + WORDS), repeat=3))
-    assert found.log_probability == pytest.approx(best, abs=1e-5)
+    found = best(table, grid_of(0), WORDS**3, 3)[0]
+    highest = max(log_probability(table, 0, words, False) for words in itertools.product(range(4, 4 + WORDS), repeat=3))
+    assert found.log_probability == pytest.approx(highest, abs=1e-5)
 
 
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 4))
 def test_attention_rows_belong_to_their_words(seed, beam_size):
-    for photo, found in enumerate(beam_search(Table(seed, end=-1.0), grid_of(0, 1, 2, 3), beam_size, 6)):
+    for photo, found in enumerate(best(Table(seed, end=-1.0), grid_of(0, 1, 2, 3), beam_size, 6)):
         before = [[photo, digits([START, *found.words[:i]])] for i in range(len(found.words))]
         assert found.attention.dtype == torch.float32
         assert found.attention.tolist() == before
@@ -224,14 +231,14 @@ def test_a_decoder_without_attention_gives_none():
         def step(self, words, state):
             return super().step(words, state)._replace(attention=None)
 
-    assert [caption.attention for caption in beam_search(Blind(0), grid_of(0, 1), 2, 4)] == [None, None]
+    assert [caption.attention for caption in best(Blind(0), grid_of(0, 1), 2, 4)] == [None, None]
 
 
 @settings(max_examples=15)
 @given(seeds, st.integers(2, 12))
 def test_no_two_hypotheses_of_a_beam_are_equal(seed, beam_size):
     table = Table(seed, end=-1.0)
-    beam_search(table, grid_of(0, 1), beam_size, 5)
+    best(table, grid_of(0, 1), beam_size, 5)
     for hypotheses in table.seen:
         assert len(set(hypotheses)) == len(hypotheses)
 
@@ -239,7 +246,7 @@ def test_no_two_hypotheses_of_a_beam_are_equal(seed, beam_size):
 @pytest.mark.parametrize("vocabulary", [4, 5, 7])
 def test_a_beam_wider_than_the_vocabulary_and_captions_of_one_word_work(vocabulary):
     table = Table(2, vocabulary=vocabulary)
-    for photo, found in enumerate(beam_search(table, grid_of(0, 1, 2), 50, 1)):
+    for photo, found in enumerate(best(table, grid_of(0, 1, 2), 50, 1)):
         assert found.words == exhaustive(table, photo, 1, 0.0)[1]
 
 
@@ -257,7 +264,7 @@ class Impossible(Table):
 
 @pytest.mark.parametrize("beam_size", [1, 3, 50])
 def test_a_dead_end_gives_what_was_written_before_it_and_no_nan(beam_size):
-    nothing, one_word, ended = beam_search(Impossible(0), grid_of(0, 1, 2), beam_size, 4)
+    nothing, one_word, ended = best(Impossible(0), grid_of(0, 1, 2), beam_size, 4)
     assert (nothing.words, nothing.log_probability, nothing.finished) == ([], 0.0, False)
     assert (one_word.words, one_word.log_probability, one_word.finished) == ([5], -1.0, False)
     assert (ended.words, ended.log_probability, ended.finished) == ([], 0.0, True)
@@ -274,7 +281,7 @@ class Planned(Table):
 
 def test_photos_that_are_done_leave_the_batch_and_the_search_ends_with_the_last():
     table = Planned(0)
-    captions = beam_search(table, grid_of(5, 0, 1, 3, 0, 2), 2, 20)
+    captions = best(table, grid_of(5, 0, 1, 3, 0, 2), 2, 20)
     assert [len(caption.words) for caption in captions] == [5, 0, 1, 3, 0, 2]
     assert [len(hypotheses) for hypotheses in table.seen] == [6, 12, 6, 6, 2, 2]  # rows: photos, then photos x 2
     assert all(set(caption.attention[:, 0].tolist()) <= {len(caption.words)} for caption in captions)
@@ -287,13 +294,13 @@ def test_a_finished_hypothesis_does_not_hide_a_better_one_that_ends_later():
             row[[END, 4]] = torch.tensor([-0.7, -0.5]) if len(prefix) == 1 else torch.tensor([-0.1, -5.0])
             return row
 
-    found = beam_search(Late(0), grid_of(0), 2, 5)[0]
+    found = best(Late(0), grid_of(0), 2, 5)[0]
     assert found.words == [4] and found.log_probability == pytest.approx(-0.6)
 
 
 def test_the_decoders_own_scores_are_left_alone():
     table = Table(3)
-    beam_search(table, grid_of(0, 1), 3, 4)
+    best(table, grid_of(0, 1), 3, 4)
     assert all(row.equal(table.make_row(photo, list(prefix))) for (photo, *prefix), row in table.rows.items())
 
     class Whole(Planned):
@@ -302,17 +309,17 @@ def test_the_decoders_own_scores_are_left_alone():
         def step(self, words, state):
             return super().step(words, state)._replace(log_probabilities=self.scores.expand(len(words), -1))
 
-    beam_search(Whole(0), grid_of(0, 1), 3, 4)
+    best(Whole(0), grid_of(0, 1), 3, 4)
     assert Whole.scores.tolist() == [[-1.0] * 7]
 
 
 @pytest.mark.parametrize("beam_size, max_length", [(0, 5), (3, 0), (-1, 5)])
 def test_a_beam_or_a_length_below_one_is_refused(beam_size, max_length):
-    with pytest.raises(ValueError, match="1 or more"):
-        beam_search(Table(0), grid_of(0), beam_size, max_length)
+    with pytest.raises(UserError, match="must be 1 or more"):
+        best(Table(0), grid_of(0), beam_size, max_length)
 
 
 @pytest.mark.parametrize("length_penalty", [-0.1, float("nan")])
 def test_a_length_penalty_below_zero_is_refused(length_penalty):
-    with pytest.raises(ValueError, match="0 or more"):
-        beam_search(Table(0), grid_of(0), 3, 5, length_penalty)
+    with pytest.raises(UserError, match="must be 0 or more"):
+        best(Table(0), grid_of(0), 3, 5, length_penalty)

@@ -9,6 +9,7 @@ from captioning.beam_search import beam_search
 from captioning.decoders import DECODERS
 from captioning.grid import Grid
 from captioning.sampling import forced_as_drawn, read_own_words, sample, without_chance
+from config import Search
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 from tests.test_decoders import PHOTO, VARIANTS, make
 
@@ -59,7 +60,7 @@ def test_the_first_caption_of_a_photo_is_the_greedy_one_where_it_is_wanted(name)
     decoder, grid = decoder.float().eval(), Grid(grid.cells.float(), grid.pooling.float())
     drawn = sample(decoder, grid, 3, 5, greedy_first=True)
     assert drawn.shape[:2] == (3, 4)
-    for caption, greedy in zip(drawn[:, 0].tolist(), beam_search(decoder, grid, 1, 5), strict=True):
+    for caption, (greedy,) in zip(drawn[:, 0].tolist(), beam_search(decoder, grid, Search(1, 5)), strict=True):
         words = caption[: caption.index(END)] if END in caption else caption[:5]
         assert words == greedy.words and (END in caption) == greedy.finished
 
