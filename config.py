@@ -257,7 +257,9 @@ class Search:
     allow_unknown: bool = False  # captions may have <unk> for words that are not in the vocabulary
     captions: int = 1  # of each photo, all different
     groups: int = 1  # parts of the beam that keep away from one another's words; each gives its share of the captions
-    diversity: float = 0.5  # with groups: log-probability that a word loses for each group that wrote it at this step
+    diversity: float = 0.5  # with groups: log-probability that a word loses for each hypothesis that just wrote it
+    temperature: float = 0.0  # draw captions instead of searching: 1 as the decoder says, less keeps to likely words
+    top_p: float = 1.0  # draw from the likeliest words that have this share of the probability
 
     def __post_init__(self):
         for flag, least in (("beam_size", 1), ("max_length", 1), ("captions", 1), ("groups", 1), ("min_length", 0),
@@ -270,7 +272,15 @@ class Search:
                 f"--groups {self.groups}: must divide --beam-size, now {self.beam_size}, and --captions, "
                 f"now {self.captions}"
             )
-        if self.captions > self.beam_size:
+        check(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
+        check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
+        if self.temperature:
+            for flag in ("min_length", "length_penalty", "no_repeat", "groups"):
+                if getattr(self, flag) != getattr(type(self), flag):
+                    raise UserError(f"--{flag.replace('_', '-')} goes with beam search, without --temperature")
+        elif self.top_p < 1:
+            raise UserError("--top-p goes with --temperature: beam search draws nothing")
+        elif self.captions > self.beam_size:
             raise UserError(f"--captions {self.captions}: must be at most --beam-size, now {self.beam_size}")
 
 

@@ -6,16 +6,17 @@ Letters: B photos, R captions, W words of all captions packed, K captions drawn 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.beam_search import FORBIDDEN, steps_between_looks
+from captioning.beam_search import FORBIDDEN, Caption, steps_between_looks
 from captioning.decoders.protocol import Decoder, TeacherForced, all_choices, coverage
 from captioning.grid import Grid
-from preprocess.vocabulary import END, PAD, START
+from config import Search
+from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 
 @torch.no_grad()
@@ -26,24 +27,70 @@ def sample(decoder: Decoder, grid: Grid, samples: int, max_length: int, greedy_f
     max_length + 1: the words and an <end>.
     """
     captions = samples + greedy_first
-    forbidden = torch.tensor(FORBIDDEN, device=grid.cells.device)
-    photo = torch.arange(len(grid), device=grid.cells.device)
-    state = decoder.begin(grid).reorder(photo.repeat_interleave(captions))
-    words = torch.full((len(grid) * captions,), START, device=grid.cells.device)
-    ended = torch.zeros_like(words, dtype=torch.bool)
-    drawn = []
-    for number in range(max_length + 1):
-        step = decoder.step(words, state)
-        log_probabilities, state = step.log_probabilities.index_fill(1, forbidden, -torch.inf), step.state
+
+    def choose(log_probabilities: Tensor) -> Tensor:
         words = log_probabilities.exp().multinomial(1)[:, 0]
         if greedy_first:
             words[::captions] = log_probabilities[::captions].argmax(1)
-        words = words.masked_fill(ended, PAD)
-        drawn.append(words)
-        ended = ended | (words == END)
-        if (number + 1) % steps_between_looks(grid.cells.device) == 0 and bool(ended.all()):
-            break
+        return words
+
+    drawn = [words for words, *_ in _word_by_word(decoder, grid, captions, max_length, choose)]
     return torch.stack(drawn, 1).view(len(grid), captions, -1)
+
+
+@torch.no_grad()
+def draw_captions(decoder: Decoder, grid: Grid, search: Search) -> list[list[Caption]]:
+    """`captions` of each photo, drawn with a temperature from the top p of the words: see `sharpened`.
+
+    log_probability is the decoder's own. The decoder should be in eval mode.
+    """
+
+    def choose(log_probabilities: Tensor) -> Tensor:
+        return sharpened(log_probabilities, search.temperature, search.top_p).exp().multinomial(1)[:, 0]
+
+    steps = _word_by_word(decoder, grid, search.captions, search.max_length, choose, search.allow_unknown)
+    steps = zip(*steps, strict=True)
+    words, log_probabilities, attentions = (None if step[0] is None else torch.stack(step, 1) for step in steps)
+    captions = []
+    for row, (said, scores) in enumerate(zip(words.tolist(), log_probabilities.tolist(), strict=True)):
+        finished = END in said
+        length = said.index(END) if finished else min(len(said), search.max_length)
+        attention = None if attentions is None else attentions[row, :length].float().cpu()
+        captions.append(Caption(said[:length], sum(scores[: length + finished]), finished, attention))
+    return [captions[first : first + search.captions] for first in range(0, len(captions), search.captions)]
+
+
+def sharpened(log_probabilities: Tensor, temperature: float, top_p: float) -> Tensor:
+    """(R, V) -> (R, V): of p^(1/temperature), the likeliest words whose shares reach top_p, normalised anew.
+
+    Nucleus sampling (Holtzman et al. 2020, eq. 2-3). A temperature below 1 makes likely words likelier.
+    """
+    ordered, places = (log_probabilities / temperature).log_softmax(1).sort(dim=1, descending=True)
+    before = ordered.exp().cumsum(1) - ordered.exp()  # the share of the words before each one
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+    return torch.empty_like(ordered).scatter_(1, places, ordered).log_softmax(1)
+
+
+def _word_by_word(
+    decoder: Decoder, grid: Grid, captions: int, max_length: int, choose: Callable[[Tensor], Tensor],
+    allow_unknown: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:  # fmt: skip
+    """A step at a time: the words written (R,), <pad> after <end>; their log-probabilities (R,); attention (R, P).
+
+    choose: the words of log-probabilities (R, V), where what may not be written has -inf.
+    """
+    device = grid.cells.device
+    forbidden = torch.tensor([word for word in FORBIDDEN if not (allow_unknown and word == UNKNOWN)], device=device)
+    state = decoder.begin(grid).reorder(torch.arange(len(grid), device=device).repeat_interleave(captions))
+    words = torch.full((len(grid) * captions,), START, device=device)
+    ended = torch.zeros_like(words, dtype=torch.bool)
+    for number in range(max_length + 1):
+        log_probabilities, attention, state, _ = decoder.step(words, state)
+        words = choose(log_probabilities.index_fill(1, forbidden, -torch.inf)).masked_fill(ended, PAD)
+        yield words, log_probabilities.gather(1, words[:, None])[:, 0], attention
+        ended = ended | (words == END)
+        if (number + 1) % steps_between_looks(device) == 0 and bool(ended.all()):
+            return
 
 
 def forced_as_drawn(captions: Tensor) -> tuple[PackedSequence, Tensor, Tensor]:

@@ -1,16 +1,20 @@
 """Captions and words that a decoder draws itself."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import captioning.sampling as module
 from captioning.beam_search import beam_search
 from captioning.decoders import DECODERS
 from captioning.grid import Grid
-from captioning.sampling import forced_as_drawn, read_own_words, sample, without_chance
+from captioning.sampling import draw_captions, forced_as_drawn, read_own_words, sample, sharpened, without_chance
 from config import Search
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
+from tests.test_beam_search import Table, grid_of, log_probability
 from tests.test_decoders import PHOTO, VARIANTS, make
 
 
@@ -130,3 +134,41 @@ def test_without_chance_a_decoder_in_training_says_what_it_says_when_it_captions
     decoder.dropout.p = 0.5
     assert not torch.equal(decoder(grid, packed, PHOTO).scores, expected), "chance is back"
     assert module.FORBIDDEN == (PAD, UNKNOWN, START)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 10_000), st.floats(0.2, 3), st.floats(0.05, 1))
+def test_the_words_to_draw_from_are_the_papers(seed, temperature, top_p):
+    log_probabilities = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed)).double().log_softmax(1)
+    log_probabilities[0, 3] = -torch.inf
+    for row, found in zip(log_probabilities, sharpened(log_probabilities, temperature, top_p).exp(), strict=True):
+        shares = row.exp().numpy() ** (1 / temperature)
+        shares /= shares.sum()
+        nucleus, reached = np.zeros(9), 0.0
+        for word in np.argsort(-shares):  # the smallest set of words whose shares reach top_p
+            if reached < top_p:
+                nucleus[word], reached = shares[word], reached + shares[word]
+        np.testing.assert_allclose(found.numpy(), nucleus / nucleus.sum(), atol=1e-9)
+
+
+def test_drawn_captions_come_as_often_as_temperature_and_top_p_say():
+    table, search = Table(3, end=-0.3), Search(captions=20_000, max_length=1, temperature=0.7, top_p=0.8)
+    torch.manual_seed(0)
+    (found,) = draw_captions(table, grid_of(0), search)
+    row = table.row(0, [START]).index_fill(0, torch.tensor([PAD, UNKNOWN, START]), -torch.inf)
+    expected = sharpened(row[None], 0.7, 0.8).exp()[0]
+    firsts = torch.tensor([caption.words[0] if caption.words else END for caption in found])
+    shares = torch.bincount(firsts, minlength=len(row)) / len(found)
+    torch.testing.assert_close(shares, expected, atol=0.012, rtol=0)
+    for caption in found[:50]:
+        own = log_probability(table, 0, caption.words, caption.finished)
+        assert caption.log_probability == pytest.approx(own, abs=1e-5)
+        assert caption.finished or len(caption.words) == 1
+        assert len(caption.attention) == len(caption.words)
+
+
+def test_a_temperature_near_zero_draws_the_greedy_caption():
+    table = Table(4, end=-0.5)
+    drawn = draw_captions(table, grid_of(0, 1), Search(captions=3, max_length=5, temperature=1e-4))
+    for captions, (greedy,) in zip(drawn, beam_search(table, grid_of(0, 1), Search(1, 5)), strict=True):
+        assert [caption.words for caption in captions] == [greedy.words] * 3
