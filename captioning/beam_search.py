@@ -201,7 +201,7 @@ class _Beam:
         for group in continuations.unbind(1):
             places = (group - losses if chosen else group).flatten(1).topk(size)[1]  # (L, K')
             scores, parents, words = group.flatten(1).gather(1, places), places // vocabulary, places % vocabulary
-            losses.scatter_add_(2, words[:, None], self.search.diversity * (scores > -torch.inf)[:, None].float())
+            losses.scatter_add_(2, words[:, None], self.search.diversity * (scores > -torch.inf)[:, None].to(losses))
             chosen.append((scores, parents, words))
         return tuple(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*chosen, strict=True))
 
