@@ -112,6 +112,7 @@ class _Best:
 
     def update(self, slots: Tensor, scores: Tensor, ended: Tensor, step: int, length_penalty: float) -> None:
         """scores, ended (S, K), all of step + 1 words."""
+        scores = scores.float()
         rank = scores.masked_fill(~ended, -torch.inf) / (step + 1) ** length_penalty
         steps, places = (
             torch.full_like(ended, step, dtype=torch.long),
