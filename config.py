@@ -91,6 +91,8 @@ class ExtractFeatures:
     batch_size: int = 32  # photos
     workers: int = os.cpu_count() or 1  # processes that decode photos
     scaled_decoding: bool = False  # decode large JPEGs at a fraction of their size: faster, slightly other features
+    nvjpeg: bool = False  # decode JPEGs on the GPU: for many photos and few cores, slightly other features
+    compile: bool = False  # torch.compile the CNN first: minutes that many photos win back
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     out: Path | None = None  # file to write; data/NAME/features.h5 unless given
     allow_missing: float = 0.01  # share of photos that may be missing or unreadable
@@ -101,6 +103,8 @@ class ExtractFeatures:
     def __post_init__(self):
         if self.info and self.verify:
             raise UserError("--info tells what the file holds and --verify checks it: give one of them")
+        if self.nvjpeg and self.scaled_decoding:
+            raise UserError("--scaled-decoding goes without --nvjpeg, which decodes JPEGs at their full size")
         if self.overwrite and (self.info or self.verify):
             raise UserError("--overwrite goes without --info and --verify, which extract nothing")
         if self.image_size is not None:

@@ -13,18 +13,21 @@ A killed extraction goes on where it stopped with the same command.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from captioning.checkpoint import load_checkpoint, save_checkpoint
 from captioning.device import autocast, encoder_precision, pick_device
 from captioning.encoder import Encoder, calibrate_on, encoder_file, encoder_from_checkpoint, load_encoder
 from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features, stored
-from captioning.images import PhotoError, Transform, Unreadable, photo_batches
+from captioning.gpu_photos import check_nvjpeg, fetched, photos_on
+from captioning.images import PhotoError, Transform, Unreadable
 from captioning.inspection import describe, verify
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from command_line import run
@@ -42,6 +45,8 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
     if config.verify:
         print(verify(FeatureReader(config.file), photos, device))
         return
+    if config.nvjpeg:
+        check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
     if ranks.first:
         encoder, writer = begin(config, photos, device, precision)
@@ -53,6 +58,8 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
           f"{'x'.join(map(str, encoder.output_shape()[:2]))} cells of {writer.shape[-1]}, stored as "
           f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
           f"{len(photos) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
+    if config.compile and len(rows):
+        print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
     unreadable = Unreadable(len(photos), config.allow_missing)
     batches = ranks.share(fixed_batches(rows, config.batch_size))
     with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.first) as bar:
@@ -97,12 +104,12 @@ def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         kept = encoder_from_checkpoint(load_checkpoint(encoder_file(config.file)))
         wanted = (config.encoder or "resnet101", "random", Transform(
-            config.image_size or 256, scaled_decoding=config.scaled_decoding))  # fmt: skip
+            config.image_size or 256, scaled_decoding=config.scaled_decoding, nvjpeg=config.nvjpeg))  # fmt: skip
         if (kept.name, kept.weights, kept.transform) == wanted:
             return kept
     encoder = load_encoder(config.encoder, config.weights, config.image_size)
-    if config.scaled_decoding:
-        encoder.transform = replace(encoder.transform, scaled_decoding=True)
+    scaled = (config.scaled_decoding or encoder.transform.scaled_decoding) and not config.nvjpeg
+    encoder.transform = replace(encoder.transform, scaled_decoding=scaled, nvjpeg=config.nvjpeg)
     if config.weights == "random":
         calibrate_on(encoder, [photo.image for photo in photos], config.batch_size, config.workers)
     return encoder
@@ -114,20 +121,29 @@ def fixed_batches(rows: np.ndarray, size: int) -> list[list[int]]:
     return [batch.tolist() for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(batch)]
 
 
-@torch.inference_mode()
 def extract(config, encoder, writer, photos, batches, precision, unreadable, bar) -> None:
     """Every batch of rows: decode, squash, encode, pool to 14x14 where asked, write."""
     device = next(encoder.parameters()).device
+    paths = [photo.image for photo in photos]
     try:
-        for batch in photo_batches([photo.image for photo in photos], batches, encoder.transform, config.workers):
-            unreadable.add(batch.failures)
-            if batch.indices:
-                with autocast(device, precision):
-                    grid = encoder(batch.photos.to(device))
-                writer.write(batch.indices, *stored(grid, writer.shape))
-            bar.update(len(batch.indices) + len(batch.failures))
+        arriving = photos_on(device, paths, batches, encoder.transform, config.workers)
+        for rows, features, pooled in fetched(encoded(encoder, writer, arriving, precision, unreadable, bar), device):
+            writer.write(rows, features, pooled)
+            bar.update(len(rows))
     finally:
         writer.close()
+
+
+@torch.inference_mode()
+def encoded(encoder, writer, arriving, precision, unreadable, bar) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of photos -> their rows, as they are stored, still on the device."""
+    for batch in arriving:
+        unreadable.add(batch.failures)
+        bar.update(len(batch.failures))
+        if batch.indices:
+            with autocast(batch.photos.device, precision):
+                grid = encoder(batch.photos)
+            yield batch.indices, *stored(grid, writer.blocks["features"])
 
 
 def work(config: ExtractFeatures) -> None:

@@ -5,15 +5,18 @@ Letters: B photos, S pixels a side, C channels, h x w native cells (N = h w).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from captioning.checkpoint import load_checkpoint, state_sha256
+from captioning.device import autocast
 from captioning.graph import cut_classifier, in_segments
 from captioning.grid import Grid, grid_pooling
 from captioning.images import Transform, in_batches, photo_batches
@@ -30,6 +33,7 @@ class Encoder(nn.Module):
         self.name, self.weights, self.transform = name, weights, transform
         self.body = cut_classifier(name)
         self.segments: tuple[nn.Module, ...] = ()  # the body in pieces, where activations are computed twice
+        self.compiled_for = 0  # photos: of another number the body would be compiled anew
         self.eval()  # eval: BatchNorm must not learn from our photos
 
     def forward(self, photos: Tensor) -> Grid:
@@ -37,9 +41,11 @@ class Encoder(nn.Module):
         features = self._spatial(self._map(self.transform.normalise(photos)))  # (B, C, h, w)
         height, width = features.shape[2:]
         cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # channels last in memory: no copy
-        return Grid(cells, grid_pooling(height, width).to(cells.device))
+        return Grid(cells, grid_pooling(height, width, cells.device))
 
     def _map(self, photos: Tensor) -> Tensor:
+        if missing := max(0, self.compiled_for - len(photos)):
+            return self.body(F.pad(photos, (0, 0) * 3 + (0, missing)))[: len(photos)]
         if not (self.segments and torch.is_grad_enabled()):
             return self.body(photos)
         for segment in self.segments:
@@ -51,6 +57,24 @@ class Encoder(nn.Module):
         """Keep only the activations between segments; the backward pass computes those inside once more."""
         size, device = self.transform.image_size, next(self.parameters()).device
         self.segments = tuple(in_segments(self.body, torch.zeros(1, 3, size, size, device=device)))
+
+    @torch.inference_mode()
+    def compile_for(self, photos: int, precision: torch.dtype) -> float:
+        """Compile the body for batches of at most so many photos, in inference mode -> seconds it took.
+
+        Raises UserError where it cannot be compiled.
+        """
+        self.compiled_for, began = photos, time.monotonic()
+        self.body.compile(dynamic=False)
+        size, device = self.transform.image_size, next(self.parameters()).device
+        try:
+            with autocast(device, precision):
+                self(torch.zeros(photos, 3, size, size, dtype=torch.uint8, device=device)).cells.cpu()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"--compile: {str(error).splitlines()[0]:.120}; mend that, or leave it out") from None
+        return time.monotonic() - began
 
     @torch.no_grad()
     def output_shape(self) -> tuple[int, int, int]:

@@ -4,7 +4,8 @@
     pooled   (N, C) float32: the mean of the 14x14
     images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
     done     (N,) uint8: 1 once the row is safely on disk
-    attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision, torch
+    attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision,
+        scaled_decoding, nvjpeg, torch
 
 Every array is one contiguous block, allocated when the file is made, so that its place never moves: rows are written
 and read at their offsets, by any number of processes, without a lock, and a kill can spoil no HDF5 metadata.
@@ -67,6 +68,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "native_grid": list(native_grid),
         "precision": precision,
         "scaled_decoding": transform.get("scaled_decoding", False),
+        "nvjpeg": transform.get("nvjpeg", False),
     }
 
 
@@ -97,7 +99,8 @@ class FeatureWriter:
         blocks, found, found_ids = _read_layout(self.path)
         wanted = {**wanted, "shape": list(self.shape[1:])}
         found = {
-            "scaled_decoding": False,
+            "scaled_decoding": False,  # older files do not say
+            "nvjpeg": False,
             **found,
             "dtype": str(blocks["features"].dtype),
             "shape": list(blocks["features"].shape[1:]),
@@ -147,21 +150,20 @@ class FeatureWriter:
         return np.flatnonzero(self.blocks["done"].map(self.path) != 1)
 
     def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor) -> None:
-        """rows (B,) int64; features (B, h, w, C); pooled (B, C). A thread writes them while the next are made.
+        """rows (B,) int64; features (B, h, w, C); pooled (B, C) float32. A thread writes them while the next are made.
 
         Raises UserError where these are not finite, or where rows handed over before could not be written.
         """
         if not len(rows):
             return
-        block = self.blocks["features"]
-        features = features.to(getattr(torch, str(block.dtype)))
+        features = features.to(getattr(torch, str(self.dtype)))
         if not torch.stack(features.aminmax()).isfinite().all():  # both are NaN where one value is; 50 times faster
             raise UserError(
-                f"{self.path}: features too large for {block.dtype}, or not finite; "
+                f"{self.path}: features too large for {self.dtype}, or not finite; "
                 "give --dtype float32 --overwrite, or check the --weights"
             )
         features = np.ascontiguousarray(features.numpy())
-        pooled = np.ascontiguousarray(pooled.float().numpy())
+        pooled = np.ascontiguousarray(pooled.numpy())
         self._raise_failure()
         self.waiting.put((np.asarray(rows), features, pooled))
 
@@ -230,11 +232,11 @@ def forget_rows(path: Path, rows: Sequence[int]) -> None:
             file.write(b"\0")
 
 
-def stored(grid: Grid, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A grid as its rows on disk: cells (B, h, w, C), 14x14 or native, and their mean (B, C); on the CPU."""
+def stored(grid: Grid, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grid as its rows of this block: cells (B, h, w, C), 14x14 or native, and their mean (B, C); where it is."""
     grid = Grid(grid.cells.float(), grid.pooling)
-    cells = grid.spread(grid.cells) if shape[1:3] == (SIDE, SIDE) else grid.cells
-    return cells.reshape(-1, *shape[1:]).cpu(), grid.mean().cpu()
+    cells = grid.spread(grid.cells) if block.shape[1:3] == (SIDE, SIDE) else grid.cells
+    return cells.reshape(-1, *block.shape[1:]).to(getattr(torch, str(block.dtype))), grid.mean()
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:

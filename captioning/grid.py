@@ -51,11 +51,11 @@ class Grid:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Grid:
         cells = self.cells.to(device, non_blocking=True).to(dtype)  # travel in the stored type, then widen
-        return Grid(cells, self.pooling.to(device))
+        return Grid(cells, self.pooling.to(device, non_blocking=True))
 
     def pin_memory(self) -> Grid:
         """Where a GPU can fetch it while it computes; what lies on one stays there."""
-        return self if self.cells.is_cuda else Grid(self.cells.pin_memory(), self.pooling)
+        return self if self.cells.is_cuda else Grid(self.cells.pin_memory(), self.pooling.pin_memory())
 
 
 def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:
@@ -68,10 +68,10 @@ def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:
 
 
 @lru_cache
-def grid_pooling(height: int, width: int) -> Tensor:
+def grid_pooling(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """P (196, height * width) float32: AdaptiveAvgPool2d(14) of a height x width map, as a matrix."""
     with torch.inference_mode(False):  # kept from the first call on, which may be one in inference mode
-        return torch.kron(pooling_matrix(height, SIDE), pooling_matrix(width, SIDE)).float()
+        return torch.kron(pooling_matrix(height, SIDE), pooling_matrix(width, SIDE)).float().to(device)
 
 
 def native_places(cells: int) -> list[int] | None:

@@ -6,10 +6,12 @@ deviation. Workers hand over bytes (uint8); the normalisation happens on the dev
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,7 @@ class Transform:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     scaled_decoding: bool = False  # JPEGs of four times the size or more are decoded at 1/2, 1/4 or 1/8 of it
+    nvjpeg: bool = False  # extraction decodes JPEGs on the GPU (captioning/gpu_photos.py); all else does as always
 
     @classmethod
     def from_dict(cls, saved: dict) -> Transform:
@@ -58,12 +61,19 @@ class Transform:
 
     def normalise(self, photos: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> float32, channels last in memory, on the device it is on."""
-        mean, std = (torch.tensor(v, device=photos.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_on_device(values, photos.device) for values in (self.mean, self.std))
         photos = photos.to(torch.float32, memory_format=torch.channels_last)
         return (photos - 255 * mean) / (255 * std)
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+@lru_cache
+def _on_device(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, kept there: to bring it anew would wait for all that a GPU has still to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -90,15 +100,26 @@ def open_photo(path: Path | str, at_least: int | None = None) -> Image.Image:
     """A photo file as an upright RGB image: grey, CMYK, palette, alpha and 16-bit are converted.
 
     at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with so many pixels a side at the least.
+    Raises PhotoError as `opened`.
+    """
+    with opened(path) as image:
+        if at_least:
+            image.draft(None, (at_least, at_least))
+        return to_rgb(image)
+
+
+@contextlib.contextmanager
+def opened(path: Path | str) -> Iterator[Image.Image]:
+    """A photo file of which only the head has been read.
+
     Raises PhotoError where the file is missing, truncated, no image, or absurdly large.
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damaged EXIF data: the photo itself is sound
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if at_least:
-                    image.draft(None, (at_least, at_least))
-                return to_rgb(image)
+                yield image
     except FileNotFoundError:
         raise PhotoError(f"{path}: no such file") from None
     except Image.UnidentifiedImageError:
@@ -163,8 +184,13 @@ def photo_batches(
     paths: Sequence[Path | str], batches: Iterable[Sequence[int]], transform: Transform, workers: int
 ) -> Iterable[PhotoBatch]:
     """Read the photos of each batch of indices, in order, in `workers` processes (0: in this one)."""
+    return in_processes(_PhotoFiles(paths, transform), batches, workers)
+
+
+def in_processes(files: Dataset, batches: Iterable[Sequence[int]], workers: int, pin: bool = False) -> Iterable:
+    """files[batch] for each batch, in order, from `workers` processes. pin: to memory that a GPU can fetch from."""
     return DataLoader(
-        _PhotoFiles(paths, transform), sampler=batches, batch_size=None, num_workers=workers,
+        files, sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin,
         generator=torch.Generator(),  # of its own: reading photos must not move the training's random numbers
         worker_init_fn=quiet_worker,
     )  # fmt: skip

@@ -12,7 +12,8 @@ from captioning.checkpoint import load_checkpoint
 from captioning.device import autocast
 from captioning.encoder import Encoder, encoder_file, encoder_from_checkpoint
 from captioning.feature_cache import FeatureReader, forget_rows, stored
-from captioning.images import in_batches, photo_batches
+from captioning.gpu_photos import photos_on
+from captioning.images import in_batches
 from config import UserError
 from preprocess.captions import Photo
 
@@ -74,13 +75,13 @@ def largest_difference(reader: FeatureReader, encoder: Encoder, photos: Sequence
     rows = np.sort(np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False))
     device, worst = next(encoder.parameters()).device, (0.0, "")
     precision = getattr(torch, reader.attributes["precision"])
-    for batch in photo_batches([photo.image for photo in photos], in_batches(rows, 16), encoder.transform, 0):
+    for batch in photos_on(device, [photo.image for photo in photos], in_batches(rows, 16), encoder.transform, 0):
         if batch.failures:
             raise UserError(f"{batch.failures[0]}; its row cannot be verified")
         with autocast(device, precision):
-            again, _ = stored(encoder(batch.photos.to(device)), reader.blocks["features"].shape)
+            grid = encoder(batch.photos)
         there = torch.from_numpy(reader.read_stored(np.array(batch.indices))).float()
-        again = again.flatten(1)
+        again = stored(grid, reader.blocks["features"])[0].float().flatten(1).cpu()
         shares = (there - again).norm(dim=1) / again.norm(dim=1).clamp_min(1e-12)
         worst = max([worst, *zip(shares.tolist(), [reader.ids[row] for row in batch.indices], strict=True)])
     return *worst, len(rows)

@@ -90,7 +90,7 @@ class ResidentFeatures:
     def __init__(self, read: Callable[[np.ndarray], Grid], rows: np.ndarray, device: torch.device):
         """rows (N,) int64: those that will be asked for, each once."""
         first = read(rows[:1])
-        self.pooling = first.pooling
+        self.pooling = first.pooling.to(device)
         self.place = np.full(rows.max() + 1, -1)
         self.place[rows] = np.arange(len(rows))
         self.cells = torch.empty(len(rows), *first.cells.shape[1:], dtype=first.cells.dtype, device=device)
