@@ -1,5 +1,7 @@
 """Encoders cut by their graph: the map is the classifier's own, and the weights are the ones they claim to be."""
 
+import shutil
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -178,6 +180,40 @@ def test_activations_computed_twice_give_the_same_gradients(name):
         torch.testing.assert_close(one, other)
     with torch.no_grad():
         assert torch.equal(encoder(photos(size=96)).cells, cells)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_a_compiled_encoder_gives_the_same_features_and_is_compiled_once(monkeypatch):
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18.maxpool", "random", Transform(64))
+    names = list(encoder.state_dict())
+    with torch.inference_mode():
+        plain = encoder(photos(4)).cells
+        assert encoder.compile_for(4, torch.float32) > 0
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+        compiled, fewer = encoder(photos(4)).cells, encoder(photos(4)[:3]).cells
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fewer, plain[:3], rtol=1e-5, atol=1e-5)
+    assert list(encoder.state_dict()) == names
+
+
+def test_an_encoder_that_cannot_be_compiled_says_so_in_one_line(monkeypatch):
+    def nothing_works(*_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nand much more")
+
+    encoder = Encoder("resnet18.maxpool", "random", Transform(64))
+    monkeypatch.setattr(type(encoder.body), "compile", lambda self, dynamic: setattr(self, "forward", nothing_works))
+    with pytest.raises(UserError, match="--compile: InvalidCxxCompiler: No working.*; mend that, or leave it out$"):
+        encoder.compile_for(4, torch.float32)
+
+
+def test_weights_are_channels_last_as_photos_are(tmp_path):
+    model = models.resnet18()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    encoder = load_encoder("resnet18", str(tmp_path / "weights.pth"), 64).double().float()
+    kernels = [weight for weight in encoder.parameters() if weight.ndim == 4]
+    assert len(kernels) == 20 and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    assert encoder.transform.normalise(photos()).is_contiguous(memory_format=torch.channels_last)
 
 
 def memory_of_a_step(results, twice):
