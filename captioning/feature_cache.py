@@ -15,11 +15,12 @@ Letters: N photos, B photos of a batch, h x w cells, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
 class FeatureWriter:
     """Makes features.h5, or goes on with one of the same recipe and photos.
 
-    Raises UserError where there is a file of another recipe, or no room on the disk.
+    Raises UserError where there is a file of another recipe, no room on the disk, or no leave to write.
     """
 
     def __init__(self, path: Path, ids: Sequence[str], attributes: dict, channels: int, dtype: str, overwrite: bool):
@@ -83,13 +84,15 @@ class FeatureWriter:
         side = (SIDE, SIDE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
         self.shape = (len(ids), *side, channels)
         attributes = {**attributes, "dtype": dtype}
-        if path.exists() and not overwrite:
-            self._check_same(ids, attributes)
-        else:
-            self._check_room()
-            self._make(ids, attributes)
-        self.blocks = _read_layout(path)[0]
-        self.file = os.open(path, os.O_RDWR)
+        with _writing(path):
+            if path.exists() and not overwrite:
+                self._check_same(ids, attributes)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._check_room()
+                self._make(ids, attributes)
+            self.blocks = _read_layout(path)[0]
+            self.file = os.open(path, os.O_RDWR)
         self.waiting: queue.Queue = queue.Queue(IN_FLIGHT)
         self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._write_what_waits, name="writer", daemon=True)
@@ -98,13 +101,9 @@ class FeatureWriter:
     def _check_same(self, ids: Sequence[str], wanted: dict) -> None:
         blocks, found, found_ids = _read_layout(self.path)
         wanted = {**wanted, "shape": list(self.shape[1:])}
-        found = {
-            "scaled_decoding": False,  # older files do not say
-            "nvjpeg": False,
-            **found,
-            "dtype": str(blocks["features"].dtype),
-            "shape": list(blocks["features"].shape[1:]),
-        }
+        older = {"scaled_decoding": False, "nvjpeg": False}  # a file made before there was the choice does not say
+        block = blocks["features"]
+        found = {**older, **found, "dtype": str(block.dtype), "shape": list(block.shape[1:])}
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise UserError(
@@ -132,12 +131,9 @@ class FeatureWriter:
         """All metadata is written here, under a temporary name, before the first photo."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
-            for name, shape, kind in (
-                ("features", self.shape, self.dtype),
-                ("pooled", (self.shape[0], self.shape[-1]), np.dtype("float32")),
-                ("done", self.shape[:1], np.dtype("uint8")),
-            ):
-                _allocate(file, name, shape, kind)
+            _allocate(file, "features", self.shape, self.dtype)
+            _allocate(file, "pooled", (self.shape[0], self.shape[-1]), np.dtype("float32"))
+            _allocate(file, "done", self.shape[:1], np.dtype("uint8"))
             file.create_dataset("images", data=list(ids), dtype=h5py.string_dtype("utf-8"))
             file.attrs.update(attributes)
             file.attrs["torch"] = str(torch.__version__)
@@ -191,12 +187,9 @@ class FeatureWriter:
             self._mark_done(rows)
 
     def _raise_failure(self) -> None:
-        if isinstance(self.failure, OSError):
-            raise UserError(
-                f"{self.path}: cannot be written ({self.failure.strerror}); make room and run the same command"
-            )
         if self.failure:
-            raise self.failure
+            with _writing(self.path):
+                raise self.failure
 
     def _mark_done(self, rows: np.ndarray) -> None:
         """Neighbours in one write: a kill leaves a batch done or not done, and it is made anew as the same batch."""
@@ -226,7 +219,7 @@ class FeatureWriter:
 def forget_rows(path: Path, rows: Sequence[int]) -> None:
     """These rows are not done: the next extraction makes them anew."""
     block = _read_layout(path)[0]["done"]
-    with open(path, "r+b") as file:
+    with _writing(path), open(path, "r+b") as file:
         for row in rows:
             file.seek(block.offset + int(row))
             file.write(b"\0")
@@ -237,6 +230,22 @@ def stored(grid: Grid, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     grid = Grid(grid.cells.float(), grid.pooling)
     cells = grid.spread(grid.cells) if block.shape[1:3] == (SIDE, SIDE) else grid.cells
     return cells.reshape(-1, *block.shape[1:]).to(getattr(torch, str(block.dtype))), grid.mean()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({_reason(error)}); mend that and run the same command, or give --out elsewhere"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """In few words: HDF5 puts many around an error of the system."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else str(error).splitlines()[0][:120].strip("'\"")
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -265,8 +274,9 @@ def _read_layout(path: Path) -> tuple[dict[str, Block], dict, list[str]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run: python extract_features.py {path.parent}") from None
     except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120].strip("'\"")
-        raise UserError(f"{path}: not a Kantu feature file ({reason}); extract again with --overwrite") from None
+        raise UserError(
+            f"{path}: not a Kantu feature file ({_reason(error)}); extract again with --overwrite"
+        ) from None
     size = os.path.getsize(path)
     if any(block.offset + len(ids) * block.row_bytes > size for block in blocks.values()):
         raise UserError(f"{path}: is cut short ({size:,} bytes); extract again with --overwrite")
@@ -288,15 +298,11 @@ class FeatureReader:
         self.path, self.pin = Path(path), pin
         self.blocks, self.attributes, self.ids = _read_layout(self.path)
         self.rows = {photo: row for row, photo in enumerate(self.ids)}
-        height, width = self.blocks["features"].shape[1:3]
-        if self.attributes["grid"] == "14":
-            places = [native_places(cells) for cells in self.attributes["native_grid"]]
-            if None not in places:
-                height, width = self.attributes["native_grid"]
-            self.places = np.ix_(*places) if None not in places and (height, width) != (SIDE, SIDE) else None
-        else:
-            self.places = None
-        self.height, self.width, self.channels = height, width, self.blocks["features"].shape[3]
+        _, self.height, self.width, self.channels = self.blocks["features"].shape
+        native, self.places = self.attributes["native_grid"], None
+        places = [native_places(cells) for cells in native]
+        if None not in places and [self.height, self.width] != native:
+            (self.height, self.width), self.places = native, np.ix_(*places)
         self._maps: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict:

@@ -1,5 +1,6 @@
 """features.h5: what is read is what was written, whoever reads it, however the writing was interrupted."""
 
+import errno
 import multiprocessing
 
 import h5py
@@ -179,3 +180,30 @@ def test_features_that_half_precision_cannot_hold_are_refused(tmp_path):
     with pytest.raises(UserError, match="--dtype float32"):
         writer.write(np.array([0]), torch.full((1, 14, 14, 6), 1e6), torch.zeros(1, 6))
     assert writer.missing().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("place", ["read-only file", "read-only folder", "a file's"])
+def test_where_nobody_may_write_is_one_line(tmp_path, monkeypatch, place):
+    path = tmp_path / "features.h5"
+    if place == "read-only file":
+        write(path)
+        monkeypatch.setattr("os.open", refuse)  # root may write wherever it likes
+    elif place == "read-only folder":
+        monkeypatch.setattr("h5py.File", refuse)
+    else:
+        path.write_text("no folder")
+        path = path / "features.h5"
+    with pytest.raises(
+        UserError, match="features.h5: cannot be written .*; mend that and run the same command"
+    ) as error:
+        write(path)
+    assert "\n" not in str(error.value)
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, "Unable to synchronously create file (unable to open file: errno = 30, and so on)")
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    write(tmp_path / "new" / "folder" / "features.h5")
+    assert FeatureReader(tmp_path / "new" / "folder" / "features.h5").done().all()
