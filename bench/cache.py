@@ -6,11 +6,16 @@
 The plain way is the tutorials': one HDF5 file that stays open, a photo a write and a photo a read, one process. What
 the system can do is os.pread of the very bytes from a cold file, and a copy from numpy's memmap from the page cache.
 Every figure is the best of --rounds rounds in which all ways take their turns; what is read is checked before.
+
+Then, for files of more and more rows, what a row costs and how much memory the process takes, mapped pages included.
+These files are sparse: only --photos rows of each, at random places, are written, and read again in another order.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from timeit import timeit
@@ -24,6 +29,7 @@ from tyro.conf import Positional
 from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features
 from captioning.grid import Grid, grid_pooling
 from captioning.images import in_batches
+from captioning.meter import most_resident
 
 RECIPE = {"name": "bench", "weights": "none", "sha256": "",
           "transform": {"image_size": 256, "mean": (0, 0, 0), "std": (1, 1, 1)}}  # fmt: skip
@@ -36,6 +42,7 @@ class Bench:
     channels: int = 2048  # of the 8x8 cells of a 256-pixel photo
     batch_size: int = 32  # photos
     rounds: int = 3
+    sizes: tuple[int, ...] = (1_000, 10_000, 100_000)  # rows
 
 
 def main(bench: Bench) -> None:
@@ -68,6 +75,46 @@ def main(bench: Bench) -> None:
     finally:
         for path in paths.values():
             path.unlink(missing_ok=True)
+    print(
+        f"a 14x14 file of so many rows: {bench.photos} of them written at random places, and read from the page cache"
+    )
+    print(f"{'rows':>24}  {'size':>8}  {'made in':>8}  {'written':>14}  {'opened in':>9}  {'read':>14}  most memory")
+    for size in bench.sizes:
+        process = multiprocessing.get_context("spawn").Process(target=grow, args=(bench, size))
+        process.start()  # each has a memory of its own
+        process.join()
+
+
+class SparseWriter(FeatureWriter):
+    """Makes files that the disk has no room for."""
+
+    def _check_room(self) -> None:
+        pass
+
+
+def grow(bench: Bench, size: int) -> None:
+    torch.set_num_threads(1)
+    path, began = bench.folder / "bench-sparse.h5", time.perf_counter()
+    random = np.random.default_rng(0)
+    places = random.choice(size, min(bench.photos, size), replace=False)
+    features = torch.randn(bench.batch_size, 14, 14, bench.channels).half()
+    try:
+        ids, attributes = [str(number) for number in range(size)], describe_features(RECIPE, (8, 8), "14", "float32")
+        writer = SparseWriter(path, ids, attributes, bench.channels, "float16", True)
+        made, began = time.perf_counter() - began, time.perf_counter()
+        for rows in in_batches(np.sort(places), bench.batch_size):
+            writer.write(rows, features[: len(rows)], features[: len(rows)].float().mean((1, 2)))
+        writer.close()
+        written, began = len(places) / (time.perf_counter() - began), time.perf_counter()
+        reader = FeatureReader(path)
+        opened, began = time.perf_counter() - began, time.perf_counter()
+        for rows in in_batches(random.permutation(places), bench.batch_size):
+            reader.read(rows)
+        read = len(places) / (time.perf_counter() - began)
+        print(f"{size:24,}  {path.stat().st_size / 1e9:5.1f} GB  {made * 1e3:5.0f} ms  {written:5,.0f} photos/s  "
+              f"{opened * 1e3:6.0f} ms  {read:5,.0f} photos/s  {most_resident() / 1e6:8.0f} MB")  # fmt: skip
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def write(bench: Bench, path: Path, grid: str, features: torch.Tensor) -> None:

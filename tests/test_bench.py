@@ -27,9 +27,19 @@ def test_the_bench_of_the_cider_reward_runs(small_data, capsys):
 
 def test_the_bench_of_the_feature_cache_runs_and_leaves_nothing(tmp_path, capsys):
     cache = bench("cache")
-    cache.main(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2, rounds=1))
+    cache.main(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2, rounds=1, sizes=()))
     said = capsys.readouterr().out
     assert said.count(" photos/s ") == 13 and "times as fast as the plain way" in said
+    cache.grow(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2), 1000)
+    assert re.search(r" 1,000 +0.0 GB .* MB\n$", capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_of_waiting_runs_and_leaves_nothing(tmp_path, capsys):
+    waiting = bench("waiting")
+    waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, places=("ram",), device="cpu"))
+    said = capsys.readouterr().out
+    assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", said)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,103 @@
+"""How long training waits for its features: train.py itself, by decoder and by where the features are.
+
+    python bench/waiting.py FOLDER                    a folder on the disk in question; 0.3 GB are written there
+    python bench/waiting.py FOLDER --photos 4000 --device cuda --places gpu ram disk
+
+Features and captions are drawn at random: they cost as much as others. The file has just been written, so it lies in
+the page cache. The share is that of the run's own log.jsonl, `waiting`, epoch by epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import Positional
+
+import train
+from captioning.checkpoint import save_checkpoint
+from captioning.encoder import encoder_file
+from captioning.feature_cache import FeatureWriter, describe_features
+from captioning.images import Transform, in_batches
+from config import Train
+from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
+from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
+
+RECIPE = {"name": "bench", "weights": "none", "sha256": "", "transform": Transform().to_dict()}
+CAPTIONS, LENGTH, WORDS = 5, 11, 5000  # captions a photo, words a caption, words in all
+
+
+@dataclass(frozen=True)
+class Bench:
+    folder: Positional[Path]  # to write in; what is written is removed
+    photos: int = 400
+    channels: int = 2048  # of the 8x8 cells of a 256-pixel photo
+    batch_size: int = 32  # captions
+    epochs: int = 2
+    decoders: tuple[str, ...] = ("attention", "lstm")
+    places: tuple[str, ...] = ("disk", "ram")
+    device: str = "auto"
+
+
+def main(bench: Bench) -> None:
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        os.chdir(folder)  # runs are kept in checkpoints/
+        try:
+            make_data(bench)
+            rows = [measure(bench, decoder, place) for decoder in bench.decoders for place in bench.places]
+        finally:
+            os.chdir(before)
+    print(f"{'decoder':>15} {'from':>5}  {'captions/s':>10}  {'MB/s':>7}  waiting, epoch by epoch")
+    print("\n".join(rows))
+    print(f"{bench.photos} photos of {bench.channels} channels, {CAPTIONS} captions each, {bench.batch_size} captions "
+          f"a batch, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+
+
+def make_data(bench: Bench) -> None:
+    random = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(WORDS)]
+    photos = [
+        Photo(f"{i}.jpg", str(i), "val" if i < 4 else "train",
+              tuple(tuple(random.choice(words, LENGTH).tolist()) for _ in range(CAPTIONS)))
+        for i in range(bench.photos)
+    ]  # fmt: skip
+    write_captions(Path(CAPTIONS_FILE), photos)
+    sentences = [caption for photo in photos for caption in photo.captions]
+    Vocabulary.build(sentences, language="en", tokenizer="whitespace", min_count=1, max_words=WORDS).save(
+        Path(VOCABULARY_FILE)
+    )
+    writer = FeatureWriter(Path("features.h5"), [photo.id for photo in photos], describe_features(
+        RECIPE, (8, 8), "14", "float32"), bench.channels, "float16", overwrite=False)  # fmt: skip
+    cells = torch.randn(8, 14, 14, bench.channels)
+    for rows in in_batches(np.arange(bench.photos), len(cells)):
+        writer.write(rows, cells[: len(rows)], cells[: len(rows)].mean((1, 2)))
+    writer.close()
+    save_checkpoint(encoder_file(Path("features.h5")), {"encoder": {**RECIPE, "state": None}})
+
+
+def measure(bench: Bench, decoder: str, place: str) -> str:
+    config = Train(
+        Path("."), f"{decoder}-{place}", decoder=decoder, resident=place, batch_size=bench.batch_size, panel=0,
+        epochs=bench.epochs, device=bench.device,
+    )  # fmt: skip
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        train.main(config)
+    events = [json.loads(line) for line in (config.folder / "log.jsonl").read_text().splitlines()]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    size = (4 if decoder == "lstm" else 64 * 2) * bench.channels  # bytes a photo: the mean, or the 8x8 cells
+    last = epochs[-1]
+    return (f"{decoder:>15} {place:>5}  {last['captions_per_second']:10,.0f}  "
+            f"{last['photos_per_second'] * size / 1e6:7,.1f}  "
+            f"{', '.join(format(epoch['waiting'], '.1%') for epoch in epochs)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
