@@ -1,7 +1,7 @@
 """How well decoding and the CNN overlap: photos/s of each alone, and of an extraction that does both.
 
     python bench/extraction.py PHOTOS              a folder of photos, repeated until there are --photos of them
-    python bench/extraction.py PHOTOS --device cuda --photos 20000 --batch-size 256
+    python bench/extraction.py PHOTOS --device cuda --photos 20000 --batch-size 256 --compile --nvjpeg
 
 Where the processors that decode are those that compute, an extraction can at best take the sum of both times, which
 is 1 / (1/decode + 1/CNN) photos/s; beside a GPU, the longer of the two. Random weights: they take as long as others.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from timeit import timeit
 
@@ -23,7 +23,8 @@ from tyro.conf import Positional
 from captioning.device import autocast, encoder_precision, pick_device
 from captioning.encoder import Encoder, calibrate_on, load_encoder
 from captioning.feature_cache import FeatureWriter, describe_features
-from captioning.images import PHOTO_ENDINGS, Unreadable, in_batches, photo_batches
+from captioning.gpu_photos import check_nvjpeg, photos_on
+from captioning.images import PHOTO_ENDINGS, Unreadable, in_batches
 from extract_features import extract
 
 
@@ -36,6 +37,8 @@ class Bench:
     precision: str = "bfloat16"
     batch_size: int = 32
     workers: int = os.cpu_count() or 1
+    nvjpeg: bool = False  # as in extract_features.py
+    compile: bool = False
     device: str = "auto"
     rounds: int = 3
 
@@ -52,16 +55,22 @@ def main(bench: Bench) -> None:
     files = sorted(path for path in bench.folder.rglob("*") if path.suffix.lower() in PHOTO_ENDINGS)
     paths = [str(path) for path in itertools.islice(itertools.cycle(files), bench.photos)]
     encoder = load_encoder(bench.encoder, "random", bench.image_size)
+    encoder.transform = replace(encoder.transform, nvjpeg=bench.nvjpeg)
+    if bench.nvjpeg:
+        check_nvjpeg(device)
     calibrate_on(encoder, paths[:64], bench.batch_size, bench.workers)  # else its features would not fit float16
     encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
+    shape = encoder.output_shape()
+    if bench.compile:
+        print(f"--compile took {encoder.compile_for(bench.batch_size, precision):.0f} s")
     plan = in_batches(list(range(len(paths))), bench.batch_size)
     best = {"decode": 0.0, "CNN": 0.0, "extraction": 0.0}
     for _ in range(bench.rounds):
         works = {
-            "decode": lambda: [None for _ in photo_batches(paths, plan, encoder.transform, bench.workers)],
+            "decode": lambda: decode(bench, encoder, paths, plan, device),
             "CNN": lambda: compute(encoder, len(plan), bench.batch_size, precision, device),
-            "extraction": lambda: whole(bench, encoder, paths, plan, precision),
+            "extraction": lambda: whole(bench, encoder, shape, paths, plan, precision),
         }
         for name, work in works.items():
             best[name] = max(best[name], len(paths) / timeit(work, number=1))
@@ -73,19 +82,31 @@ def main(bench: Bench) -> None:
     print(f"{'at best':>12}  {at_best:8.1f} photos/s, {formula}")
     print(f"the extraction reaches {best['extraction'] / at_best:.0%} of that")
     print(f"{len(files)} photos repeated to {len(paths):,}; {bench.encoder}, {bench.image_size} px, {bench.precision}, "
-          f"{bench.workers} workers, {device}, torch {torch.__version__}")  # fmt: skip
+          f"{bench.workers} workers, {device}{', nvJPEG' * bench.nvjpeg}{', compiled' * bench.compile}, "
+          f"torch {torch.__version__}")  # fmt: skip
+
+
+def decode(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]], device: torch.device) -> None:
+    for batch in photos_on(device, paths, plan, encoder.transform, bench.workers):
+        last = batch.photos
+    last.cpu()  # a GPU may still be busy with it
 
 
 @torch.inference_mode()
 def compute(encoder: Encoder, batches: int, size: int, precision: torch.dtype, device: torch.device) -> None:
-    photos = torch.randint(0, 255, (size, 3, encoder.transform.image_size, encoder.transform.image_size)).byte()
+    shape = size, 3, encoder.transform.image_size, encoder.transform.image_size
+    photos = torch.randint(0, 255, shape, dtype=torch.uint8, device=device)
     for _ in range(batches):
         with autocast(device, precision):
-            encoder(photos.to(device)).cells.float().cpu()
+            last = encoder(photos).cells
+    last.float().cpu()
 
 
-def whole(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]], precision: torch.dtype) -> None:
-    height, width, channels = encoder.output_shape()
+def whole(
+    bench: Bench, encoder: Encoder, shape: tuple[int, int, int], paths: list[str], plan: list[list[int]],
+    precision: torch.dtype,
+) -> None:  # fmt: skip
+    height, width, channels = shape
     with tempfile.TemporaryDirectory() as folder:
         recipe = {"name": bench.encoder, "weights": "random", "sha256": "", "transform": encoder.transform.to_dict()}
         attributes = describe_features(recipe, (height, width), "native", bench.precision)
