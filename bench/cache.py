@@ -75,7 +75,7 @@ def main(bench: Bench) -> None:
     finally:
         for path in paths.values():
             path.unlink(missing_ok=True)
-    print(f"a 14x14 file of so many rows: {bench.photos} of them written at random places, and read from the page cache; "
+    print(f"a 14x14 file of so many rows, {bench.photos} written at random places and read from the page cache; "
           f"{14 * 14 * 2 * bench.channels:,} bytes a photo written, {8 * 8 * 2 * bench.channels:,} read")  # fmt: skip
     print(f"{'rows':>24}  {'size':>8}  {'made in':>7}  {'written':>24}  {'opened in':>9}  {'read':>24}  most memory")
     for size in bench.sizes:
