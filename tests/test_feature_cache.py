@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 
 import h5py
 import numpy as np
@@ -180,6 +181,37 @@ def test_features_that_half_precision_cannot_hold_are_refused(tmp_path):
     with pytest.raises(UserError, match="--dtype float32"):
         writer.write(np.array([0]), torch.full((1, 14, 14, 6), 1e6), torch.zeros(1, 6))
     assert writer.missing().tolist() == list(range(10))
+
+
+def test_a_row_is_called_done_only_after_it_is_synced_and_all_is_synced_at_the_end(tmp_path, monkeypatch):
+    """A loss of power, which no test can bring about, keeps what was synced, and of the rest whatever it likes."""
+    events = []
+
+    def noted(kind, plain):
+        def call(*arguments):
+            events.append((kind, *arguments[2:]))  # of a write: its offset
+            return plain(*arguments)
+
+        return call
+
+    monkeypatch.setattr("os.pwrite", noted("write", os.pwrite))
+    monkeypatch.setattr("os.replace", noted("rename", os.replace))
+    for name in ("os.fsync", "captioning.feature_cache.SYNC"):
+        monkeypatch.setattr(name, noted("sync", os.fsync))
+    for rows in ([0, 1, 2], [3, 4, 8], [9, 5, 6, 7]):
+        write(tmp_path / "f.h5", rows=rows)
+    assert events[:2] == [("sync",), ("rename",)] and events[-1] == ("sync",)
+    blocks = FeatureReader(tmp_path / "f.h5").blocks
+    unsynced, written, done = set(), set(), blocks["done"].offset
+    for kind, *offset in events:
+        if kind == "sync":
+            written, unsynced = written | unsynced, set()
+        elif kind == "write" and done <= offset[0] < done + 10:
+            row = offset[0] - done  # and those after it, up to the next gap
+            assert {blocks[name].offset + row * blocks[name].row_bytes for name in ("features", "pooled")} <= written
+        elif kind == "write":
+            unsynced.add(offset[0])
+    assert len(written) == 20 and not unsynced
 
 
 @pytest.mark.parametrize("place", ["read-only file", "read-only folder", "a file's"])

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from captioning import residence
 from captioning.feature_cache import FeatureReader
 from captioning.prefetch import Prefetch
 from captioning.residence import choose_residence, reading
+from captioning.trainer import Trainer
 from config import Train, UserError
-from tests.small import TINY, same, weights
+from tests.small import TINY, log_of, same, weights
 from tests.test_feature_cache import write
 
 GB = 10**9
@@ -66,8 +68,12 @@ def test_rows_in_memory_are_those_of_the_file(tmp_path, native, grid, pooled, mo
     there, where = reading(reader, rows, pooled, "ram", CPU)
     plain, disk = reading(reader, rows, pooled, "disk", CPU)
     assert (where.where, disk.where) == ("ram", "disk")
-    for asked in (np.array([4, 0]), rows[::-1].copy(), np.array([5, 5])):
-        one, other = there(asked), plain(asked)
+    wanted = (np.array([4, 0]), rows[::-1].copy(), np.array([5, 5]))
+    expected = [plain(asked) for asked in wanted]
+    (tmp_path / "f.h5").unlink()  # what lies in memory needs it no more
+    reader._maps.clear()
+    for asked, other in zip(wanted, expected, strict=True):
+        one = there(asked)
         assert torch.equal(one.cells, other.cells) and torch.equal(one.pooling, other.pooling)
         assert one.cells.dtype == other.cells.dtype
 
@@ -88,6 +94,36 @@ def test_training_from_the_gpu_is_training_from_the_disk(here):
     for where in ("ram", "disk"):
         for name, values in weights("from gpu").items():
             torch.testing.assert_close(values, weights(f"from {where}")[name], msg=name)
+
+
+def test_the_log_says_how_much_of_its_time_training_waited(here, monkeypatch):
+    plain = FeatureReader.read
+
+    def slowly(self, rows):
+        time.sleep(0.3)
+        return plain(self, rows)
+
+    train.main(Train(Path("data/small"), "waits little", resident="ram", epochs=1, **TINY))
+    monkeypatch.setattr(FeatureReader, "read", slowly)
+    train.main(Train(Path("data/small"), "waits long", resident="disk", epochs=1, **TINY))
+    assert log_of("waits long")[0]["waiting"] > 0.5 > log_of("waits little")[0]["waiting"]
+
+
+def test_for_a_gpu_batches_are_read_into_pinned_memory(tmp_path, monkeypatch):
+    loader = Trainer.loader(SimpleNamespace(encoder=None, device=GPU), {0: Pinned()}, [0])
+    assert list(loader) == ["pinned"]
+    assert not Trainer.loader(SimpleNamespace(encoder=None, device=CPU), {}, []).pin
+    write(tmp_path / "f.h5")
+    plain, pins = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: pins.append(pin_memory) or plain(*size, **how))
+    for pin in (True, False):
+        FeatureReader(tmp_path / "f.h5", pin).read(np.array([1, 2]))
+    assert pins == [True, False]
+
+
+class Pinned:
+    def pin_memory(self):
+        return "pinned"
 
 
 # ---- prefetch
