@@ -13,7 +13,7 @@ import io
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from captioning.images import PhotoBatch, PhotoError, Transform, in_processes, opened, photo_batches, read_photos
 from config import UserError
@@ -39,7 +38,7 @@ def photos_on(
             yield batch._replace(photos=batch.photos.to(device))
         return
     stream, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for files in in_processes(_Files(paths, transform), batches, workers, pin=True):
+    for files in in_processes(read_files, paths, batches, transform, workers, pin=True):
         stream.synchronize()  # nvJPEG writes on a stream that torch does not know, perhaps where this one still reads
         with torch.cuda.stream(stream):
             batch = decode_files(files, paths, transform, device)
@@ -49,36 +48,33 @@ def photos_on(
 
 
 def fetched(results: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
-    """The same results with their tensors on the CPU. A GPU is given the next batch before one is waited for."""
+    """Results (rows, tensor, ...) with their tensors on the CPU. A GPU is given the next before one is waited for."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    under_way: deque[tuple[tuple, torch.cuda.Event | None]] = deque()
-    for result in results:
-        under_way.append(_fetch(result, stream))
+    under_way: deque[tuple[Any, list[Tensor], torch.cuda.Event | None]] = deque()
+    for rows, *tensors in results:
+        under_way.append((rows, *_fetch(tensors, stream)))
         if len(under_way) > BEHIND.get(device.type, 0):
             yield _arrived(*under_way.popleft())
     while under_way:
         yield _arrived(*under_way.popleft())
 
 
-def _fetch(result: tuple, stream: torch.cuda.Stream | None) -> tuple[tuple, torch.cuda.Event | None]:
-    """The result on its way to the CPU, into pinned memory; and the event that says it is there."""
+def _fetch(tensors: list[Tensor], stream: torch.cuda.Stream | None) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """The tensors on their way to the CPU, into pinned memory; and the event that says they are there."""
     if stream is None:
-        return tuple(value.cpu() if isinstance(value, Tensor) else value for value in result), None
+        return [tensor.cpu() for tensor in tensors], None
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
-        copies = tuple(_copy(value, stream) if isinstance(value, Tensor) else value for value in result)
+        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    for tensor in tensors:
+        tensor.record_stream(stream)
     return copies, stream.record_event()
 
 
-def _copy(value: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    value.record_stream(stream)
-    return value.to("cpu", non_blocking=True)
-
-
-def _arrived(result: tuple, event: torch.cuda.Event | None) -> tuple:
+def _arrived(rows: Any, tensors: list[Tensor], event: torch.cuda.Event | None) -> tuple:
     if event:
         event.synchronize()
-    return result
+    return rows, *tensors
 
 
 # ---- nvJPEG
@@ -90,16 +86,6 @@ class FileBatch(NamedTuple):
     sizes: list[int]  # of each, bytes
     orientations: list[int]  # of each, as in EXIF: 1 is upright
     others: PhotoBatch  # decoded already, or not to be read
-
-
-class _Files(Dataset):
-    """A list of indices -> a FileBatch. Without nvJPEG all its photos are decoded already."""
-
-    def __init__(self, paths: Sequence[Path | str], transform: Transform):
-        self.paths, self.transform = paths, transform
-
-    def __getitem__(self, indices: Sequence[int]) -> FileBatch:
-        return read_files(self.paths, indices, self.transform)
 
 
 def read_files(paths: Sequence[Path | str], indices: Sequence[int], transform: Transform) -> FileBatch:

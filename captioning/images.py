@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -171,26 +171,29 @@ def read_photos(
 
 
 class _PhotoFiles(Dataset):
-    """A list of indices -> a PhotoBatch."""
+    """A list of indices -> what `read` makes of these photos."""
 
-    def __init__(self, paths: Sequence[Path | str], transform: Transform):
-        self.paths, self.transform = paths, transform
+    def __init__(self, read: Callable, paths: Sequence[Path | str], transform: Transform):
+        self.read, self.paths, self.transform = read, paths, transform
 
-    def __getitem__(self, indices: Sequence[int]) -> PhotoBatch:
-        return read_photos(self.paths, indices, self.transform)
+    def __getitem__(self, indices: Sequence[int]) -> Any:
+        return self.read(self.paths, indices, self.transform)
 
 
 def photo_batches(
     paths: Sequence[Path | str], batches: Iterable[Sequence[int]], transform: Transform, workers: int
 ) -> Iterable[PhotoBatch]:
     """Read the photos of each batch of indices, in order, in `workers` processes (0: in this one)."""
-    return in_processes(_PhotoFiles(paths, transform), batches, workers)
+    return in_processes(read_photos, paths, batches, transform, workers)
 
 
-def in_processes(files: Dataset, batches: Iterable[Sequence[int]], workers: int, pin: bool = False) -> Iterable:
-    """files[batch] for each batch, in order, from `workers` processes. pin: to memory that a GPU can fetch from."""
+def in_processes(
+    read: Callable, paths: Sequence[Path | str], batches: Iterable[Sequence[int]], transform: Transform, workers: int,
+    pin: bool = False,
+) -> Iterable:  # fmt: skip
+    """As photo_batches, with what `read` makes of a batch. pin: in memory that a GPU can fetch from."""
     return DataLoader(
-        files, sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin,
+        _PhotoFiles(read, paths, transform), sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin,
         generator=torch.Generator(),  # of its own: reading photos must not move the training's random numbers
         worker_init_fn=quiet_worker,
     )  # fmt: skip

@@ -144,6 +144,15 @@ def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, ch
     ).close()
 
 
+def test_a_file_made_before_there_was_a_choice_goes_on_as_what_was_the_only_way(tmp_path):
+    write(tmp_path / "features.h5", rows=[0, 1])
+    with h5py.File(tmp_path / "features.h5", "r+") as file:
+        for name in ("scaled_decoding", "nvjpeg"):
+            del file.attrs[name]
+    write(tmp_path / "features.h5", rows=range(2, 10))
+    assert FeatureReader(tmp_path / "features.h5").done().all()
+
+
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="GB free"):
         FeatureWriter(tmp_path / "features.h5", IDS, attributes(), 2**48, "float16", overwrite=False)
