@@ -62,12 +62,14 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
     unreadable = Unreadable(len(photos), config.allow_missing)
     batches = ranks.share(fixed_batches(rows, config.batch_size))
-    with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.first) as bar:
-        extract(config, encoder, writer, photos, batches, precision, unreadable, bar)
-    for reasons in ranks.gather(list(unreadable.reasons)):
-        unreadable.add(reasons)
-    if ranks.first:
-        report(unreadable, config.file.with_suffix(".unreadable.txt"))
+    try:
+        with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.first) as bar:
+            extract(config, encoder, writer, photos, batches, precision, unreadable, bar)
+        for reasons in ranks.gather(list(unreadable.reasons)):
+            unreadable.add(reasons)
+    finally:  # too many of them end the work: then it is good to know which
+        if ranks.first:
+            report(unreadable, config.file.with_suffix(".unreadable.txt"))
     print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
 
 

@@ -1,5 +1,6 @@
 """An extraction is safe under kills and full disks, and its file can be asked and checked."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ import extract_features
 from captioning.checkpoint import load_checkpoint
 from captioning.encoder import encoder_from_checkpoint
 from captioning.feature_cache import FeatureReader, FeatureWriter
+from captioning.images import PhotoError
 from config import ExtractFeatures, UserError
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER
@@ -140,8 +142,11 @@ def test_photos_that_cannot_be_read_are_listed_in_a_file(data, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no photo")
     write_captions(tmp_path / CAPTIONS_FILE, [*records, Photo(str(broken), "broken", "train", (("a",),))])
-    extract(tmp_path, tmp_path / "f.h5", allow_missing=0.1)
-    assert (tmp_path / "f.unreadable.txt").read_text() == f"{broken}: not an image\n"
+    for allowed in (0.0, 0.1):  # too many, and not too many
+        with pytest.raises(PhotoError, match="more than") if not allowed else contextlib.nullcontext():
+            extract(tmp_path, tmp_path / "f.h5", allow_missing=allowed)
+        assert (tmp_path / "f.unreadable.txt").read_text() == f"{broken}: not an image\n"
+        (tmp_path / "f.unreadable.txt").write_text("of another time")
     Image.new("RGB", (64, 64)).save(broken)
     extract(tmp_path, tmp_path / "f.h5")
     assert not (tmp_path / "f.unreadable.txt").exists() and FeatureReader(tmp_path / "f.h5").done().all()
