@@ -294,12 +294,13 @@ class Generate:
 
     python generate.py checkpoints/att photo.jpg folder/
     python generate.py checkpoints/att --data data/aic --split test --scores scores.json
+    python generate.py --score captions.json --references data/aic
     """
 
-    run: Positional[Path]  # folder of a run, or a checkpoint file in it
+    run: Positional[Path | None] = None  # folder of a run, or a checkpoint file in it
     photos: Positional[tuple[Path, ...]] = ()  # photos, and folders of photos
     data: Path | None = None  # folder made by python -m preprocess: caption a split of it
-    split: Literal["train", "val", "test"] = "val"  # of --data
+    split: Literal["train", "val", "test"] = "val"  # of --data, and of --references data/NAME
     features: Path | None = None  # cached features of --data; data/NAME/features.h5 where it is
     limit: int = 0  # photos of the split, from its first; 0 is all
     beam_size: int = 5  # 1 is greedy
@@ -307,8 +308,18 @@ class Generate:
     length_penalty: float = 0.0  # rank by log-probability / length^this: 0 the sum, 1 the mean; more, longer captions
     hard: Literal["expectation", "argmax"] = "expectation"  # hard attention sees: all cells by their share, or one
     json: Path | None = None  # write the captions here, in COCO results form
-    scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR here (needs --data)
+    submission: Path | None = None  # write the captions here, in AI Challenger's form (Chinese)
+    csv: Path | None = None  # write a table here: captions, log-probabilities and, with references, scores of each
+    html: Path | None = None  # write a page here: photos, captions, references and attention; it opens offline
     pictures: Path | None = None  # draw the attention of each word over each photo into this folder
+    view: Literal["smooth", "grid"] = "smooth"  # of --pictures: attention spread smoothly, or cell by cell
+    animate: bool = False  # with --pictures: GIFs that move from word to word, instead of PNGs
+    score: tuple[Path, ...] = ()  # caption nothing: score this file of captions, of anyone; two are also compared
+    references: Path | None = None  # with --score: data/NAME, or an annotation file
+    # with --score: cuts captions, and those of an annotation file (jieba for Chinese, else whitespace)
+    tokenizer: Literal["jieba", "whitespace", "character"] | None = None
+    scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR and SPICE here (needs references)
+    extremes: Path | None = None  # write a page of the 50 worst and 50 best captions by CIDEr-D (needs references)
     batch_size: int = 32  # photos captioned at once
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # arithmetic
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -316,16 +327,35 @@ class Generate:
     allow_missing: float = 0.01  # share of photos that may be missing or unreadable
 
     def __post_init__(self):
-        if bool(self.photos) == bool(self.data):
-            raise UserError("give photos or folders to caption, or --data data/NAME with --split")
-        for flag in ("scores", "features"):
-            if getattr(self, flag) and not self.data:
-                raise UserError(f"--{flag} goes with --data data/NAME")
+        if self.score:
+            self._check_score()
+        elif not self.run or bool(self.photos) == bool(self.data):
+            raise UserError("give a run, and photos or folders to caption, or --data data/NAME; or --score FILE")
+        for flag, other in (("references", "score"), ("tokenizer", "score"), ("features", "data"),
+                            ("view", "pictures"), ("animate", "pictures")):  # fmt: skip
+            if getattr(self, flag) != getattr(type(self), flag) and not getattr(self, other):
+                raise UserError(f"--{flag} goes with --{other}")
+        if (self.scores or self.extremes) and not (self.data or self.score):
+            raise UserError("--scores and --extremes go with --data data/NAME, or with --score FILE --references FILE")
         for flag in ("beam_size", "max_length", "batch_size"):
             check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 1)
         for flag in ("limit", "workers", "length_penalty"):
             check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 0)
         check_share("--allow-missing", self.allow_missing)
+
+    def _check_score(self) -> None:
+        if not self.references or len(self.score) > 2:
+            raise UserError("--score takes one file of captions, or two to compare, and --references FILE or data/NAME")
+        for flag in ("run", "data", "json", "submission", "html", "pictures"):
+            if getattr(self, flag):
+                raise UserError(f"--score captions nothing: leave out {'the run' if flag == 'run' else '--' + flag}")
+        if len(self.score) == 2 and (self.csv or self.extremes):
+            raise UserError("--csv and --extremes are of one file: give --score one")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files to write."""
+        return [*filter(None, (self.json, self.submission, self.csv, self.html, self.extremes, self.scores))]
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 python generate.py checkpoints/att photo.jpg folder/
 python generate.py checkpoints/att photo.jpg --pictures attention/
 python generate.py checkpoints/att --data data/aic --split val --json captions.json --scores scores.json
+python generate.py --score captions.json others.json --references data/aic
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,55 +18,96 @@ from tqdm import tqdm
 from captioning.captioner import Captioned, Captioner
 from captioning.feature_cache import FeatureReader
 from captioning.images import PHOTO_ENDINGS, PhotoError, Unreadable, in_batches, open_photo, photo_batches
-from captioning.metrics import format_table, score_table
-from captioning.pictures import draw_attention
+from captioning.metrics import NAMES
+from captioning.page import extremes, write_page
+from captioning.pictures import animate_attention, draw_attention
+from captioning.results import read_captioned, read_photos, write_coco, write_csv, write_json, write_submission
+from captioning.scores import Pairs, Scores, compare, format_comparison, score_captions
 from captioning.splits import photos_of
 from command_line import run
-from config import Generate, UserError
+from config import Generate, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
-from preprocess.files import draft
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A photo to caption: where it is, and what it is called in what we write."""
-
-    path: str
-    id: str
 
 
 def main(config: Generate) -> None:
+    if config.score:
+        score_files(config)
+        return
     captioner = Captioner.load(config.run, config.device, config.precision, config.hard)
-    if config.pictures and not captioner.decoder.sees_cells:
-        raise UserError(f"--pictures: the decoder {captioner.decoder_name} of {config.run} does not attend")
+    refuse_what_it_cannot_do(config, captioner)
     photos = photos_of(list(read_captions(config.data)), config.split, config.data, config.limit) if config.data else []
-    asked = [Asked(photo.image, photo.id) for photo in photos] or chosen_files(config.photos)
-    unreadable = Unreadable(len(asked), config.allow_missing)
-    captioned: dict[str, Captioned] = {}
-    for photo, caption in caption_all(config, captioner, photos, asked, unreadable):
-        captioned[photo.id] = caption
-        if not (config.json or config.scores):
+    photos = photos or chosen_files(config.photos)
+    unreadable = Unreadable(len(photos), config.allow_missing)
+    pairs = []
+    for photo, caption in caption_all(config, captioner, photos, unreadable):
+        pairs.append((photo, caption))
+        if not config.files:
             tqdm.write(f"{photo.id}: {caption.text}{'' if caption.finished else ' [unfinished]'}")
         if config.pictures:
-            draw_picture(config.pictures, photo, caption)
+            draw_picture(config, photo, caption)
     for reason in unreadable.reasons:
         print(f"skipped: {reason}")
-    if config.json:
-        write_json(config.json, [result(id, caption) for id, caption in captioned.items()])
-        print(f"{config.json}: {len(captioned):,} captions")
+    language, tokenizer = captioner.vocabulary.language, captioner.vocabulary.tokenizer
+    scores = None
+    if config.data and config.files:
+        scores = score_captions(pairs, language, tokenizer, java=bool(config.scores))
     if config.scores:
-        write_scores(config, captioner, photos, captioned)
+        print(scores)
+    write_files(config, pairs, language, scores)
 
 
-def result(id: str, caption: Captioned) -> dict:
-    """A line of COCO's results; with a sentinel also the words, and how much of each came from language alone."""
-    line = {"image_id": coco_id(id), "caption": caption.text}
-    if caption.sentinel is not None:
-        line |= {"words": caption.words, "sentinel": [round(beta, 4) for beta in caption.sentinel]}
-    return line
+def refuse_what_it_cannot_do(config: Generate, captioner: Captioner) -> None:
+    if config.pictures and not captioner.decoder.sees_cells:
+        raise UserError(f"--pictures: the decoder {captioner.decoder_name} of {config.run} does not attend")
+    if config.submission and captioner.vocabulary.language != "zh":
+        raise UserError(f"--submission: AI Challenger is Chinese, and {config.run} writes English; give --json")
 
 
-def chosen_files(paths: tuple[Path, ...]) -> list[Asked]:
+def score_files(config: Generate) -> None:
+    """Scores of captions that anyone made; of two files, also which is better."""
+    photos, language, tokenizer = read_photos(config.references, config.split, config.tokenizer)
+    found = [read_captioned(path, photos, tokenizer) for path in config.score]
+    if [photo.id for photo, _ in found[0]] != [photo.id for photo, _ in found[-1]]:
+        raise UserError(
+            f"{config.score[0]}, {config.score[1]}: captions of different photos; compare those of the same"
+        )
+    if len(found[0]) < len(photos):
+        print(f"{config.score[0]}: has {len(found[0]):,} of the {len(photos):,} photos; the others are left out")
+    tables = [score_captions(pairs, language, tokenizer) for pairs in found]
+    for path, table in zip(config.score, tables, strict=True):
+        print(f"{path}\n{table}\n")
+    if len(tables) == 1:
+        write_files(config, found[0], language, tables[0])
+        return
+    comparison = compare(*tables)
+    print(f"{config.score[1]} - {config.score[0]}\n{format_comparison(comparison)}")
+    if config.scores:
+        write_scores(config, {str(path): table.to_dict() for path, table in zip(config.score, tables, strict=True)}
+                     | {"difference": comparison})  # fmt: skip
+
+
+def write_files(config: Generate, pairs: Pairs, language: str, scores: Scores | None) -> None:
+    """Everything that was asked for but pictures. scores: where there are references."""
+    ciders = scores.each[:, NAMES.index("CIDEr-D")].tolist() if scores else [None] * len(pairs)
+    cards = [(photo, caption, cider) for (photo, caption), cider in zip(pairs, ciders, strict=True)]
+    title = " ".join(str(part) for part in (config.run, *config.score, config.data, config.references) if part)
+    if config.json:
+        write_coco(config.json, pairs)
+    if config.submission:
+        write_submission(config.submission, pairs)
+    if config.csv:
+        write_csv(config.csv, pairs, scores.each if scores else None)
+    if config.html:
+        write_page(config.html, title, language, [("", cards)])
+    if config.extremes:
+        write_page(config.extremes, title, language, extremes(cards))
+    if config.scores:
+        write_scores(config, scores.to_dict())
+    for path in config.files:
+        print(f"{path}: {len(pairs):,} captions")
+
+
+def chosen_files(paths: tuple[Path, ...]) -> list[Photo]:
     """The photos themselves, and those in folders, in order of their names."""
     found = []
     for path in paths:
@@ -80,44 +120,43 @@ def chosen_files(paths: tuple[Path, ...]) -> list[Asked]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such photo or folder")
-    return [Asked(str(path), str(path)) for path in dict.fromkeys(found)]
+    return [Photo(str(path), str(path), split="", captions=()) for path in dict.fromkeys(found)]
 
 
 def caption_all(
-    config: Generate, captioner: Captioner, photos: list[Photo], asked: list[Asked], unreadable: Unreadable
-) -> Iterator[tuple[Asked, Captioned]]:
+    config: Generate, captioner: Captioner, photos: list[Photo], unreadable: Unreadable
+) -> Iterator[tuple[Photo, Captioned]]:
     """Each photo once, in order: from cached features where there are any of the run's encoder, else from the photo."""
     reader = cached_features(config, captioner) if config.data else None
     if reader:
-        there = {photo.id for photo in reader.present(photos, config.allow_missing, config.data)}
-        asked = [photo for photo in asked if photo.id in there]
-    with tqdm(total=len(asked), unit="photo", desc="caption", disable=len(asked) < 2) as bar:
+        photos = reader.present(photos, config.allow_missing, config.data)
+    with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
         batches = (
-            from_cache(captioner, reader, asked, config) if reader
-            else from_files(captioner, asked, config, unreadable)
+            from_cache(captioner, reader, photos, config) if reader
+            else from_files(captioner, photos, config, unreadable)
         )  # fmt: skip
         for batch in batches:
             yield from batch
             bar.update(len(batch))
 
 
-def from_cache(captioner: Captioner, reader: FeatureReader, asked: list[Asked], config: Generate):
+def from_cache(captioner: Captioner, reader: FeatureReader, photos: list[Photo], config: Generate):
     read = reader.read if captioner.decoder.sees_cells else reader.read_pooled
-    for batch in in_batches(asked, config.batch_size):
+    for batch in in_batches(photos, config.batch_size):
         grid = read(np.array([reader.rows[photo.id] for photo in batch]))
         captions = captioner.caption_grid(grid, config.beam_size, config.max_length, config.length_penalty)
         yield list(zip(batch, captions, strict=True))
 
 
-def from_files(captioner: Captioner, asked: list[Asked], config: Generate, unreadable: Unreadable):
-    plan = in_batches(range(len(asked)), config.batch_size)
+def from_files(captioner: Captioner, photos: list[Photo], config: Generate, unreadable: Unreadable):
+    plan = in_batches(range(len(photos)), config.batch_size)
     workers = config.workers if len(plan) > 1 else 0
-    for batch in photo_batches([photo.path for photo in asked], plan, captioner.encoder.transform, workers):
+    for batch in photo_batches([photo.image for photo in photos], plan, captioner.encoder.transform, workers):
         unreadable.add(batch.failures)
         if batch.indices:
             search = config.beam_size, config.max_length, config.length_penalty
             captions = captioner.caption_squashed(batch.photos, *search)
-            yield list(zip([asked[i] for i in batch.indices], captions, strict=True))
+            yield list(zip([photos[i] for i in batch.indices], captions, strict=True))
 
 
 def cached_features(config: Generate, captioner: Captioner) -> FeatureReader | None:
@@ -138,39 +177,23 @@ def cached_features(config: Generate, captioner: Captioner) -> FeatureReader | N
     return None
 
 
-def draw_picture(folder: Path, photo: Asked, caption: Captioned) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (re.sub(r"[^\w.-]+", "_", photo.id).strip("._") + ".png")
+def draw_picture(config: Generate, photo: Photo, caption: Captioned) -> None:
+    ending, draw = (".gif", animate_attention) if config.animate else (".png", draw_attention)
+    path = config.pictures / (re.sub(r"[^\w.-]+", "_", photo.id).strip("._") + ending)
+    attention = caption.attention.numpy()
     try:
-        draw_attention(
-            open_photo(photo.path), caption.words, caption.attention.numpy(), caption.grid, path, caption.text
-        )
+        draw(open_photo(photo.image), caption.words, attention, caption.grid, path, caption.text, config.view)
     except LookupError as error:  # no font on this machine has the caption's characters
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or draw elsewhere") from None
 
 
-def coco_id(id: str) -> int | str:
-    """COCO's ids are numbers."""
-    return int(id) if id.isdecimal() and str(int(id)) == id else id
-
-
-def write_scores(config: Generate, captioner: Captioner, photos: list[Photo], captioned: dict[str, Captioned]) -> None:
-    candidates = {id: caption.words for id, caption in captioned.items()}
-    references = {photo.id: photo.captions for photo in photos if photo.id in captioned}
-    table = score_table(candidates, references, captioner.vocabulary.language, captioner.vocabulary.tokenizer)
-    print(format_table(table))
-    unfinished = sum(not caption.finished for caption in captioned.values())
-    write_json(config.scores, {**table, "run": str(config.run), "data": str(config.data), "split": config.split,
-                               "beam_size": config.beam_size, "length_penalty": config.length_penalty,
-                               "unfinished": unfinished})  # fmt: skip
-    print(f"{config.scores}: scores of {len(captioned):,} photos, beam {config.beam_size}, {unfinished} unfinished")
-
-
-def write_json(path: Path, data: object) -> None:
-    with draft(path) as file:
-        json.dump(data, file, ensure_ascii=False, indent=1)
+def write_scores(config: Generate, table: dict) -> None:
+    """The table, with the settings that made it."""
+    captioned, scored = ("run", "data", "split", "beam_size", "length_penalty"), ("score", "references", "split")
+    settings = as_plain_data(config)
+    write_json(config.scores, {**table, **{name: settings[name] for name in (captioned if config.run else scored)}})
 
 
 def work(config: Generate) -> None:

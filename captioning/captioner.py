@@ -2,11 +2,12 @@
 
 from captioning.captioner import Captioner
 captioner = Captioner.load("checkpoints/att")
-print(captioner.caption(["photo.jpg"])[0].text)
+print(captioner.caption("photo.jpg").text)
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,12 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.encoder import Encoder, encoder_from_checkpoint
 from captioning.grid import SIDE, Grid
-from captioning.images import to_rgb
+from captioning.images import PhotoError, in_batches, to_rgb
 from config import UserError
 from preprocess.vocabulary import Vocabulary
+
+BATCH = 32  # photos captioned at once
+AnyPhoto = Path | str | Image.Image | Tensor
 
 
 @dataclass
@@ -32,19 +36,20 @@ class Captioned:
     """A photo's caption. attention (T, 196): a row a word, over 14x14 cells; None where the decoder has none.
 
     sentinel (T): the share of each word that came from language alone (beta, Lu et al. 2017); None without a sentinel.
+    What is not known of a caption that was read from a file is None.
     """
 
     text: str
     words: list[str]
-    log_probability: float  # natural, of the whole caption
-    finished: bool  # False: cut at max_length
-    attention: Tensor | None
-    sentinel: list[float] | None
+    log_probability: float | None = None  # natural, of the whole caption
+    finished: bool | None = None  # False: cut at max_length
+    attention: Tensor | None = None
+    sentinel: list[float] | None = None
     grid: tuple[int, int] = (SIDE, SIDE)
 
 
 class Captioner:
-    """An encoder, a decoder and a vocabulary that belong together."""
+    """An encoder, a decoder and a vocabulary that belong together. Any number of threads may use one at once."""
 
     def __init__(self, checkpoint: dict, device: torch.device, precision: str, sees: str):
         self.device = device
@@ -59,7 +64,7 @@ class Captioner:
         elif sees != HardAttentionDecoder.sees:
             raise UserError(f"--hard {sees} goes with a run of --decoder hard-attention, not {self.decoder_name}")
         self.decoder.to(device).eval().requires_grad_(False)
-        self._checkpoint, self._encoder = checkpoint, None
+        self._checkpoint, self._encoder, self._loading = checkpoint, None, threading.Lock()
 
     @classmethod
     def load(
@@ -73,24 +78,31 @@ class Captioner:
 
     @property
     def encoder(self) -> Encoder:
-        """Loaded when first needed: cached features need none."""
-        if self._encoder is None:
-            encoder = encoder_from_checkpoint(self._checkpoint)
-            self._encoder = encoder.to(self.device).eval().requires_grad_(False)
-        return self._encoder
+        """Loaded when first needed, by one thread: cached features need none."""
+        with self._loading:
+            if self._encoder is None:
+                encoder = encoder_from_checkpoint(self._checkpoint)
+                self._encoder = encoder.to(self.device).eval().requires_grad_(False)
+            return self._encoder
 
     def caption(
         self,
-        photos: Sequence[Path | str | Image.Image | Tensor],
+        photos: AnyPhoto | Sequence[AnyPhoto],
         beam_size: int = 5,
         max_length: int = 30,
         length_penalty: float = 0.0,
-    ) -> list[Captioned]:
-        """Captions of paths, PIL images, or tensors (3, H, W) uint8 RGB. Raises captioning.images.PhotoError."""
-        squashed = [self.encoder.transform.squash(self._as_image(photo)) for photo in photos]
-        if not squashed:
-            return []
-        return self.caption_squashed(torch.stack(squashed), beam_size, max_length, length_penalty)
+    ) -> Captioned | list[Captioned]:
+        """The caption of a photo, or those of a list of them: paths, PIL images and tensors, mixed as you like.
+
+        A tensor is RGB, (3, H, W), uint8 or floating point in 0..1. Raises captioning.images.PhotoError.
+        """
+        if not isinstance(photos, (list, tuple)):
+            return self.caption([photos], beam_size, max_length, length_penalty)[0]
+        captions = []
+        for batch in in_batches(photos, BATCH):
+            squashed = torch.stack([self.encoder.transform.squash(self._as_image(photo)) for photo in batch])
+            captions += self.caption_squashed(squashed, beam_size, max_length, length_penalty)
+        return captions
 
     @torch.inference_mode()
     def caption_squashed(
@@ -115,7 +127,19 @@ class Captioner:
         sentinel = (1 - caption.attention.sum(1)).tolist() if self.decoder.has_sentinel else None
         return Captioned(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
 
-    def _as_image(self, photo: Path | str | Image.Image | Tensor) -> Image.Image:
+    def _as_image(self, photo: AnyPhoto) -> Image.Image:
         if isinstance(photo, Tensor):
-            return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy()).convert("RGB")
+            return _from_tensor(photo)
         return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
+
+
+def _from_tensor(photo: Tensor) -> Image.Image:
+    """(3, H, W) uint8, or floating point in 0..1, to the nearest of 256 steps."""
+    if photo.ndim != 3 or photo.shape[0] != 3 or not (photo.dtype == torch.uint8 or photo.is_floating_point()):
+        found = f"{photo.dtype} of shape {tuple(photo.shape)}".removeprefix("torch.")
+        raise PhotoError(f"a tensor, {found}: give (3, H, W) RGB, uint8 or floating point in 0..1")
+    if photo.is_floating_point():
+        if not bool(((photo >= 0) & (photo <= 1)).all()):
+            raise PhotoError("a tensor of floating point beyond 0..1: give it as it was before it was normalised")
+        photo = (255 * photo.float()).round().to(torch.uint8)
+    return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy())

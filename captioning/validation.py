@@ -85,11 +85,12 @@ class Validation:
         captions = {photo: words for part in parts for photo, words in part.captions.items()}
         candidates = {photo: captions[photo] for photo in self.split.ids if photo in captions}
         references = {photo: self.references[photo] for photo in candidates}
-        scores = score(candidates, references, self.vocabulary.language, only=("BLEU-4", "CIDEr-D"))
+        scores = score(candidates, references)
         cross_entropy, top5, words = np.sum([part.sums for part in parts], 0).tolist()
         watched = {photo: seen for part in parts for photo, seen in part.watched.items()}
         return {
-            "val_loss": cross_entropy / words, "top5": top5 / words, **scores, "scored": len(candidates),
+            "val_loss": cross_entropy / words, "top5": top5 / words, "BLEU-4": scores["BLEU-4"],
+            "CIDEr-D": scores["CIDEr-D"], "scored": len(candidates),
             "unreadable": len(self.unreadable.reasons),
             "panel": self.panel.draw(epoch, watched, references, self.vocabulary.joined),
         }  # fmt: skip

@@ -42,8 +42,12 @@ def read_annotations(path: Path, images: Path, split: str | None) -> list[Record
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder; give the folder that holds the photos of {path}")
-    data = _read_json(path)
-    read = _reader(path, data, split)
+    data = read_json(path)
+    read = _reader(path, data)
+    if read is _read_karpathy and split is not None:
+        raise UserError(f"{path}: in Karpathy's form, which holds its own splits; use --karpathy {path} IMAGES")
+    if read is not _read_karpathy and split is None:
+        raise UserError(f"{path}: not in Karpathy's form (no 'sentences'); use --train {path} IMAGES")
     records, seen = [], set()
     for record in read(path, data, str(images), split):
         if record.id in seen:
@@ -55,13 +59,28 @@ def read_annotations(path: Path, images: Path, split: str | None) -> list[Record
     return records
 
 
-def _read_json(path: Path) -> object:
+def read_references(path: Path, split: str) -> list[Record]:
+    """The photos that an annotation file is about, without their folder; of Karpathy's form those of the split.
+
+    An image that is listed more than once, as in AI Challenger's own references, is one. Raises UserError as
+    `read_annotations` does.
+    """
+    data = read_json(path)
+    records = {record.id: record for record in _reader(path, data)(path, data, "", split)}
+    found = [record for record in records.values() if record.split == split]
+    if not found:
+        raise UserError(f"{path}: holds no {split} images; give another --split or another file")
+    return found
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds. Raises UserError."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file; check the path") from None
+        raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give the annotation file first, then the image folder") from None
+        raise UserError(f"{path}: is a folder; give the JSON file (and after it the image folder)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     except json.JSONDecodeError as error:
@@ -71,21 +90,15 @@ def _read_json(path: Path) -> object:
         raise UserError(f"{path}: not JSON ({error}); download or unpack it again") from None
 
 
-def _reader(path: Path, data: object, split: str | None) -> Callable[..., Iterator[Record]]:
+def _reader(path: Path, data: object) -> Callable[..., Iterator[Record]]:
     """The reader for the form that `data` has."""
     if _first_has(data, "image_id") and _first_has(data, "caption"):
-        karpathy, read = False, _read_ai_challenger
-    elif isinstance(data, dict) and isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list):
-        karpathy, read = False, _read_coco
-    elif isinstance(data, dict) and _first_has(data.get("images"), "sentences"):
-        karpathy, read = True, _read_karpathy
-    else:
-        raise UserError(f"{path}: no annotation file of a known form: found {_describe(data)}; {FORMS}")
-    if karpathy and split is not None:
-        raise UserError(f"{path}: in Karpathy's form, which holds its own splits; use --karpathy {path} IMAGES")
-    if not karpathy and split is None:
-        raise UserError(f"{path}: not in Karpathy's form (no 'sentences'); use --train {path} IMAGES")
-    return read
+        return _read_ai_challenger
+    if isinstance(data, dict) and isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list):
+        return _read_coco
+    if isinstance(data, dict) and _first_has(data.get("images"), "sentences"):
+        return _read_karpathy
+    raise UserError(f"{path}: no annotation file of a known form: found {_describe(data)}; {FORMS}")
 
 
 def _first_has(entries: object, key: str) -> bool:

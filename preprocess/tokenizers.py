@@ -55,8 +55,13 @@ class _Letters(dict):
 _letters = _Letters()
 
 
+def cut_precisely(text: str) -> list[str]:
+    """The words of a Chinese text by jieba's precise mode; marks and spaces are words, too."""
+    return list(_jieba().cut(text))
+
+
 def _cut_with_jieba(caption: str) -> str:
-    return " ".join(_jieba().cut(caption.translate(_letters)))
+    return " ".join(cut_precisely(caption.translate(_letters)))
 
 
 def _cut_by_character(caption: str) -> str:

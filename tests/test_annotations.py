@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from preprocess.annotations import Record, read_annotations
+from preprocess.annotations import Record, read_annotations, read_references
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotation files are not beside the project")
@@ -193,9 +193,9 @@ def test_an_image_may_occur_once(tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="no such annotation file"):
+    with pytest.raises(UserError, match="no such file"):
         read_annotations(tmp_path / "none.json", tmp_path, "train")
-    with pytest.raises(UserError, match="annotation file first"):
+    with pytest.raises(UserError, match="is a folder; give the JSON file"):
         read_annotations(tmp_path, tmp_path, "train")
     with pytest.raises(UserError, match="no such image folder"):
         read_annotations(tmp_path / "none.json", tmp_path / "photos", "train")
@@ -214,3 +214,16 @@ def test_the_real_files_are_read():
     assert challenge[1].id == "b96ff46ba5b1cbe5bb4cc32b566431132ca71a64.jpg"
     with pytest.raises(UserError, match="occurs twice"):  # the sample references list an image once a caption
         read_annotations(SHARED / "ai_challenger" / "id_to_words.json", flickr, "train")
+
+
+def test_references_are_read_in_any_form_without_the_photos(tmp_path):
+    """AI Challenger's own list an image once for each of its captions; Karpathy's form gives one split."""
+    coco = {"images": [{"id": 9, "file_name": "n"}] * 2, "annotations": [{"image_id": 9, "caption": c} for c in "ab"]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    (record,) = read_references(tmp_path / "coco.json", "val")
+    assert (record.id, record.image, record.captions) == ("9", "n", ("a", "b"))
+    images = [{"filename": f"{split}.jpg", "split": split, "sentences": [{"raw": "a"}]} for split in ("train", "val")]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": images}))
+    assert [record.id for record in read_references(tmp_path / "karpathy.json", "val")] == ["val.jpg"]
+    with pytest.raises(UserError, match="holds no test images; give another --split"):
+        read_references(tmp_path / "karpathy.json", "test")

@@ -318,11 +318,12 @@ def test_batched_captions_equal_those_of_one_photo_at_a_time(here):
 
 
 def test_pictures_of_attention_are_drawn(here, tmp_path):
-    generate.main(
-        Generate(Path("checkpoints/attention"), (Path("data/small/photos/0.png"),), pictures=tmp_path / "drawn")
-    )
-    (picture,) = (tmp_path / "drawn").iterdir()
-    assert Image.open(picture).width > 200
+    run, photos = Path("checkpoints/attention"), (Path("data/small/photos/0.png"),)
+    for name, more in (("drawn", {}), ("cells", {"view": "grid"}), ("moving", {"animate": True})):
+        generate.main(Generate(run, photos, pictures=tmp_path / name, **more))
+    drawn, cells, moving = (next((tmp_path / name).iterdir()) for name in ("drawn", "cells", "moving"))
+    assert Image.open(drawn).width > 200 and drawn.read_bytes() != cells.read_bytes()
+    assert moving.suffix == ".gif" and Image.open(moving).n_frames > 2
     with pytest.raises(UserError, match="does not attend"):
         generate.main(Generate(Path("checkpoints/lstm"), (Path("data/small/photos/0.png"),), pictures=tmp_path))
 
@@ -334,6 +335,69 @@ def test_the_sentinels_share_of_each_word_is_told_and_drawn(here, tmp_path):
         assert line["caption"].split() == line["words"] and len(line["sentinel"]) == len(line["words"])
         assert all(0 < beta < 1 for beta in line["sentinel"])
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
+
+
+def test_a_split_gives_a_table_a_page_and_the_extremes(here, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("csv", "html", "extremes")}
+    generate.main(Generate(Path("checkpoints/attention"), data=Path("data/small"), **files))
+    assert "photo5" not in capsys.readouterr().out, "captions are in the files"
+    header, *lines = files["csv"].read_text("utf-8-sig").splitlines()
+    assert len(lines) == 4 and header.endswith("CIDEr-D") and lines[0].startswith("photo5,")
+    page = files["html"].read_text("utf-8")
+    assert page.count("<article>") == 4 and page.count("CIDEr-D") == 4 and "data:image/png" in page
+    assert files["extremes"].read_text("utf-8").count("<article>") == 4
+    generate.main(Generate(Path("checkpoints/attention"), (Path("data/small/photos/0.png"),), html=files["html"]))
+    assert "CIDEr-D" not in files["html"].read_text("utf-8"), "nobody described it"
+
+
+def test_captions_in_a_file_score_as_they_did_when_they_were_made(here, tmp_path, capsys):
+    def scored(**settings):
+        generate.main(Generate(scores=tmp_path / "scores.json", **settings))
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    made = scored(run=Path("checkpoints/attention"), data=Path("data/small"), json=tmp_path / "a.json")
+    read = scored(score=(tmp_path / "a.json",), references=Path("data/small"))
+    assert all(made[key] == read[key] for key in ("word", "intervals", "captions", "references", "photos"))
+    scored(run=Path("checkpoints/lstm"), data=Path("data/small"), json=tmp_path / "b.json")
+    capsys.readouterr()
+    both = scored(score=(tmp_path / "a.json", tmp_path / "b.json"), references=Path("data/small"))
+    gap = both["difference"]["word"]["ROUGE-L"]["difference"]
+    one, other = (both[str(tmp_path / name)]["word"]["ROUGE-L"] for name in ("a.json", "b.json"))
+    assert (
+        one == made["word"]["ROUGE-L"] and gap == pytest.approx(other - one) and "better in" in capsys.readouterr().out
+    )
+
+
+def test_captions_of_some_photos_are_scored_and_said_to_be_some_but_not_compared_with_others(here, tmp_path, capsys):
+    for name, ids in (("some", ["photo5"]), ("others", ["photo11"])):
+        (tmp_path / name).write_text(json.dumps([{"image_id": id, "caption": "a red square"} for id in ids]))
+    generate.main(Generate(score=(tmp_path / "some",), references=Path("data/small")))
+    assert "has 1 of the 4 photos" in capsys.readouterr().out
+    with pytest.raises(UserError, match="some.*others: not of the same photos"):
+        generate.main(Generate(score=(tmp_path / "some", tmp_path / "others"), references=Path("data/small")))
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({}, "give a run"), ({"photos": (Path("a.jpg"),)}, "give a run"), ({"run": Path("r")}, "give a run, and photos"),
+    ({"score": (Path("a"),)}, "--references"), ({"score": (Path("a"),) * 3, "references": Path("r")}, "or two"),
+    ({"score": (Path("a"),), "references": Path("r"), "run": Path("r")}, "leave out the run"),
+    ({"score": (Path("a"),), "references": Path("r"), "html": Path("h")}, "leave out --html"),
+    ({"score": (Path("a"),) * 2, "references": Path("r"), "csv": Path("c")}, "of one file"),
+    ({"run": Path("r"), "photos": (Path("a"),), "references": Path("r")}, "--references goes with --score"),
+    ({"run": Path("r"), "photos": (Path("a"),), "tokenizer": "jieba"}, "--tokenizer goes with --score"),
+    ({"run": Path("r"), "photos": (Path("a"),), "extremes": Path("e")}, "--extremes go with --data"),
+    ({"run": Path("r"), "photos": (Path("a"),), "animate": True}, "--animate goes with --pictures"),
+    ({"run": Path("r"), "photos": (Path("a"),), "view": "grid"}, "--view goes with --pictures"),
+])  # fmt: skip
+def test_settings_of_generate_that_do_not_go_together_are_refused(wrong, words):
+    with pytest.raises(UserError, match=words) as error:
+        Generate(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_english_captions_are_no_submission(here, tmp_path):
+    with pytest.raises(UserError, match="AI Challenger is Chinese"):
+        generate.main(Generate(Path("checkpoints/lstm"), data=Path("data/small"), submission=tmp_path / "a.json"))
 
 
 def test_a_checkpoint_needs_no_other_file(here, tmp_path):

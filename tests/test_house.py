@@ -17,7 +17,8 @@ import config
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ["config", "command_line", "preprocess", "captioning"]  # the commands live above them
-GROUND = {"config", "captioning.grid", "captioning.images", "captioning.metrics", "captioning.pictures"}
+GROUND = {"config", "captioning.grid", "captioning.images", "captioning.metrics", "captioning.java_metrics",
+          "captioning.fonts", "captioning.pictures"}  # fmt: skip
 SHORTEST = {  # the shortest valid command line of each command
     config.Preprocess: ["data/scenes", "--scenes", "20"],
     config.ExtractFeatures: ["data/scenes"],
@@ -88,8 +89,8 @@ def test_commands_never_import_each_other(module):
 
 
 @pytest.mark.parametrize("module", sorted(GROUND & SOURCES.keys()))
-def test_the_ground_floor_imports_nothing_of_ours(module):
-    assert not imports(module)
+def test_the_ground_floor_imports_nothing_of_ours_but_itself(module):
+    assert imports(module) <= GROUND
 
 
 def test_imports_never_run_in_a_circle():

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, ImageSequence
 
-from captioning import pictures
-from captioning.pictures import MARKS, PAPER, Entry, contact_sheet, draw_attention, find_font, overlay
+from captioning import fonts, pictures
+from captioning.fonts import find_font
+from captioning.pictures import MARKS, PAPER, Entry, animate_attention, contact_sheet, draw_attention, overlay
 
 GRIDS = [(7, 7), (8, 8), (14, 14), (5, 9)]
 WHITE = Image.new("RGB", (180, 120), "white")
@@ -35,10 +36,10 @@ def chinese_font():
 
 @pytest.fixture
 def only_dejavu(monkeypatch):
-    monkeypatch.setattr(pictures, "_font_files", lambda: (DEJAVU,))
-    pictures._find_font.cache_clear()
+    monkeypatch.setattr(fonts, "_font_files", lambda: (DEJAVU,))
+    fonts._find_font.cache_clear()
     yield
-    pictures._find_font.cache_clear()
+    fonts._find_font.cache_clear()
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,6 +94,34 @@ def test_the_first_cell_of_the_attention_is_the_upper_left_corner_of_its_panel(t
     assert page[top + 10, left + 10] > 600 > 400 > page[top + 120, left + 10]
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_grid_view_lights_each_cell_evenly(grid):
+    attention = np.random.default_rng(0).random(grid)
+    lit = np.asarray(overlay(Image.new("RGB", (10 * grid[1], 10 * grid[0]), "white"), attention, "grid"), int)
+    cells = lit.reshape(grid[0], 10, grid[1], 10, 3)
+    assert np.ptp(cells, axis=(1, 3)).max() == 0
+    assert len(np.unique(cells[:, 0, :, 0].reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.mark.parametrize("words, title", [(["a", "dog", "runs"], "a dog runs"), (["狗", "在", "奔跑"], "狗在奔跑")])
+def test_a_moving_picture_shows_the_photo_and_then_a_word_a_frame(tmp_path, words, title):
+    chinese_font()
+    attention = np.eye(3, 49) * [[1.0], [1.0], [0.4]]  # the last word has a sentinel's share of 0.6
+    animate_attention(WHITE, words, attention, (7, 7), tmp_path / "a.gif", title)
+    movie = Image.open(tmp_path / "a.gif")
+    frames = [np.asarray(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(movie)]
+    assert len(frames) == 4 and movie.info["loop"] == 0 and os.listdir(tmp_path) == ["a.gif"]
+    photo, caption = slice(0, 320), slice(332, 368)  # 180x120, enlarged to 480x320
+    assert frames[0][photo].min() > 250 and all(frame[photo].min() < 200 for frame in frames[1:])
+    middles = []  # of the dark letters in each frame
+    for frame in frames[1:]:
+        dark = np.flatnonzero((frame[caption].sum(-1) < 200).any(0))
+        middles.append(dark.mean())
+    assert middles == sorted(middles) and len(set(middles)) == 3
+    beta = slice(-24, None), slice(400, None)
+    assert [bool((frame[beta].sum(-1) < 600).any()) for frame in frames] == [False, False, False, True]
+
+
 def test_attention_of_another_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"attention \(2, 49\): 2 words on a grid of \(8, 8\) need \(2, 64\)"):
         draw_attention(WHITE, ["a", "b"], even(2, (7, 7)), (8, 8), tmp_path / "a.png")
@@ -118,7 +147,7 @@ def test_every_chinese_letter_has_its_own_shape_in_the_font_found():
 
 
 def test_a_font_that_draws_every_letter_as_a_box_is_never_chosen():
-    files = pictures._font_files()
+    files = fonts._font_files()
     assert files and not any("lastresort" in path.lower() for path in files)
 
 
@@ -143,13 +172,13 @@ def test_a_collection_gives_the_face_for_simplified_chinese(tmp_path):
             record.string = name
         collection.fonts.append(font)
     collection.save(tmp_path / "sans.ttc")
-    faces = pictures._faces(str(tmp_path / "sans.ttc"))
+    faces = fonts._faces(str(tmp_path / "sans.ttc"))
     assert [face for face, _ in faces] == [1, 0] and all(ord("a") in characters for _, characters in faces)
 
 
 def test_a_file_that_is_no_font_is_passed_over(tmp_path):
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
-    assert pictures._faces(str(tmp_path / "broken.ttf")) == ()
+    assert fonts._faces(str(tmp_path / "broken.ttf")) == ()
 
 
 @pytest.mark.parametrize("word", ["$a_b$", "<script>", r"\frac", "x^2", "%d", "{a}"])
@@ -159,24 +188,24 @@ def test_signs_of_formulas_and_markup_are_drawn_as_they_are(tmp_path, word):
     left, top = pictures.MARGIN + pictures.PANEL + pictures.GAP, pictures.MARGIN + round(pictures.PANEL * 2 / 3)
     label = page[top + 4 : top + 40, left : left + pictures.PANEL - 45]  # under the panel, without the share
     inked = np.flatnonzero((np.abs(label - PAPER).sum(-1) > 60).any(0))
-    expected = pictures._type(find_font(word), 19).getbbox(word)
+    expected = fonts.typeface(find_font(word), 19).getbbox(word)
     assert abs(inked[0] - expected[0]) <= 1 and abs(inked[-1] + 1 - expected[2]) <= 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("ab 绿色，。\n\t$") | st.characters(codec="utf-8"), max_size=80), st.integers(60, 400))
 def test_a_long_text_is_broken_without_losing_a_letter_or_leaving_the_page(text, width):
-    font = pictures._type(pictures.Font(DEJAVU, 0), 20)
-    lines = pictures._lines(text, font, width)
+    font = fonts.typeface(fonts.Font(DEJAVU, 0), 20)
+    lines = fonts.broken(text, font, width)
     assert "".join("".join(lines).split()) == "".join(text.split())
     assert all(line and font.getlength(line) <= width for line in lines)
 
 
 def test_a_word_too_long_for_its_panel_is_made_smaller_and_then_cut():
-    font = pictures.Font(DEJAVU, 0)
-    assert pictures._fitted("skateboarding", font, 19, 120)[0] == "skateboarding"
-    word, fitting = pictures._fitted("Donaudampfschifffahrtsgesellschaft", font, 19, 80)
-    assert word.endswith("...") and fitting.getlength(word) <= 80 and fitting.size == pictures.SMALLEST
+    font = fonts.Font(DEJAVU, 0)
+    assert fonts.fitted("skateboarding", font, 19, 120)[0] == "skateboarding"
+    word, fitting = fonts.fitted("Donaudampfschifffahrtsgesellschaft", font, 19, 80)
+    assert word.endswith("...") and fitting.getlength(word) <= 80 and fitting.size == fonts.SMALLEST
 
 
 @pytest.mark.parametrize("true", [True, False, None])

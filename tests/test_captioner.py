@@ -1,0 +1,80 @@
+"""The Python interface: a photo or a list, in any form, from any number of threads."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captioning import captioner as room
+from captioning.captioner import Captioner
+from captioning.decoders import DECODERS
+from captioning.images import PhotoError
+
+PHOTOS = [f"data/small/photos/{i}.png" for i in range(8)]
+
+
+def tensor(path):
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+
+
+def test_a_path_an_image_and_a_tensor_of_bytes_or_of_floats_give_the_same_caption(here):
+    captioner = Captioner.load("checkpoints/attention", precision="float32")
+    for path in PHOTOS[:3]:
+        expected = captioner.caption(path)
+        forms = [Path(path), Image.open(path), tensor(path), tensor(path) / 255, (tensor(path) / 255).double()]
+        mixed = captioner.caption(forms)
+        assert [caption.text for caption in mixed] == [expected.text] * 5
+        for form, caption in zip(forms, mixed, strict=True):
+            torch.testing.assert_close(captioner.caption(form).attention, expected.attention)
+            assert caption.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
+
+
+def test_a_list_gives_a_list_however_long_and_a_photo_gives_a_caption(here, monkeypatch):
+    captioner = Captioner.load("checkpoints/attention", precision="float32")
+    assert captioner.caption([]) == []
+    expected = [captioner.caption(path).text for path in PHOTOS]
+    monkeypatch.setattr(room, "BATCH", 3)
+    assert [caption.text for caption in captioner.caption(PHOTOS)] == expected
+
+
+@pytest.mark.parametrize("photo, reason", [
+    (torch.zeros(8, 8, 3), r"float32 of shape \(8, 8, 3\): give \(3, H, W\)"),
+    (torch.zeros(2, 3, 8, 8), "give"), (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
+    (torch.full((3, 8, 8), 2.0), "before it was normalised"), (torch.full((3, 8, 8), torch.nan), "beyond 0..1"),
+    ("none.jpg", "no such file"),
+])  # fmt: skip
+def test_what_is_no_photo_is_refused_in_a_line(here, photo, reason):
+    with pytest.raises(PhotoError, match=reason) as error:
+        Captioner.load("checkpoints/attention").caption([PHOTOS[0], photo])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("run", DECODERS)
+def test_threads_caption_as_one_does(here, run):
+    alone = Captioner.load(f"checkpoints/{run}", precision="float32")
+    expected = [alone.caption(path) for path in PHOTOS]
+    shared = Captioner.load(f"checkpoints/{run}", precision="float32")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(shared.caption, PHOTOS * 3))
+    for one, other in zip(found, expected * 3, strict=True):
+        assert (one.text, one.log_probability, one.sentinel) == (other.text, other.log_probability, other.sentinel)
+        assert one.attention is None or torch.equal(one.attention, other.attention)
+
+
+def test_threads_load_the_encoder_once(here, monkeypatch):
+    loads, plain = [], room.encoder_from_checkpoint
+
+    def slow(checkpoint):
+        loads.append(1)
+        time.sleep(0.05)
+        return plain(checkpoint)
+
+    monkeypatch.setattr(room, "encoder_from_checkpoint", slow)
+    captioner = Captioner.load("checkpoints/attention", precision="float32")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(captioner.caption, PHOTOS))
+    assert len(loads) == 1
