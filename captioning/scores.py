@@ -111,7 +111,7 @@ class Scores:
         scores = {protocol: {**by_name(scores_of(parts)), **self.java[protocol]}
                   for protocol, parts in self.parts.items()}  # fmt: skip
         facts = {"captions": vars(self.captions), "references": vars(self.references)}
-        return {"photos": len(self.each), "tokenizer": self.tokenizer, **scores, "intervals": intervals, **facts}
+        return {"photos": len(self.each), "tokenizer": self.tokenizer, **scores, "intervals": intervals, "facts": facts}
 
     def __str__(self) -> str:
         """The table for a person, with how the numbers were made."""

@@ -44,7 +44,9 @@ def test_captions_are_described_beside_their_references():
     scores = score_captions(ENGLISH, "en", "whitespace", java=False)
     assert scores.captions == Facts(11 / 4, 8, 1.0, 1 / 11, 0.5, 0.25)
     assert scores.references == Facts(2.5, 3, 0.25, 0.0, 0.5, None)
-    assert "50.0%" in str(scores) and json.loads(json.dumps(scores.to_dict()))["captions"]["unfinished"] == 0.25
+    assert (
+        "50.0%" in str(scores) and json.loads(json.dumps(scores.to_dict()))["facts"]["captions"]["unfinished"] == 0.25
+    )
 
 
 def test_the_score_of_each_caption_is_that_of_the_caption_alone_but_for_ciders_document_frequencies():
