@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,16 @@ body:has(#cells:checked) b img {{ image-rendering: pixelated }}
 </style>
 <h1>{title}</h1>
 """
-SWITCH = '<label><input type="checkbox" id="cells"> attention cell by cell</label>\n'
+HOW_TO = 'Point at a word to see where it looked. <label><input type="checkbox" id="cells"> cell by cell</label>\n'
 
 Card = tuple[Photo, Captioned, float | None]  # a photo, its caption, and the caption's CIDEr-D
 
 
-def write_page(path: Path, title: str, language: str, sections: Iterable[tuple[str, Iterable[Card]]]) -> None:
+def write_page(path: Path, title: str, language: str, sections: Sequence[tuple[str, Sequence[Card]]]) -> None:
     """A section has a heading (or none) and its cards. Raises UserError where the page cannot be written."""
+    attends = any(caption.attention is not None for _, cards in sections for _, caption, _ in cards)
     with draft(path) as file:
-        file.write(HEAD.format(title=html.escape(title), language=language) + SWITCH)
+        file.write(HEAD.format(title=html.escape(title), language=language) + (HOW_TO if attends else ""))
         for heading, cards in sections:
             file.write(f"<h2>{html.escape(heading)}</h2>\n" if heading else "")
             for card in cards:

@@ -88,3 +88,9 @@ def test_the_bench_of_an_epoch_and_of_growth_run(capsys, monkeypatch):
     base = scaling.Bench(photos=1, captions_of_a_photo=2, vocabulary=30, channels=4, size=4)
     scaling.main(scaling.Scaling(base, rounds=1, threads=1))
     assert capsys.readouterr().out.count("times as long") == 12
+
+
+def test_the_bench_of_the_scores_runs(small_data, capsys):
+    scoring = bench("scoring")
+    scoring.main(scoring.Bench((small_data,), photos=30))
+    assert re.search(r"30 photos, 45 references, +word: [\d.]+ s", capsys.readouterr().out)

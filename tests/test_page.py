@@ -55,6 +55,7 @@ def test_a_page_fetches_nothing_runs_nothing_and_escapes_everything(tmp_path, re
     assert all(value.startswith("data:") for _, some in page.elements for name, value in some.items()
                if name in ("src", "href"))  # fmt: skip
     text = (tmp_path / "page.html").read_text("utf-8")
+    assert "Point at a word" not in text, "there is no attention to see"
     assert "url(" not in text and "http" not in text
     assert {"a & b", "<heading>", "one dog", "<script>"} <= set(page.text)
     assert "<id> · log-probability -3.50 · unfinished · CIDEr-D 12.3" in page.text
@@ -64,6 +65,7 @@ def test_the_map_of_a_word_lets_light_through_where_attention_was(tmp_path, read
     attention = torch.zeros(2, 6)
     attention[0, 4], attention[1, 0], attention[1, 1] = 0.9, 0.5, 0.25
     page = read(card(tmp_path, attention=attention, grid=(2, 3), sentinel=[0.1, 0.25]))
+    assert any(text.startswith("Point at a word") for text in page.text)
     photo, *maps = (picture(some["src"]) for tag, some in page.elements if tag == "img")
     assert photo.size == (256, 128)
     dark = [np.asarray(shade)[..., 1] for shade in maps]
