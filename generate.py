@@ -49,7 +49,7 @@ def main(config: Generate) -> None:
         print(f"skipped: {reason}")
     language, tokenizer = captioner.vocabulary.language, captioner.vocabulary.tokenizer
     scores = None
-    if config.data and config.files:
+    if config.data and (config.scores or config.csv or config.html or config.extremes):
         scores = score_captions(pairs, language, tokenizer, java=bool(config.scores))
     if config.scores:
         print(scores)

@@ -220,6 +220,11 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
         np.testing.assert_allclose([low, high], expected, atol=0.12 * (expected[1] - expected[0]))
 
 
+def test_the_interval_leaves_a_fortieth_on_either_side():
+    scores = np.random.default_rng(0).permutation(1001)[:, None].repeat(6, 1)
+    assert interval(scores).tolist() == [[25, 975]] * 6
+
+
 def test_intervals_are_the_same_every_time():
     parts = parts_of(*many_pairs(10, 2))
     assert np.array_equal(resampled(parts), resampled(parts))

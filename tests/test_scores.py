@@ -85,6 +85,18 @@ def test_in_chinese_the_ptb_tokenizer_only_drops_marks_and_lowers_the_case(share
     assert [" ".join(by_challenge(words)) for words in cut] == [theirs[i][0] for i in range(len(cut))]
 
 
+def test_the_challenge_drops_full_stops_before_it_cuts_and_cuts_the_text_anew():
+    photo, caption = CHINESE
+    parts = [
+        score_captions([(photo, Captioned(text, words))], "zh", "jieba", java=False).parts["ai-challenger"]
+        for text, words in (
+            (caption.text, caption.words),
+            ("".join(caption.words[:2]) + "。在奔跑。", ["两只狗在奔跑"]),
+        )
+    ]
+    assert np.array_equal(*parts) and parts[0][0, 0] == 3, "两只, 在, 奔跑"
+
+
 def test_the_challenges_own_sample_scores_as_its_procedure_written_out(shared):
     folder = shared / "ai_challenger"
     photos, language, tokenizer = read_photos(folder / "id_to_words.json", "val", None)
