@@ -352,11 +352,6 @@ class Generate:
         if len(self.score) == 2 and (self.csv or self.extremes):
             raise UserError("--csv and --extremes are of one file: give --score one")
 
-    @property
-    def files(self) -> list[Path]:
-        """The files to write."""
-        return [*filter(None, (self.json, self.submission, self.csv, self.html, self.extremes, self.scores))]
-
 
 @dataclass(frozen=True)
 class Dashboard:

@@ -28,32 +28,44 @@ from command_line import run
 from config import Generate, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
 
+FILES = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
+
 
 def main(config: Generate) -> None:
     if config.score:
         score_files(config)
-        return
+    else:
+        caption_photos(config)
+
+
+def caption_photos(config: Generate) -> None:
     captioner = Captioner.load(config.run, config.device, config.precision, config.hard)
     refuse_what_it_cannot_do(config, captioner)
-    photos = photos_of(list(read_captions(config.data)), config.split, config.data, config.limit) if config.data else []
-    photos = photos or chosen_files(config.photos)
-    unreadable = Unreadable(len(photos), config.allow_missing)
-    pairs = []
-    for photo, caption in caption_all(config, captioner, photos, unreadable):
-        pairs.append((photo, caption))
-        if not config.files:
-            tqdm.write(f"{photo.id}: {caption.text}{'' if caption.finished else ' [unfinished]'}")
-        if config.pictures:
-            draw_picture(config, photo, caption)
-    for reason in unreadable.reasons:
-        print(f"skipped: {reason}")
     language, tokenizer = captioner.vocabulary.language, captioner.vocabulary.tokenizer
-    scores = None
+    pairs, scores = captions_of_all(config, captioner), None
     if config.data and (config.scores or config.csv or config.html or config.extremes):
         scores = score_captions(pairs, language, tokenizer, java=bool(config.scores))
     if config.scores:
         print(scores)
     write_files(config, pairs, language, scores)
+
+
+def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
+    """Every photo that could be read with its caption, which is said or drawn at once where that was asked for."""
+    photos = photos_of(list(read_captions(config.data)), config.split, config.data, config.limit) if config.data else []
+    photos = photos or chosen_files(config.photos)
+    unreadable, pairs = Unreadable(len(photos), config.allow_missing), []
+    for photo, caption in caption_all(config, captioner, photos, unreadable):
+        pairs.append((photo, caption))
+        if not files_of(config):
+            tqdm.write(f"{photo.id}: {caption.text}{'' if caption.finished else ' [unfinished]'}")
+        if config.pictures:
+            draw_picture(config, photo, caption)
+    for reason in unreadable.reasons:
+        print(f"skipped: {reason}")
+    if not pairs:
+        raise UserError("none of the photos could be read; give others")
+    return pairs
 
 
 def refuse_what_it_cannot_do(config: Generate, captioner: Captioner) -> None:
@@ -86,6 +98,10 @@ def score_files(config: Generate) -> None:
                      | {"difference": comparison})  # fmt: skip
 
 
+def files_of(config: Generate) -> list[Path]:
+    return [path for name in FILES if (path := getattr(config, name))]
+
+
 def write_files(config: Generate, pairs: Pairs, language: str, scores: Scores | None) -> None:
     """Everything that was asked for but pictures. scores: where there are references."""
     ciders = scores.each[:, NAMES.index("CIDEr-D")].tolist() if scores else [None] * len(pairs)
@@ -103,7 +119,7 @@ def write_files(config: Generate, pairs: Pairs, language: str, scores: Scores | 
         write_page(config.extremes, title, language, extremes(cards))
     if config.scores:
         write_scores(config, scores.to_dict())
-    for path in config.files:
+    for path in files_of(config):
         print(f"{path}: {len(pairs):,} captions")
 
 

@@ -400,6 +400,12 @@ def test_settings_of_generate_that_do_not_go_together_are_refused(wrong, words):
     assert "\n" not in str(error.value)
 
 
+def test_photos_of_which_none_can_be_read_are_no_captions(here, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    with pytest.raises(UserError, match="none of the photos could be read"):
+        generate.main(Generate(Path("checkpoints/lstm"), (tmp_path / "broken.jpg",), allow_missing=1.0, workers=0))
+
+
 def test_english_captions_are_no_submission(here, tmp_path):
     with pytest.raises(UserError, match="AI Challenger is Chinese"):
         generate.main(Generate(Path("checkpoints/lstm"), data=Path("data/small"), submission=tmp_path / "a.json"))

@@ -67,7 +67,9 @@ def test_any_grid_and_any_number_of_words_make_a_picture(tmp_path, grid, count):
     page = Image.open(tmp_path / "a.png")
     page.load()
     assert max(page.size) < 2300 and page.getpixel((2, 2)) == PAPER
-    assert os.listdir(tmp_path) == ["a.png"]
+    animate_attention(WHITE, ["word"] * count, even(count, grid), grid, tmp_path / "a.gif", "a title")
+    assert Image.open(tmp_path / "a.gif").n_frames == count + 1
+    assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.png"]
 
 
 @pytest.mark.parametrize("photo", [
