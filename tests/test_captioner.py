@@ -35,6 +35,12 @@ def test_a_path_an_image_and_a_tensor_of_bytes_or_of_floats_give_the_same_captio
             assert caption.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
 
 
+def test_a_tensor_of_floats_is_that_of_the_nearest_bytes():
+    bytes = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)
+    for almost in (bytes / 255, (bytes / 255 + 0.4 / 255).clamp(max=1), (bytes / 255 - 0.4 / 255).clamp(min=0)):
+        assert np.array_equal(np.asarray(room._from_tensor(almost)), bytes.permute(1, 2, 0))
+
+
 def test_a_list_gives_a_list_however_long_and_a_photo_gives_a_caption(here, monkeypatch):
     captioner = Captioner.load("checkpoints/attention", precision="float32")
     assert captioner.caption([]) == []
@@ -46,8 +52,8 @@ def test_a_list_gives_a_list_however_long_and_a_photo_gives_a_caption(here, monk
 @pytest.mark.parametrize("photo, reason", [
     (torch.zeros(8, 8, 3), r"float32 of shape \(8, 8, 3\): give \(3, H, W\)"),
     (torch.zeros(2, 3, 8, 8), "give"), (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
-    (torch.full((3, 8, 8), 2.0), "before it was normalised"), (torch.full((3, 8, 8), torch.nan), "beyond 0..1"),
-    ("none.jpg", "no such file"),
+    (torch.linspace(-2, 2, 192).view(3, 8, 8), "before it was normalised"),
+    (torch.full((3, 8, 8), torch.nan), "beyond 0..1"), ("none.jpg", "no such file"),
 ])  # fmt: skip
 def test_what_is_no_photo_is_refused_in_a_line(here, photo, reason):
     with pytest.raises(PhotoError, match=reason) as error:
