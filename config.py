@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 DASHBOARD_URL = "http://127.0.0.1:8097"
 
@@ -21,18 +21,33 @@ class UserError(Exception):
     """Something a user caused and can mend. The text is one line: what, where, what to do."""
 
 
+def flag(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def check(condition: bool, flag: str, value: object, wanted: str) -> None:
     """Raise UserError in the flag's own words unless `condition` holds."""
     if not condition:
         raise UserError(f"{flag} {value}: must be {wanted}")
 
 
-def check_share(flag: str, value: float) -> None:
-    check(0 <= value <= 1, flag, value, "a share between 0 and 1")
+def at_least(settings: object, least: int, *names: str) -> None:
+    """Settings that are None stay unchecked."""
+    for name in names:
+        value = getattr(settings, name)
+        check(value is None or value >= least, flag(name), value, f"{least} or more")
 
 
-def check_at_least(flag: str, value: float, least: int) -> None:
-    check(value >= least, flag, value, f"{least} or more")
+def shares(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        check(0 <= value <= 1, flag(name), value, "a share between 0 and 1")
+
+
+def given(settings: object, *names: str) -> list[str]:
+    """The flags of those settings that are not at their default."""
+    return [flag(name) for name in names if getattr(settings, name) != getattr(type(settings), name)]
 
 
 @dataclass(frozen=True)
@@ -65,13 +80,9 @@ class Preprocess:
             raise UserError("give exactly one of --train ANN.json IMAGES, --karpathy JSON IMAGES, --scenes N")
         if (self.val or self.test) and not self.train:
             raise UserError("--val and --test go with --train ANN.json IMAGES")
-        if self.scenes is not None:
-            check_at_least("--scenes", self.scenes, 10)
-        if self.min_count is not None:
-            check_at_least("--min-count", self.min_count, 1)
-        check_at_least("--max-words", self.max_words, 1)
-        check_share("--allow-missing", self.allow_missing)
-        check_at_least("--workers", self.workers, 1)
+        at_least(self, 10, "scenes")
+        at_least(self, 1, "min_count", "max_words", "workers")
+        shares(self, "allow_missing")
 
 
 @dataclass(frozen=True)
@@ -107,11 +118,10 @@ class ExtractFeatures:
             raise UserError("--scaled-decoding goes without --nvjpeg, which decodes JPEGs at their full size")
         if self.overwrite and (self.info or self.verify):
             raise UserError("--overwrite goes without --info and --verify, which extract nothing")
-        if self.image_size is not None:
-            check_at_least("--image-size", self.image_size, 32)
-        check_at_least("--batch-size", self.batch_size, 1)
-        check_at_least("--workers", self.workers, 0)
-        check_share("--allow-missing", self.allow_missing)
+        at_least(self, 32, "image_size")
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "workers")
+        shares(self, "allow_missing")
 
     @property
     def file(self) -> Path:
@@ -190,42 +200,33 @@ class Train:
     def __post_init__(self):
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise UserError(f"--run {self.run!r}: must be a plain name, such as att (kept in checkpoints/att)")
-        for flag in ("epochs", "batch_size", "accumulate", "embedding_size", "attention_size",
-                     "hidden_size", "layers", "samples", "decay_every", "patience", "max_length"):  # fmt: skip
-            check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 1)
-        check(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
-        for flag in ("learning_rate", "encoder_learning_rate", "decay"):
-            value = getattr(self, flag)
-            check(0 < value < float("inf"), "--" + flag.replace("_", "-"), value, "above 0")
-        for flag in ("clip", "alpha_c", "save_every", "val_photos", "panel", "weight_decay", "warm_up", "reinforce",
-                     "entropy", "sampling_rise"):  # fmt: skip
-            check(getattr(self, flag) >= 0, "--" + flag.replace("_", "-"), getattr(self, flag), "0 or more")
-        for flag in ("allow_missing", "label_smoothing", "scheduled_sampling"):
-            check_share("--" + flag.replace("_", "-"), getattr(self, flag))
-        self._check_together()
-        if self.workers is not None:
-            check_at_least("--workers", self.workers, 0)
-        check(0 <= self.average < 1, "--average", self.average, "at least 0 and below 1")
+        at_least(self, 1, "epochs", "batch_size", "accumulate", "embedding_size", "attention_size", "hidden_size",
+                 "layers", "samples", "decay_every", "patience", "max_length")  # fmt: skip
+        at_least(self, 0, "clip", "alpha_c", "save_every", "val_photos", "panel", "weight_decay", "warm_up",
+                 "reinforce", "entropy", "sampling_rise", "workers")  # fmt: skip
+        shares(self, "allow_missing", "label_smoothing", "scheduled_sampling")
+        for name in ("learning_rate", "encoder_learning_rate", "decay"):
+            check(0 < getattr(self, name) < float("inf"), flag(name), getattr(self, name), "above 0")
+        for name in ("dropout", "average"):
+            check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
         check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
-        for flag in ("encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"):
-            if getattr(self, flag) != getattr(type(self), flag) and not self.fine_tune:
-                raise UserError(f"--{flag.replace('_', '-')} goes with --fine-tune; cached features fix the encoder")
-        for flag in ("encoder", "weights", "image_size"):
-            if getattr(self, flag) is not None and self.start_from:
-                raise UserError(
-                    f"--{flag.replace('_', '-')}: --start-from {self.start_from} already brings its encoder"
-                )
-        if self.fine_tune and self.resident != "auto":
-            raise UserError("--resident goes without --fine-tune, which reads the photos themselves")
-        if self.fine_tune and self.features:
-            raise UserError("--features goes without --fine-tune, which reads the photos themselves")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Settings that do not go with one another."""
+        live = given(
+            self, "encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"
+        )
+        if live and not self.fine_tune:
+            raise UserError(f"{live[0]} goes with --fine-tune; cached features fix the encoder")
+        if self.start_from and (brought := given(self, "encoder", "weights", "image_size")):
+            raise UserError(f"{brought[0]}: --start-from {self.start_from} already brings its encoder")
+        if self.fine_tune and (cached := given(self, "resident", "features")):
+            raise UserError(f"{cached[0]} goes without --fine-tune, which reads the photos themselves")
         if self.checkpoint_activations and self.weights == "random":
             raise UserError("--checkpoint-activations goes without --weights random, whose BatchNorm would learn twice")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
-
-    def _check_together(self) -> None:
-        """Settings that do not go with one another."""
         if self.objective == "cider" and not (self.start_from or self.resume):
             raise UserError("--objective cider improves a trained run: give --start-from checkpoints/RUN")
         if self.objective == "cider" and self.baseline == "leave-one-out" and self.samples == 1:
@@ -240,9 +241,8 @@ class Train:
             raise UserError("--freeze-words goes with --word-vectors FILE")
         if self.freeze_words and self.tie_words:
             raise UserError("--freeze-words would freeze the words it says too: leave out --tie-words")
-        for flag in ("cell", "layers", "photo_norm"):
-            if getattr(self, flag) != getattr(type(self), flag) and self.decoder != "lstm":
-                raise UserError(f"--{flag.replace('_', '-')} goes with --decoder lstm")
+        if self.decoder != "lstm" and (of_lstm := given(self, "cell", "layers", "photo_norm")):
+            raise UserError(f"{of_lstm[0]} goes with --decoder lstm")
 
     @property
     def folder(self) -> Path:
@@ -266,9 +266,9 @@ class Search:
     top_p: float = 1.0  # draw from the likeliest words that have this share of the probability
 
     def __post_init__(self):
-        for flag, least in (("beam_size", 1), ("max_length", 1), ("captions", 1), ("groups", 1), ("min_length", 0),
-                            ("length_penalty", 0), ("no_repeat", 0), ("diversity", 0)):  # fmt: skip
-            check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), least)
+        at_least(self, 1, "beam_size", "max_length", "captions", "groups")
+        at_least(self, 0, "min_length", "length_penalty", "no_repeat", "diversity", "temperature")
+        check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
         if self.min_length > self.max_length:
             raise UserError(f"--min-length {self.min_length}: must be at most --max-length, now {self.max_length}")
         if self.beam_size % self.groups or self.captions % self.groups:
@@ -276,12 +276,9 @@ class Search:
                 f"--groups {self.groups}: must divide --beam-size, now {self.beam_size}, and --captions, "
                 f"now {self.captions}"
             )
-        check(self.temperature >= 0, "--temperature", self.temperature, "0 or more")
-        check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
         if self.temperature:
-            for flag in ("min_length", "length_penalty", "no_repeat", "groups"):
-                if getattr(self, flag) != getattr(type(self), flag):
-                    raise UserError(f"--{flag.replace('_', '-')} goes with beam search, without --temperature")
+            if searching := given(self, "min_length", "length_penalty", "no_repeat", "groups"):
+                raise UserError(f"{searching[0]} goes with beam search, without --temperature")
         elif self.top_p < 1:
             raise UserError("--top-p goes with --temperature: beam search draws nothing")
         elif self.captions > self.beam_size:
@@ -303,9 +300,9 @@ class Generate:
     split: Literal["train", "val", "test"] = "val"  # of --data, and of --references data/NAME
     features: Path | None = None  # cached features of --data; data/NAME/features.h5 where it is
     limit: int = 0  # photos of the split, from its first; 0 is all
-    beam_size: int = 5  # 1 is greedy
-    max_length: int = 30  # words of a caption; what is longer is marked as unfinished
-    length_penalty: float = 0.0  # rank by log-probability / length^this: 0 the sum, 1 the mean; more, longer captions
+    search: OmitArgPrefixes[Search] = Search()  # how captions are looked for
+    ensemble: tuple[Path, ...] = ()  # further runs, of the same vocabulary and encoder, that write each word together
+    seed: int = 0  # of captions that are drawn
     hard: Literal["expectation", "argmax"] = "expectation"  # hard attention sees: all cells by their share, or one
     json: Path | None = None  # write the captions here, in COCO results form
     submission: Path | None = None  # write the captions here, in AI Challenger's form (Chinese)
@@ -331,24 +328,24 @@ class Generate:
             self._check_score()
         elif not self.run or bool(self.photos) == bool(self.data):
             raise UserError("give a run, and photos or folders to caption, or --data data/NAME; or --score FILE")
-        for flag, other in (("references", "score"), ("tokenizer", "score"), ("features", "data"),
+        for name, other in (("references", "score"), ("tokenizer", "score"), ("features", "data"),
                             ("view", "pictures"), ("animate", "pictures")):  # fmt: skip
-            if getattr(self, flag) != getattr(type(self), flag) and not getattr(self, other):
-                raise UserError(f"--{flag} goes with --{other}")
+            if given(self, name) and not getattr(self, other):
+                raise UserError(f"{flag(name)} goes with {flag(other)}")
         if (self.scores or self.extremes) and not (self.data or self.score):
             raise UserError("--scores and --extremes go with --data data/NAME, or with --score FILE --references FILE")
-        for flag in ("beam_size", "max_length", "batch_size"):
-            check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 1)
-        for flag in ("limit", "workers", "length_penalty"):
-            check_at_least("--" + flag.replace("_", "-"), getattr(self, flag), 0)
-        check_share("--allow-missing", self.allow_missing)
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "limit", "workers")
+        shares(self, "allow_missing")
 
     def _check_score(self) -> None:
         if not self.references or len(self.score) > 2:
             raise UserError("--score takes one file of captions, or two to compare, and --references FILE or data/NAME")
-        for flag in ("run", "data", "json", "submission", "html", "pictures"):
-            if getattr(self, flag):
-                raise UserError(f"--score captions nothing: leave out {'the run' if flag == 'run' else '--' + flag}")
+        if self.run:
+            raise UserError("--score captions nothing: leave out the run")
+        captioning = given(self, "data", "json", "submission", "html", "pictures", "ensemble")
+        if captioning := captioning + given(self.search, *vars(self.search)):
+            raise UserError(f"--score captions nothing: leave out {captioning[0]}")
         if len(self.score) == 2 and (self.csv or self.extremes):
             raise UserError("--csv and --extremes are of one file: give --score one")
 

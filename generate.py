@@ -2,6 +2,8 @@
 
 python generate.py checkpoints/att photo.jpg folder/
 python generate.py checkpoints/att photo.jpg --pictures attention/
+python generate.py checkpoints/att photo.jpg --captions 3 --groups 3 --beam-size 6
+python generate.py checkpoints/att photo.jpg --captions 3 --temperature 0.7 --top-p 0.9
 python generate.py checkpoints/att --data data/aic --split val --json captions.json --scores scores.json
 python generate.py --score captions.json others.json --references data/aic
 """
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from captioning.captioner import Captioned, Captioner
@@ -39,7 +42,8 @@ def main(config: Generate) -> None:
 
 
 def caption_photos(config: Generate) -> None:
-    captioner = Captioner.load(config.run, config.device, config.precision, config.hard)
+    captioner = Captioner.load(config.run, config.device, config.precision, config.hard, config.ensemble)
+    torch.manual_seed(config.seed)
     refuse_what_it_cannot_do(config, captioner)
     language, tokenizer = captioner.vocabulary.language, captioner.vocabulary.tokenizer
     pairs, scores = captions_of_all(config, captioner), None
@@ -58,7 +62,9 @@ def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
     for photo, caption in caption_all(config, captioner, photos, unreadable):
         pairs.append((photo, caption))
         if not files_of(config):
-            tqdm.write(f"{photo.id}: {caption.text}{'' if caption.finished else ' [unfinished]'}")
+            tqdm.write(f"{photo.id}: {said(caption)}")
+            for other in caption.others:
+                tqdm.write(f"{' ' * len(photo.id)}  {said(other)}")
         if config.pictures:
             draw_picture(config, photo, caption)
     for reason in unreadable.reasons:
@@ -66,6 +72,10 @@ def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
     if not pairs:
         raise UserError("none of the photos could be read; give others")
     return pairs
+
+
+def said(caption: Captioned) -> str:
+    return caption.text + ("" if caption.finished else " [unfinished]")
 
 
 def refuse_what_it_cannot_do(config: Generate, captioner: Captioner) -> None:
@@ -160,7 +170,7 @@ def from_cache(captioner: Captioner, reader: FeatureReader, photos: list[Photo],
     read = reader.read if captioner.decoder.sees_cells else reader.read_pooled
     for batch in in_batches(photos, config.batch_size):
         grid = read(np.array([reader.rows[photo.id] for photo in batch]))
-        captions = captioner.caption_grid(grid, config.beam_size, config.max_length, config.length_penalty)
+        captions = captioner.caption_grid(grid, config.search)
         yield list(zip(batch, captions, strict=True))
 
 
@@ -170,8 +180,7 @@ def from_files(captioner: Captioner, photos: list[Photo], config: Generate, unre
     for batch in photo_batches([photo.image for photo in photos], plan, captioner.encoder.transform, workers):
         unreadable.add(batch.failures)
         if batch.indices:
-            search = config.beam_size, config.max_length, config.length_penalty
-            captions = captioner.caption_squashed(batch.photos, *search)
+            captions = captioner.caption_squashed(batch.photos, config.search)
             yield list(zip([photos[i] for i in batch.indices], captions, strict=True))
 
 
@@ -207,7 +216,7 @@ def draw_picture(config: Generate, photo: Photo, caption: Captioned) -> None:
 
 def write_scores(config: Generate, table: dict) -> None:
     """The table, with the settings that made it."""
-    captioned, scored = ("run", "data", "split", "beam_size", "length_penalty"), ("score", "references", "split")
+    captioned, scored = ("run", "ensemble", "data", "split", "search"), ("score", "references", "split")
     settings = as_plain_data(config)
     write_json(config.scores, {**table, **{name: settings[name] for name in (captioned if config.run else scored)}})
 

@@ -25,6 +25,7 @@ from captioning.decoders import build_decoder
 from captioning.device import autocast, pick_device
 from captioning.feature_cache import FeatureReader
 from captioning.grid import SIDE, Grid, grid_pooling
+from config import Search
 from preprocess.captions import read_captions
 
 
@@ -71,7 +72,7 @@ def captions(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype) -
     for cells in grid.cells.split(bench.batch_size):
         with autocast(cells.device, dtype):
             batch = Grid(cells.to(dtype), grid.pooling)
-            found += [caption.words for caption in beam_search(decoder, batch, bench.beam_size, bench.max_length)]
+            found += [best.words for (best,) in beam_search(decoder, batch, Search(bench.beam_size, bench.max_length))]
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,14 +20,18 @@ from captioning.beam_search import Caption, beam_search
 from captioning.checkpoint import load_checkpoint
 from captioning.decoders import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
+from captioning.decoders.protocol import Decoder
 from captioning.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.encoder import Encoder, encoder_from_checkpoint
+from captioning.ensemble import Ensemble
 from captioning.grid import SIDE, Grid
 from captioning.images import PhotoError, in_batches, to_rgb
-from config import UserError
+from captioning.sampling import draw_captions
+from config import Search, UserError
 from preprocess.vocabulary import Vocabulary
 
 BATCH = 32  # photos captioned at once
+BEAM = Search()
 AnyPhoto = Path | str | Image.Image | Tensor
 
 
@@ -45,36 +49,42 @@ class Captioned:
     finished: bool | None = None  # False: cut at max_length
     attention: Tensor | None = None
     sentinel: list[float] | None = None
+    others: list[Captioned] = field(default_factory=list)  # further captions of the photo, the better ones first
     grid: tuple[int, int] = (SIDE, SIDE)
 
 
 class Captioner:
     """An encoder, a decoder and a vocabulary that belong together. Any number of threads may use one at once."""
 
-    def __init__(self, checkpoint: dict, device: torch.device, precision: str, sees: str):
+    def __init__(self, checkpoints: Sequence[dict], device: torch.device, precision: str, sees: str):
+        """checkpoints: of the run, and of others of its vocabulary and encoder, which then write each word together."""
+        first = checkpoints[0]
         self.device = device
         self.precision, self.encoder_precision = pick_precision(precision, device), encoder_precision(precision, device)
-        self.vocabulary = Vocabulary.from_dict(checkpoint["vocabulary"])
-        self.encoder_sha256 = checkpoint["encoder"]["sha256"]
-        self.decoder_name = checkpoint["decoder"]["name"]
-        self.decoder: nn.Module = build_decoder(self.decoder_name, checkpoint["decoder"]["sizes"])
-        self.decoder.load_state_dict(checkpoint["decoder"]["state"])
-        if isinstance(self.decoder, HardAttentionDecoder):
-            self.decoder.sees = sees
-        elif sees != HardAttentionDecoder.sees:
+        self.vocabulary = Vocabulary.from_dict(first["vocabulary"])
+        self.encoder_sha256 = first["encoder"]["sha256"]
+        self.decoder_name = " + ".join(checkpoint["decoder"]["name"] for checkpoint in checkpoints)
+        members = [_decoder(checkpoint, sees).to(device).eval() for checkpoint in checkpoints]
+        if sees != HardAttentionDecoder.sees and not any(isinstance(m, HardAttentionDecoder) for m in members):
             raise UserError(f"--hard {sees} goes with a run of --decoder hard-attention, not {self.decoder_name}")
-        self.decoder.to(device).eval().requires_grad_(False)
-        self._checkpoint, self._encoder, self._loading = checkpoint, None, threading.Lock()
+        self.decoder: Decoder = members[0] if len(members) == 1 else Ensemble(members)
+        self._checkpoint, self._encoder, self._loading = first, None, threading.Lock()
 
     @classmethod
     def load(
-        cls, run: Path | str, device: str = "auto", precision: str = "auto", sees: str = HardAttentionDecoder.sees
-    ) -> Captioner:
+        cls, run: Path | str, device: str = "auto", precision: str = "auto", sees: str = HardAttentionDecoder.sees,
+        ensemble: Sequence[Path | str] = (),
+    ) -> Captioner:  # fmt: skip
         """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises config.UserError.
 
         sees: what hard attention sees of a photo, the expectation over its cells or the likeliest alone (argmax).
+        ensemble: further runs of the same vocabulary and encoder; a word's probability is then the mean of all.
         """
-        return cls(load_checkpoint(Path(run)), pick_device(device), precision, sees)
+        first, *others = (load_checkpoint(Path(name)) for name in (run, *ensemble))
+        for name, other in zip(ensemble, others, strict=True):
+            if other["vocabulary"] != first["vocabulary"] or other["encoder"]["sha256"] != first["encoder"]["sha256"]:
+                raise UserError(f"{name}: is of another vocabulary or encoder than {run}; they cannot write together")
+        return cls([first, *others], pick_device(device), precision, sees)
 
     @property
     def encoder(self) -> Encoder:
@@ -85,41 +95,34 @@ class Captioner:
                 self._encoder = encoder.to(self.device).eval().requires_grad_(False)
             return self._encoder
 
-    def caption(
-        self,
-        photos: AnyPhoto | Sequence[AnyPhoto],
-        beam_size: int = 5,
-        max_length: int = 30,
-        length_penalty: float = 0.0,
-    ) -> Captioned | list[Captioned]:
+    def caption(self, photos: AnyPhoto | Sequence[AnyPhoto], search: Search = BEAM) -> Captioned | list[Captioned]:
         """The caption of a photo, or those of a list of them: paths, PIL images and tensors, mixed as you like.
 
         A tensor is RGB, (3, H, W), uint8 or floating point in 0..1. Raises captioning.images.PhotoError.
         """
         if not isinstance(photos, (list, tuple)):
-            return self.caption([photos], beam_size, max_length, length_penalty)[0]
+            return self.caption([photos], search)[0]
         captions = []
         for batch in in_batches(photos, BATCH):
             squashed = torch.stack([self.encoder.transform.squash(self._as_image(photo)) for photo in batch])
-            captions += self.caption_squashed(squashed, beam_size, max_length, length_penalty)
+            captions += self.caption_squashed(squashed, search)
         return captions
 
-    @torch.inference_mode()
-    def caption_squashed(
-        self, photos: Tensor, beam_size: int, max_length: int, length_penalty: float = 0.0
-    ) -> list[Captioned]:
+    @torch.no_grad()
+    def caption_squashed(self, photos: Tensor, search: Search) -> list[Captioned]:
         """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
         with autocast(self.device, self.encoder_precision):
             grid = self.encoder(photos.to(self.device))
-        return self.caption_grid(grid, beam_size, max_length, length_penalty)
+        return self.caption_grid(grid, search)
 
-    @torch.inference_mode()
-    def caption_grid(self, grid: Grid, beam_size: int, max_length: int, length_penalty: float = 0.0) -> list[Captioned]:
+    @torch.no_grad()
+    def caption_grid(self, grid: Grid, search: Search) -> list[Captioned]:
         """Captions of features, cached or fresh."""
+        find = draw_captions if search.temperature else beam_search
         with autocast(self.device, self.precision):
-            grid = grid.to(self.device, self.precision)
-            found = beam_search(self.decoder, grid, beam_size, max_length, length_penalty)
-        return [self._in_words(caption) for caption in found]
+            found = find(self.decoder, grid.to(self.device, self.precision), search)
+        in_words = [[self._in_words(caption) for caption in captions] for captions in found]
+        return [replace(best, others=others) for best, *others in in_words]
 
     def _in_words(self, caption: Caption) -> Captioned:
         words = self.vocabulary.decode(caption.words)
@@ -131,6 +134,14 @@ class Captioner:
         if isinstance(photo, Tensor):
             return _from_tensor(photo)
         return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
+
+
+def _decoder(checkpoint: dict, sees: str) -> nn.Module:
+    decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
+    decoder.load_state_dict(checkpoint["decoder"]["state"])
+    if isinstance(decoder, HardAttentionDecoder):
+        decoder.sees = sees
+    return decoder
 
 
 def _from_tensor(photo: Tensor) -> Image.Image:

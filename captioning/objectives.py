@@ -18,7 +18,7 @@ from captioning.cider import CiderReward
 from captioning.decoders.protocol import Choices, TeacherForced, full
 from captioning.grid import Grid
 from captioning.sampling import FORBIDDEN, forced_as_drawn, read_own_words, sample, without_chance
-from config import Generate, Train
+from config import Search, Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
 
@@ -135,7 +135,7 @@ class Cider(nn.Module):
 
     def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
         with without_chance(decoder):
-            drawn = sample(decoder, grid, self.samples, Generate.max_length, self.greedy)  # (B, K, T)
+            drawn = sample(decoder, grid, self.samples, Search.max_length, self.greedy)  # (B, K, T)
             captions = drawn.flatten(0, 1).cpu().numpy()
             rewards = self.reward(batch.indices.repeat(drawn.shape[1]), captions)
             rewards = torch.from_numpy(rewards).to(drawn.device).view(drawn.shape[:2])  # (B, K)

@@ -33,17 +33,23 @@ def write_json(path: Path, data: object) -> None:
 
 
 def write_coco(path: Path, pairs: Pairs) -> None:
-    """COCO's results; with a sentinel also the words, and how much of each came from language alone."""
+    """COCO's results; with a sentinel also the words, and how much of each came from language alone; with several
+    captions of a photo also the others."""
     write_json(path, [_coco_line(photo.id, caption) for photo, caption in pairs])
 
 
 def _coco_line(id: str, caption: Captioned) -> dict:
     number = id.isdecimal() and str(int(id)) == id  # COCO's ids are numbers
-    line = {"image_id": int(id) if number else id, "caption": caption.text,
-            "log_probability": round(caption.log_probability, 4), "finished": caption.finished}  # fmt: skip
+    line = {"image_id": int(id) if number else id, **_of(caption)}
     if caption.sentinel is not None:
         line |= {"words": caption.words, "sentinel": [round(beta, 4) for beta in caption.sentinel]}
+    if caption.others:
+        line["others"] = [_of(other) for other in caption.others]
     return line
+
+
+def _of(caption: Captioned) -> dict:
+    return {"caption": caption.text, "log_probability": round(caption.log_probability, 4), "finished": caption.finished}
 
 
 def write_submission(path: Path, pairs: Pairs) -> None:

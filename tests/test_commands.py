@@ -29,12 +29,14 @@ from captioning.feature_cache import FeatureReader
 from captioning.images import Transform, open_photo
 from captioning.objectives import Share
 from captioning.trainer import Trainer
-from config import ExtractFeatures, Generate, Train, UserError
+from config import ExtractFeatures, Generate, Search, Train, UserError
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.small import ENCODER, TINY, log_of, same, weights
 
 HOUSE = Path(__file__).parents[1]
+
+TALKATIVE = Search(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
 
 
 # ---- extract_features.py
@@ -297,12 +299,12 @@ def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, 
     assert all(isinstance(line["caption"], str) for line in cached)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["photos"] == 4 and scores["tokenizer"] == "whitespace" and 0 <= scores["word"]["BLEU-1"] <= 100
-    longer = results("longer.json", length_penalty=9.0)
+    longer = results("longer.json", search=Search(length_penalty=9.0))
     assert sum(len(line["caption"]) for line in longer) > sum(len(line["caption"]) for line in cached)
     Path("data/small/features.h5").rename("data/small/aside.h5")
     try:
         assert results("live.json") == cached
-        assert results("live-longer.json", length_penalty=9.0) == longer
+        assert results("live-longer.json", search=Search(length_penalty=9.0)) == longer
     finally:
         Path("data/small/aside.h5").rename("data/small/features.h5")
     assert len(results("two.json", limit=2)) == 2
@@ -320,7 +322,7 @@ def test_batched_captions_equal_those_of_one_photo_at_a_time(here):
 def test_pictures_of_attention_are_drawn(here, tmp_path):
     run, photos = Path("checkpoints/attention"), (Path("data/small/photos/0.png"),)
     for name, more in (("drawn", {}), ("cells", {"view": "grid"}), ("moving", {"animate": True})):
-        generate.main(Generate(run, photos, pictures=tmp_path / name, length_penalty=9.0, max_length=6, **more))
+        generate.main(Generate(run, photos, pictures=tmp_path / name, search=TALKATIVE, **more))
     drawn, cells, moving = (next((tmp_path / name).iterdir()) for name in ("drawn", "cells", "moving"))
     assert Image.open(drawn).width > 200 and drawn.read_bytes() != cells.read_bytes()
     assert moving.suffix == ".gif" and Image.open(moving).n_frames > 2
@@ -339,7 +341,7 @@ def test_the_sentinels_share_of_each_word_is_told_and_drawn(here, tmp_path):
 
 def test_a_split_gives_a_table_a_page_and_the_extremes(here, tmp_path, capsys):
     files = {name: tmp_path / name for name in ("csv", "html", "extremes")}
-    setting = {"length_penalty": 9.0, "max_length": 6}  # trained so little, it would say nothing
+    setting = {"search": TALKATIVE}  # trained so little, it would say nothing
     generate.main(Generate(Path("checkpoints/attention"), data=Path("data/small"), **files, **setting))
     assert "photo5" not in capsys.readouterr().out, "captions are in the files"
     header, *lines = files["csv"].read_text("utf-8-sig").splitlines()
@@ -355,7 +357,8 @@ def test_captions_in_a_file_score_as_they_did_when_they_were_made(here, tmp_path
     monkeypatch.setenv("PATH", "")  # without Java: it takes seconds to start
 
     def scored(**settings):
-        generate.main(Generate(scores=tmp_path / "scores.json", length_penalty=9.0, max_length=6, **settings))
+        search = TALKATIVE if "run" in settings else Search()
+        generate.main(Generate(scores=tmp_path / "scores.json", search=search, **settings))
         return json.loads((tmp_path / "scores.json").read_text())
 
     made = scored(run=Path("checkpoints/attention"), data=Path("data/small"), json=tmp_path / "a.json")
@@ -522,3 +525,18 @@ def test_a_mistake_is_one_line_on_stderr_and_status_1(here, monkeypatch, capsys,
         command_line.run(*commands[arguments[0]])
     assert isinstance(stop.value.code, str), "sys.exit with a text: printed on stderr, status 1"
     assert stop.value.code.startswith("error: ") and words in stop.value.code and "\n" not in stop.value.code
+
+
+def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(here, tmp_path, capsys):
+    photos = (Path("data/small/photos/0.png"),)
+
+    def told(**settings):
+        generate.main(Generate(Path("checkpoints/attention"), photos, precision="float32", **settings))
+        return capsys.readouterr().out.splitlines()
+
+    assert len(told(search=Search(6, captions=3, groups=3, max_length=5))) == 3
+    drawing = Search(captions=4, temperature=3.0, max_length=5)
+    assert told(search=drawing, seed=1) == told(search=drawing, seed=1) != told(search=drawing, seed=2)
+    told(search=drawing, json=tmp_path / "all.json")
+    (line,) = json.loads((tmp_path / "all.json").read_text())
+    assert len(line["others"]) == 3 and line["others"][0].keys() == {"caption", "log_probability", "finished"}
