@@ -144,7 +144,7 @@ def help_texts(help_page: str) -> dict[str, str]:
     An entry starts two columns in, a box's edge counting as one; its text is on that line, or deep in on the next.
     """
     texts = {}
-    for entry in re.split(r"\n[│ ] (?=[-\[{A-Z])", help_page)[1:]:
+    for entry in re.split(r"\n[│ ] (?=--?\w|[\[{A-Z])", help_page)[1:]:
         first, *more = (line.strip("│ ") for line in entry.splitlines()[:2])
         flag, _, text = first.partition("  ")
         texts[flag] = DEFAULT.sub("", (text or "".join(more)).strip())
