@@ -109,14 +109,14 @@ class Captioner:
         return captions
 
     @torch.no_grad()
-    def caption_squashed(self, photos: Tensor, search: Search) -> list[Captioned]:
+    def caption_squashed(self, photos: Tensor, search: Search = BEAM) -> list[Captioned]:
         """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
         with autocast(self.device, self.encoder_precision):
             grid = self.encoder(photos.to(self.device))
         return self.caption_grid(grid, search)
 
     @torch.no_grad()
-    def caption_grid(self, grid: Grid, search: Search) -> list[Captioned]:
+    def caption_grid(self, grid: Grid, search: Search = BEAM) -> list[Captioned]:
         """Captions of features, cached or fresh."""
         find = draw_captions if search.temperature else beam_search
         with autocast(self.device, self.precision):
