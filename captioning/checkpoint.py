@@ -31,11 +31,10 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer of zip files has its own word for a full disk
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot write the checkpoint ({error.strerror}); free some space and --resume"
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise UserError(f"{path}: cannot write the checkpoint ({reason}); free some space and --resume") from error
 
 
 def load_checkpoint(path: Path) -> dict:
