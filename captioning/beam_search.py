@@ -91,9 +91,12 @@ class _Found(NamedTuple):
         none, zero = torch.full((slots, captions), -torch.inf, device=device), torch.zeros(slots, captions)
         return cls(none, none.clone(), *(zero.to(device, torch.long) for _ in range(2)))
 
-    def best(self, slots: Tensor, new: _Found, and_old: bool | Tensor = True) -> None:
-        """The best of the new ones (S, K) and the old ones; a new one must exceed an old one to come before it."""
-        old_rank = self.rank[slots].where(torch.as_tensor(and_old, device=slots.device), -torch.inf)
+    def best(self, slots: Tensor, new: _Found, and_old: Tensor | None = None) -> None:
+        """The best of the new ones (S, K) and the old ones; a new one must exceed an old one to come before it.
+
+        and_old (S, 1) bool: where the old ones count; everywhere unless given.
+        """
+        old_rank = self.rank[slots] if and_old is None else self.rank[slots].where(and_old, -torch.inf)
         rank, order = torch.cat([old_rank, new.rank], 1).sort(dim=1, descending=True, stable=True)
         wanted = self.rank.shape[1]
         self.rank[slots] = rank[:, :wanted]
@@ -114,11 +117,8 @@ class _Best:
         """scores, ended (S, K), all of step + 1 words."""
         scores = scores.float()
         rank = scores.masked_fill(~ended, -torch.inf) / (step + 1) ** length_penalty
-        steps, places = (
-            torch.full_like(ended, step, dtype=torch.long),
-            torch.arange(ended.shape[1], device=slots.device),
-        )
-        places = places.expand_as(steps)
+        steps = torch.full_like(ended, step, dtype=torch.long)
+        places = torch.arange(ended.shape[1], device=slots.device).expand_as(steps)
         self.finished.best(slots, _Found(rank, scores, steps, places))
         live = scores.masked_fill(ended, -torch.inf)
         none_lives = live.amax(1, keepdim=True) == -torch.inf  # then those before it still stand in
