@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,14 +66,18 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
             extract(config, encoder, writer, photos, batches, precision, unreadable, bar)
         for reasons in ranks.gather(list(unreadable.reasons)):
             unreadable.add(reasons)
-    finally:  # too many of them end the work: then it is good to know which
-        if ranks.first:
-            report(unreadable, config.file.with_suffix(".unreadable.txt"))
+    except PhotoError:  # too many of them: then it is good to know which
+        report(config, unreadable, ranks)
+        raise
+    report(config, unreadable, ranks)
     print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
 
 
-def report(unreadable: Unreadable, path: Path) -> None:
+def report(config: ExtractFeatures, unreadable: Unreadable, ranks: Ranks) -> None:
     """The photos that could not be read, a line each: the first ones on the screen, all of them in a file."""
+    if not ranks.first:
+        return
+    path = config.file.with_suffix(".unreadable.txt")
     path.unlink(missing_ok=True)
     for reason in list(unreadable.reasons)[:10]:
         print(f"skipped: {reason}")

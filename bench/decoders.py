@@ -103,7 +103,7 @@ def decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
 
 def our_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, dtype: torch.dtype) -> Tensor:
     """As captioning/trainer.py; without an optimizer the gradients stay."""
-    with autocast(torch.device("cpu"), dtype):
+    with autocast(batch.targets.device, dtype):
         loss = CrossEntropy(Train("data", "run"))(decoder, batch.view, batch, Share()).objective
     loss.backward()
     if optimizer:

@@ -12,7 +12,6 @@ batch; the ceilings are a large matrix product and a large copy, measured here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from timeit import timeit
@@ -20,17 +19,16 @@ from timeit import timeit
 import numpy as np
 import torch
 import tyro
-from decoders import COCO_LENGTHS
+from decoders import COCO_LENGTHS, our_step
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from captioning.batches import Batch, CachedPhotos, plan_batches, shuffled
 from captioning.decoders import build_decoder, sizes_of
-from captioning.device import autocast, pick_device, pick_precision
+from captioning.device import pick_device, pick_precision
 from captioning.grid import Grid, grid_pooling
 from captioning.meter import most_resident
-from captioning.objectives import CrossEntropy, Share
 from captioning.prefetch import Prefetch
 from captioning.splits import Split
 from captioning.trainer import make_optimizer
@@ -80,17 +78,10 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[float
     config = Train("data", "run", decoder=bench.decoder)
     sizes = {"vocabulary_size": bench.vocabulary, "channels": bench.channels, **as_plain_data(config)}
     decoder = build_decoder(bench.decoder, sizes_of(bench.decoder, sizes)).to(device).train()
-    objective, optimizer = CrossEntropy(config), make_optimizer(decoder.parameters())
+    optimizer = make_optimizer(decoder.parameters())
 
     def learn(batch: Batch) -> Tensor:
-        batch = batch.to(device, precision)
-        with autocast(device, precision):
-            loss = objective(decoder, batch.view, batch, Share()).objective
-        loss.backward()
-        torch.nn.utils.clip_grad_value_(decoder.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        return our_step(decoder, optimizer, batch.to(device, precision), precision)
 
     plan = plan_batches(data.split, bench.batch_size, shuffled(len(data.split), 0, 0))
     with FlopCounterMode(display=False) as counter:
@@ -98,16 +89,12 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[float
         learn(first)
     synchronise(device)
     began = time.perf_counter()
-    losses = [learn(batch) for batch in tqdm(reading(data, plan, device), total=len(plan), unit="update")]
+    losses = [learn(batch) for batch in tqdm(Prefetch(data, plan, pin=device.type == "cuda"), unit="update")]
     synchronise(device)
     seconds = time.perf_counter() - began
     print(f"loss {losses[0].item():.3f}, then {losses[-1].item():.3f}")
     words = sum(data.split.words_of(photo) for photo in range(len(data.split)))
     return seconds, words, counter.get_total_flops() // len(first.targets)
-
-
-def reading(data: CachedPhotos, plan: list[np.ndarray], device: torch.device) -> Iterator[Batch]:
-    return iter(Prefetch(data, plan, pin=device.type == "cuda"))
 
 
 def synchronise(device: torch.device) -> None:

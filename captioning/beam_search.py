@@ -32,8 +32,6 @@ from captioning.grid import Grid
 from config import Search
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-FORBIDDEN = (PAD, UNKNOWN, START)  # never written; <unk> may be allowed
-
 
 @dataclass
 class Caption:
@@ -65,6 +63,11 @@ def beam_search(decoder: Decoder, grid: Grid, search: Search) -> list[list[Capti
     ]
 
 
+def forbidden_words(device: torch.device, allow_unknown: bool = False) -> Tensor:
+    """Words that are never written, int64."""
+    return torch.tensor([PAD, START] if allow_unknown else [PAD, UNKNOWN, START], device=device)
+
+
 def steps_between_looks(device: torch.device) -> int:
     """Steps from one look for photos that are done to the next: each look waits until a GPU has done all its work."""
     return 1 if device.type == "cpu" else 4
@@ -88,8 +91,9 @@ class _Found(NamedTuple):
 
     @classmethod
     def nothing(cls, slots: int, captions: int, device: torch.device) -> _Found:
-        none, zero = torch.full((slots, captions), -torch.inf, device=device), torch.zeros(slots, captions)
-        return cls(none, none.clone(), *(zero.to(device, torch.long) for _ in range(2)))
+        none = torch.full((slots, captions), -torch.inf, device=device)
+        zero = torch.zeros(slots, captions, dtype=torch.long, device=device)
+        return cls(none, none.clone(), zero, zero.clone())
 
     def best(self, slots: Tensor, new: _Found, and_old: Tensor | None = None) -> None:
         """The best of the new ones (S, K) and the old ones; a new one must exceed an old one to come before it.
@@ -136,8 +140,7 @@ class _Beam:
         self.words = torch.full((slots, 1), START, device=device)  # (S, K) just written
         self.written = torch.empty(slots, 1, 0, dtype=torch.long, device=device)  # (S, K, T): only with no_repeat
         self.scores = torch.zeros(slots, 1, device=device)  # (S, K) log-probabilities; -inf: ended, or impossible
-        forbidden = [word for word in FORBIDDEN if not (search.allow_unknown and word == UNKNOWN)]
-        self.forbidden = torch.tensor(forbidden, device=device)
+        self.forbidden = forbidden_words(device, search.allow_unknown)
         self.best = _Best(slots, search.captions // search.groups, device)
         self.history: list[_Step] = []
 

@@ -28,18 +28,23 @@ class Ensemble:
         """The members' states, one behind the other."""
         states = [member.begin(grid) for member in self.members]
         self.parts = [(len(state.photos), len(state.rows)) for state in states]
-        return State(*(sum(tensors, ()) for tensors in zip(*states, strict=True)))
+        return _joined(states)
 
     def step(self, words: Tensor, state: State) -> Step:
         """Attention (R, P) is the mean of that of the members that have one."""
         steps = [member.step(words, own) for member, own in zip(self.members, self._split(state), strict=True)]
         together = torch.stack([step.log_probabilities for step in steps]).logsumexp(0) - math.log(len(steps))
         attentions = [step.attention for step in steps if step.attention is not None]
-        states = State(*(sum(tensors, ()) for tensors in zip(*(step.state for step in steps), strict=True)))
-        return Step(together, torch.stack(attentions).mean(0) if attentions else None, states)
+        attention = torch.stack(attentions).mean(0) if attentions else None
+        return Step(together, attention, _joined([step.state for step in steps]))
 
     def _split(self, state: State) -> list[State]:
         photos, rows = iter(state.photos), iter(state.rows)
         return [
             State(tuple(next(photos) for _ in range(p)), tuple(next(rows) for _ in range(r))) for p, r in self.parts
         ]
+
+
+def _joined(states: Sequence[State]) -> State:
+    """The tensors of all, member after member."""
+    return State(*(sum(tensors, ()) for tensors in zip(*states, strict=True)))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from captioning.batches import Batch
+from captioning.beam_search import forbidden_words
 from captioning.cider import CiderReward
 from captioning.decoders.protocol import Choices, TeacherForced, full
 from captioning.grid import Grid
-from captioning.sampling import FORBIDDEN, forced_as_drawn, read_own_words, sample, without_chance
+from captioning.sampling import forced_as_drawn, read_own_words, sample, without_chance
 from config import Search, Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
@@ -146,7 +147,7 @@ class Cider(nn.Module):
         words, targets, order = forced_as_drawn(drawn.flatten(0, 1))
         with without_chance(decoder, but_dropout=True):
             scores = full(decoder(grid, words, order // self.samples).scores)
-        scores = scores.index_fill(1, torch.tensor(FORBIDDEN, device=scores.device), -torch.inf)
+        scores = scores.index_fill(1, forbidden_words(scores.device), -torch.inf)
         log_probabilities = -F.cross_entropy(scores, targets, reduction="none")  # (W,)
         advantage = (rewards - baseline).flatten()[order].to(scores)
         advantage = torch.cat([advantage[:rows] for rows in words.batch_sizes.tolist()])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.beam_search import FORBIDDEN, Caption, steps_between_looks
+from captioning.beam_search import Caption, forbidden_words, steps_between_looks
 from captioning.decoders.protocol import Decoder, TeacherForced, all_choices, coverage
 from captioning.grid import Grid
 from config import Search
-from preprocess.vocabulary import END, PAD, START, UNKNOWN
+from preprocess.vocabulary import END, PAD, START
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def _word_by_word(
     choose: the words of log-probabilities (R, V), where what may not be written has -inf.
     """
     device = grid.cells.device
-    forbidden = torch.tensor([word for word in FORBIDDEN if not (allow_unknown and word == UNKNOWN)], device=device)
+    forbidden = forbidden_words(device, allow_unknown)
     state = decoder.begin(grid).reorder(torch.arange(len(grid), device=device).repeat_interleave(captions))
     words = torch.full((len(grid) * captions,), START, device=device)
     ended = torch.zeros_like(words, dtype=torch.bool)
