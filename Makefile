@@ -8,11 +8,12 @@ unexport LANGUAGE
 PACKAGES := .venv/packages-installed
 UNFINISHED := .venv/packages-unfinished
 
-.PHONY: help demo test lint dashboard
+.PHONY: help demo test torture lint dashboard
 
 help:
 	@echo "make demo   drawn scenes -> features -> training -> captions, in minutes (LANGUAGE=zh or en)"
 	@echo "make test   ruff and the tests (PYTEST_ARGS='-k beam' for some of them)"
+	@echo "make torture   the tests of RELIABILITY.md at full length"
 	@echo "make lint   ruff alone"
 	@echo "make dashboard   visdom on http://127.0.0.1:8097, for train.py --dashboard"
 	@echo "Each sets up .venv first, about 6 GB, once. Another Python: make test PYTHON=python3.12"
@@ -22,6 +23,9 @@ demo: $(PACKAGES)
 
 test: lint
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+torture: $(PACKAGES)
+	.venv/bin/python -m pytest --torture tests/torture $(PYTEST_ARGS)
 
 lint: $(PACKAGES)
 	.venv/bin/ruff check

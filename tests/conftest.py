@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,6 +22,35 @@ from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 torch.set_num_threads(1)  # small tensors: threads only get in each other's way
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="tests/torture at full length: make torture")
+
+
+@pytest.fixture(scope="session")
+def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """times(few, many): how often to attack, few in the suite, many under --torture."""
+    return lambda few, many: many if request.config.getoption("--torture") else few
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """tally("kills of train.py", 50): counted in the table of RELIABILITY.md, if the test passes."""
+    return lambda attack, count=1: request.node.user_properties.append(("attack", (attack, count)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of RELIABILITY.md."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "attack" and report.when == "call":
+                counts[value[0]] += value[1]
+    if counts and terminalreporter.config.getoption("--torture"):
+        terminalreporter.write_line("| attack | withstood |\n|---|---|")
+        for attack, count in sorted(counts.items()):
+            terminalreporter.write_line(f"| {attack} | {count:,} |")
 
 
 @pytest.fixture(scope="session")
