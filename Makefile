@@ -7,6 +7,7 @@ unexport LANGUAGE
 
 PACKAGES := .venv/packages-installed
 UNFINISHED := .venv/packages-unfinished
+SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test torture lint dashboard
 
@@ -22,10 +23,10 @@ demo: $(PACKAGES)
 	.venv/bin/python demo.py --language $(LANGUAGE)
 
 test: lint
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(SHARED_OUT) $(PYTEST_ARGS)
 
 torture: $(PACKAGES)
-	.venv/bin/python -m pytest --torture tests/torture $(PYTEST_ARGS)
+	.venv/bin/python -m pytest --torture tests/torture $(SHARED_OUT) $(PYTEST_ARGS)
 
 lint: $(PACKAGES)
 	.venv/bin/ruff check

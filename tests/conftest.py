@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -19,7 +20,7 @@ from captioning.decoders import DECODERS  # noqa: E402
 from config import ExtractFeatures, Train  # noqa: E402
 from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 
-torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("house")
 
