@@ -6,8 +6,10 @@ weights themselves unless they are torchvision's), decoder, epoch, step, best, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -66,6 +68,18 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
+@contextlib.contextmanager
+def fitting(source: object) -> Iterator[None]:
+    """Where what a checkpoint holds is taken up: a part that is missing, or other than we write it, is a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{source}: damaged, or of another version of Kantu ({what}); train again") from None
+
+
 def to_resume(folder: Path, config: dict) -> dict | None:
     """The checkpoint to go on from, or None for a new run. config: train.py's, as plain data.
 
@@ -79,8 +93,10 @@ def to_resume(folder: Path, config: dict) -> dict | None:
     if not last.exists():
         return None  # killed before its first checkpoint: it starts again
     saved = load_checkpoint(last)
+    with fitting(last):
+        before = dict(saved["config"])
     for name, value in config.items():
-        was = saved["config"].get(name, value)
+        was = before.get(name, value)
         if name not in MAY_CHANGE and was != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: {folder} was trained with {was}; resume with that, or name a new --run")

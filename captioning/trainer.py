@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from captioning.average import WeightAverage
 from captioning.batches import Batch, Update, plan_batches, plan_updates, shuffled
-from captioning.checkpoint import save_checkpoint
+from captioning.checkpoint import fitting, save_checkpoint
 from captioning.decoders import build_decoder, load_decoder, sizes_of
 from captioning.device import autocast, pick_precision, restore_rng, rng_state
 from captioning.encoder import Encoder
@@ -291,16 +291,21 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Go on where `saved` stands."""
         self.start_from(saved, str(self.config.folder))
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.objective.load_state_dict(saved["objective"])
-        self.scaler.load_state_dict(saved["scaler"])
-        if self.average:
-            self.average.load_state_dict(saved["average"])
-        self.progress = Progress(**saved["progress"])
-        restore_rng(saved["rng"], self.device)
+        with fitting(self.config.folder / "last.pt"):
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.objective.load_state_dict(saved["objective"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.average:
+                self.average.load_state_dict(saved["average"])
+            self.progress = Progress(**saved["progress"])
+            restore_rng(saved["rng"], self.device)
 
     def start_from(self, saved: dict, source: str) -> None:
         """Take over the decoder's weights, where vocabulary, encoder and sizes are the same."""
+        with fitting(source):
+            self._take_over(saved, source)
+
+    def _take_over(self, saved: dict, source: str) -> None:
         theirs, ours = len(saved["vocabulary"]["words"]), len(self.vocabulary)
         if Vocabulary.from_dict(saved["vocabulary"]) != self.vocabulary:
             raise UserError(
