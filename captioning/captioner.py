@@ -145,8 +145,9 @@ def _belongs(checkpoint: dict) -> tuple[dict, str]:
 
 
 def _decoder(checkpoint: dict, sees: str) -> nn.Module:
-    decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
-    decoder.load_state_dict(checkpoint["decoder"]["state"])
+    with torch.device("meta"):  # no memory yet: a damaged file may tell of any size
+        decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
+    decoder.load_state_dict(checkpoint["decoder"]["state"], assign=True)
     if isinstance(decoder, HardAttentionDecoder):
         decoder.sees = sees
     return decoder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what we are about to refuse
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
         raise UserError(
             f"{path}: not a Kantu checkpoint, or damaged ({_first_line(error)}); give a run in checkpoints/"

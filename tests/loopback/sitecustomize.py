@@ -20,9 +20,10 @@ def is_here(address):
         return True  # a Unix socket's path, or none: the socket was connected before
     host = address[0].decode() if isinstance(address[0], bytes) else address[0]
     try:
-        return host in HERE or ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except (ValueError, AttributeError):
+        return host in HERE
+    return ip.is_loopback or ip.is_unspecified
 
 
 def watch(event, arguments):
