@@ -320,7 +320,7 @@ class FeatureReader:
         cells = torch.empty(shape, dtype=getattr(torch, str(block.dtype)), pin_memory=self.pin)
         for cell, row in zip(cells.numpy(), rows, strict=True):
             cell[:] = block[row] if self.places is None else block[row][self.places]
-        return Grid(cells.flatten(1, 2), grid_pooling(self.height, self.width))
+        return Grid(self._finite(cells, rows).flatten(1, 2), grid_pooling(self.height, self.width))
 
     def read_stored(self, rows: np.ndarray) -> np.ndarray:
         """Rows (B,) int64 with all that is stored of them (B, h w C), in the stored type."""
@@ -329,4 +329,14 @@ class FeatureReader:
 
     def read_pooled(self, rows: np.ndarray) -> Grid:
         """The mean of each map alone, as a grid of one cell: all that a decoder without attention looks at."""
-        return Grid(torch.from_numpy(self._map("pooled")[rows])[:, None], grid_pooling(1, 1))
+        return Grid(self._finite(torch.from_numpy(self._map("pooled")[rows]), rows)[:, None], grid_pooling(1, 1))
+
+    def _finite(self, features: Tensor, rows: np.ndarray) -> Tensor:
+        """The features of these rows (B, ...). Raises UserError where one is not finite, as all it touches would be."""
+        if not torch.stack(features.aminmax()).isfinite().all():
+            bad = next(row for row, values in zip(rows, features, strict=True) if not values.isfinite().all())
+            raise UserError(
+                f"{self.path}: the features of {self.ids[bad]} are not finite; extract_features.py --verify finds all "
+                "such, and the same command without --verify makes them anew"
+            )
+        return features
