@@ -69,8 +69,10 @@ class Validation:
             cross_entropy = F.cross_entropy(scores, batch.targets, reduction="sum")
             if not cross_entropy.isfinite():
                 ids = ", ".join(self.split.ids[index] for index in batch.indices[:8])
-                raise UserError(f"the loss of the validation photos {ids} is {float(cross_entropy)}; go on with --resume, "
-                                "from the last good weights, perhaps with --precision float32")  # fmt: skip
+                raise UserError(
+                    f"the loss of the validation photos {ids} is {float(cross_entropy)}; --resume goes on from the last "
+                    "good weights, perhaps with --precision float32"
+                )
             likelier = scores > scores.gather(1, batch.targets[:, None])  # (W, V): cheaper than sorting
             hits = (likelier.sum(1) < 5).sum()
             sums += torch.tensor([float(cross_entropy), float(hits), len(batch.targets)])

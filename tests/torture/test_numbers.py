@@ -18,8 +18,10 @@ from captioning.decoders import DECODERS
 from captioning.feature_cache import FeatureReader
 from captioning.metrics import NAMES
 from captioning.trainer import Trainer
-from config import ExtractFeatures, Generate, Train, UserError
-from tests.small import TINY
+from config import ExtractFeatures, Generate, Preprocess, Train, UserError
+from preprocess.__main__ import main as preprocess
+from tests.small import TINY, log_of
+from tests.torture.annotations import ai_challenger
 
 DATA = Path("data/small")
 OBJECTIVES = ("cross-entropy", "cider")
@@ -211,8 +213,8 @@ def test_a_data_set_at_the_ends_goes_the_whole_way(tmp_path, monkeypatch, case, 
         start = {"objective": "cider", "start_from": Path("checkpoints") / decoder}
         train.main(Train(data, f"{decoder}-cider", **start, **setting))
         for run in (decoder, f"{decoder}-cider"):
-            generate.main(Generate(Path("checkpoints") / run, data=data, workers=0, json=Path("captions.json"),
-                                   scores=Path("scores.json"), html=Path("page.html"), csv=Path("table.csv")))  # fmt: skip
+            files = {"json": Path("captions.json"), "scores": Path("scores.json"), "html": Path("page.html")}
+            generate.main(Generate(Path("checkpoints") / run, data=data, workers=0, **files))
             lines, scores = (json.loads(Path(name).read_text("utf-8")) for name in ("captions.json", "scores.json"))
             assert len(lines) == validation and all(np.isfinite(line["log_probability"]) for line in lines)
             assert all(0 <= scores["word"][name] <= 1000 for name in NAMES)
