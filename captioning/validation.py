@@ -70,8 +70,8 @@ class Validation:
             if not cross_entropy.isfinite():
                 ids = ", ".join(self.split.ids[index] for index in batch.indices[:8])
                 raise UserError(
-                    f"the loss of the validation photos {ids} is {float(cross_entropy)}; --resume goes on from the last "
-                    "good weights, perhaps with --precision float32"
+                    f"the loss of the validation photos {ids} is {float(cross_entropy)}; go on with --resume from the "
+                    "last good weights, perhaps with --precision float32"
                 )
             likelier = scores > scores.gather(1, batch.targets[:, None])  # (W, V): cheaper than sorting
             hits = (likelier.sum(1) < 5).sum()

@@ -203,11 +203,13 @@ def data_set(folder, photos, captions):
 @pytest.mark.parametrize("case", SETS)
 def test_a_data_set_at_the_ends_goes_the_whole_way(tmp_path, monkeypatch, case, times, tally):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("captioning.scores.meteor_score", lambda *_: "skipped: Java takes seconds to start")
     training, validation, captions, longest = SETS[case]
     if captions is many_words and times(True, False):
         training = 2  # of 10,000 words each
     data = data_set(tmp_path, {"train": range(training), "val": range(training, training + validation)}, captions)
-    for decoder in list(DECODERS)[: times(2, 4)]:
+    first = list(SETS).index(case) % len(DECODERS)
+    for decoder in [*DECODERS, *DECODERS][first : first + times(1, 4)]:
         setting = dict(decoder=decoder, epochs=1, max_length=longest, precision="float32", panel=1, **TINY)
         train.main(Train(data, decoder, **setting))
         start = {"objective": "cider", "start_from": Path("checkpoints") / decoder}
