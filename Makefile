@@ -26,6 +26,8 @@ test: lint
 	.venv/bin/python -m pytest $(SHARED_OUT) $(PYTEST_ARGS)
 
 torture: $(PACKAGES)
+	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \
+	  echo "no atheris for this Python: the fuzz targets are skipped"
 	.venv/bin/python -m pytest --torture tests/torture $(SHARED_OUT) $(PYTEST_ARGS)
 
 lint: $(PACKAGES)

@@ -204,7 +204,8 @@ def cached_features(config: Generate, captioner: Captioner) -> FeatureReader | N
 
 def draw_picture(config: Generate, photo: Photo, caption: Captioned) -> None:
     ending, draw = (".gif", animate_attention) if config.animate else (".png", draw_attention)
-    path = config.pictures / (re.sub(r"[^\w.-]+", "_", photo.id).strip("._") + ending)
+    name = re.sub(r"[^\w.-]+", "_", photo.id).strip("._") or "photo"
+    path = config.pictures / (name + ending)
     attention = caption.attention.numpy()
     try:
         draw(open_photo(photo.image), caption.words, attention, caption.grid, path, caption.text, config.view)

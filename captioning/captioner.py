@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captioning.beam_search import Caption, beam_search
-from captioning.checkpoint import load_checkpoint
+from captioning.checkpoint import fitting, load_checkpoint
 from captioning.decoders import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
@@ -82,9 +82,12 @@ class Captioner:
         """
         first, *others = (load_checkpoint(Path(name)) for name in (run, *ensemble))
         for name, other in zip(ensemble, others, strict=True):
-            if other["vocabulary"] != first["vocabulary"] or other["encoder"]["sha256"] != first["encoder"]["sha256"]:
+            with fitting(name):
+                same = _belongs(other) == _belongs(first)
+            if not same:
                 raise UserError(f"{name}: is of another vocabulary or encoder than {run}; they cannot write together")
-        return cls([first, *others], pick_device(device), precision, sees)
+        with fitting(run):
+            return cls([first, *others], pick_device(device), precision, sees)
 
     @property
     def encoder(self) -> Encoder:
@@ -136,9 +139,15 @@ class Captioner:
         return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
 
 
+def _belongs(checkpoint: dict) -> tuple[dict, str]:
+    """To which words and photos: runs that agree in both can write together."""
+    return checkpoint["vocabulary"], checkpoint["encoder"]["sha256"]
+
+
 def _decoder(checkpoint: dict, sees: str) -> nn.Module:
-    decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
-    decoder.load_state_dict(checkpoint["decoder"]["state"])
+    with torch.device("meta"):  # no memory yet: a damaged file may tell of any size
+        decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
+    decoder.load_state_dict(checkpoint["decoder"]["state"], assign=True)
     if isinstance(decoder, HardAttentionDecoder):
         decoder.sees = sees
     return decoder

@@ -6,8 +6,11 @@ weights themselves unless they are torchvision's), decoder, epoch, step, best, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,7 +56,9 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what we are about to refuse
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
         raise UserError(
             f"{path}: not a Kantu checkpoint, or damaged ({_first_line(error)}); give a run in checkpoints/"
@@ -64,6 +69,18 @@ def load_checkpoint(path: Path) -> dict:
             f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); train again"
         )
     return checkpoint
+
+
+@contextlib.contextmanager
+def fitting(source: object) -> Iterator[None]:
+    """Where what a checkpoint holds is taken up: a part that is missing, or other than we write it, is a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{source}: damaged, or of another version of Kantu ({what}); train again") from None
 
 
 def to_resume(folder: Path, config: dict) -> dict | None:
@@ -79,8 +96,10 @@ def to_resume(folder: Path, config: dict) -> dict | None:
     if not last.exists():
         return None  # killed before its first checkpoint: it starts again
     saved = load_checkpoint(last)
+    with fitting(last):
+        before = dict(saved["config"])
     for name, value in config.items():
-        was = saved["config"].get(name, value)
+        was = before.get(name, value)
         if name not in MAY_CHANGE and was != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: {folder} was trained with {was}; resume with that, or name a new --run")

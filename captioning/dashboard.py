@@ -118,7 +118,7 @@ def _settings(start: dict) -> str:
 def _card(entry: dict, folder: Path) -> str:
     """The photo with the attention's strip, the caption, and the references. All text is escaped."""
     picture = ""
-    path = folder / (entry.get("picture") or "")
+    path = folder / "pictures" / Path(entry.get("picture") or "").name  # a log that was sent to us names no other file
     if path.is_file():
         encoded = base64.b64encode(path.read_bytes()).decode("ascii")
         picture = f'<img style="max-width:100%" src="data:image/png;base64,{encoded}">'

@@ -5,6 +5,7 @@ Letters: B photos, S pixels a side, C channels, h x w native cells (N = h w).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from captioning.checkpoint import load_checkpoint, state_sha256
+from captioning.checkpoint import fitting, load_checkpoint, state_sha256
 from captioning.device import autocast
 from captioning.graph import cut_classifier, in_segments
 from captioning.grid import Grid, grid_pooling
@@ -65,6 +66,8 @@ class Encoder(nn.Module):
         Raises UserError where it cannot be compiled.
         """
         self.compiled_for, began = photos, time.monotonic()
+        # Code is kept there and run: in the folder of temporary files, torch's own choice, anyone could have put some.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(torch.hub.get_dir()).with_name("inductor")))
         self.body.compile(dynamic=False)
         size, device = self.transform.image_size, next(self.parameters()).device
         try:
@@ -155,11 +158,13 @@ def load_encoder(name: str | None, weights: str | None, image_size: int | None, 
 
 def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None) -> Encoder:
     """The very encoder that a run was trained with."""
-    saved = checkpoint["encoder"]
-    encoder = Encoder(saved["name"], weights or saved["weights"], Transform.from_dict(saved["transform"]))
-    state = saved["state"] or _body_part(_torchvision_weights(saved["name"]), encoder, "torchvision")
-    encoder.body.load_state_dict(state)
-    if state_sha256(encoder.body.state_dict()) != saved["sha256"]:
+    with fitting("the run's encoder"):
+        saved = checkpoint["encoder"]
+        encoder = Encoder(saved["name"], weights or saved["weights"], Transform.from_dict(saved["transform"]))
+        state = saved["state"] or _body_part(_torchvision_weights(saved["name"]), encoder, "torchvision")
+        encoder.body.load_state_dict(state)
+        same = state_sha256(encoder.body.state_dict()) == saved["sha256"]
+    if not same:
         raise UserError(f"{saved['name']}: its weights are not those the run was trained with; extract and train again")
     return encoder
 
@@ -237,7 +242,9 @@ def saved_encoder(features: Path, sha256: str) -> dict:
     file = encoder_file(features)
     if not file.exists():
         raise UserError(f"{file}: the encoder of {features} is missing; extract again with --overwrite")
-    encoder = load_checkpoint(file)["encoder"]
-    if encoder["sha256"] != sha256:
+    with fitting(file):
+        encoder = load_checkpoint(file)["encoder"]
+        same = encoder["sha256"] == sha256
+    if not same:
         raise UserError(f"{file}: is not the encoder of {features}; extract again with --overwrite")
     return encoder

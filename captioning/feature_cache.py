@@ -21,7 +21,6 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captioning.blocks import Block, own_array, read_blocks
 from captioning.grid import SIDE, Grid, grid_pooling, native_places
 from config import UserError
 from preprocess.captions import Photo
@@ -36,22 +36,6 @@ from preprocess.captions import Photo
 FORMAT = "kantu features 1"
 IN_FLIGHT = 4  # batches handed over and not yet on the disk; as many again may be on their way there
 SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
-
-
-@dataclass(frozen=True)
-class Block:
-    """Where an array lies in the file."""
-
-    offset: int  # bytes
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    def map(self, path: Path) -> np.ndarray:
-        return np.memmap(path, self.dtype, "r", self.offset, self.shape)
 
 
 def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, precision: str) -> dict:
@@ -266,20 +250,18 @@ def _read_layout(path: Path) -> tuple[dict[str, Block], dict, list[str]]:
             attributes = {name: _plain(value) for name, value in file.attrs.items()}
             if attributes.get("format") != FORMAT:
                 raise KeyError(f"format {attributes.get('format')!r}, not {FORMAT!r}")
-            blocks = {
-                name: Block(file[name].id.get_offset(), file[name].shape, file[name].dtype)
-                for name in ("features", "pooled", "done")
-            }
-            ids = file["images"].asstr()[:].tolist()
+            blocks, images = read_blocks(file, attributes, os.path.getsize(path)), own_array(file, "images")
+            if images.shape != blocks["done"].shape:
+                raise ValueError("features and images of different photos")
+            ids = images.asstr()[:].tolist()
+    except EOFError as error:
+        raise UserError(f"{path}: {error}; extract again with --overwrite") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run: python extract_features.py {path.parent}") from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a Kantu feature file ({_reason(error)}); extract again with --overwrite"
         ) from None
-    size = os.path.getsize(path)
-    if any(block.offset + len(ids) * block.row_bytes > size for block in blocks.values()):
-        raise UserError(f"{path}: is cut short ({size:,} bytes); extract again with --overwrite")
     return blocks, attributes, ids
 
 
@@ -338,7 +320,7 @@ class FeatureReader:
         cells = torch.empty(shape, dtype=getattr(torch, str(block.dtype)), pin_memory=self.pin)
         for cell, row in zip(cells.numpy(), rows, strict=True):
             cell[:] = block[row] if self.places is None else block[row][self.places]
-        return Grid(cells.flatten(1, 2), grid_pooling(self.height, self.width))
+        return Grid(self._finite(cells, rows).flatten(1, 2), grid_pooling(self.height, self.width))
 
     def read_stored(self, rows: np.ndarray) -> np.ndarray:
         """Rows (B,) int64 with all that is stored of them (B, h w C), in the stored type."""
@@ -347,4 +329,14 @@ class FeatureReader:
 
     def read_pooled(self, rows: np.ndarray) -> Grid:
         """The mean of each map alone, as a grid of one cell: all that a decoder without attention looks at."""
-        return Grid(torch.from_numpy(self._map("pooled")[rows])[:, None], grid_pooling(1, 1))
+        return Grid(self._finite(torch.from_numpy(self._map("pooled")[rows]), rows)[:, None], grid_pooling(1, 1))
+
+    def _finite(self, features: Tensor, rows: np.ndarray) -> Tensor:
+        """The features of these rows (B, ...). Raises UserError where one is not finite, as all it touches would be."""
+        if not torch.stack(features.aminmax()).isfinite().all():
+            bad = next(row for row, values in zip(rows, features, strict=True) if not values.isfinite().all())
+            raise UserError(
+                f"{self.path}: the features of {self.ids[bad]} are not finite; extract_features.py --verify finds all "
+                "such, and the same command without --verify makes them anew"
+            )
+        return features

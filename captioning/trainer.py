@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from captioning.average import WeightAverage
 from captioning.batches import Batch, Update, plan_batches, plan_updates, shuffled
-from captioning.checkpoint import save_checkpoint
+from captioning.checkpoint import fitting, save_checkpoint
 from captioning.decoders import build_decoder, load_decoder, sizes_of
 from captioning.device import autocast, pick_precision, restore_rng, rng_state
 from captioning.encoder import Encoder
@@ -58,6 +58,7 @@ class Learnt(NamedTuple):
     loss: Loss
     captions: int
     photos: np.ndarray  # of the split
+    update: int  # of the epoch, from 1
 
 
 def parameter_groups(trained: dict[str, Iterable[nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -162,7 +163,7 @@ class Trainer:
                 with meter.waiting():
                     batch = next(batches)
                 loss = self.learn(batch, update, last=place == len(update.batches))
-                pending.append(Learnt(loss, batch.captions, batch.indices))
+                pending.append(Learnt(loss, batch.captions, batch.indices, progress.step + 1))
             progress.step += 1
             bar.update()
             done = progress.step == len(plan)
@@ -211,13 +212,12 @@ class Trainer:
         Raises UserError where one is not finite.
         """
         sums = np.zeros(4)  # loss, what it is a mean of, captions, photos
-        for loss, captions, photos in pending:
+        for loss, captions, photos, update in pending:
             if not np.isfinite(float(loss.objective)):
                 ids = [self.train.split.ids[i] for i in photos]
-                raise UserError(
-                    f"the loss became {float(loss.objective)} in epoch {self.progress.epoch + 1}, at the photos "
-                    f"{', '.join(ids[:8])}; lower --learning-rate, now {self.config.learning_rate}, "
-                    f"or --resume from {self.config.folder}"
+                self.refuse(
+                    f"the loss became {float(loss.objective)} in epoch {self.progress.epoch + 1}, at update {update}, "
+                    f"the photos {', '.join(ids[:8])}"
                 )
             sums += float(loss.value) * loss.count, loss.count, captions, len(photos)
         pending.clear()
@@ -230,6 +230,13 @@ class Trainer:
         save = bool(stops or due)
         meter.add(captions, photos, saved=save)
         return total / count, save
+
+    def refuse(self, what: str) -> NoReturn:
+        """End the run: what is not finite is never saved."""
+        raise UserError(
+            f"{what}; nothing of it was saved: --resume goes on from the last good weights; if it happens again, lower "
+            f"--learning-rate, now {self.config.learning_rate}"
+        )
 
     def validate(self, stop: StopRequest) -> dict:
         """The figures of the validation photos: see captioning/validation.py."""
@@ -266,6 +273,8 @@ class Trainer:
 
     def save_last(self, stop: StopRequest) -> None:
         if self.ranks.first:
+            if not all(bool(weights.isfinite().all()) for weights in self.parameters):  # of a gradient after its loss
+                self.refuse(f"the weights are no longer finite in epoch {self.progress.epoch + 1}")
             save_checkpoint(self.config.folder / "last.pt", self.checkpoint())
         stop.check()
 
@@ -291,16 +300,21 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Go on where `saved` stands."""
         self.start_from(saved, str(self.config.folder))
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.objective.load_state_dict(saved["objective"])
-        self.scaler.load_state_dict(saved["scaler"])
-        if self.average:
-            self.average.load_state_dict(saved["average"])
-        self.progress = Progress(**saved["progress"])
-        restore_rng(saved["rng"], self.device)
+        with fitting(self.config.folder / "last.pt"):
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.objective.load_state_dict(saved["objective"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.average:
+                self.average.load_state_dict(saved["average"])
+            self.progress = Progress(**saved["progress"])
+            restore_rng(saved["rng"], self.device)
 
     def start_from(self, saved: dict, source: str) -> None:
         """Take over the decoder's weights, where vocabulary, encoder and sizes are the same."""
+        with fitting(source):
+            self._take_over(saved, source)
+
+    def _take_over(self, saved: dict, source: str) -> None:
         theirs, ours = len(saved["vocabulary"]["words"]), len(self.vocabulary)
         if Vocabulary.from_dict(saved["vocabulary"]) != self.vocabulary:
             raise UserError(

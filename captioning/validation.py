@@ -21,7 +21,7 @@ from captioning.ranks import Ranks
 from captioning.splits import Split
 from captioning.stop import StopRequest
 from captioning.whole import Whole
-from config import Search
+from config import Search, UserError
 from preprocess.vocabulary import Vocabulary
 
 
@@ -67,6 +67,12 @@ class Validation:
                 scores = full(whole.decoder(grid, batch.words, batch.photo).scores)
                 found = [best for (best,) in beam_search(whole.decoder, grid, Search(beam_size=1))]
             cross_entropy = F.cross_entropy(scores, batch.targets, reduction="sum")
+            if not cross_entropy.isfinite():
+                ids = ", ".join(self.split.ids[index] for index in batch.indices[:8])
+                raise UserError(
+                    f"the loss of the validation photos {ids} is {float(cross_entropy)}; go on with --resume from the "
+                    "last good weights, perhaps with --precision float32"
+                )
             likelier = scores > scores.gather(1, batch.targets[:, None])  # (W, V): cheaper than sorting
             hits = (likelier.sum(1) < 5).sum()
             sums += torch.tensor([float(cross_entropy), float(hits), len(batch.targets)])

@@ -16,6 +16,8 @@ from torch import Tensor
 from config import UserError
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
+LONGEST = 1_000_000  # characters read as one line: of a compressed file, a line could be any length
+
 
 def put_word_vectors(weight: Tensor, path: Path, vocabulary: Vocabulary) -> int:
     """Write the vectors of the words that the file has into weight (V, E) -> how many there were.
@@ -28,7 +30,7 @@ def put_word_vectors(weight: Tensor, path: Path, vocabulary: Vocabulary) -> int:
     found: set[str] = set()
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
                 parts = line.rstrip().split(" ")
                 if number == 1 and len(parts) == 2 and all(part.isdecimal() for part in parts):
                     check_size(int(parts[1]), size, path)

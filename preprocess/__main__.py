@@ -34,7 +34,9 @@ MIN_COUNT = {"zh": 2, "en": 5}
 
 def main(config: Preprocess) -> None:
     started = time.monotonic()
-    records, missing = _present(_records(config), config.allow_missing)
+    given = (config.train, config.val, config.test, config.karpathy)
+    folders = [folder for _, folder in filter(None, given)] or [config.data]
+    records, missing = _present(_records(config), folders, config.allow_missing)
     captions = list(chain.from_iterable(record.captions for record in records))
     language = config.language or detect_language(captions)
     tokenizer = config.tokenizer or default_tokenizer(language)
@@ -91,13 +93,17 @@ def _hold_out(records: list[Record]) -> list[Record]:
     ]
 
 
-def _present(records: list[Record], allow_missing: float) -> tuple[list[Record], int]:
-    """The records whose photo is on disk, and the number of the others."""
-    files = functools.cache(_files)
+def _present(records: list[Record], folders: list[Path], allow_missing: float) -> tuple[list[Record], int]:
+    """The records whose photo is on disk, in one of the image folders, and the number of the others."""
+    roots = tuple(map(os.path.realpath, folders))
+    files = functools.cache(functools.partial(_files, roots))
     present, missing = [], []
     for record in records:
         folder, name = os.path.split(record.image)
-        (present if name in files(folder) else missing).append(record)
+        inside = files(folder).get(name)
+        if inside is False:
+            raise UserError(f"{record.image}: a link that leads out of the image folder; put the photo itself there")
+        (present if inside else missing).append(record)
     if len(missing) > allow_missing * len(records):
         share = len(missing) / len(records)
         raise UserError(
@@ -107,15 +113,25 @@ def _present(records: list[Record], allow_missing: float) -> tuple[list[Record],
     return present, len(missing)
 
 
-def _files(folder: str) -> frozenset[str]:
-    """The names of the files in a folder: one look at it, not one at each of 240,000 photos."""
+def _files(roots: tuple[str, ...], folder: str) -> dict[str, bool]:
+    """The names of the files in a folder, and whether each lies in one of the roots, wherever symbolic links lead.
+
+    One look at the folder, not one at each of 240,000 photos.
+    """
+    here = _inside(folder or ".", roots)
     try:
         with os.scandir(folder or ".") as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
+            return {entry.name: _inside(entry.path, roots) if entry.is_symlink() else here
+                    for entry in entries if entry.is_file()}  # fmt: skip
     except (FileNotFoundError, NotADirectoryError):
-        return frozenset()
+        return {}
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _inside(path: str, roots: tuple[str, ...]) -> bool:
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, root]) == root for root in roots)
 
 
 def _photos(records: list[Record], cut: Iterator[list[str]], tallies: dict[str, Tally]) -> Iterator[Photo]:

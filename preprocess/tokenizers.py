@@ -87,7 +87,9 @@ def _jieba():
         warnings.simplefilter("ignore")  # pkg_resources is deprecated; invalid escape sequences
         import jieba
     jieba.setLogLevel(logging.CRITICAL)
-    jieba.initialize()
+    words = jieba.dt  # not initialize(): it trusts jieba.cache where anyone may write, /tmp, and is no faster for it
+    words.FREQ, words.total = words.gen_pfdict(words.get_dict_file())
+    words.initialized = True
     return jieba
 
 

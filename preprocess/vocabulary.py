@@ -35,7 +35,7 @@ class Vocabulary:
     def __post_init__(self):
         problem = _problem(self)
         if problem:
-            raise UserError(f"not a vocabulary: {problem}; make it anew with: python -m preprocess")
+            raise ValueError(f"not a vocabulary: {problem}")
 
     @classmethod
     def build(
@@ -84,11 +84,10 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, data: object) -> Vocabulary:
-        """The vocabulary that `to_dict` wrote. Raises UserError for anything else."""
+        """The vocabulary that `to_dict` wrote. Raises ValueError for anything else."""
         keys = list(cls.__dataclass_fields__)
         if not isinstance(data, dict) or data.keys() != set(keys) or not isinstance(data["words"], (list, tuple)):
-            wanted = f"an object with the keys {', '.join(keys)}, words a list"
-            raise UserError(f"not a vocabulary ({wanted}); make it anew with: python -m preprocess")
+            raise ValueError(f"not a vocabulary (an object with the keys {', '.join(keys)}, words a list)")
         return cls(**{**data, "words": tuple(data["words"])})
 
     def save(self, path: Path) -> None:
@@ -102,15 +101,17 @@ class Vocabulary:
         """Read vocab.json. Raises UserError where it is missing or malformed."""
         remedy = f"make it with: python -m preprocess {path.parent}"
         try:
-            return cls.from_dict(json.loads(path.read_bytes()))
+            data = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path}: no vocabulary; {remedy}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; {remedy}") from None
 
 
 def _problem(vocabulary: Vocabulary) -> str | None:

@@ -1,14 +1,21 @@
-"""What every test shares: one thread, no screen, and the data beside the project, where it is."""
+"""What every test shares: one thread, no screen, no network, and the data beside the project, where it is."""
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
+NOTES = tempfile.TemporaryDirectory(prefix="kantu-tests-")
+CALLS = Path(NOTES.name, "calls")  # to other machines than this one: see tests/loopback
+os.environ["KANTU_CALLS"] = str(CALLS)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).with_name("loopback")),
+                                                         os.environ.get("PYTHONPATH")]))  # fmt: skip
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -18,8 +25,10 @@ import extract_features  # noqa: E402
 import train  # noqa: E402
 from captioning.decoders import DECODERS  # noqa: E402
 from config import ExtractFeatures, Train  # noqa: E402
+from tests.loopback.sitecustomize import watch  # noqa: E402
 from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 
+sys.addaudithook(watch)
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("house")
@@ -52,6 +61,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("| attack | withstood |\n|---|---|")
         for attack, count in sorted(counts.items()):
             terminalreporter.write_line(f"| {attack} | {count:,} |")
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> Iterator[None]:
+    """A test that calls another machine fails, in whatever process, even where the code that called forgave it."""
+    yield
+    if CALLS.exists():
+        calls = CALLS.read_text("utf-8")
+        CALLS.unlink()
+        pytest.fail(f"called another machine: {calls}")
 
 
 @pytest.fixture(scope="session")

@@ -331,6 +331,10 @@ def test_another_host_than_this_one_is_announced_loudly(tmp_path):
 
 def test_by_default_it_listens_to_this_machine_alone(server):
     assert Dashboard().host == "127.0.0.1" and "WARNING" not in server.said
+    if Path("/proc/net/tcp").exists():  # what the system says of its sockets: address:port in hexadecimal
+        port = f":{int(server.url.rpartition(':')[2]):04X}"
+        lines = [line.split() for net in ("tcp", "tcp6") for line in open(f"/proc/net/{net}")]
+        assert {line[1] for line in lines if line[1].endswith(port) and line[3] == "0A"} == {"0100007F" + port}
 
 
 # ---- the page, in a browser

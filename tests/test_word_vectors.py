@@ -1,6 +1,7 @@
 """Word vectors from text files, in the forms in which they are handed out."""
 
 import gzip
+import tracemalloc
 
 import pytest
 import torch
@@ -57,3 +58,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name):
     (tmp_path / "torn.gz").write_bytes(gzip.compress(b"\xe7\x8b\x97 1 2 3\n" * 99)[:-9])
     with pytest.raises(UserError, match="cannot be read|not a text file"):
         put(tmp_path / name)
+
+
+def test_a_compressed_file_that_is_one_endless_line_does_not_fill_the_memory(tmp_path):
+    (tmp_path / "bomb.vec.gz").write_bytes(gzip.compress(b"1 " * 30_000_000))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="bomb.vec.gz: its vectors have"):
+        put_word_vectors(torch.zeros(8, 3), tmp_path / "bomb.vec.gz", VOCABULARY)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60_000_000  # a line of a million letters and its half a million numbers, not the whole

@@ -1,0 +1,92 @@
+"""Fuzzing the reader of annotations, guided by what of it ran: whatever the bytes, records or one line, nothing else.
+
+    python -m tests.fuzz.annotations CORPUS -max_total_time=60        (pip install atheris; CORPUS: a folder)
+
+Half of the new inputs are mutations of the JSON itself, since bytes turned at random are seldom JSON any more.
+"""
+
+import copy
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import atheris
+
+from tests.fuzz import FOLDER, lay_down
+from tests.torture.annotations import FORMS
+
+with atheris.instrument_imports(include=["preprocess.annotations"]):
+    from preprocess import annotations
+
+from config import UserError
+
+SEEDS = [form(name, ("a dog", "")) for form in FORMS.values() for name in ("a.jpg", "图/b.png")]
+VALUES = [None, True, -1, 10**400, 1.5, "", " ", "../a", "C:\\a", "\0", "\ud800", "restval", [], {}, [[]], {"raw": "a"},
+          {"tokens": ["a", 1]}]  # fmt: skip
+KEYS = ["image_id", "caption", "images", "annotations", "id", "file_name", "filename", "filepath", "cocoid", "split",
+        "sentences", "raw", "tokens"]  # fmt: skip
+
+
+def read_bytes(data: bytes) -> None:
+    """The target: any other exception than UserError is a fault, and so is a record that breaks its promises."""
+    path = FOLDER / "annotations.json"
+    path.write_bytes(data)
+    for split in ("train", None):
+        try:
+            check(annotations.read_annotations(path, FOLDER, split))
+        except UserError as error:
+            check_line(error, path)
+    try:
+        annotations.read_references(path, "val")
+    except UserError as error:
+        check_line(error, path)
+
+
+def check(records: list) -> None:
+    assert records and len({record.id for record in records}) == len(records)
+    for record in records:
+        assert f"{os.path.normpath(record.image)}/".startswith(f"{FOLDER}/")
+        assert record.split in annotations.SPLITS and any(map(str.strip, record.captions))
+        assert all(type(text) is str for text in (record.image, record.id, *record.captions))
+        assert (record.image + record.id).encode()  # it can be written
+
+
+def check_line(error: UserError, path: Path) -> None:
+    assert str(error).startswith(f"{path}: ") and len(str(error).splitlines()) == 1 and len(str(error)) < 1000, error
+    assert str(error).isprintable(), ascii(str(error))
+
+
+def mutate(data: bytes, most: int, seed: int) -> bytes:
+    """Another input: its bytes turned by libFuzzer, or a place in its JSON by us."""
+    dice = random.Random(seed)
+    if dice.random() < 0.5:
+        return atheris.Mutate(data, most)
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        tree = copy.deepcopy(dice.choice(SEEDS))
+    holder = [tree]
+    change(holder, dice)
+    return json.dumps(holder[0]).encode()[:most]
+
+
+def change(holder: list, dice: random.Random) -> None:
+    """Walk down to some place and put something else there, once more, or nothing."""
+    node, key = holder, 0
+    while isinstance(node[key], (list, dict)) and node[key] and dice.random() < 0.8:
+        node = node[key]
+        key = dice.choice(list(node)) if isinstance(node, dict) else dice.randrange(len(node))
+    if isinstance(node, dict) and dice.random() < 0.3:
+        node[dice.choice(KEYS)] = node.pop(key)
+    elif isinstance(node, list) and node is not holder and dice.random() < 0.3:
+        node.insert(key, copy.deepcopy(node[key]))
+    else:
+        node[key] = copy.deepcopy(dice.choice(VALUES + SEEDS))
+
+
+if __name__ == "__main__":
+    lay_down(json.dumps(seed).encode() for seed in SEEDS)
+    atheris.Setup(sys.argv, read_bytes, custom_mutator=mutate)
+    atheris.Fuzz()

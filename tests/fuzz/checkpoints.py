@@ -1,0 +1,83 @@
+"""Fuzzing the reader of checkpoints, guided by what of it ran: whatever the bytes, a captioner or one line.
+
+    python -m tests.fuzz.checkpoints CORPUS -max_total_time=60        (pip install atheris; CORPUS: a folder)
+
+An input is the pickle inside a checkpoint, which is then a sound archive around it; or, after a first byte of 0, the
+whole file.
+"""
+
+import importlib
+import io
+import sys
+import zipfile
+
+import atheris
+import torch
+from torch import _weights_only_unpickler
+
+from captioning import checkpoint
+from captioning.captioner import Captioner
+from captioning.decoders import build_decoder
+from config import UserError
+from preprocess.vocabulary import SPECIAL, Vocabulary
+from tests.fuzz import FOLDER, lay_down
+
+# What guides it: to watch all of torch would take minutes to prepare.
+with atheris.instrument_imports(include=["torch._weights_only_unpickler"]):
+    importlib.reload(_weights_only_unpickler)
+for function in (checkpoint.load_checkpoint, Captioner.__init__, Vocabulary.__post_init__):
+    atheris.instrument_func(function)
+
+SIZES = {"vocabulary_size": 5, "channels": 2, "embedding_size": 2, "attention_size": 2, "hidden_size": 2, "dropout": 0}
+STORAGE = bytes(64)  # of every tensor there
+
+
+def sound_checkpoint(name: str) -> bytes:
+    """A run's checkpoint, as small as can be."""
+    decoder = build_decoder(name, SIZES)
+    saved = {
+        "format": checkpoint.FORMAT, "config": {}, "progress": {"epoch": 1},
+        "vocabulary": Vocabulary("en", "whitespace", 1, (*SPECIAL, "dog")).to_dict(),
+        "encoder": {"name": "resnet18", "weights": "imagenet", "sha256": "ab", "transform": {}, "state": None},
+        "decoder": {"name": name, "sizes": SIZES, "state": decoder.state_dict()},
+    }  # fmt: skip
+    file = io.BytesIO()
+    torch.save(saved, file)
+    return file.getvalue()
+
+
+def pickle_of(whole: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def archive_around(pickled: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}.items():
+            archive.writestr(f"archive/{name}", content)
+        for number in range(20):
+            archive.writestr(f"archive/data/{number}", STORAGE)
+    return file.getvalue()
+
+
+def read_bytes(data: bytes) -> None:
+    """The target: any other exception than UserError is a fault."""
+    path = FOLDER / "best.pt"
+    path.write_bytes(data[1:] if data[:1] == b"\0" else archive_around(data))
+    try:
+        captioner = Captioner.load(path, "cpu", "float32")
+        assert len(captioner.vocabulary) >= len(SPECIAL)
+    except UserError as error:
+        assert str(path) in str(error) and len(str(error).splitlines()) == 1 and len(str(error)) < 1000, error
+
+
+def seeds() -> list[bytes]:
+    whole = [sound_checkpoint(name) for name in ("lstm", "attention")]
+    return [*map(pickle_of, whole), *(b"\0" + file for file in whole)]
+
+
+if __name__ == "__main__":
+    lay_down(seeds())
+    atheris.Setup(sys.argv, read_bytes)
+    atheris.Fuzz()

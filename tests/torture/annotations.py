@@ -1,0 +1,24 @@
+"""The three forms of an annotation file, each about one photo, for attacks on whatever reads them."""
+
+
+def ai_challenger(name, captions=("a dog",)):
+    return [{"image_id": name, "caption": list(captions)}]
+
+
+def coco(name, captions=("a dog",)):
+    return {"images": [{"id": 1, "file_name": name}],
+            "annotations": [{"image_id": 1, "caption": caption} for caption in captions]}  # fmt: skip
+
+
+def karpathy(name, captions=("a dog",)):
+    return {"images": [{"filename": name, "split": "train", "sentences": [{"raw": caption} for caption in captions]}]}
+
+
+def karpathy_folder(name, captions=("a dog",)):
+    """Here the name is that of the photo's folder."""
+    data = karpathy("a.jpg", captions)
+    data["images"][0]["filepath"] = name
+    return data
+
+
+FORMS = {"AI Challenger": ai_challenger, "COCO": coco, "Karpathy": karpathy, "Karpathy's folder": karpathy_folder}

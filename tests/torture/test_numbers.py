@@ -1,0 +1,224 @@
+"""Numbers at their ends: not finite, none, one, very many. The right result, or one line."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import extract_features
+import generate
+import train
+from captioning.checkpoint import load_checkpoint
+from captioning.decoders import DECODERS
+from captioning.feature_cache import FeatureReader
+from captioning.metrics import NAMES
+from captioning.trainer import Trainer
+from config import ExtractFeatures, Generate, Preprocess, Train, UserError
+from preprocess.__main__ import main as preprocess
+from tests.small import TINY, log_of
+from tests.torture.annotations import ai_challenger
+
+DATA = Path("data/small")
+OBJECTIVES = ("cross-entropy", "cider")
+ODD = [np.nan, np.inf, -np.inf]
+
+
+def refusal(work, config):
+    with pytest.raises(UserError) as error:
+        work(config)
+    assert "\n" not in str(error.value) and "; " in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def broken_features(here, tmp_path):
+    """broken_features(value, id): the small features, in which those of one photo have this value."""
+
+    def put(value, id):
+        path = tmp_path / "features.h5"
+        shutil.copy(DATA / "features.h5", path)
+        shutil.copy(DATA / "features.encoder.pt", tmp_path)
+        reader = FeatureReader(path)
+        for name in ("features", "pooled"):
+            block = reader.blocks[name]
+            row = np.full(block.shape[1:], value, block.dtype)
+            with open(path, "r+b") as file:
+                file.seek(block.offset + reader.rows[id] * block.row_bytes)
+                file.write(row.tobytes())
+        return path
+
+    yield put
+    shutil.rmtree("checkpoints/broken", ignore_errors=True)
+
+
+def splits():
+    photos = [json.loads(line) for line in (DATA / "captions.jsonl").read_text("utf-8").splitlines()]
+    return {split: [photo["id"] for photo in photos if photo["split"] == split] for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_features_that_are_not_finite_stop_training_and_are_named(broken_features, decoder, objective, value, tally):
+    id = splits()["train"][3]
+    start = {"objective": objective, "start_from": Path("checkpoints") / decoder} if objective == "cider" else {}
+    config = Train(DATA, "broken", decoder=decoder, features=broken_features(value, id), precision="float32", epochs=1,
+                   **start, **TINY)  # fmt: skip
+    text = refusal(train.main, config)
+    assert id in text and "--verify" in text
+    assert not list(Path("checkpoints/broken").glob("*.pt"))
+    tally("features that are not finite")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_features_of_validation_that_are_not_finite_choose_no_checkpoint(broken_features, decoder, tally):
+    id = splits()["val"][0]
+    config = Train(DATA, "broken", decoder=decoder, features=broken_features(np.nan, id), precision="float32", epochs=1,
+                   best="loss", **TINY)  # fmt: skip
+    text = refusal(train.main, config)
+    assert id in text and "--verify" in text
+    assert not Path("checkpoints/broken/best.pt").exists()
+    tally("features that are not finite")
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_captions_are_not_written_from_features_that_are_not_finite(broken_features, tmp_path, decoder, value, tally):
+    id = splits()["val"][1]
+    config = Generate(Path("checkpoints") / decoder, data=DATA, features=broken_features(value, id), workers=0,
+                      precision="float32", json=tmp_path / "a.json")  # fmt: skip
+    text = refusal(generate.main, config)
+    assert id in text and "--verify" in text and not (tmp_path / "a.json").exists()
+    tally("features that are not finite")
+
+
+def test_verify_finds_them(broken_features, capsys):
+    path = broken_features(np.nan, "photo7")
+    text = refusal(extract_features.main, ExtractFeatures(DATA, out=path, verify=True))
+    assert "photo7" in text and not FeatureReader(path).done()[7]
+
+
+@contextlib.contextmanager
+def sabotage(update, what):
+    """After so many updates of the weights, something happens to the trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        plain, seen = Trainer.learn, []
+
+        def learn(self, *arguments, **settings):
+            loss = plain(self, *arguments, **settings)
+            seen.append(1)
+            return what(self, loss) if len(seen) == update else loss
+
+        patch.setattr(Trainer, "learn", learn)
+        yield
+
+
+def nan_loss(trainer, loss):
+    return loss._replace(objective=torch.tensor(float("nan")))
+
+
+def nan_weights(trainer, loss):
+    """As of a gradient that overflowed though its loss did not."""
+    with torch.no_grad():
+        trainer.parameters[0].fill_(float("nan"))
+    return loss
+
+
+@pytest.mark.parametrize("what", [nan_loss, nan_weights])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_what_is_not_finite_is_never_saved_and_resume_goes_on_from_the_last_good_weights(
+    here, what, place, tally
+):
+    setting = {**TINY, "precision": "float32"}
+    updates = log_steps(setting)
+    with sabotage(updates + {"first": 1, "middle": 2, "last": updates}[place], what):
+        text = refusal(train.main, Train(DATA, "sabotaged", epochs=3, save_every=0, overwrite=True, **setting))
+    assert "in epoch 2" in text and "--resume" in text
+    if what is nan_loss:
+        assert f"at update {updates if place == 'last' else {'first': 1, 'middle': 2}[place]}, the photos photo" in text
+    for name in ("last.pt", "best.pt"):
+        state = load_checkpoint(Path("checkpoints/sabotaged") / name)["decoder"]["state"]
+        assert all(bool(weights.isfinite().all()) for weights in state.values())
+    train.main(Train(DATA, "sabotaged", epochs=3, resume=True, **setting))
+    train.main(Train(DATA, "undisturbed", epochs=3, overwrite=True, **setting))
+    ours, theirs = (load_checkpoint(Path("checkpoints") / run / "last.pt")["decoder"]["state"]
+                    for run in ("sabotaged", "undisturbed"))  # fmt: skip
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    tally("losses and weights that are not finite")
+
+
+def log_steps(setting):
+    """The updates of an epoch."""
+    train.main(Train(DATA, "counted", epochs=1, overwrite=True, **setting))
+    return int(load_checkpoint(Path("checkpoints/counted/last.pt"))["optimizer"]["state"][0]["step"])
+
+
+# ---- few, many, short, long
+
+
+def one(_):
+    return ("dog",)
+
+
+def long(number):
+    return ("dog", "dog cat " * 250)
+
+
+def many_words(number):
+    """A caption of 10,000 words that no other photo has."""
+    return (" ".join(f"w{10_000 * number + word}" for word in range(10_000)),)
+
+
+SETS = {  # photos to train on and to validate; captions; longest caption
+    "one photo of each, one caption of one word, five words": (1, 1, one, 52),
+    "seven photos, so that one is alone in its batch": (7, 1, one, 52),
+    "captions of one word and of five hundred": (4, 2, long, 500),
+    "five hundred words cut to one": (4, 2, long, 1),
+    "two hundred thousand words": (20, 1, many_words, 52),
+}
+
+
+def data_set(folder, photos, captions):
+    """Photos with their captions, through the first two commands -> data folder."""
+    (folder / "photos").mkdir()
+    annotations = {}
+    for split, numbers in photos.items():
+        entries = []
+        for number in numbers:
+            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"photos/{number}.png")
+            entries += ai_challenger(f"{number}.png", captions(number))
+        (folder / f"{split}.json").write_text(json.dumps(entries), "utf-8")
+        annotations[split] = (folder / f"{split}.json", folder / "photos")
+    preprocess(Preprocess(folder / "data", **annotations, language="en", min_count=1, max_words=200_000, workers=1))
+    extract_features.main(ExtractFeatures(folder / "data", "resnet18.layer1", "random", 32, workers=0))
+    return folder / "data"
+
+
+@pytest.mark.parametrize("case", SETS)
+def test_a_data_set_at_the_ends_goes_the_whole_way(tmp_path, monkeypatch, case, times, tally):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("captioning.scores.meteor_score", lambda *_: "skipped: Java takes seconds to start")
+    training, validation, captions, longest = SETS[case]
+    if captions is many_words and times(True, False):
+        training = 2  # of 10,000 words each
+    data = data_set(tmp_path, {"train": range(training), "val": range(training, training + validation)}, captions)
+    first = list(SETS).index(case) % len(DECODERS)
+    for decoder in [*DECODERS, *DECODERS][first : first + times(1, 4)]:
+        setting = dict(decoder=decoder, epochs=1, max_length=longest, precision="float32", panel=1, **TINY)
+        train.main(Train(data, decoder, **setting))
+        start = {"objective": "cider", "start_from": Path("checkpoints") / decoder}
+        train.main(Train(data, f"{decoder}-cider", **start, **setting))
+        for run in (decoder, f"{decoder}-cider"):
+            files = {"json": Path("captions.json"), "scores": Path("scores.json"), "html": Path("page.html")}
+            generate.main(Generate(Path("checkpoints") / run, data=data, workers=0, **files))
+            lines, scores = (json.loads(Path(name).read_text("utf-8")) for name in ("captions.json", "scores.json"))
+            assert len(lines) == validation and all(np.isfinite(line["log_probability"]) for line in lines)
+            assert all(0 <= scores["word"][name] <= 1000 for name in NAMES)
+            assert all(np.isfinite(log[name]) for log in log_of(run) for name in ("val_loss", "top5", "CIDEr-D"))
+        tally("data sets at their ends")

@@ -1,0 +1,370 @@
+"""Nothing that is read is ever executed, and nothing that is read chooses what else is read."""
+
+import ast
+import contextlib
+import functools
+import json
+import marshal
+import os
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import extract_features
+import generate
+import train
+from captioning.captioner import Captioner
+from captioning.checkpoint import FORMAT, load_checkpoint
+from captioning.encoder import load_encoder
+from captioning.feature_cache import FORMAT as FEATURES_FORMAT
+from captioning.feature_cache import FeatureReader
+from config import ExtractFeatures, Generate, Preprocess, Train, UserError
+from preprocess import tokenizers
+from preprocess.__main__ import main as preprocess
+from preprocess.annotations import read_annotations
+from tests.small import ENCODER, TINY
+from tests.test_house import SOURCES
+from tests.torture.annotations import FORMS
+
+# ---- code: nothing in the house can execute what it reads
+
+MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "imp", "code", "runpy"}
+NAMES = {"eval", "exec", "compile", "__import__", "system", "popen", "getoutput", "extractall", "unpack_archive",
+         "load_state_dict_from_url"}  # fmt: skip
+METHODS = {"eval", "compile"}  # of a torch module, or of re: other things than the functions of those names
+LOADERS = ("jit.load", "hub.load", "package.PackageImporter", "np.load", "numpy.load")
+
+
+def dangers(tree):
+    """What could execute data, a line each."""
+    for node in ast.walk(tree):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+        yield from (f"import {name}" for name in names if name.split(".")[0] in MODULES)
+        if isinstance(node, ast.Call):
+            called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            name, is_method = called.rpartition(".")[2], isinstance(node.func, ast.Attribute)
+            safe = keywords.get("weights_only") == "True"
+            if (
+                (name in NAMES and not (is_method and name in METHODS))
+                or called.endswith(LOADERS)
+                or (called == "torch.load" and not safe)
+                or not {"shell", "allow_pickle"}.isdisjoint(keywords)
+            ):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_in_the_house_can_run_what_it_reads(module):
+    assert list(dangers(ast.parse(SOURCES[module].read_text("utf-8")))) == []
+
+
+@pytest.mark.parametrize("code", [
+    "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "import pickle",
+    "from pickle import loads", "import torch, yaml", "eval(text)", "exec(text)", "os.system(text)",
+    "torch.jit.load(path)", "subprocess.run(text, shell=True)", "np.load(path)", "archive.extractall(folder)",
+    "torch.hub.load('a', 'b')",
+])  # fmt: skip
+def test_what_could_run_it_is_recognised(code):
+    assert len(list(dangers(ast.parse(code)))) == 1
+
+
+# ---- crafted files: refused with one line, and not executed
+
+
+class Payload:
+    """Pickled, it is a call: here of something harmless that leaves a trace."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def payloads(trace):
+    """Objects whose unpickling would make the folder `trace`, each in another way."""
+    program = f"import os; os.mkdir({str(trace)!r})"
+    return {
+        "os.mkdir": Payload(os.mkdir, str(trace)),
+        "eval": Payload(eval, f"__import__('os').mkdir({str(trace)!r})"),
+        "exec": Payload(exec, program),
+        "os.system": Payload(os.system, f"mkdir '{trace}'"),
+        "partial": Payload(functools.partial(os.mkdir, str(trace))),
+        "torch.load": Payload(torch.load, str(trace)),
+        "open": Payload(open, str(trace), "w"),
+    }
+
+
+def zipped(data, path):
+    torch.save(data, path)
+
+
+def legacy(data, path):
+    torch.save(data, path, _use_new_zipfile_serialization=False)
+
+
+def plain(data, path):
+    path.write_bytes(pickle.dumps(data))
+
+
+CONTAINERS = {"zipped": zipped, "legacy": legacy, "plain pickle": plain}
+READERS = {
+    "a checkpoint": load_checkpoint,
+    "a run to caption with": Captioner.load,
+    "weights": lambda path: load_encoder("resnet18.layer1", str(path), 32),
+    "a run's encoder": lambda path: load_encoder(None, str(path), None),
+}
+
+
+def refusal(work, *arguments):
+    """The text with which a user's file is refused, which must be one line."""
+    with pytest.raises(UserError) as error:
+        work(*arguments)
+    text = str(error.value)
+    assert "\n" not in text and "; " in text
+    return text
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_crafted_pickle_is_refused_and_not_executed(tmp_path, reader, container, tally):
+    path, trace = tmp_path / ("resnet18.pth" if reader == "weights" else "best.pt"), tmp_path / "executed"
+    for payload in payloads(trace).values():
+        for data in (payload, {"format": FORMAT, "decoder": payload}, {"state_dict": payload}, [{"a": payload}]):
+            CONTAINERS[container](data, path)
+            assert str(path) in refusal(READERS[reader], path)
+            assert not trace.exists()
+            tally("crafted pickles")
+
+
+def test_the_crafted_pickles_would_work_elsewhere(tmp_path):
+    """Else the test above could not fail."""
+    zipped({"format": payloads(tmp_path / "executed")["exec"]}, tmp_path / "best.pt")
+    torch.load(tmp_path / "best.pt", weights_only=False)
+    assert (tmp_path / "executed").is_dir()
+
+
+def test_a_program_of_torchscript_is_no_checkpoint(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "best.pt")
+    refusal(load_checkpoint, tmp_path / "best.pt")
+    refusal(READERS["weights"], tmp_path / "best.pt")
+
+
+def test_the_commands_refuse_them_too(here, tmp_path, tally):
+    evil, trace = tmp_path / "best.pt", tmp_path / "executed"
+    zipped({"format": FORMAT, "config": payloads(trace)["os.mkdir"]}, evil)
+    photo, data = Path("data/small/photos/0.png"), Path("data/small")
+    beside = tmp_path / "features.h5"
+    beside.write_bytes(Path("data/small/features.h5").read_bytes())
+    beside.with_suffix(".encoder.pt").write_bytes(evil.read_bytes())
+    for work, config in (
+        (generate.main, Generate(evil, (photo,))),
+        (generate.main, Generate(Path("checkpoints/lstm"), (photo,), ensemble=(evil,))),
+        (train.main, Train(data, "never", start_from=evil, **TINY)),
+        (train.main, Train(data, "never", features=beside, **TINY)),
+        (train.main, Train(data, "never", fine_tune=True, encoder="resnet18.layer2", weights=str(evil), **TINY)),
+        (extract_features.main, ExtractFeatures(data, weights=str(evil), out=tmp_path / "new.h5")),
+        (extract_features.main, ExtractFeatures(data, **ENCODER, out=beside)),
+        (extract_features.main, ExtractFeatures(data, out=beside, verify=True)),
+    ):
+        refusal(work, config)
+        assert not trace.exists() and not (tmp_path / "new.h5").exists() and not Path("checkpoints/never").exists()
+        tally("crafted pickles")
+
+
+# ---- feature files that point elsewhere
+
+SECRET = b"a line of a private file\n" * 200
+
+
+def lay_features(path, **odd):
+    """A feature file of three photos; odd: what makes one of its arrays, otherwise than usual."""
+    usual = {"features": np.ones((3, 2, 2, 4), np.float16), "pooled": np.ones((3, 4), np.float32),
+             "done": np.ones(3, np.uint8), "images": np.array(["a", "b", "c"], h5py.string_dtype())}  # fmt: skip
+    with h5py.File(path, "w") as file:
+        file.attrs.update(format=FEATURES_FORMAT, encoder="e", weights="w", weights_sha256="s", precision="float32",
+                          native_grid=[2, 2])  # fmt: skip
+        for name, values in usual.items():
+            if name in odd:
+                odd[name](file, name, values)
+            else:
+                file[name] = values
+    return path
+
+
+def linked(file, name, values):
+    file[name] = h5py.ExternalLink("other.h5", name)
+
+
+def soft(file, name, values):
+    file[f"the {name}"] = values
+    file[name] = h5py.SoftLink(f"/the {name}")
+
+
+def external(file, name, values):
+    dtype = "S25" if values.dtype == object else values.dtype
+    folder = Path(file.filename).parent
+    size = int(np.prod(values.shape)) * np.dtype(dtype).itemsize
+    file.create_dataset(name, values.shape, dtype, external=[(str(folder / "secret.txt"), 0, size)])
+
+
+def virtual(file, name, values):
+    layout = h5py.VirtualLayout(values.shape, values.dtype)
+    layout[...] = h5py.VirtualSource(Path(file.filename).parent / "other.h5", name, values.shape)
+    file.create_virtual_dataset(name, layout)
+
+
+def group(file, name, values):
+    file.create_group(name)
+
+
+def chunks(file, name, values):
+    file.create_dataset(name, data=values, chunks=values.shape)
+
+
+def objects(file, name, values):
+    file.create_dataset(name, values.shape, h5py.ref_dtype)
+
+
+def numbers(file, name, values):
+    file[name] = np.ones(values.shape, np.int64)
+
+
+def more(file, name, values):
+    file[name] = np.concatenate([values] * 3)
+
+
+def endless(file, name, values):
+    file.create_dataset(name, (10**11, *values.shape[1:]), values.dtype, chunks=(1000, *values.shape[1:]))
+
+
+ODD = (linked, soft, external, virtual, group, chunks, objects, numbers, more, endless)
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["features", "pooled", "done", "images"])
+def test_a_feature_file_never_leads_elsewhere(tmp_path, name, odd, tally):
+    (tmp_path / "secret.txt").write_bytes(SECRET)
+    lay_features(tmp_path / "other.h5")
+    path = lay_features(tmp_path / "features.h5", **{name: odd})
+    if (name, odd) == ("images", chunks):  # that is no harm: it is in the file
+        assert FeatureReader(path).ids == ["a", "b", "c"]
+        return
+    text = refusal(FeatureReader, path)
+    assert text.startswith(str(path)) and "private" not in text and len(text) < 300
+    tally("feature files that lead elsewhere, or nowhere")
+
+
+def full_size(file, name):
+    file[name] = np.ones((3, 14, 14, 4), np.float16)  # as of any CNN
+
+
+@pytest.mark.parametrize("wrong", [None, "8x8", 2, [2], [2, 2, 2], [0, 2], [-1, -4], [10**9, 10**9], [2.5, 2]])
+def test_a_feature_file_with_an_absurd_grid_is_one_line(tmp_path, wrong):
+    path = lay_features(tmp_path / "features.h5", features=lambda file, name, values: full_size(file, name))
+    with h5py.File(path, "r+") as file:
+        del file.attrs["native_grid"]
+        if wrong is not None:
+            file.attrs["native_grid"] = wrong
+    refusal(FeatureReader, path)
+
+
+# ---- caches of others in the folder of temporary files
+
+
+def test_jiebas_cache_is_neither_read_nor_written(tmp_path, monkeypatch):
+    """jieba itself unmarshals jieba.cache from there: anyone could have written it."""
+    poison = marshal.dumps(({"毒": 1, "毒药": 99_999}, 100_000))
+    (tmp_path / "jieba.cache").write_bytes(poison)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    jieba = tokenizers._jieba.__wrapped__()
+    assert jieba.dt.FREQ.get("毒药") != 99_999
+    assert jieba.lcut("两只小狗在草地上") == ["两只", "小狗", "在", "草地", "上"]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"jieba.cache": poison}
+
+
+def test_compiled_code_is_kept_at_home_and_not_where_anyone_writes(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    encoder = load_encoder("resnet18.layer1", "random", 32)
+    monkeypatch.setattr(encoder.body, "compile", lambda **_: None)
+    encoder.compile_for(1, torch.float32)
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "inductor")
+
+
+# ---- ids never leave the image folder
+
+UNSAFE = ["../a.jpg", "..", "a/../../b.jpg", "a/..", "/etc/passwd", "//server/share/a.jpg", "\\\\server\\share\\a.jpg",
+          "C:\\x.jpg", "C:/x.jpg", "c:x.jpg", "a\\..\\b.jpg", "a\0.jpg", "\0", "\ud800.jpg"]  # fmt: skip
+part = st.sampled_from(["..", ".", "", "a", "b.jpg", "C:", "\\", "\\\\", "~", "\0", "图", " ", "...", "\n"])
+
+
+def records_of(folder, data):
+    with tempfile.TemporaryDirectory() as elsewhere:
+        path = Path(elsewhere, "a.json")
+        path.write_text(json.dumps(data), "utf-8")
+        split = None if isinstance(data, dict) and "annotations" not in data else "train"
+        return read_annotations(path, folder, split)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", UNSAFE, ids=ascii)
+def test_an_id_that_leaves_the_image_folder_is_refused(tmp_path, form, name, tally):
+    assert "no path inside the image folder" in refusal(records_of, tmp_path, FORMS[form](name))
+    tally("ids that leave the image folder")
+
+
+@given(parts=st.lists(part, min_size=1, max_size=6), between=st.sampled_from(["/", "\\", "//", ""]),
+       form=st.sampled_from(sorted(FORMS)))  # fmt: skip
+def test_whatever_an_id_is_its_photo_lies_in_the_image_folder(parts, between, form):
+    folder = Path(tempfile.gettempdir()).resolve()
+    with contextlib.suppress(UserError):
+        for record in records_of(folder, FORMS[form](between.join(parts))):
+            assert f"{os.path.normpath(record.image)}/".startswith(f"{folder}/") and "\\" not in record.image
+
+
+@pytest.fixture
+def photos_at(tmp_path):
+    """An image folder with a photo, another outside of it, and their annotations -> preprocess one name."""
+    for folder in ("images/sub", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("images/1.jpg", "images/sub/2.jpg", "elsewhere/private.jpg"):
+        (tmp_path / name).write_bytes(b"a photo")
+
+    def run(*names, images="images"):
+        entries = [entry for name in names for entry in FORMS["AI Challenger"](name)]
+        (tmp_path / "a.json").write_text(json.dumps(entries), "utf-8")
+        preprocess(Preprocess(tmp_path / "data", (tmp_path / "a.json", tmp_path / images), min_count=1, workers=1))
+        return {json.loads(line)["id"] for line in open(tmp_path / "data/captions.jsonl", encoding="utf-8")}
+
+    return run
+
+
+@pytest.mark.parametrize("target", ["../elsewhere/private.jpg", "{}/elsewhere/private.jpg"])
+def test_a_link_out_of_the_image_folder_is_refused(tmp_path, photos_at, target):
+    (tmp_path / "images/link.jpg").symlink_to(target.format(tmp_path))
+    (tmp_path / "images/folder").symlink_to(tmp_path / "elsewhere")
+    for name in ("link.jpg", "folder/private.jpg"):
+        assert f"images/{name}: a link that leads out" in refusal(photos_at, "1.jpg", "sub/2.jpg", name)
+    assert not (tmp_path / "data/captions.jsonl").exists()
+    assert photos_at("1.jpg", "sub/2.jpg") == {"1.jpg", "sub/2.jpg"}, "a link that no entry names does no harm"
+
+
+def test_links_inside_the_image_folder_and_to_it_are_photos_like_others(tmp_path, photos_at):
+    (tmp_path / "images/link.jpg").symlink_to("sub/2.jpg")
+    (tmp_path / "images/folder").symlink_to("sub")
+    (tmp_path / "linked").symlink_to("images")
+    names = {"1.jpg", "link.jpg", "folder/2.jpg"}
+    assert photos_at(*names) == names
+    shutil.rmtree(tmp_path / "data")
+    assert photos_at(*names, images="linked") == names
