@@ -114,7 +114,8 @@ class FeatureWriter:
     def _make(self, ids: Sequence[str], attributes: dict) -> None:
         """All metadata is written here, under a temporary name, before the first photo."""
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
+        temporary.unlink(missing_ok=True)
+        with h5py.File(temporary, "x", libver=("earliest", "v110")) as file:
             _allocate(file, "features", self.shape, self.dtype)
             _allocate(file, "pooled", (self.shape[0], self.shape[-1]), np.dtype("float32"))
             _allocate(file, "done", self.shape[:1], np.dtype("uint8"))

@@ -94,6 +94,7 @@ class Log:
             if epoch <= epochs or (event["event"] == "step" and epoch == epochs + 1 and at <= step):
                 kept.append(line + "\n")
         temporary = self.path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
 

@@ -239,7 +239,8 @@ def _save(page: Image.Image, path: Path, **options: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             page.save(file, path.suffix[1:], **options)
             file.flush()
             os.fsync(file.fileno())

@@ -20,7 +20,8 @@ def draft(path: Path) -> Iterator[TextIO]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed, or a link that anyone laid there
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config import UserError
 from preprocess.annotations import Record, read_annotations, read_references
@@ -57,6 +60,45 @@ def test_karpathy_brings_its_own_splits_and_restval_is_train(tmp_path):
         Record(f"{tmp_path}/val2014/1.jpg", "1", "train", ("A dog.",)),
         Record(f"{tmp_path}/2.jpg", "2.jpg", "test", ("two dogs", "Dogs")),
     ]
+
+
+names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0:"), min_size=1, max_size=6)
+texts = st.lists(st.text(st.characters(), max_size=6), min_size=1, max_size=4)
+some_captions = texts.filter(lambda captions: any(map(str.strip, captions)))
+photos = st.dictionaries(names.filter(lambda name: name != ".."), some_captions, min_size=1, max_size=5)
+
+
+def in_coco(photos):
+    images = [{"id": number, "file_name": name} for number, name in enumerate(photos)]
+    pairs = [(number, caption) for number, captions in enumerate(photos.values()) for caption in captions]
+    return {"images": images, "annotations": [{"image_id": number, "caption": caption} for number, caption in pairs]}
+
+
+IN_EACH_FORM = {
+    "AI Challenger": lambda photos: [{"image_id": name, "caption": captions} for name, captions in photos.items()],
+    "COCO": in_coco,
+    "Karpathy": lambda photos: {"images": [
+        {"filename": name, "split": "train", "sentences": [{"raw": caption} for caption in captions]}
+        for name, captions in photos.items()
+    ]},
+}  # fmt: skip
+
+
+@given(photos=photos, form=st.sampled_from(sorted(IN_EACH_FORM)), escaped=st.booleans())
+def test_every_form_gives_the_photos_and_captions_that_were_put_in_it_in_their_order(
+    tmp_path_factory, photos, form, escaped
+):
+    folder = tmp_path_factory.mktemp("form")
+    data = IN_EACH_FORM[form](photos)
+    text = json.dumps(data, ensure_ascii=False)
+    if escaped or re.search("[\ud800-\udfff]", text):  # half a character can only be written escaped
+        text = json.dumps(data)
+    (folder / "a.json").write_text(text, "utf-8")
+    records = read_annotations(folder / "a.json", folder, None if form == "Karpathy" else "train")
+    assert [(record.image, record.captions) for record in records] == [
+        (f"{folder}/{name}", tuple(captions)) for name, captions in photos.items()
+    ]
+    assert [record.id for record in records] == [str(i) if form == "COCO" else name for i, name in enumerate(photos)]
 
 
 def test_the_name_of_the_file_does_not_matter(tmp_path):

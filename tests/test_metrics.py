@@ -145,6 +145,29 @@ def test_a_perfect_caption_scores_a_hundred():
     assert found["ROUGE-L"] == pytest.approx(100)
 
 
+long_caption = st.lists(st.sampled_from("abcde"), min_size=4, max_size=8)
+
+
+@given(st.lists(st.lists(long_caption, min_size=1, max_size=3), min_size=1, max_size=5), st.randoms())
+@settings(max_examples=30)
+def test_to_say_what_a_reference_says_is_perfect_and_no_other_caption_scores_more(photos, dice):
+    references = {str(i): captions for i, captions in enumerate(photos)}
+    perfect = score({i: dice.choice(captions) for i, captions in references.items()}, references)
+    for name in NAMES[:5]:
+        assert perfect[name] == pytest.approx(100, abs=1e-4)
+    others = score({i: dice.choices("abcde", k=6) for i in references}, references)
+    assert all(others[name] <= 100 + 1e-4 for name in NAMES[:5]) and 0 <= others["CIDEr-D"] <= 1000 + 1e-4
+
+
+@given(corpus, st.randoms())
+@settings(max_examples=15)
+def test_the_order_of_references_and_the_names_of_photos_do_not_matter(pairs, dice):
+    candidates, references = split(pairs)
+    shuffled = {f"photo {i}": dice.sample(captions, len(captions)) for i, captions in references.items()}
+    renamed = {f"photo {i}": words for i, words in candidates.items()}
+    assert score(renamed, shuffled) == pytest.approx(score(candidates, references))
+
+
 @given(corpus)
 @settings(max_examples=10)
 def test_the_order_of_photos_does_not_matter(pairs):

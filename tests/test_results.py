@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioning.captioner import Captioned
 from captioning.results import read_captioned, read_photos, write_coco, write_csv, write_submission
@@ -34,6 +36,22 @@ def test_what_we_write_we_read(tmp_path):
     assert lines[0] == {"image_id": 9, "caption": "a dog", "log_probability": -1.2346, "finished": True}
     found = read_captioned(tmp_path / "a.json", [photo for photo, _ in PAIRS], "whitespace")
     assert [(p.id, c.words, c.finished) for p, c in found] == [("9", ["a", "dog"], True), ("b.jpg", [], False)]
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+said = st.builds(lambda text, sure, ended: Captioned(text, text.split(), sure, ended), text,
+                 st.floats(-99, 0), st.booleans())  # fmt: skip
+
+
+@given(captions=st.dictionaries(text.filter(bool) | st.integers(0, 10**20).map(str), said, min_size=1, max_size=5))
+def test_whatever_the_ids_and_captions_what_we_write_we_read(tmp_path_factory, captions):
+    path = tmp_path_factory.mktemp("results") / "a.json"
+    pairs = [(photo(id, image=f"photos/{i}.jpg"), caption) for i, (id, caption) in enumerate(captions.items())]
+    write_coco(path, pairs)
+    found = read_captioned(path, [photo for photo, _ in pairs], "whitespace")
+    assert [(photo.id, caption.text, caption.finished) for photo, caption in found] == [
+        (id, caption.text, caption.finished) for id, caption in captions.items()
+    ]
 
 
 def test_a_submission_has_the_form_of_the_challenges_own_sample(tmp_path, shared):

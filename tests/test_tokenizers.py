@@ -74,6 +74,15 @@ def test_cutting_what_was_cut_changes_nothing(caption, tokenizer):
     assert tokenize(" ".join(words), tokenizer) == words
 
 
+@given(texts, st.sampled_from(sorted(TOKENIZERS)))
+def test_no_letter_digit_or_accent_is_lost_and_their_order_stays(caption, tokenizer):
+    """But for full-width ones, which become ordinary, and what chooses an emoji's look."""
+    caption = "".join(c for c in caption if not unicodedata.decomposition(c).startswith("<wide>"))
+    kept = [c for c in caption if unicodedata.category(c) in ("Mn", "Mc") or unicodedata.category(c)[0] in "LN"]
+    kept = [c for c in kept if not unicodedata.name(c, "").startswith("VARIATION SELECTOR")]
+    assert "".join(tokenize(caption, tokenizer)).casefold() == "".join(kept).casefold().replace(" ", "")
+
+
 @given(st.lists(texts, max_size=12), st.sampled_from(sorted(TOKENIZERS)))
 def test_many_captions_are_cut_like_one(captions, tokenizer):
     assert list(tokenize_all(captions, tokenizer)) == [tokenize(caption, tokenizer) for caption in captions]

@@ -1,6 +1,7 @@
 """What is written: text of anyone is only text in it, and it lies where it was asked for. And what is not decoded."""
 
 import html
+import os
 import struct
 import tracemalloc
 import zlib
@@ -17,10 +18,13 @@ from PIL import EpsImagePlugin, Image, ImageFile
 
 import generate
 from captioning.captioner import Captioned
+from captioning.checkpoint import save_checkpoint
 from captioning.dashboard import compared, windows
+from captioning.feature_cache import FORMAT, FeatureWriter
 from captioning.images import PhotoError, Transform, open_photo, read_photos
 from captioning.page import extremes, write_page
-from preprocess.captions import Photo
+from captioning.pictures import Entry, draw_card
+from preprocess.captions import Photo, write_captions
 
 # ---- pages
 
@@ -204,3 +208,32 @@ def test_photos_of_two_pictures_as_telephones_make_them_are_read(tmp_path):
     first, second = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (30, 20), "blue")
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
     assert np.asarray(open_photo(tmp_path / "a.jpg"))[0, 0, 0] > 200
+
+
+# ---- temporary files
+
+
+def write_features(path):
+    attributes = {"grid": "native", "native_grid": [1, 1], "format": "x", "encoder": "e", "weights": "w",
+                  "weights_sha256": "s", "precision": "float32"}  # fmt: skip
+    FeatureWriter(path, ["a"], attributes | {"format": FORMAT}, 2, "float16", overwrite=False).close()
+
+
+WRITERS = {
+    "captions": lambda path: write_captions(path, [Photo("a.jpg", "a", "train", (("dog",),))]),
+    "checkpoint": lambda path: save_checkpoint(path, {"epoch": 1}),
+    "picture": lambda path: draw_card(Entry(Image.new("RGB", (9, 9)), "a dog", ["a", "dog"], None, (1, 1)), path),
+    "features": write_features,
+}
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, what, tally):
+    (tmp_path / "victim").write_text("mine")
+    path = tmp_path / "out.png"
+    for name in ("out.png.tmp", f"out.png.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    WRITERS[what](path)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert path.is_file() and not path.is_symlink()
+    tally("links in the place of temporary files")
