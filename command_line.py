@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import tyro
 from config import DASHBOARD_URL, UserError
 
 Config = TypeVar("Config")
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
@@ -45,30 +47,43 @@ def _with_urls(arguments: list[str]) -> list[str]:
 
 
 def _one_line(boxes: str) -> str:
-    """tyro draws its errors in boxes: keep the sentences above the first rule."""
-    sentences = []
-    for line in boxes.splitlines():
-        line = line.strip("│ \t")
-        if line and set(line) == {"─"}:
-            break
-        if line and not line.startswith(("╭", "╰")):
-            sentences.append(line)
-    return " ".join(sentences) + "; see --help"
+    """tyro puts its errors under a title, between rules: keep the sentences of the first."""
+    parts = re.split(r"^[-─]+$", re.sub(r"^[│ \t]+|[│ \t]+$", "", boxes, flags=re.MULTILINE), flags=re.MULTILINE)
+    return " ".join(parts[1 if len(parts) > 1 else 0].split()) + "; see --help"
 
 
 def run(command: type[Config], work: Callable[[Config], None]) -> None:
     """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
-    rank = int(os.environ.get("RANK", 0))  # torchrun's
+    rank = os.environ.get("RANK", "0")  # torchrun's
+    error_of = "error: " if rank == "0" else f"error (process {rank}): "
     try:
+        with contextlib.suppress(AttributeError):  # a stream of another kind
+            sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
         signal.signal(signal.SIGTERM, _interrupt)
         work(parse(command))
     except UserError as error:
-        sys.exit(f"error{f' (process {rank})' if rank else ''}: {error}")
+        sys.exit(one_line(f"{error_of}{error}"))
     except KeyboardInterrupt:
-        if not rank:
+        if rank == "0":
             print("stopped; nothing is lost: the same command (train.py: with --resume) goes on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
+        _say_no_more()
+    except OSError as error:  # no room, no leave, a disk that is gone: where nobody knew a better remedy
+        if not error.filename:
+            _say_no_more()
+        what = f"{error.filename or 'what is written'}: {error.strerror or error}"
+        sys.exit(one_line(f"{error_of}{what}; make room or check the permissions, and give the same command again"))
+
+
+def one_line(text: str) -> str:
+    """The text with what would break its line, or is no text, as escapes: a file may be called anything."""
+    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _say_no_more() -> None:
+    """Python would try once more to say at its end what could not be said."""
+    with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

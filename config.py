@@ -109,7 +109,7 @@ class ExtractFeatures:
     allow_missing: float = 0.01  # share of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
     info: bool = False  # extract nothing: tell what the file holds
-    verify: bool = False  # extract nothing: look for rows that are not finite, and make some anew to compare
+    verify: bool = False  # extract nothing: look for damaged rows, and make some anew to compare
 
     def __post_init__(self):
         if self.info and self.verify:
@@ -204,6 +204,7 @@ class Train:
                  "layers", "samples", "decay_every", "patience", "max_length")  # fmt: skip
         at_least(self, 0, "clip", "alpha_c", "save_every", "val_photos", "panel", "weight_decay", "warm_up",
                  "reinforce", "entropy", "sampling_rise", "workers")  # fmt: skip
+        check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         shares(self, "allow_missing", "label_smoothing", "scheduled_sampling")
         for name in ("learning_rate", "encoder_learning_rate", "decay"):
             check(0 < getattr(self, name) < float("inf"), flag(name), getattr(self, name), "above 0")
@@ -336,6 +337,7 @@ class Generate:
             raise UserError("--scores and --extremes go with --data data/NAME, or with --score FILE --references FILE")
         at_least(self, 1, "batch_size")
         at_least(self, 0, "limit", "workers")
+        check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         shares(self, "allow_missing")
 
     def _check_score(self) -> None:

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.checkpoint import load_checkpoint, save_checkpoint
-from captioning.device import autocast, encoder_precision, pick_device
-from captioning.encoder import Encoder, calibrate_on, encoder_file, encoder_from_checkpoint, load_encoder
-from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features, stored
+from captioning.checkpoint import save_checkpoint
+from captioning.device import autocast, encoder_precision, enough_memory, pick_device
+from captioning.encoder import Encoder, calibrate_on, encoder_file, encoder_from_checkpoint, load_encoder, saved_encoder
+from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features
 from captioning.gpu_photos import check_nvjpeg, fetched, photos_on
+from captioning.grid import stored
 from captioning.images import PhotoError, Transform, Unreadable
 from captioning.inspection import describe, verify
 from captioning.ranks import ALONE, Ranks, joined_ranks
-from command_line import run
+from command_line import one_line, run
 from config import ExtractFeatures, UserError
 from preprocess.captions import Photo, read_captions
 from preprocess.files import draft
@@ -80,10 +81,10 @@ def report(config: ExtractFeatures, unreadable: Unreadable, ranks: Ranks) -> Non
     path = config.file.with_suffix(".unreadable.txt")
     path.unlink(missing_ok=True)
     for reason in list(unreadable.reasons)[:10]:
-        print(f"skipped: {reason}")
+        print(f"skipped: {one_line(reason)}")
     if unreadable.reasons:
         with draft(path) as file:
-            file.writelines(f"{reason}\n" for reason in unreadable.reasons)
+            file.writelines(f"{one_line(reason)}\n" for reason in unreadable.reasons)
         print(f"{path}: lists all {len(unreadable.reasons):,} of them")
 
 
@@ -107,7 +108,7 @@ def begin(
 def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
     """The encoder of the flags. A random one is calibrated once, and then kept beside the features."""
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
-        kept = encoder_from_checkpoint(load_checkpoint(encoder_file(config.file)))
+        kept = encoder_from_checkpoint(saved_encoder(config.file))
         wanted = (config.encoder or "resnet101", "random", Transform(
             config.image_size or 256, scaled_decoding=config.scaled_decoding, nvjpeg=config.nvjpeg))  # fmt: skip
         if (kept.name, kept.weights, kept.transform) == wanted:
@@ -148,17 +149,16 @@ def encoded(encoder, writer, arriving, precision, unreadable, bar) -> Iterator[t
         if batch.indices:
             with autocast(batch.photos.device, precision):
                 grid = encoder(batch.photos)
-            yield batch.indices, *stored(grid, writer.blocks["features"])
+            yield batch.indices, *stored(grid, writer.shape[1:], str(writer.dtype))
 
 
 def work(config: ExtractFeatures) -> None:
     try:
-        with joined_ranks("the same command goes on") as ranks:
+        remedy = f"lower --batch-size, now {config.batch_size}"
+        with joined_ranks("the same command goes on") as ranks, enough_memory(remedy):
             main(config, ranks)
     except PhotoError as error:
         raise UserError(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory on the GPU: lower --batch-size, now {config.batch_size}") from None
 
 
 if __name__ == "__main__":

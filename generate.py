@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from captioning.captioner import Captioned, Captioner
+from captioning.device import enough_memory
 from captioning.feature_cache import FeatureReader
 from captioning.images import PHOTO_ENDINGS, PhotoError, Unreadable, in_batches, open_photo, photo_batches
 from captioning.metrics import NAMES
@@ -26,8 +27,8 @@ from captioning.page import extremes, write_page
 from captioning.pictures import animate_attention, draw_attention
 from captioning.results import read_captioned, read_photos, write_coco, write_csv, write_json, write_submission
 from captioning.scores import Pairs, Scores, compare, format_comparison, score_captions
-from captioning.splits import photos_of
-from command_line import run
+from captioning.splits import check_none_lost, photos_of
+from command_line import one_line, run
 from config import Generate, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
 
@@ -56,19 +57,21 @@ def caption_photos(config: Generate) -> None:
 
 def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
     """Every photo that could be read with its caption, which is said or drawn at once where that was asked for."""
-    photos = photos_of(list(read_captions(config.data)), config.split, config.data, config.limit) if config.data else []
-    photos = photos or chosen_files(config.photos)
+    listed = list(read_captions(config.data)) if config.data else []
+    photos = photos_of(listed, config.split, config.data, config.limit) if config.data else chosen_files(config.photos)
+    reader = cached_features(config, captioner, listed) if config.data else None
     unreadable, pairs = Unreadable(len(photos), config.allow_missing), []
-    for photo, caption in caption_all(config, captioner, photos, unreadable):
+    for photo, caption in caption_all(config, captioner, reader, photos, unreadable):
         pairs.append((photo, caption))
         if not files_of(config):
-            tqdm.write(f"{photo.id}: {said(caption)}")
+            name = one_line(photo.id)
+            tqdm.write(f"{name}: {said(caption)}")
             for other in caption.others:
-                tqdm.write(f"{' ' * len(photo.id)}  {said(other)}")
+                tqdm.write(f"{' ' * len(name)}  {said(other)}")
         if config.pictures:
             draw_picture(config, photo, caption)
     for reason in unreadable.reasons:
-        print(f"skipped: {reason}")
+        print(f"skipped: {one_line(reason)}")
     if not pairs:
         raise UserError("none of the photos could be read; give others")
     return pairs
@@ -150,10 +153,9 @@ def chosen_files(paths: tuple[Path, ...]) -> list[Photo]:
 
 
 def caption_all(
-    config: Generate, captioner: Captioner, photos: list[Photo], unreadable: Unreadable
+    config: Generate, captioner: Captioner, reader: FeatureReader | None, photos: list[Photo], unreadable: Unreadable
 ) -> Iterator[tuple[Photo, Captioned]]:
     """Each photo once, in order: from cached features where there are any of the run's encoder, else from the photo."""
-    reader = cached_features(config, captioner) if config.data else None
     if reader:
         photos = reader.present(photos, config.allow_missing, config.data)
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
@@ -184,13 +186,18 @@ def from_files(captioner: Captioner, photos: list[Photo], config: Generate, unre
             yield list(zip([photos[i] for i in batch.indices], captions, strict=True))
 
 
-def cached_features(config: Generate, captioner: Captioner) -> FeatureReader | None:
-    """The feature file, where it is of the run's encoder. One that was named must be; another is said and left."""
+def cached_features(config: Generate, captioner: Captioner, listed: list[Photo]) -> FeatureReader | None:
+    """The feature file, where it is of the run's encoder. One that was named must be; another is said and left.
+
+    listed: all of captions.jsonl.
+    """
     path = config.features or config.data / "features.h5"
     if not config.features and not path.exists():
         print(f"{path}: not there; encoding the photos")
         return None
     reader = FeatureReader(path)
+    if not config.features:
+        check_none_lost(listed, path, reader.ids, config.allow_missing)
     if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
         return reader
     made_by = (
@@ -224,7 +231,8 @@ def write_scores(config: Generate, table: dict) -> None:
 
 def work(config: Generate) -> None:
     try:
-        main(config)
+        with enough_memory(f"lower --batch-size {config.batch_size}, or --beam-size {config.search.beam_size}"):
+            main(config)
     except PhotoError as error:
         raise UserError(str(error)) from None
 

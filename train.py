@@ -20,7 +20,7 @@ from captioning.batches import CachedPhotos, LivePhotos
 from captioning.checkpoint import load_checkpoint, to_resume
 from captioning.dashboard import Follower
 from captioning.decoders import DECODERS
-from captioning.device import pick_device
+from captioning.device import enough_memory, pick_device
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
 from captioning.feature_cache import FeatureReader
 from captioning.images import Augment, PhotoError
@@ -28,14 +28,16 @@ from captioning.log import Log
 from captioning.objectives import OBJECTIVES
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from captioning.residence import PLACES, reading
-from captioning.splits import Split, photos_of, tells_sides
+from captioning.splits import Split, check_none_lost, photos_of, tells_sides
 from captioning.stop import StopRequest
 from captioning.trainer import Trainer
 from captioning.word_vectors import put_word_vectors
 from command_line import run
 from config import Train, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
-from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import SPECIAL, UNKNOWN, VOCABULARY_FILE, Vocabulary
+
+MOST_UNKNOWN = 0.9  # share of the words: the few most frequent ones alone are more than the rest
 
 
 def main(config: Train, ranks: Ranks = ALONE) -> None:
@@ -65,10 +67,18 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
         views = live_views(config, train, val, vocabulary, encoder)
     else:
         reader = FeatureReader(config.features or config.data / "features.h5", pin=device.type == "cuda")
+        if not config.features:
+            check_none_lost(photos, reader.path, reader.ids, config.allow_missing)
         encoder, channels = None, reader.channels
-        described = saved_encoder(reader.path, reader.attributes["weights_sha256"])
+        described = saved_encoder(reader.path, reader.attributes["weights_sha256"])["encoder"]
         train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
         views = cached_views(config, train, val, vocabulary, reader, device)
+    unknown = np.mean(views[0].split.words == UNKNOWN)
+    if unknown > MOST_UNKNOWN:
+        raise UserError(
+            f"{config.data / VOCABULARY_FILE}: does not know {unknown:.0%} of the words in captions.jsonl; is it of "
+            f"another data set? Make both with: python -m preprocess {config.data} --overwrite"
+        )
     references = {photo.id: photo.captions for photo in val}
     objective = OBJECTIVES[config.objective](config, train, vocabulary)
     del photos, train, val  # from here on captions are flat arrays
@@ -119,16 +129,15 @@ def live_views(config: Train, train: list[Photo], val: list[Photo], vocabulary: 
 
 
 def work(config: Train) -> None:
+    remedy = (
+        f"lower --batch-size, now {config.batch_size}, and raise --accumulate, now {config.accumulate}; "
+        "fine-tuning, give --checkpoint-activations"
+    )
     try:
-        with joined_ranks("go on with --resume") as ranks:
+        with joined_ranks("go on with --resume") as ranks, enough_memory(remedy):
             main(config, ranks)
     except PhotoError as error:
         raise UserError(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of memory on the GPU: lower --batch-size, now {config.batch_size}, and raise "
-            f"--accumulate, now {config.accumulate}; fine-tuning, give --checkpoint-activations"
-        ) from None
 
 
 if __name__ == "__main__":

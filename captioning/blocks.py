@@ -56,6 +56,8 @@ def read_blocks(file: h5py.File, attributes: dict, size: int) -> dict[str, Block
         raise ValueError(f"features of shape {shape}")
     if blocks["pooled"].shape != (shape[0], shape[3]) or blocks["done"].shape != shape[:1]:
         raise ValueError("features, pooled and done of different photos")
+    if native is None:
+        raise ValueError("no native_grid")
     fits = isinstance(native, list) and len(native) == 2 and list(shape[1:3]) in (native, [SIDE, SIDE])
     if not fits or not all(cells in range(1, MOST_CELLS + 1) for cells in native):
         raise ValueError(f"native_grid {native}")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,13 +24,15 @@ FORMAT = "kantu checkpoint 1"
 MAY_CHANGE = {"epochs", "patience", "val_photos", "save_every", "precision", "device", "workers", "resume", "overwrite",
               "allow_missing", "features", "resident", "start_from", "checkpoint_activations", "panel",
               "dashboard"}  # fmt: skip
+RUN = ("config", "vocabulary", "encoder", "decoder", "progress")  # what a run's checkpoint holds ...
+STATE = ("optimizer", "objective", "scaler", "rng", "average")  # ... and its last.pt, for --resume
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write to a temporary file beside `path`, sync it, rename it: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
@@ -36,39 +40,44 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer of zip files has its own word for a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise UserError(f"{path}: cannot write the checkpoint ({reason}); free some space and --resume") from error
+        raise UserError(
+            f"{path}: cannot write the checkpoint ({reason}); free some space, and give the same command "
+            "(train.py: with --resume)"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read one of our checkpoints onto the CPU; a folder stands for its best.pt, else its last.pt.
+    """Read a run's checkpoint onto the CPU; a folder stands for its best.pt, else its last.pt.
 
     Raises UserError where there is none or it is not ours.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), None)
+        file = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), None)
         if file is None:
             raise UserError(
                 f"{path}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {path.name}"
             )
         path = file
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what we are about to refuse
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
+    return read_checkpoint(path, RUN, "give a run in checkpoints/")
+
+
+def read_checkpoint(path: Path, holds: Sequence[str], remedy: str) -> dict:
+    """The checkpoint in this file. Raises UserError, ending in `remedy`, where it is not ours, or lacks one."""
+    checkpoint = load_tensors(path, "a Kantu checkpoint", remedy)
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if found != FORMAT:
         raise UserError(
-            f"{path}: not a Kantu checkpoint, or damaged ({_first_line(error)}); give a run in checkpoints/"
-        ) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(
-            f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); train again"
+            f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); update Kantu, or "
+            f"{remedy}"
         )
+    if missing := [name for name in holds if name not in checkpoint]:
+        raise UserError(f"{path}: a checkpoint without {missing[0]}; {remedy}")
     return checkpoint
 
 
@@ -80,8 +89,27 @@ def fitting(source: object) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {_first_line(error)}"
+        what = f"{type(error).__name__}: {_first_sentence(error)}"
         raise UserError(f"{source}: damaged, or of another version of Kantu ({what}); train again") from None
+
+
+def load_tensors(path: Path, kind: str, remedy: str) -> object:
+    """What torch.save wrote, tensors and plain data alone, onto the CPU.
+
+    Raises UserError, calling it no `kind` and ending in `remedy`, where it is damaged, if only by a bit, or unsafe.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():  # torch does not compare the checksums that it writes
+                    raise ValueError(f"{damaged} has changed since it was written")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what we are about to refuse
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
+        raise UserError(f"{path}: not {kind}, or damaged ({_first_sentence(error)}); {remedy}") from None
 
 
 def to_resume(folder: Path, config: dict) -> dict | None:
@@ -96,7 +124,8 @@ def to_resume(folder: Path, config: dict) -> dict | None:
         return None
     if not last.exists():
         return None  # killed before its first checkpoint: it starts again
-    saved = load_checkpoint(last)
+    remedy = f"start another --run from its best.pt (--start-from {folder}), or this one anew (--overwrite)"
+    saved = read_checkpoint(last, RUN + STATE, remedy)
     with fitting(last):
         before = dict(saved["config"])
     for name, value in config.items():
@@ -107,8 +136,9 @@ def to_resume(folder: Path, config: dict) -> dict | None:
     return saved
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(" .")
+def _first_sentence(error: Exception) -> str:
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0][:120].rstrip(" .")
+    return sentence if re.search("[A-Za-z]", sentence) else type(error).__name__
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from captioning.log import read_log
 from captioning.visdom_server import LOOPBACK, fetch_page, serve, static_folder
 from command_line import run
 from config import Dashboard, UserError
@@ -41,19 +42,6 @@ CURVES = {  # window -> its curves: (name, event, key, factor)
 
 
 # ---- a run as windows ----
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The events of a run; a line that is still being written is left for later. Raises UserError where none is."""
-    path = folder / "log.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a run, such as checkpoints/att") from None
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError:
-        raise UserError(f"{path}: is not the log of a run; give another") from None
 
 
 def windows(events: list[dict], folder: Path) -> dict[str, dict]:
@@ -138,7 +126,7 @@ class Sender:
 
     def __init__(self, url: str, environment: str):
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise UserError(f"--dashboard {url}: is no URL; give one such as http://127.0.0.1:8097")
+            raise UserError(f"{url}: is no URL; give one such as http://127.0.0.1:8097")
         self.url, self.environment = url.rstrip("/"), environment
         self.sent: dict[str, dict] = {}
         here = urllib.parse.urlsplit(url).hostname in LOOPBACK  # where a proxy would only be in the way

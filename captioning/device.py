@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -71,6 +72,19 @@ def _cpu_flags() -> str:
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
     """Matrix products in `precision`; nothing changes for float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+@contextlib.contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raises UserError, ending in `remedy`, where the memory of the GPU, or of the machine, does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on the GPU: {remedy}") from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory: {remedy}") from None
 
 
 def rng_state(device: torch.device) -> dict:

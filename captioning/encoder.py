@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from captioning.checkpoint import fitting, load_checkpoint, state_sha256
+from captioning.checkpoint import fitting, load_checkpoint, load_tensors, read_checkpoint, state_sha256
 from captioning.device import autocast
 from captioning.graph import cut_classifier, in_segments
 from captioning.grid import Grid, grid_pooling
@@ -142,9 +142,10 @@ def load_encoder(name: str | None, weights: str | None, image_size: int | None, 
     """
     weights = weights or "imagenet"
     if weights not in ("imagenet", "random") and _is_run(Path(weights)):
+        run = load_checkpoint(Path(weights))
         if name or image_size:
             raise UserError(f"--weights {weights}: a run brings its --encoder and --image-size; leave those out")
-        return encoder_from_checkpoint(load_checkpoint(Path(weights)), weights)
+        return encoder_from_checkpoint(run, weights)
     name, transform = name or "resnet101", Transform(image_size or 256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -187,12 +188,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"--weights {path}: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        raise UserError(
-            f"--weights {path}: not a state dict that can be read safely; save model.state_dict() there"
-        ) from None
+    state = load_tensors(path, "a state dict that can be read safely", "save model.state_dict() there")
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights {path}: holds no state dict; save model.state_dict() there")
@@ -216,6 +212,7 @@ def _body_part(state: dict[str, Tensor], encoder: Encoder, source: str) -> dict[
 @torch.no_grad()
 def calibrate_on(encoder: Encoder, paths: Sequence[str], batch_size: int, workers: int) -> None:
     """Set BatchNorm's statistics to those of the first photos: random weights say nothing without it."""
+    encoder.output_shape()  # or it says that the photos are too small
     some = range(min(CALIBRATION_PHOTOS, len(paths)))
     batches = photo_batches(paths, in_batches(some, batch_size), encoder.transform, workers)
     norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -237,14 +234,14 @@ def encoder_file(features: Path) -> Path:
     return features.with_suffix(".encoder.pt")
 
 
-def saved_encoder(features: Path, sha256: str) -> dict:
-    """The encoder behind a feature file, as in checkpoints; sha256: the file's own word of it. Raises UserError."""
-    file = encoder_file(features)
+def saved_encoder(features: Path, sha256: str | None = None) -> dict:
+    """A checkpoint with the encoder behind a feature file; sha256: the file's own word of it. Raises UserError."""
+    file, remedy = encoder_file(features), "extract again with --overwrite"
     if not file.exists():
-        raise UserError(f"{file}: the encoder of {features} is missing; extract again with --overwrite")
+        raise UserError(f"{file}: the encoder of {features} is missing; {remedy}")
+    saved = read_checkpoint(file, ["encoder"], remedy)
     with fitting(file):
-        encoder = load_checkpoint(file)["encoder"]
-        same = encoder["sha256"] == sha256
+        same = sha256 in (None, saved["encoder"]["sha256"])
     if not same:
-        raise UserError(f"{file}: is not the encoder of {features}; extract again with --overwrite")
-    return encoder
+        raise UserError(f"{file}: is not the encoder of {features}; {remedy}")
+    return saved

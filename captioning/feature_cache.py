@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,6 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "format": FORMAT,
         "encoder": recipe["name"],
         "weights": recipe["weights"],
-        "weights_sha256": recipe["sha256"],
         "image_size": transform["image_size"],
         "mean": list(transform["mean"]),
         "std": list(transform["std"]),
@@ -54,6 +54,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "precision": precision,
         "scaled_decoding": transform.get("scaled_decoding", False),
         "nvjpeg": transform.get("nvjpeg", False),
+        "weights_sha256": recipe["sha256"],  # the last to be compared: that of random weights depends on all the others
     }
 
 
@@ -88,14 +89,13 @@ class FeatureWriter:
         older = {"scaled_decoding": False, "nvjpeg": False}  # a file made before there was the choice does not say
         block = blocks["features"]
         found = {**older, **found, "dtype": str(block.dtype), "shape": list(block.shape[1:])}
+        remedy = "give --overwrite to replace it, or --out for another file"
         for name, value in wanted.items():
             if found.get(name) != value:
-                raise UserError(
-                    f"{self.path}: was made with {name} {found.get(name)}, not {value}; "
-                    "give --overwrite to replace it, or --out for another file"
-                )
+                raise UserError(f"{self.path}: was made with {name} {found.get(name)}, not {value}; {remedy}")
         if found_ids != list(ids):
-            raise UserError(f"{self.path}: holds the photos of another data set; give --overwrite to replace it")
+            known = f"{len(set(ids).intersection(found_ids)):,} of its {len(found_ids):,} are among our {len(ids):,}"
+            raise UserError(f"{self.path}: holds the photos of another data set ({known}); {remedy}")
 
     def _check_room(self) -> None:
         needed = self.nbytes()
@@ -115,13 +115,18 @@ class FeatureWriter:
         """All metadata is written here, under a temporary name, before the first photo."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.unlink(missing_ok=True)
-        with h5py.File(temporary, "x", libver=("earliest", "v110")) as file:
+        names = [id.encode() for id in ids]  # of a fixed length: HDF5 reads a damaged heap of others for ever
+        with open(temporary, "xb") as file:  # HDF5 itself would crash where the system refuses it the place
+            file.write(bytes(2**16 + len(names) * max(map(len, names))))
+            file.truncate(file.tell() + self.nbytes())
+            os.fsync(file.fileno())
+        with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
             _allocate(file, "features", self.shape, self.dtype)
             _allocate(file, "pooled", (self.shape[0], self.shape[-1]), np.dtype("float32"))
             _allocate(file, "done", self.shape[:1], np.dtype("uint8"))
-            file.create_dataset("images", data=list(ids), dtype=h5py.string_dtype("utf-8"))
-            file.attrs.update(attributes)
-            file.attrs["torch"] = str(torch.__version__)
+            file.create_dataset("images", data=names, dtype=h5py.string_dtype("utf-8", max(map(len, names))))
+            for name, value in {**attributes, "torch": str(torch.__version__)}.items():
+                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
@@ -210,13 +215,6 @@ def forget_rows(path: Path, rows: Sequence[int]) -> None:
             file.write(b"\0")
 
 
-def stored(grid: Grid, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """A grid as its rows of this block: cells (B, h, w, C), 14x14 or native, and their mean (B, C); where it is."""
-    grid = Grid(grid.cells.float(), grid.pooling)
-    cells = grid.spread(grid.cells) if block.shape[1:3] == (SIDE, SIDE) else grid.cells
-    return cells.reshape(-1, *block.shape[1:]).to(getattr(torch, str(block.dtype))), grid.mean()
-
-
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -228,9 +226,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """In few words: HDF5 puts many around an error of the system."""
-    number = getattr(error, "errno", None)
-    return os.strerror(number) if number else str(error).splitlines()[0][:120].strip("'\"")
+    """In few words: HDF5 puts many around an error of the system, and around its own."""
+    number, text = getattr(error, "errno", None), str(error).strip("'\"").splitlines()[0]
+    return os.strerror(number) if number else re.sub(r"^Unable to [\w ]+\((.*)\)$", r"\1", text)[:120]
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -248,26 +246,26 @@ def _read_layout(path: Path) -> tuple[dict[str, Block], dict, list[str]]:
     """The blocks, the attributes and the ids of a feature file; no lock is taken, nothing stays open."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            attributes = {_plain(name): _plain(value) for name, value in file.attrs.items()}
             if attributes.get("format") != FORMAT:
-                raise KeyError(f"format {attributes.get('format')!r}, not {FORMAT!r}")
+                raise KeyError(f"format {attributes.get('format')!r}, not the {FORMAT!r} of this version of Kantu")
             blocks, images = read_blocks(file, attributes, os.path.getsize(path)), own_array(file, "images")
             if images.shape != blocks["done"].shape:
                 raise ValueError("features and images of different photos")
             ids = images.asstr()[:].tolist()
-    except EOFError as error:
-        raise UserError(f"{path}: {error}; extract again with --overwrite") from None
+    except EOFError:
+        raise UserError(f"{path}: is cut short; extract again with --overwrite") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run: python extract_features.py {path.parent}") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a Kantu feature file ({_reason(error)}); extract again with --overwrite"
-        ) from None
+        raise UserError(f"{path}: no such file; make it with: python extract_features.py DATA") from None
+    except Exception as error:  # HDF5 reports a foreign or damaged file in many ways
+        remedy = "check its permissions, or extract again with --overwrite"
+        raise UserError(f"{path}: cannot be read as a Kantu feature file ({_reason(error)}); {remedy}") from None
     return blocks, attributes, ids
 
 
 def _plain(value: object) -> object:
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
 class FeatureReader:
@@ -323,9 +321,9 @@ class FeatureReader:
             cell[:] = block[row] if self.places is None else block[row][self.places]
         return Grid(self._finite(cells, rows).flatten(1, 2), grid_pooling(self.height, self.width))
 
-    def read_stored(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (B,) int64 with all that is stored of them (B, h w C), in the stored type."""
-        block = self._map("features")
+    def read_stored(self, rows: np.ndarray, name: str = "features") -> np.ndarray:
+        """Rows (B,) int64 with all that is stored of them (B, h w C) or, pooled, (B, C), finite or not."""
+        block = self._map(name)
         return block.reshape(len(block), -1)[rows]
 
     def read_pooled(self, rows: np.ndarray) -> Grid:

@@ -13,6 +13,7 @@ Letters: B photos, N native cells, P output cells (14 x 14 = 196), C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,3 +88,10 @@ def native_places(cells: int) -> list[int] | None:
             return None
         places.append(int(alone[0]))
     return places
+
+
+def stored(grid: Grid, shape: Sequence[int], dtype: str) -> tuple[Tensor, Tensor]:
+    """A grid as rows of a feature file: cells (B, h, w, C) of this shape, 14x14 or native; their mean (B, C)."""
+    grid = Grid(grid.cells.float(), grid.pooling)
+    cells = grid.spread(grid.cells) if tuple(shape[:2]) == (SIDE, SIDE) else grid.cells
+    return cells.reshape(-1, *shape).to(getattr(torch, dtype)), grid.mean()

@@ -128,7 +128,8 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PhotoError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # PIL's readers raise whatever a broken file makes them stumble over
-        raise PhotoError(f"{path}: {error or type(error).__name__}".replace("\n", " ")) from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise PhotoError(f"{path}: {reason}".replace("\n", " ")) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning.checkpoint import load_checkpoint
 from captioning.device import autocast
-from captioning.encoder import Encoder, encoder_file, encoder_from_checkpoint
-from captioning.feature_cache import FeatureReader, forget_rows, stored
+from captioning.encoder import Encoder, encoder_from_checkpoint, saved_encoder
+from captioning.feature_cache import FeatureReader, forget_rows
 from captioning.gpu_photos import photos_on
+from captioning.grid import Grid, grid_pooling, stored
 from captioning.images import in_batches
 from config import UserError
 from preprocess.captions import Photo
 
 SAMPLE = 64  # photos that are encoded again
 TOLERANCE = 0.1  # of a row's norm: half precision rounds by less; another photo or other weights are off by far more
+ROUNDING = 1e-3  # of a row's mean: half precision moves it by less, and a page of zeros in the row by far more
 
 
 def describe(reader: FeatureReader) -> str:
@@ -33,21 +34,21 @@ def describe(reader: FeatureReader) -> str:
 
 
 def verify(reader: FeatureReader, photos: Sequence[Photo], device: torch.device) -> str:
-    """Every done row is finite, and some, made anew with the encoder kept beside the file, are what it holds.
+    """Every done row is sound, and some, made anew with the encoder kept beside the file, are what it holds.
 
-    -> what was found, for a person. Raises UserError where rows are wrong; those that are not finite are then marked
+    -> what was found, for a person. Raises UserError where rows are wrong; those that are damaged are then marked
     as not done, so that the next extraction makes them anew.
     """
     if reader.ids != [photo.id for photo in photos]:
         raise UserError(f"{reader.path}: holds the photos of another data set")
-    bad = rows_not_finite(reader)
+    bad = damaged_rows(reader)
     if len(bad):
         forget_rows(reader.path, bad)
         raise UserError(
-            f"{reader.path}: {len(bad):,} rows are not finite, such as that of {reader.ids[bad[0]]}; they now count as "
+            f"{reader.path}: {len(bad):,} rows are damaged, such as that of {reader.ids[bad[0]]}; they now count as "
             "not done: the same command without --verify makes them anew"
         )
-    encoder = encoder_from_checkpoint(load_checkpoint(encoder_file(reader.path)))
+    encoder = encoder_from_checkpoint(saved_encoder(reader.path, reader.attributes["weights_sha256"]))
     encoder = encoder.to(device).eval().requires_grad_(False)
     difference, photo, compared = largest_difference(reader, encoder, photos)
     if difference > TOLERANCE:
@@ -56,15 +57,22 @@ def verify(reader: FeatureReader, photos: Sequence[Photo], device: torch.device)
             "of the photo now; was the photo replaced? Extract again with --overwrite"
         )
     done = int(reader.done().sum())
-    return (f"{reader.path}: {done:,} of {len(reader.ids):,} rows are done, and finite; "
+    return (f"{reader.path}: {done:,} of {len(reader.ids):,} rows are done, and sound; "
             f"{compared} made anew differ by {difference:.2%} at most")  # fmt: skip
 
 
-def rows_not_finite(reader: FeatureReader) -> np.ndarray:
-    """The done rows that have a value that is not finite (M,) int64. Every byte of them is read."""
+def damaged_rows(reader: FeatureReader) -> np.ndarray:
+    """The done rows (M,) int64 whose mean is not the one kept beside them: not finite, or not what was written.
+
+    Every byte of them is read.
+    """
     rows, bad = np.flatnonzero(reader.done()), []
+    *sides, channels = reader.blocks["features"].shape[1:]
     for batch in tqdm(in_batches(rows, 64), desc="verify", unit="batch"):
-        bad += batch[~np.isfinite(reader.read_stored(batch)).all(1)].tolist()
+        cells = torch.from_numpy(reader.read_stored(batch)).float().view(len(batch), -1, channels)
+        gap = Grid(cells, grid_pooling(*sides)).mean() - torch.from_numpy(reader.read_stored(batch, "pooled"))
+        sound = gap.norm(dim=1) <= ROUNDING * cells.abs().mean(1).norm(dim=1)  # false of NaN
+        bad += batch[~sound.numpy()].tolist()
     return np.array(bad, np.int64)
 
 
@@ -73,7 +81,7 @@ def largest_difference(reader: FeatureReader, encoder: Encoder, photos: Sequence
     """Of up to SAMPLE rows made anew: the largest difference, as a share of the row's norm; its photo; how many."""
     rows = np.flatnonzero(reader.done())
     rows = np.sort(np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False))
-    device, worst = next(encoder.parameters()).device, (0.0, "")
+    device, worst, block = next(encoder.parameters()).device, (0.0, ""), reader.blocks["features"]
     precision = getattr(torch, reader.attributes["precision"])
     for batch in photos_on(device, [photo.image for photo in photos], in_batches(rows, 16), encoder.transform, 0):
         if batch.failures:
@@ -81,7 +89,7 @@ def largest_difference(reader: FeatureReader, encoder: Encoder, photos: Sequence
         with autocast(device, precision):
             grid = encoder(batch.photos)
         there = torch.from_numpy(reader.read_stored(np.array(batch.indices))).float()
-        again = stored(grid, reader.blocks["features"])[0].float().flatten(1).cpu()
+        again = stored(grid, block.shape[1:], str(block.dtype))[0].float().flatten(1).cpu()
         shares = (there - again).norm(dim=1) / again.norm(dim=1).clamp_min(1e-12)
         worst = max([worst, *zip(shares.tolist(), [reader.ids[row] for row in batch.indices], strict=True)])
     return *worst, len(rows)

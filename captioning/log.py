@@ -4,19 +4,44 @@ else shows it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 
-from config import Train, as_plain_data
+from config import Train, UserError, as_plain_data
+from preprocess.files import draft
 
 STEP_SECONDS = 10.0
+PLACES = {"start": (), "step": ("epoch", "step", "of"), "epoch": ("epoch",)}  # the numbers that say where an event is
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The events of a run; a line that is still being written is left for later. Raises UserError where none is."""
+    path = folder / "log.jsonl"
+    try:
+        with open(path, "rb") as file:  # not text: a line may break off within a character
+            events = [json.loads(line) for line in file if line.endswith(b"\n")]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a run, such as checkpoints/att") from None
+    except ValueError:
+        events = [None]
+    if not all(map(_is_event, events)):
+        raise UserError(f"{path}: is not the log of a run, or damaged; move it away, or give another run")
+    return events
+
+
+def _is_event(line: object) -> bool:
+    return isinstance(line, dict) and line.get("event") in PLACES and all(
+        isinstance(line.get(place), (int, float)) for place in PLACES[line["event"]]
+    )  # fmt: skip
 
 
 class Log:
@@ -31,17 +56,18 @@ class Log:
         self.stepped, self.losses = time.monotonic(), []  # when the last point was written; the losses since then
         if not first:
             self.path = Path(os.devnull)
-        elif resumes:
+        elif resumes and self.path.exists():
             self._forget_after(*resumes)
-        else:
-            config.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a" if resumes else "w", encoding="utf-8")
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a" if resumes else "w", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # every line is written already, or it was said that one was not
+            self.file.close()
 
     def start(self, described: dict) -> None:
         """commit, versions, device, config: a run explains itself."""
@@ -52,7 +78,7 @@ class Log:
         }
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         config = as_plain_data(self.config)
-        self._line(
+        self._write(
             {"event": "start", "time": now, "commit": _commit(), "versions": versions, **described, "config": config}
         )
         together = f", {described['processes']} processes" if described["processes"] > 1 else ""
@@ -68,11 +94,11 @@ class Log:
         """A point of the live curves, once every STEP_SECONDS; its loss, or reward, is the mean since the last."""
         self.losses.append(value)
         if time.monotonic() - self.stepped >= STEP_SECONDS:
-            self._line({"event": "step", **figures, measures: sum(self.losses) / len(self.losses)})
+            self._write({"event": "step", **figures, measures: sum(self.losses) / len(self.losses)})
             self.stepped, self.losses = time.monotonic(), []
 
     def epoch(self, figures: dict, better: bool) -> None:
-        self._line({"event": "epoch", **figures, "best": better})
+        self._write({"event": "epoch", **figures, "best": better})
         measured = next(name for name in ("train_loss", "train_reward") if name in figures)
         print(f"epoch {figures['epoch']:>2}: {measured.removeprefix('train_')} {figures[measured]:.3f}, "
               f"val {figures['val_loss']:.3f}, "
@@ -87,20 +113,30 @@ class Log:
 
     def _forget_after(self, epochs: int, step: int) -> None:
         """Drop what the checkpoint does not know: it is about to happen again."""
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
-            epoch, at = event.get("epoch", 0), event.get("step", 0)
-            if epoch <= epochs or (event["event"] == "step" and epoch == epochs + 1 and at <= step):
-                kept.append(line + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        events = read_log(self.config.folder)
+        with draft(self.path) as file:
+            for event in events:
+                epoch, at = event.get("epoch", 0), event.get("step", 0)
+                if epoch <= epochs or (event["event"] == "step" and epoch == epochs + 1 and at <= step):
+                    file.write(_line(event))
 
-    def _line(self, event: dict) -> None:
-        self.file.write(json.dumps(event, ensure_ascii=False) + "\n")
-        self.file.flush()
+    def _write(self, event: dict) -> None:
+        with self._writing():
+            self.file.write(_line(event))
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); mend that, and go on with --resume"
+            ) from None
+
+
+def _line(event: dict) -> str:
+    return json.dumps(event, ensure_ascii=False) + "\n"
 
 
 def _commit() -> str | None:

@@ -75,10 +75,13 @@ def joined_ranks(remedy: str) -> Iterator[Ranks]:
 
     Raises UserError, ending in `remedy`, where another rank is lost on the way.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         yield ALONE
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but not by torchrun ({error}); unset them") from None
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if not ranks.first:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)

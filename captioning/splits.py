@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from config import UserError
-from preprocess.captions import Photo
+from preprocess.captions import CAPTIONS_FILE, Photo
 from preprocess.vocabulary import END, PAD, START, Vocabulary
 
 
@@ -30,6 +30,19 @@ def photos_of(photos: Sequence[Photo], split: str, dataset: Path, limit: int = 0
             f"{dataset}: has no {split} photos, only {there}; make them with python -m preprocess {dataset}"
         )
     return found[: limit or None]
+
+
+def check_none_lost(photos: Sequence[Photo], features: Path, cached: Sequence[str], allowed: float) -> None:
+    """captions.jsonl has the photos of the features made from it: cut at the end of a line, it would still be in order.
+
+    Raises UserError where more than the share `allowed` of them is missing.
+    """
+    lost = len(set(cached).difference(photo.id for photo in photos))
+    if lost > allowed * len(cached):
+        raise UserError(
+            f"{features.parent / CAPTIONS_FILE}: lacks {lost:,} of the {len(cached):,} photos of {features}; if it was "
+            f"cut short, run python -m preprocess again; if it is as you want it, give --features {features}"
+        )
 
 
 def tells_sides(photo: Photo) -> bool:

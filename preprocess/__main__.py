@@ -146,7 +146,8 @@ def _photos(records: list[Record], cut: Iterator[list[str]], tallies: dict[str, 
 
 def _vocabulary(config: Preprocess, train: Tally, language: str, tokenizer: str) -> Vocabulary:
     if not train.photos:
-        raise UserError("train is empty: no photo of it is on disk with a caption; check the annotations and images")
+        source, *_ = config.karpathy or config.train or ["--scenes"]
+        raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
     settings = dict(language=language, tokenizer=tokenizer, max_words=config.max_words)
     min_count = config.min_count or MIN_COUNT[language]
     vocabulary = Vocabulary.from_counts(train.words, min_count=min_count, **settings)

@@ -59,7 +59,7 @@ def read_captions(folder: Path) -> Iterator[Photo]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it with: python -m preprocess {folder}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     if not seen:
         raise UserError(f"{path}: is empty; make it again with: python -m preprocess {folder} --overwrite")
 

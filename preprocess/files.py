@@ -21,7 +21,8 @@ def draft(path: Path) -> Iterator[TextIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a process that was killed, or a link that anyone laid there
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        # backslashreplace: what is no text in a file's name becomes an escape, which JSON knows.
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -113,6 +113,7 @@ def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Reco
     held_out = max(1, count // 10)
     numbers = {"train": count - 2 * held_out, "val": held_out, "test": held_out}
     places = [(split, number) for split, total in numbers.items() for number in range(total)]
+    known = read_scenes(folder) if (folder / "scenes.json").exists() else {}  # photos of other seeds
     scenes, records = {}, []
     for split, number in tqdm(places, "drawing scenes", unit=" photos"):
         id = f"{split}-{seed}-{number:05}"
@@ -120,7 +121,7 @@ def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Reco
         path = folder / "photos" / f"{id}.png"
         _save(draw(scenes[id], random.Random(f"{id} texture")), path)
         records.append(Record(str(path), id, split, _captions(scenes[id], language, random.Random(f"{id} {language}"))))
-    _write_scenes(folder, scenes)
+    _write_scenes(folder, known | scenes)
     return records
 
 
@@ -141,9 +142,6 @@ def _thing(listed: dict) -> Thing:
 
 
 def _write_scenes(folder: Path, scenes: dict[str, Scene]) -> None:
-    """Add to the list: photos of other seeds may still lie in the folder, and captions.jsonl speak of them."""
-    if (folder / "scenes.json").exists():
-        scenes = read_scenes(folder) | scenes
     with draft(folder / "scenes.json") as file:
         lines = (f"{json.dumps(id)}: {json.dumps(dataclasses.asdict(scene))}" for id, scene in scenes.items())
         file.write("{\n" + ",\n".join(lines) + "\n}\n")

@@ -105,7 +105,7 @@ class Vocabulary:
         except FileNotFoundError:
             raise UserError(f"{path}: no vocabulary; {remedy}") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions, or {remedy}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
         try:

@@ -22,7 +22,7 @@ import extract_features
 import generate
 import train
 from captioning.captioner import Captioner
-from captioning.checkpoint import load_checkpoint, save_checkpoint
+from captioning.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from captioning.decoders import DECODERS
 from captioning.encoder import load_encoder
 from captioning.feature_cache import FeatureReader
@@ -498,17 +498,8 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space"):
         save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
-    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+    assert read_checkpoint(tmp_path / "last.pt", ["epoch"], "")["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
-def test_a_disk_that_is_full_while_weights_are_written_is_one_line(tmp_path):
-    save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write the checkpoint .*(full|No space).*; free some space") as error:
-        save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(10**6)})
-    assert "\n" not in str(error.value) and load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchvision import models
 
-from captioning.checkpoint import load_checkpoint, save_checkpoint, state_sha256
+from captioning.checkpoint import read_checkpoint, save_checkpoint, state_sha256
 from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
 from captioning.images import Transform
 from captioning.meter import most_resident
@@ -128,9 +128,9 @@ def test_features_do_not_depend_on_batch_size():
 def test_an_encoder_comes_back_from_its_checkpoint(tmp_path):
     encoder = load_encoder("resnet18.layer2", "random", 64, seed=3)
     save_checkpoint(tmp_path / "e.pt", {"encoder": encoder.to_checkpoint()})
-    back = encoder_from_checkpoint(load_checkpoint(tmp_path / "e.pt"))
+    back = encoder_from_checkpoint(read_checkpoint(tmp_path / "e.pt", ["encoder"], ""))
     assert back.recipe() == encoder.recipe()
-    damaged = load_checkpoint(tmp_path / "e.pt")
+    damaged = read_checkpoint(tmp_path / "e.pt", ["encoder"], "")
     damaged["encoder"]["state"]["conv1.weight"] += 1
     with pytest.raises(UserError, match="not those"):
         encoder_from_checkpoint(damaged)

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 import extract_features
-from captioning.checkpoint import load_checkpoint
-from captioning.encoder import encoder_from_checkpoint
+from captioning.encoder import encoder_from_checkpoint, saved_encoder
 from captioning.feature_cache import FeatureReader, FeatureWriter
 from captioning.images import PhotoError
 from config import ExtractFeatures, UserError
@@ -167,12 +166,12 @@ def test_verify_finds_rows_that_are_not_finite_and_has_them_made_anew(data, tmp_
     for name in ("h5", "encoder.pt"):
         shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
     extract(data, out, verify=True)
-    assert "40 of 40 rows are done, and finite; 40 made anew differ by 0.0" in capsys.readouterr().out
+    assert "40 of 40 rows are done, and sound; 40 made anew differ by 0.0" in capsys.readouterr().out
     block = FeatureReader(out).blocks["features"]
     with open(out, "r+b") as file:
         file.seek(block.offset + 7 * block.row_bytes + 100)
         file.write(np.array([np.nan], np.float16).tobytes())
-    with pytest.raises(UserError, match="1 rows are not finite, such as that of photo7"):
+    with pytest.raises(UserError, match="1 rows are damaged, such as that of photo7"):
         extract(data, out, verify=True)
     assert np.flatnonzero(~FeatureReader(out).done()).tolist() == [7]
     extract(data, out)
@@ -185,12 +184,12 @@ def test_verify_finds_a_row_of_another_photo(data, tmp_path):
     out = tmp_path / "swapped.h5"
     for name in ("h5", "encoder.pt"):
         shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
-    block = FeatureReader(out).blocks["features"]
     content = bytearray(out.read_bytes())
-    one, other = (
-        slice(block.offset + row * block.row_bytes, block.offset + (row + 1) * block.row_bytes) for row in (3, 4)
-    )
-    content[one], content[other] = content[other], content[one]
+    for block in (FeatureReader(out).blocks[name] for name in ("features", "pooled")):
+        one, other = (
+            slice(block.offset + row * block.row_bytes, block.offset + (row + 1) * block.row_bytes) for row in (3, 4)
+        )
+        content[one], content[other] = content[other], content[one]
     out.write_bytes(content)
     with pytest.raises(UserError, match=r"the row of photo[34] is \d+% off what resnet18.layer2 .random. makes"):
         extract(data, out, verify=True)
@@ -205,7 +204,7 @@ def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
     extract(data, tmp_path / "scaled.h5", scaled_decoding=True)
     extract(data, tmp_path / "scaled.h5", info=True)
     assert "scaled_decoding  True" in capsys.readouterr().out
-    assert encoder_from_checkpoint(load_checkpoint(tmp_path / "scaled.encoder.pt")).transform.scaled_decoding
+    assert encoder_from_checkpoint(saved_encoder(tmp_path / "scaled.h5")).transform.scaled_decoding
 
 
 def test_a_writer_that_fails_for_any_reason_says_so_and_nobody_waits_for_ever(tmp_path, monkeypatch):

@@ -1,0 +1,569 @@
+"""What people get wrong, and the very line that they read; ... in it stands for what differs between machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+
+import command_line
+from captioning import fonts
+from tests.torture.artefacts import (
+    ENCODER,
+    EXTRACT,
+    GENERATE,
+    NOWHERE,
+    PREPROCESS,
+    READ_AIC,
+    RESUME,
+    SCORE,
+    TRAIN,
+    Artefacts,
+)
+from tests.torture.ends import COMMANDS, end_of
+
+HOUSE = Path(__file__).parents[2]
+AIC = f"{PREPROCESS} --train a.json data/small/photos"
+KARPATHY = f"{PREPROCESS} --karpathy a.json data/small/photos"
+FRESH = "extract_features.py data/small --workers 0 --out new.h5"
+PHOTO = f"{GENERATE} data/small/photos/0.png"
+SCORE_R = "generate.py --score r.json --references data/small"
+ENTRIES = [{"image_id": "0.png", "caption": ["a"]}, {"image_id": "1.png", "caption": ["b"]}]
+LINE = {"image": "data/small/photos/0.png", "id": "photo0", "split": "train", "captions": [["a"]]}
+WORDS = ["<pad>", "<unk>", "<start>", "<end>", "a"]
+
+
+def put(name: str, content: object) -> Callable[[], None]:
+    """Write a file: bytes or a text as they are, all else as JSON."""
+
+    def do() -> None:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    return do
+
+
+def save(name: str, content: object) -> Callable[[], None]:
+    def do() -> None:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, name)
+
+    return do
+
+
+def entry(**changes: object) -> Callable[[], None]:
+    """AI Challenger's form with one entry changed."""
+    return put("a.json", [ENTRIES[1], {**ENTRIES[0], **changes}])
+
+
+def coco(**changes: object) -> Callable[[], None]:
+    form = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    return put("a.json", {**form, **changes})
+
+
+def karpathy(**changes: object) -> Callable[[], None]:
+    return put("a.json", {"images": [{"filename": "0.png", "split": "train", "sentences": [{"raw": "a"}], **changes}]})
+
+
+def captions(**changes: object) -> Callable[[], None]:
+    return put("data/small/captions.jsonl", json.dumps({**LINE, **changes}) + "\n")
+
+
+def vocabulary(**changes: object) -> Callable[[], None]:
+    whole = {"language": "en", "tokenizer": "whitespace", "min_count": 1, "words": WORDS}
+    return put("data/small/vocab.json", {**whole, **changes})
+
+
+def without(attribute: str) -> Callable[[], None]:
+    def do() -> None:
+        with h5py.File("data/small/features.h5", "r+") as file:
+            del file.attrs[attribute]
+
+    return do
+
+
+def gone(name: str) -> Callable[[], None]:
+    return lambda: Path(name).unlink()
+
+
+def folder(name: str) -> Callable[[], None]:
+    return lambda: Path(name).mkdir()
+
+
+TABLE = [  # what; how it comes about; the command; its line
+    ("annotations that are not there", None, AIC,
+     "a.json: no such file; check the path"),
+    ("an empty file", put("a.json", ""), AIC,
+     "a.json: not JSON at line 1, column 1 (Expecting value); download or unpack it again"),
+    ("a text", put("a.json", "hello"), AIC,
+     "a.json: not JSON at line 1, column 1 (Expecting value); download or unpack it again"),
+    ("JSON in UTF-16", put("a.json", "[]".encode("utf-16")), AIC,
+     "a.json: no annotation file of a known form: found an empty list; the known forms are AI Challenger, "
+     "COCO captions and Karpathy"),
+    ("a file still packed", put("a.json", b"\x1f\x8b\x08\x00"), AIC,
+     "a.json: not JSON ('utf-8' codec can't decode byte 0x8b in position 1: invalid start byte); download "
+     "or unpack it again"),
+    ("brackets without end", put("a.json", "["*100000), AIC,
+     "a.json: not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode "
+     "string); download or unpack it again"),
+    ("a number", put("a.json", "7"), AIC,
+     "a.json: no annotation file of a known form: found a JSON int; the known forms are AI Challenger, "
+     "COCO captions and Karpathy"),
+    ("an empty list", put("a.json", []), AIC,
+     "a.json: no annotation file of a known form: found an empty list; the known forms are AI Challenger, "
+     "COCO captions and Karpathy"),
+    ("an empty object", put("a.json", {}), AIC,
+     "a.json: no annotation file of a known form: found an empty object; the known forms are AI "
+     "Challenger, COCO captions and Karpathy"),
+    ("COCO's instances", coco(annotations=[{"image_id": 1, "bbox": [0]}]),
+     AIC,
+     "a.json: annotation 0 has no caption; give captions_*.json, not instances_*.json"),
+    ("results for annotations", put("a.json", [{"image_id": 1, "caption": "a"}]), AIC,
+     "a.json: entry 0: 'image_id' is '1'; 'image_id' must be text"),
+    ("one caption that is no list", entry(caption="a"), AIC,
+     "a.json: entry 1: 'caption' is 'a'; 'caption' must be a list"),
+    ("a number for an id", entry(image_id=7), AIC,
+     "a.json: entry 1: 'image_id' is '7'; 'image_id' must be text"),
+    ("no captions", entry(caption=[]), AIC,
+     "a.json: entry 1 ('0.png'): no caption; add one or remove the entry"),
+    ("empty captions", entry(caption=["", " "]), AIC,
+     "a.json: entry 1 ('0.png'): no caption; add one or remove the entry"),
+    ("a number for a caption", entry(caption=[7]), AIC,
+     "a.json: entry 1 ('0.png'): a caption that is not text; mend or remove it"),
+    ("a photo outside the folder", entry(image_id="../x.png"), AIC,
+     "a.json: entry 1: '../x.png', '../x.png': no path inside the image folder; mend or remove the entry"),
+    ("an absolute path", entry(image_id="/etc/passwd"), AIC,
+     "a.json: entry 1: '/etc/passwd', '/etc/passwd': no path inside the image folder; mend or remove the entry"),
+    ("an id twice", entry(image_id="1.png"), AIC,
+     "a.json: image id '1.png' occurs twice; keep one entry with all its captions"),
+    ("a photo that is not there", entry(image_id="none.png"), AIC,
+     "data/small/photos/none.png: no such photo, and so for 1 of 2 photos (50.0%); check the image folder,"
+     " or do without them: --allow-missing 0.5"),
+    ("a line break in an id", entry(image_id="no\nne.png"), AIC,
+     "data/small/photos/no\\nne.png: no such photo, and so for 1 of 2 photos (50.0%); check the image "
+     "folder, or do without them: --allow-missing 0.5"),
+    ("captions without a word", put("a.json", [{**line, "caption": ["!"]} for line in ENTRIES]),
+     AIC,
+     "a.json: train is empty: no photo is on disk with a caption; check photos and captions"),
+    ("another form after --karpathy", put("a.json", ENTRIES), KARPATHY,
+     "a.json: not in Karpathy's form (no 'sentences'); use --train a.json IMAGES"),
+    ("Karpathy's form after --train", karpathy(), AIC,
+     "a.json: in Karpathy's form, which holds its own splits; use --karpathy a.json IMAGES"),
+    ("an unknown split", karpathy(split="dev"), KARPATHY,
+     "a.json: image 0 ('0.png'): split 'dev'; it must be train, restval, val or test"),
+    ("no split", karpathy(split=None), KARPATHY,
+     "a.json: image 0: no 'split'; 'split' must be text"),
+    ("a sentence that is a text", karpathy(sentences=["a"]), KARPATHY,
+     "a.json: image 0: a sentence with neither 'raw' text nor 'tokens'; mend or remove it"),
+    ("a filepath outside the folder", karpathy(filepath="../.."), KARPATHY,
+     "a.json: image 0: '0.png', '../../0.png': no path inside the image folder; mend or remove the entry"),
+    ("no photo to train on", karpathy(split="val"), KARPATHY,
+     "a.json: train is empty: no photo is on disk with a caption; check photos and captions"),
+    ("a caption of an unlisted image", coco(annotations=[{"image_id": 2, "caption": "a"}]), AIC,
+     "a.json: annotation 0 is of image 2, which 'images' does not list; mend it"),
+    ("a text for COCO's id", coco(images=[{"id": "1", "file_name": "0.png"}]), AIC,
+     "a.json: image 0: 'id' is '1'; 'id' must be a whole number"),
+    ("no file name", coco(images=[{"id": 1}]), AIC,
+     "a.json: image 0: no 'file_name'; 'file_name' must be text"),
+    ("no images", coco(images=[], annotations=[]), AIC,
+     "a.json: holds no images; give a file with captions"),
+    ("no image folder", put("a.json", ENTRIES), f"{PREPROCESS} --train a.json nowhere",
+     "nowhere: no such image folder; give the folder that holds the photos of a.json"),
+    ("a file for the image folder", put("a.json", ENTRIES), f"{PREPROCESS} --train a.json a.json",
+     "a.json: no such image folder; give the folder that holds the photos of a.json"),
+    ("file and folder swapped", put("a.json", ENTRIES), f"{PREPROCESS} --train data/small/photos a.json",
+     "a.json: no such image folder; give the folder that holds the photos of data/small/photos"),
+    ("the same file for train and val", put("a.json", ENTRIES), AIC + " --val a.json data/small/photos",
+     "image '0.png' is in --train and in --val; remove it from one of them"),
+    ("no source of captions", None, "preprocess data/read",
+     "give exactly one of --train ANN.json IMAGES, --karpathy JSON IMAGES, --scenes N"),
+    ("--val without --train", None, "preprocess data/read --scenes 20 --val a.json b",
+     "--val and --test go with --train ANN.json IMAGES"),
+    ("too few scenes", None, "preprocess data/read --scenes 2",
+     "--scenes 2: must be 10 or more"),
+    ("a minimum count that no word has", put("a.json", ENTRIES), AIC.replace("--min-count 1", "--min-count 9"),
+     "no word occurs 9 times in train; give a lower --min-count, or more captions"),
+    ("a minimum count of 0", None, AIC.replace("--min-count 1", "--min-count 0"),
+     "--min-count 0: must be 1 or more"),
+    ("a share above 1", None, AIC + " --allow-missing 2",
+     "--allow-missing 2.0: must be a share between 0 and 1"),
+    ("an unknown language", None, AIC + " --language fr",
+     "invalid choice 'fr' for argument '--language'. Expected one of (...).; see --help"),
+    ("no data folder", None, "preprocess",
+     "Missing from preprocess: PATH folder to write, for example data/aic (required); see --help"),
+    ("other captions there already", None, READ_AIC.replace("data/read", "data/small"),
+     "data/small/vocab.json: made with other settings or annotations; replace it with --overwrite"),
+    ("a file for the data folder", None, READ_AIC.replace("data/read", "aic.json"),
+     "aic.json: cannot be written to (File exists); give another folder"),
+    # captions
+    ("no captions.jsonl", gone("data/small/captions.jsonl"), EXTRACT,
+     "data/small/captions.jsonl: no such file; make it with: python -m preprocess data/small"),
+    ("a line that is a list", put("data/small/captions.jsonl", "[]\n"), EXTRACT,
+     "data/small/captions.jsonl:1: not an object with the keys image, id, split, captions; mend it"),
+    ("an unknown split in captions.jsonl", captions(split="dev"), EXTRACT,
+     "data/small/captions.jsonl:1: split 'dev' is none of train, val, test; mend it"),
+    ("an empty id", captions(id=""), EXTRACT,
+     "data/small/captions.jsonl:1: image and id must be text, and not empty; mend it"),
+    ("a photo without captions", captions(captions=[]), EXTRACT,
+     "data/small/captions.jsonl:1: captions must be a list of at least one caption; mend or remove it"),
+    ("an empty word", captions(captions=[[""]]), EXTRACT,
+     "data/small/captions.jsonl:1: a caption must be a list of at least one word, none of them empty; mend"
+     " or remove it"),
+    ("a number for a word", captions(captions=[[7]]), EXTRACT,
+     "data/small/captions.jsonl:1: a word that is not text; mend or remove it"),
+    ("a photo twice in captions.jsonl", put("data/small/captions.jsonl", (json.dumps(LINE)+"\n") * 2), EXTRACT,
+     "data/small/captions.jsonl:2: id 'photo0' occurs twice; remove one of its lines"),
+    ("no photos to validate", captions(), TRAIN + " --features data/small/features.h5",
+     "data/small: has no val photos, only train; make them with python -m preprocess data/small"),
+    ("a split without photos", None, GENERATE + " --data data/small --split test",
+     "data/small: has no test photos, only train, val; make them with python -m preprocess data/small"),
+    ("no such data set for train.py", None, TRAIN.replace("data/small", "data/none"),
+     "data/none/vocab.json: no vocabulary; make it with: python -m preprocess data/none"),
+    ("no such data set for extract_features.py", None, EXTRACT.replace("data/small", "data/none"),
+     "data/none/captions.jsonl: no such file; make it with: python -m preprocess data/none"),
+    # vocabulary
+    ("no vocab.json", gone("data/small/vocab.json"), TRAIN,
+     "data/small/vocab.json: no vocabulary; make it with: python -m preprocess data/small"),
+    ("a vocabulary that is a list", put("data/small/vocab.json", []), TRAIN,
+     "data/small/vocab.json: not a vocabulary (an object with the keys language, tokenizer, min_count, "
+     "words, words a list); make it with: python -m preprocess data/small"),
+    ("a vocabulary of an unknown language", vocabulary(language="fr"), TRAIN,
+     "data/small/vocab.json: not a vocabulary: language 'fr' is neither zh nor en; make it with: "
+     "python -m preprocess data/small"),
+    ("an unknown tokenizer", vocabulary(tokenizer="bpe"), TRAIN,
+     "data/small/vocab.json: not a vocabulary: tokenizer 'bpe' is none of jieba, whitespace, character; "
+     "make it with: python -m preprocess data/small"),
+    ("no special words", vocabulary(words=["a"]), TRAIN,
+     "data/small/vocab.json: not a vocabulary: its first words are not <pad> <unk> <start> <end>; make it "
+     "with: python -m preprocess data/small"),
+    ("a word twice", vocabulary(words=WORDS+["a"]), TRAIN,
+     "data/small/vocab.json: not a vocabulary: a word that is there twice; make it with: python -m "
+     "preprocess data/small"),
+    ("a word that is a number", vocabulary(words=WORDS+[7]), TRAIN,
+     "data/small/vocab.json: not a vocabulary: a word that is no text, or empty; make it with: python"
+     " -m preprocess data/small"),
+    ("another vocabulary than that of the run", vocabulary(words=WORDS+["square"]), RESUME,
+     "checkpoints/att: was trained with another vocabulary (11 words; data/small has 6); start a new --run"),
+    # photos
+    ("a photo that is a text", put("x.jpg", "hello"), GENERATE + " x.jpg",
+     "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: mend them, or "
+     "allow more"),
+    ("an empty photo", put("x.jpg", ""), GENERATE + " x.jpg",
+     "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: mend them, or "
+     "allow more"),
+    ("no such photo", None, GENERATE + " x.jpg",
+     "x.jpg: no such photo or folder"),
+    ("a folder without photos", folder("empty"), GENERATE + " empty",
+     "empty: no photos in it (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)"),
+    ("a dead link", lambda: os.symlink("nowhere", "x.png"), GENERATE + " x.png",
+     "x.png: no such photo or folder"),
+    ("a photo gone since preprocess", gone("data/small/photos/3.png"), EXTRACT + " --out new.h5",
+     "data/small/photos/3.png: no such file; 1 of 24 photos cannot be read, more than --allow-missing "
+     "0.01: mend them, or allow more"),
+    # features
+    ("no features", gone("data/small/features.h5"), TRAIN,
+     "data/small/features.h5: no such file; make it with: python extract_features.py DATA"),
+    ("features that are a text", put("data/small/features.h5", "hello"), TRAIN,
+     "data/small/features.h5: cannot be read as a Kantu feature file (file signature not found); check its"
+     " permissions, or extract again with --overwrite"),
+    ("features without their native grid", without("native_grid"), TRAIN,
+     "data/small/features.h5: cannot be read as a Kantu feature file (no native_grid); check its "
+     "permissions, or extract again with --overwrite"),
+    ("features without their weights' sha256", without("weights_sha256"), TRAIN,
+     "data/small/features.h5: cannot be read as a Kantu feature file (no weights_sha256); check its "
+     "permissions, or extract again with --overwrite"),
+    ("features of another image size", None, EXTRACT.replace("--image-size 64", "--image-size 96"),
+     "data/small/features.h5: was made with image_size 64, not 96; give --overwrite to replace it, or "
+     "--out for another file"),
+    ("features of another grid", None, EXTRACT + " --grid native",
+     "data/small/features.h5: was made with grid 14, not native; give --overwrite to replace it, or --out "
+     "for another file"),
+    ("features of another type", None, EXTRACT + " --dtype float32",
+     "data/small/features.h5: was made with dtype float16, not float32; give --overwrite to replace it, or"
+     " --out for another file"),
+    ("features without their encoder", gone("data/small/features.encoder.pt"), TRAIN,
+     "data/small/features.encoder.pt: the encoder of data/small/features.h5 is missing; extract again with"
+     " --overwrite"),
+    ("--info of no file", None, EXTRACT + " --info --out none.h5",
+     "none.h5: no such file; make it with: python extract_features.py DATA"),
+    ("--features of no file", None, TRAIN + " --features none.h5",
+     "none.h5: no such file; make it with: python extract_features.py DATA"),
+    # encoders
+    ("an unknown encoder", None, FRESH + " --encoder resnet9 --weights random",
+     "--encoder resnet9: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16"),
+    ("an unknown layer", None, FRESH + " --encoder resnet18.layer9 --weights random",
+     "--encoder resnet18.layer9: no layer 'layer9' (it has conv1, bn1, relu, maxpool, layer1, layer2, "
+     "layer3, layer4, avgpool, fc); try resnet101 or mobilenet_v2"),
+    ("photos too small for the encoder", None, FRESH + " --encoder inception_v3 --weights random --image-size 32",
+     "--image-size 32: too small for inception_v3 (Calculated padded input size per channel: (1 x 1). "
+     "Kernel size: (3 x 3). Kernel )"),
+    ("photos of 16 pixels", None, FRESH + " --image-size 16",
+     "--image-size 16: must be 32 or more"),
+    ("no such weights", None, FRESH + " --weights none.pth",
+     "--weights none.pth: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN"),
+    ("weights that are a text", put("x.pth", "hello"), FRESH + " --weights x.pth",
+     "x.pth: not a state dict that can be read safely, or damaged (KeyError); save model.state_dict() there"),
+    ("weights that are a list", save("x.pth", [1]), FRESH + " --weights x.pth",
+     "--weights x.pth: holds no state dict; save model.state_dict() there"),
+    ("no weights in the file", save("x.pth", {}), FRESH + " --weights x.pth",
+     "--weights x.pth: holds no state dict; save model.state_dict() there"),
+    ("weights of another encoder", save("x.pth", {"a": torch.zeros(1)}), FRESH + " --weights x.pth --encoder resnet18",
+     "--weights x.pth: not of resnet18 (conv1.weight: missing); name its --encoder"),
+    ("a run's weights and an encoder", None, FRESH + " --weights checkpoints/att --encoder resnet18",
+     "--weights checkpoints/att: a run brings its --encoder and --image-size; leave those out"),
+    ("no such run for --weights", None, FRESH + " --weights checkpoints/none/best.pt",
+     "checkpoints/none/best.pt: no such run; the runs are the folders in checkpoints/"),
+    ("a GPU that is not there", None, EXTRACT + " --device cuda:7",
+     "--device cuda:7: not on this machine, which has cpu"),
+    ("a device that does not exist", None, EXTRACT + " --device gpu",
+     "--device gpu: not on this machine, which has cpu"),
+    ("--nvjpeg without a GPU", None, EXTRACT + " --nvjpeg --device cpu --out new.h5",
+     "--nvjpeg: decodes on a CUDA GPU, and this extraction runs on cpu; leave it out"),
+    ("--nvjpeg with --scaled-decoding", None, EXTRACT + " --nvjpeg --scaled-decoding",
+     "--scaled-decoding goes without --nvjpeg, which decodes JPEGs at their full size"),
+    ("--info with --verify", None, EXTRACT + " --info --verify",
+     "--info tells what the file holds and --verify checks it: give one of them"),
+    ("a batch of none", None, EXTRACT + " --batch-size 0",
+     "--batch-size 0: must be 1 or more"),
+    ("fewer than no workers", None, EXTRACT + " --workers -1",
+     "--workers -1: must be 0 or more"),
+    # checkpoints
+    ("no such run", None, "generate.py checkpoints/none a.jpg",
+     "checkpoints/none: no such run; the runs are the folders in checkpoints/"),
+    ("a run without checkpoints", folder("checkpoints/empty"), "generate.py checkpoints/empty a.jpg",
+     "checkpoints/empty: no best.pt or last.pt in it; train a run with: python train.py DATA --run empty"),
+    ("a checkpoint that is a text", put("checkpoints/x/best.pt", "hello"), "generate.py checkpoints/x a.jpg",
+     "checkpoints/x/best.pt: not a Kantu checkpoint, or damaged (KeyError); give a run in checkpoints/"),
+    ("a state dict for a checkpoint", save("checkpoints/x/best.pt", {"w": torch.zeros(1)}),
+     "generate.py checkpoints/x a.jpg",
+     "checkpoints/x/best.pt: not a checkpoint of this version of Kantu (format None, not 'kantu checkpoint"
+     " 1'); update Kantu, or give a run in checkpoints/"),
+    ("a photo for a run", None, "generate.py data/small/photos/0.png a.jpg",
+     "data/small/photos/0.png: not a Kantu checkpoint, or damaged (Weights only load failed); give a run "
+     "in checkpoints/"),
+    ("no such run for --ensemble", None, PHOTO + " --ensemble checkpoints/none",
+     "checkpoints/none: no such run; the runs are the folders in checkpoints/"),
+    ("--hard with soft attention", None, PHOTO + " --hard argmax",
+     "--hard argmax goes with a run of --decoder hard-attention, not attention"),
+    ("a run that is there already", None, TRAIN.replace("--run new", "--run att"),
+     "checkpoints/att: is there already; go on with --resume, or start anew with --overwrite"),
+    ("--resume with another size", None, RESUME.replace("--hidden-size 24", "--hidden-size 25"),
+     "--hidden-size 25: checkpoints/att was trained with 24; resume with that, or name a new --run"),
+    ("--start-from a run of another size", None,
+     TRAIN.replace("--hidden-size 24", "--hidden-size 25") + " --start-from checkpoints/att",
+     "checkpoints/att: has hidden_size 24, not 25; the two must be equal"),
+    ("--start-from another decoder", None, TRAIN + " --decoder lstm --start-from checkpoints/att",
+     "checkpoints/att: holds the decoder attention, not lstm; give --decoder attention"),
+    ("--start-from no run", None, TRAIN + " --start-from checkpoints/none",
+     "checkpoints/none: no such run; the runs are the folders in checkpoints/"),
+    ("a log that is none", put("checkpoints/att/log.jsonl", "{}\n"), RESUME,
+     "checkpoints/att/log.jsonl: is not the log of a run, or damaged; move it away, or give another run"),
+    ("a server without http://", None, "dashboard --replay checkpoints/att --url localhost:8097",
+     "localhost:8097: is no URL; give one such as http://127.0.0.1:8097"),
+    ("no visdom", None, f"dashboard --replay checkpoints/att {NOWHERE}",
+     "--url http://127.0.0.1:9: no visdom answers (<urlopen error [Errno 111] Connection refused>); start "
+     "it with: make dashboard"),
+    ("one run to compare", None, "dashboard --compare checkpoints/att",
+     "--compare checkpoints/att: give two runs or more, or --replay for one"),
+    ("port 0", None, "dashboard --port 0",
+     "--port 0: must be between 1 and 65535"),
+    # flags
+    ("an unknown flag", None, TRAIN + " --epoch 3",
+     "Unrecognized options: --epoch, 3; see --help"),
+    ("a word for a number", None, TRAIN + " --hidden-size many",
+     "Error parsing --hidden-size: invalid literal for int() with base 10: 'many'; see --help"),
+    ("a flag without its value", None, "train.py data/small --run",
+     "Missing value for argument '--run'. Expected 1 values.; see --help"),
+    ("no --run", None, "train.py data/small",
+     "Missing from train.py: --run STR name of the run: it is kept in checkpoints/RUN (required); see --help"),
+    ("a run outside checkpoints", None, TRAIN.replace("--run new", "--run ../x"),
+     "--run '../x': must be a plain name, such as att (kept in checkpoints/att)"),
+    ("a hidden run", None, TRAIN.replace("--run new", "--run .x"),
+     "--run '.x': must be a plain name, such as att (kept in checkpoints/att)"),
+    ("no epochs", None, TRAIN.replace("--epochs 1", "--epochs 0"),
+     "--epochs 0: must be 1 or more"),
+    ("a learning rate that is no number", None, TRAIN + " --learning-rate nan",
+     "--learning-rate nan: must be above 0"),
+    ("a negative learning rate", None, TRAIN + " --learning-rate -1",
+     "--learning-rate -1.0: must be above 0"),
+    ("all dropped", None, TRAIN + " --dropout 1",
+     "--dropout 1.0: must be at least 0 and below 1"),
+    ("a clip that is no number", None, TRAIN + " --clip nan",
+     "--clip nan: must be 0 or more"),
+    ("too much smoothing", None, TRAIN + " --label-smoothing 2",
+     "--label-smoothing 2.0: must be a share between 0 and 1"),
+    ("tied words of unequal sizes", None, TRAIN + " --tie-words",
+     "--tie-words: --embedding-size 16 must equal --hidden-size 24"),
+    ("frozen words of nowhere", None, TRAIN + " --freeze-words",
+     "--freeze-words goes with --word-vectors FILE"),
+    ("CIDEr from nothing", None, TRAIN + " --objective cider",
+     "--objective cider improves a trained run: give --start-from checkpoints/RUN"),
+    ("an LSTM's cell for attention", None, TRAIN + " --cell gru",
+     "--cell goes with --decoder lstm"),
+    ("--resume with --overwrite", None, TRAIN + " --resume --overwrite",
+     "--resume goes on with a run and --overwrite starts it anew: give one of them"),
+    ("--flip without --fine-tune", None, TRAIN + " --flip",
+     "--flip goes with --fine-tune; cached features fix the encoder"),
+    ("--resident with --fine-tune", None, TRAIN + " --fine-tune --resident ram",
+     "--resident goes without --fine-tune, which reads the photos themselves"),
+    ("a layer that is not there", None, TRAIN+f" --fine-tune {ENCODER} --weights random --unfreeze-from layer9",
+     "--unfreeze-from layer9: resnet18.layer2 has conv1, bn1, layer1, layer2, or say all"),
+    ("a dashboard without http://", None, TRAIN + " --dashboard localhost",
+     "localhost: is no URL; give one such as http://127.0.0.1:8097"),
+    ("more memory than there is", None,
+     TRAIN.replace("--hidden-size 24", "--hidden-size 24 --attention-size 100000000000"),
+     "out of memory: lower --batch-size, now 6, and raise --accumulate, now 1; fine-tuning, give "
+     "--checkpoint-activations"),
+    ("a negative seed", None, TRAIN + " --seed -1",
+     "--seed -1: must be between 0 and 2^63 - 1"),
+    ("a seed beyond 64 bits", None, TRAIN + " --seed 99999999999999999999",
+     "--seed 99999999999999999999: must be between 0 and 2^63 - 1"),
+    ("no word vectors", None, TRAIN + " --word-vectors none.vec",
+     "none.vec: cannot be read (No such file or directory); give a text file of word vectors"),
+    ("word vectors of another size", None,
+     TRAIN.replace("--embedding-size 16", "--embedding-size 17") + " --word-vectors vectors.vec",
+     "vectors.vec: its vectors have 16 numbers, not 17; give --embedding-size 16"),
+    ("word vectors in binary", put("v.bin", bytes(range(256))), TRAIN + " --word-vectors v.bin",
+     "v.bin: is not a text file of word vectors ('utf-8' codec can't decode byte 0x80 in position 128: "
+     "invalid start byte); give a .txt or .vec file of word2vec, GloVe or fastText"),
+    ("word vectors of another language", put("v.txt", "狗 " + " ".join(["1"]*16)+"\n"), TRAIN + " --word-vectors v.txt",
+     "v.txt: has none of the vocabulary's words; is it of another language?"),
+    ("photos and --data", None, GENERATE + " a.jpg --data data/small",
+     "give a run, and photos or folders to caption, or --data data/NAME; or --score FILE"),
+    ("a beam of none", None, PHOTO + " --beam-size 0",
+     "--beam-size 0: must be 1 or more"),
+    ("groups that do not divide the beam", None, PHOTO + " --groups 3",
+     "--groups 3: must divide --beam-size, now 5, and --captions, now 1"),
+    ("more captions than the beam", None, PHOTO + " --captions 9",
+     "--captions 9: must be at most --beam-size, now 5"),
+    ("--top-p without --temperature", None, PHOTO + " --top-p 0.5",
+     "--top-p goes with --temperature: beam search draws nothing"),
+    ("--no-repeat with --temperature", None, PHOTO + " --temperature 1 --no-repeat 2",
+     "--no-repeat goes with beam search, without --temperature"),
+    ("a minimum above the maximum", None, PHOTO + " --min-length 40",
+     "--min-length 40: must be at most --max-length, now 30"),
+    ("a submission in English", None, GENERATE + " --data data/small --submission s.json",
+     "--submission: AI Challenger is Chinese, and checkpoints/att writes English; give --json"),
+    ("scores without references", None, PHOTO + " --scores s.json",
+     "--scores and --extremes go with --data data/NAME, or with --score FILE --references FILE"),
+    ("--features without --data", None, PHOTO + " --features data/small/features.h5",
+     "--features goes with --data"),
+    ("--animate without --pictures", None, PHOTO + " --animate",
+     "--animate goes with --pictures"),
+    ("--score without --references", None, "generate.py --score results.json",
+     "--score takes one file of captions, or two to compare, and --references FILE or data/NAME"),
+    ("three files to score", None, "generate.py --score results.json results.json results.json --references data/small",
+     "--score takes one file of captions, or two to compare, and --references FILE or data/NAME"),
+    ("a page of captions of anyone", None, SCORE + " --html x.html",
+     "--score captions nothing: leave out --html"),
+    ("results that are an object", put("r.json", {"a": 1}), SCORE_R,
+     "r.json: no list of captions, as COCO's results and AI Challenger's submissions are"),
+    ("a result without a caption", put("r.json", [{"image_id": 1}]), SCORE_R,
+     "r.json: entry 0 is not like {'image_id': 9, 'caption': 'a dog'}; mend it"),
+    ("a photo's caption twice", put("r.json", [{"image_id": "photo5", "caption": "a"}] * 2), SCORE_R,
+     "r.json: image_id photo5 occurs twice; keep one caption a photo"),
+    ("--tokenizer for captions that are cut", None, SCORE + " --tokenizer jieba",
+     "--tokenizer goes with an annotation file; the captions of data/small are cut already"),
+    ("no references", None, "generate.py --score results.json --references none.json",
+     "none.json: no such file; check the path"),
+    ("references of a split without photos", None, SCORE + " --split test",
+     "data/small: has no test photos, only train, val; make them with python -m preprocess data/small"),
+    ("a split that the annotations lack", None,
+     "generate.py --score results.json --references karpathy.json --split test",
+     "karpathy.json: holds no test images; give another --split or another file"),
+    ("a demo in French", None, "demo.py --language fr",
+     "invalid choice 'fr' for argument '--language'. Expected one of ('zh', 'en').; see --help"),
+    ("a list of scenes that is none", put("data/s/scenes.json", "{}x"), "preprocess data/s --scenes 20",
+     "data/s/scenes.json: no list of scenes (Extra data: line 1 column 3 (char 2)); remove it and draw "
+     "them again"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return Artefacts(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    made.enter(monkeypatch)
+    yield
+    made.mend()
+
+
+@pytest.mark.parametrize("do, command, line", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_a_mistake_is_one_line_that_says_what_where_and_what_to_do(here, do, command, line, tally):
+    if do:
+        do()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        end = end_of(command)
+    assert end.status in (1, 2), end.told
+    assert re.fullmatch("error: " + re.escape(line).replace(re.escape("..."), ".*"), end.said)
+    tally("bad inputs")
+
+
+def test_the_table_has_no_row_twice_and_more_than_eighty():
+    assert len({row[0] for row in TABLE}) == len(TABLE) > 80
+
+
+# ---- the environment, which only a new process can have
+
+ODD = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii",
+       "OMP_NUM_THREADS": "abc", "CUDA_VISIBLE_DEVICES": "nonsense", "MPLCONFIGDIR": "/nowhere", "MPLBACKEND": "TkAgg",
+       "TORCH_HOME": "/nowhere", "TMPDIR": "/nowhere", "RANK": "", "COLUMNS": "x"}  # fmt: skip
+
+
+def test_the_oddest_environment_does_not_stop_a_command(here):
+    """No HOME, a terminal of ASCII, nonsense for every variable that a library looks at: a photo is captioned."""
+    Path("照片.png").write_bytes(Path("data/small/photos/0.png").read_bytes())
+    command = [sys.executable, HOUSE / "generate.py", *GENERATE.split()[1:], "照片.png", "--html", "页.html",
+               "--pictures", "画", "--max-length", "3", "--length-penalty", "9"]  # fmt: skip
+    done = subprocess.run(command, env=ODD, capture_output=True, text=True, encoding="ascii", timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert ".html: 1 captions" in done.stdout and Path("页.html").is_file() and any(Path("画").iterdir())
+
+
+@pytest.mark.parametrize("environment, line", [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE are set, but not by torchrun (...); unset them"),
+    ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE are set, but not by torchrun (...); unset them"),
+])  # fmt: skip
+def test_the_variables_of_another_launcher_are_one_line(here, monkeypatch, environment, line):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    end = end_of(TRAIN)
+    error = r"error( \(process abc\))?: "
+    assert end.status == 1 and re.fullmatch(error + re.escape(line).replace(re.escape("..."), ".*"), end.said), end
+
+
+def test_a_font_without_the_letters_of_a_caption_is_one_line(here, monkeypatch):
+    monkeypatch.setattr("captioning.fonts._font_files", lambda: ())
+    fonts._find_font.cache_clear()
+    try:
+        end = end_of(f"{PHOTO} --pictures drawn --max-length 3 --length-penalty 9")
+        assert end.status == 1 and end.said.startswith("error: no font here has the letters ; install one that does")
+    finally:
+        fonts._find_font.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_standard_output_on_a_full_disk_is_one_line(here, monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"{EXTRACT} --info".split())
+    with open("/dev/full", "w", buffering=1) as full, pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(sys, "stdout", full)
+        command_line.run(*COMMANDS["extract_features.py"])
+    assert stop.value.code == ("error: what is written: No space left on device; make room or check the permissions, "
+                               "and give the same command again")  # fmt: skip

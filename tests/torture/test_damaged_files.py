@@ -1,0 +1,311 @@
+"""Every kind of file, cut short, zeroed, locked, of the future, of another data set: one line that names it.
+
+And nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from captioning.feature_cache import FeatureReader
+from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
+from preprocess.vocabulary import Vocabulary
+from tests.torture.artefacts import (
+    ENCODER,
+    EXTRACT,
+    GENERATE,
+    NOWHERE,
+    PREPROCESS,
+    READ_AIC,
+    RESUME,
+    SCENES,
+    SCORE,
+    TRAIN,
+    Artefacts,
+    does,
+    make_artefacts,
+)  # fmt: skip
+from tests.torture.ends import End, bound_by_permissions, contents, end_of
+
+READERS = {  # a file -> the commands that read it
+    "aic.json": [READ_AIC, "generate.py --score results.json --references aic.json"],
+    "coco.json": [f"{PREPROCESS} --train coco.json data/small/photos"],
+    "karpathy.json": [f"{PREPROCESS} --karpathy karpathy.json data/small/photos"],
+    "data/scenes/scenes.json": [SCENES],
+    "data/small/captions.jsonl": [EXTRACT, f"{EXTRACT} --verify", TRAIN, f"{GENERATE} --data data/small", SCORE],
+    "data/small/vocab.json": [TRAIN, SCORE],
+    "data/small/features.h5": [EXTRACT, f"{EXTRACT} --info", f"{EXTRACT} --verify", TRAIN,
+                               f"{GENERATE} --data data/small"],
+    "data/small/features.encoder.pt": [EXTRACT, f"{EXTRACT} --verify", TRAIN],
+    "checkpoints/att/best.pt": [f"{GENERATE} data/small/photos/0.png", f"{TRAIN} --start-from checkpoints/att",
+                                f"{GENERATE} data/small/photos/0.png --ensemble checkpoints/att/best.pt",
+                                "extract_features.py data/small --workers 0 --weights checkpoints/att --out new.h5"],
+    "checkpoints/att/last.pt": [RESUME],
+    "checkpoints/att/log.jsonl": [RESUME, f"dashboard --replay checkpoints/att {NOWHERE}",
+                                  f"dashboard --compare checkpoints/att checkpoints/att {NOWHERE}"],
+    "results.json": [SCORE],
+    "vectors.vec": [f"{TRAIN} --word-vectors vectors.vec"],
+    "vectors.vec.gz": [f"{TRAIN} --word-vectors vectors.vec.gz"],
+    "weights.pth": [f"extract_features.py data/small {ENCODER} --weights weights.pth --out new.h5",
+                    f"{TRAIN} --fine-tune {ENCODER} --weights weights.pth"],
+    "data/small/photos/0.png": [f"{EXTRACT} --out new.h5", f"{GENERATE} data/small/photos/0.png"],
+}  # fmt: skip
+LITTER = (".tmp", ".lock", ".draft-")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return Artefacts(tmp_path_factory.mktemp("damaged"))
+
+
+@pytest.fixture
+def whole(made, monkeypatch):
+    """The current folder has all the files: path -> bytes."""
+    made.enter(monkeypatch)
+    yield made.files
+    made.mend()
+
+
+@pytest.fixture
+def mended(made, whole):
+    """mended() brings them back."""
+    return made.mend
+
+
+def attacked(command: str) -> End:
+    """How the command ends. Nothing that was there is other than before, unless it ends well; no litter is left."""
+    before = contents()
+    end = end_of(command)
+    after = contents()
+    assert end.status == 0 or before.items() <= after.items(), (command, before.items() - after.items())
+    assert not [name for name in after.keys() - before.keys() if any(part in name for part in LITTER)]
+    return end
+
+
+def is_one_line_that_names(end: End, file: str) -> bool:
+    return end.status == 1 and end.said.startswith("error: ") and "\n" not in end.said and file in end.said
+
+
+def refused(file: str, command: str) -> bool:
+    end = attacked(command)
+    assert is_one_line_that_names(end, file), (command, end)
+    return True
+
+
+PLACES = [0, 0.5, -1, *(share / 20 for share in range(1, 19) if share != 10)]  # a share of the file; -1: its last byte
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_file_cut_short_is_one_line_that_names_it(whole, mended, file, times, tally):
+    count = 0
+    for place in PLACES[: times(3, 20)]:
+        content = whole[Path(file)]
+        cut = content[:-1] if place < 0 else content[: int(len(content) * place)]
+        for command in READERS[file]:
+            Path(file).write_bytes(cut)
+            if content == cut + b"\n" or file.endswith("log.jsonl") or (file.endswith(".png") and not 0 <= place < 0.9):
+                end = attacked(command)  # lost is what nobody needs: a PNG's last bytes, the log to go on
+                assert end.status == 0 or NOWHERE.split()[1] in end.said, (command, end)
+            else:
+                refused(file, command)
+            mended()
+            count += 1
+    tally("files cut short", count)
+
+
+@pytest.mark.parametrize("file", [name for name in READERS if not name.endswith((".h5", ".png"))])
+def test_a_file_zeroed_in_its_middle_is_one_line_that_names_it(whole, mended, file, tally):
+    for share in (3, 100):  # the middle third, the middle hundredth
+        for command in READERS[file]:
+            content = bytearray(whole[Path(file)])
+            length = max(8, len(content) // share)
+            start = (len(content) - length) // 2
+            content[start : start + length] = bytes(length)
+            Path(file).write_bytes(content)
+            refused(file, command)
+            mended()
+    tally("files zeroed in the middle", 2 * len(READERS[file]))
+
+
+def test_a_zeroed_photo_is_skipped_or_read_as_the_decoder_can(whole):
+    path = Path("data/small/photos/0.png")
+    path.write_bytes(whole[path][:60] + bytes(len(whole[path]) - 60))
+    refused(str(path), READERS[str(path)][0])
+    does(f"{READERS[str(path)][0]} --allow-missing 0.1")
+    assert Path("new.unreadable.txt").read_text().startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("damage", ["a third", "a page", "the means"])
+def test_zeroed_features_are_found_by_verify_and_made_anew_to_the_bit(whole, damage, tally):
+    """Training does not look: it would have to read every row twice."""
+    path = Path("data/small/features.h5")
+    block = FeatureReader(path).blocks["pooled" if damage == "the means" else "features"]
+    start = block.offset + 9 * block.row_bytes
+    length = {"a third": 8 * block.row_bytes, "a page": 4096, "the means": block.row_bytes}[damage]
+    content = bytearray(whole[path])
+    content[start : start + length] = bytes(length)
+    path.write_bytes(content)
+    end = end_of(f"{EXTRACT} --verify")
+    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they now count as not done" in end.said
+    does(EXTRACT)
+    np.testing.assert_allclose(rows(path), rows_of(whole[path], path), rtol=1e-2, atol=1e-3)
+    assert "24 of 24 rows are done, and sound" in does(f"{EXTRACT} --verify")
+    tally("zeroed features found by --verify")
+
+
+def rows(path: Path) -> np.ndarray:
+    return FeatureReader(path).read_stored(np.arange(24)).astype(float)
+
+
+def rows_of(content: bytes, path: Path) -> np.ndarray:
+    there = path.with_name("whole.h5")
+    there.write_bytes(content)
+    return rows(there)
+
+
+def test_zeros_and_garbage_in_what_describes_the_features_end_at_once(whole, times, tally):
+    """HDF5 never ended where the heap of its texts was zeroed: there is no such heap now."""
+    path, random, count = Path("data/small/features.h5"), np.random.default_rng(0), times(40, 1000)
+    spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).blocks.values()]
+    first, last = min(spans)[0], max(spans)[1]
+    places = [place for place in (*range(first), *range(last, len(whole[path]))) if whole[path][place]]
+    for attack in range(count):
+        content = bytearray(whole[path])
+        start, length = int(random.choice(places)), int(random.choice([1, 8, 64, 512]))
+        end = min(start + length, first if start < first else len(content))
+        content[start:end] = bytes(end - start) if attack % 2 else random.bytes(end - start)
+        path.write_bytes(content)
+        told = attacked(f"{EXTRACT} --info")
+        assert told.status == 0 or is_one_line_that_names(told, str(path)), (start, length, told)
+    tally("damaged descriptions of features.h5", count)
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_folder_in_the_place_of_a_file_is_one_line(whole, mended, file, tally):
+    for command in READERS[file]:
+        Path(file).unlink()
+        Path(file).mkdir()
+        refused(file, command)
+        mended()
+    tally("folders in the place of files", len(READERS[file]))
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_file_without_permission_is_one_line(whole, mended, file, tally):
+    for command in READERS[file]:
+        before = contents()
+        Path(file).chmod(0)
+        with bound_by_permissions():
+            end = end_of(command)
+        Path(file).chmod(0o644)
+        assert is_one_line_that_names(end, file) and "Permission denied" in end.said, (command, end)
+        assert before.items() <= contents().items()
+        mended()
+    tally("files without permission", len(READERS[file]))
+
+
+def of_the_future(file: Path) -> None:
+    """Write it as a later version might."""
+    if file.suffix == ".h5":
+        with h5py.File(file, "r+") as features:
+            features.attrs["format"] = "kantu features 2"
+    elif file.suffix == ".pt":
+        torch.save({**torch.load(file, weights_only=True), "format": "kantu checkpoint 2"}, file)
+    elif file.suffix == ".jsonl":
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        changed = [{**line, "event": "round"} if "event" in line else {**line, "boxes": []} for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    else:
+        file.write_text(json.dumps({"format": 2, "content": json.loads(file.read_text())}))
+
+
+@pytest.mark.parametrize("file", [name for name in READERS if name.endswith((".h5", ".pt", "l", ".json"))])
+def test_a_file_of_a_future_version_is_one_line(whole, file, tally):
+    of_the_future(Path(file))
+    for command in READERS[file]:
+        refused(file, command)
+    tally("files of a future version", len(READERS[file]))
+
+
+# ---- of another data set
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The same files of other photos, in Chinese."""
+    folder = tmp_path_factory.mktemp("other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_artefacts(scenes=False)
+        data = Path("data/small")
+        photos = [type(p)(p.image, f"x{p.id}", p.split, (("一只", "狗"),)) for p in read_captions(data)]
+        write_captions(data / CAPTIONS_FILE, photos)
+        words = [photo.captions[0] for photo in photos]
+        Vocabulary.build(words, language="zh", tokenizer="jieba", min_count=1, max_words=9).save(data / "vocab.json")
+        does(f"{EXTRACT} --overwrite --image-size 96")
+        does(f"{TRAIN.replace('--run new', '--run att')} --overwrite")
+        does(f"{GENERATE} --data data/small --json results.json")
+    return folder
+
+
+@pytest.mark.parametrize("file, commands, words", [
+    ("data/small/captions.jsonl", [EXTRACT], "features.h5: holds the photos of another data set (0 of its 24"),
+    ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
+    ("data/small/vocab.json", [TRAIN], "vocab.json: does not know 100% of the words in captions.jsonl"),
+    ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
+    ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
+    ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: holds the photos of another data set"),
+    ("data/small/features.encoder.pt", [TRAIN, f"{EXTRACT} --verify"], "features.encoder.pt: is not the encoder of"),
+    ("checkpoints/att/best.pt", [f"{TRAIN} --start-from checkpoints/att"], "checkpoints/att: was trained with another"),
+    ("checkpoints/att/last.pt", [RESUME], "checkpoints/att: was trained with another vocabulary (6 words; data"),
+    ("results.json", [SCORE], "results.json: image_id xphoto5 has no references"),
+])  # fmt: skip
+def test_a_file_of_another_data_set_is_one_line(whole, other, file, commands, words, tally):
+    shutil.copy(other / file, file)
+    for command in commands:
+        end = attacked(command)
+        assert is_one_line_that_names(end, words), (command, end)
+    tally("files of another data set", len(commands))
+
+
+def test_captions_cut_at_the_end_of_a_line_are_noticed_where_there_are_features(whole):
+    """Without features beside them, or with --features, nothing is left that could tell."""
+    path = Path("data/small/captions.jsonl")
+    path.write_bytes(b"".join(whole[path].splitlines(True)[:-3]))
+    for command in (TRAIN, f"{GENERATE} --data data/small"):
+        end = attacked(command)
+        assert is_one_line_that_names(end, f"{path}: lacks 3 of the 24 photos of data/small/features.h5"), end
+        assert "--features data/small/features.h5" in end.said
+        does(f"{command} --features data/small/features.h5")
+    assert "of its 24 are among our 21" in attacked(EXTRACT).said
+
+
+def test_a_bit_that_has_changed_in_a_checkpoint_is_found(whole, times, tally):
+    path, random, count = Path("checkpoints/att/best.pt"), np.random.default_rng(1), times(20, 300)
+    found = 0
+    for _ in range(count):
+        content = bytearray(whole[path])
+        content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+        path.write_bytes(content)
+        end = attacked(f"{GENERATE} data/small/photos/0.png")
+        found += end.status == 1
+        assert end.status == 0 or is_one_line_that_names(end, str(path)), end
+    assert found > 0.9 * count  # the others are in the gaps between its parts, or in what the parts are called
+    tally("changed bits in checkpoints", count)
+
+
+def test_a_checkpoint_without_its_training_state_is_not_resumed(whole):
+    shutil.copy("checkpoints/att/best.pt", "checkpoints/att/last.pt")
+    refused("checkpoints/att/last.pt: a checkpoint without optimizer; start another --run from its best.pt", RESUME)
+
+
+def test_the_encoder_beside_the_features_is_no_run(whole):
+    command = GENERATE.replace("checkpoints/att", "data/small/features.encoder.pt")
+    refused("features.encoder.pt: a checkpoint without config; give a run in checkpoints/", f"{command} a.jpg")

@@ -1,0 +1,260 @@
+"""Wherever the files lie: full disks, folders without permission, and names of all kinds. It works, or it is one line;
+and once there is room, the same command ends as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import html.parser
+import json
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from captioning.checkpoint import load_checkpoint
+from tests.small import ENCODER as SMALL_ENCODER
+from tests.small import make_small_data, same
+from tests.torture.artefacts import EXTRACT, GENERATE, NOWHERE, RESUME, SCORE, TRAIN, Artefacts, does
+from tests.torture.ends import End, bound_by_permissions, end_of
+
+SPLIT = f"{GENERATE} --data data/small --length-penalty 9 --max-length 4"
+WRITES = {  # what is written below out/ -> the command
+    "data": "preprocess out/data --train aic.json data/small/photos --min-count 1 --workers 1",
+    "features.h5": f"{EXTRACT} --out out/features.h5",
+    "run": TRAIN,  # checkpoints/new is a link to out/run
+    **{f"x.{kind}": f"{SPLIT} --{kind} out/x.{kind}" for kind in ("json", "csv", "html", "extremes", "scores")},
+    "pictures": f"{SPLIT} --pictures out/pictures",
+    "scored": f"{SCORE} --scores out/scored --csv out/scored.csv",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return Artefacts(tmp_path_factory.mktemp("places"))
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    made.enter(monkeypatch)
+    Path("out").mkdir()
+    Path("checkpoints/new").symlink_to("../out/run")
+    yield made.folder
+    made.mend()
+
+
+def is_one_line(end: End) -> bool:
+    return end.status == 1 and end.said.startswith("error: ") and "\n" not in end.said
+
+
+def written(what: str) -> object:
+    """What the command has written, to be compared."""
+    if what == "run":
+        return load_checkpoint(Path("checkpoints/new/last.pt"))["decoder"]["state"]
+    path = Path("out") / what
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    assert files and not [file for file in Path("out").rglob("*") if file.suffix in (".tmp", ".lock")]
+    return {str(file): file.read_bytes() for file in files}
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made):
+    """What each command writes where there is room."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        made.enter(patch)
+        Path("out").mkdir()
+        Path("checkpoints/new").symlink_to("../out/run")
+        for what, command in WRITES.items():
+            Path("out/run").mkdir()
+            does(command)
+            found[what] = written(what)
+            empty(Path("out"))
+        made.mend()
+    return found
+
+
+def goes_on(what: str, undisturbed: dict) -> None:
+    """The same command, with room now, ends as if nothing had been."""
+    does(f"{WRITES[what]} --resume" if what == "run" else WRITES[what])
+    one, other = written(what), undisturbed[what]
+    assert same(one, other) if what == "run" else one == other
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+SIZES = [0, 100_000, 1_000, 1, 300, 3_000, 10_000, 30_000, 300_000, 700_000, 1_100_000, 2_000_000, 2_500_000, 3_000_000]
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_file_that_may_not_grow_is_one_line_and_the_same_command_goes_on(here, undisturbed, what, times, tally):
+    refused = 0
+    for size in SIZES[: times(2, len(SIZES))]:
+        Path("out/run").mkdir()
+        with files_no_larger_than(size):
+            end = end_of(WRITES[what])
+        assert end.status == 0 or is_one_line(end) and re.search("File too large|disk full", end.said), (size, end)
+        refused += end.status == 1
+        goes_on(what, undisturbed)
+        empty(Path("out"))
+    assert refused
+    tally("files that may not grow", refused)
+
+
+@pytest.fixture
+def small_disk(here):
+    """out/ is a file system of 12 MB."""
+    command = ["/bin/mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", here / "out"]
+    if not Path(command[0]).exists() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield
+    subprocess.run(["/bin/umount", "--lazy", here / "out"], check=True)  # an array may still be mapped
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on_once_there_is_room(
+    small_disk, undisturbed, what, times, tally
+):
+    refused = 0
+    for left in [0, 400_000, 8_000, 30_000, 100_000, 1_200_000, 1_300_000, 2_600_000, 2_800_000][: times(1, 9)]:
+        Path("out/run").mkdir()
+        with open("out/others", "wb") as others:
+            others.write(bytes(shutil.disk_usage("out").free - left))
+        end = end_of(WRITES[what])
+        assert end.status == 0 or is_one_line(end) and re.search("No space left|disk", end.said), (left, end)
+        refused += end.status == 1
+        Path("out/others").unlink()
+        goes_on(what, undisturbed)
+        empty(Path("out"))
+    assert refused
+    tally("full disks", refused)
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_folder_where_nobody_may_write_is_one_line_and_the_same_command_goes_on(here, undisturbed, what, tally):
+    Path("out/run").mkdir()
+    for folder in (Path("out/run"), Path("out")):
+        folder.chmod(0o555)
+    with bound_by_permissions():
+        end = end_of(WRITES[what])
+    for folder in (Path("out"), Path("out/run")):
+        folder.chmod(0o755)
+    assert is_one_line(end) and "Permission denied" in end.said and ("out/" in end.said or "new" in end.said), end
+    goes_on(what, undisturbed)
+    tally("folders where nobody may write")
+
+
+@pytest.mark.parametrize("folder, command", [
+    ("data/small/photos", WRITES["data"]), ("data/small", EXTRACT), ("data/small", TRAIN), ("data/small", SPLIT),
+    ("data/small/photos", f"{GENERATE} data/small/photos"), ("checkpoints", f"{GENERATE} data/small/photos/0.png"),
+    ("checkpoints/att", RESUME), ("checkpoints/att", f"dashboard --replay checkpoints/att {NOWHERE}"),
+    ("data/small", SCORE), ("data/scenes", "preprocess data/scenes --scenes 20 --overwrite"),
+])  # fmt: skip
+def test_a_folder_that_nobody_may_enter_is_one_line(here, folder, command, tally):
+    Path(folder).chmod(0)
+    with bound_by_permissions():
+        end = end_of(command)
+    Path(folder).chmod(0o755)
+    assert is_one_line(end) and folder in end.said, end
+    tally("folders that nobody may enter")
+
+
+# ---- names
+
+NAMES = ["with space", "照片", "🐶", "new\nline", "quo'te\"", "% {x} $HOME `id` &amp; <b>", "x -dash", "\udcff"]
+ALL_AT_ONCE = "a b 照片 🐶\n' \" % {x} $HOME <b>&"
+
+
+class Texts(html.parser.HTMLParser):
+    """The text of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found = ""
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.found += data
+
+
+def named_data(name: str) -> dict[str, str]:
+    """Annotations of photos whose names have `name` in them, in photos/ -> id: caption."""
+    small = make_small_data(Path("small"))
+    photos = Path("photos")
+    photos.mkdir()
+    ids = [f"{name} {i}.png" for i in range(12)]
+    for i, id in enumerate(ids):
+        shutil.copy(small / "photos" / f"{i}.png", photos / id)
+    captions = {id: f"一个{'红蓝'[i % 2]}色的正方形" for i, id in enumerate(ids)}
+    parts = {"train": ids[:8], "val": ids[8:]}
+    for split, some in parts.items():
+        Path(f"{split}.json").write_text(json.dumps([{"image_id": id, "caption": [captions[id]]} for id in some]))
+    return {id: captions[id] for id in parts["val"]}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("name", [ALL_AT_ONCE, *NAMES])
+def test_names_of_all_kinds_go_through_all_commands(tmp_path, monkeypatch, name, absolute, times, tally):
+    if (name != ALL_AT_ONCE or absolute) and times(0, 1) == 0:
+        pytest.skip("one name has all of it; the others with --torture")
+    here = tmp_path / name
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", "")
+    base = here if absolute else Path("")
+    val = named_data("x" if name == "\udcff" else name)  # annotations refuse names that are no text
+    data = f"{base / 'data' / name}"
+    ann = ["--train", base / "train.json", base / "photos", "--val", base / "val.json", base / "photos"]
+    does("preprocess --min-count 1 --workers 1", *ann, "--", data)
+    recipe = EXTRACT.split("data/small")
+    does(recipe[0], *recipe[1].split(), "--", data)
+    train = TRAIN.split("data/small")
+    does(train[0], *train[1].split(), "--", data)
+    shutil.move("checkpoints/new", f"checkpoints/{name}")
+    outputs = {kind: base / f"{name}.{kind}" for kind in ("json", "csv", "html", "submission", "scores", "extremes")}
+    flags = [word for kind, path in outputs.items() for word in (f"--{kind}", path)]
+    more = "generate.py --device cpu --workers 0 --length-penalty 9 --max-length 4"
+    run = base / "checkpoints" / name
+    does(more, "--data", data, "--pictures", base / f"{name} drawn", *flags, "--", run)
+    assert [line["image_id"] for line in json.loads(outputs["json"].read_text())] == list(val)
+    with open(outputs["csv"], encoding="utf-8-sig", newline="") as file:
+        assert [line["photo"] for line in csv.DictReader(file)] == list(val)
+    text = Texts(outputs["html"].read_text("utf-8")).found
+    assert all(id in text for id in val) and text.count("CIDEr-D") == len(val)
+    assert len(list((base / f"{name} drawn").iterdir())) == len(val)
+    told = does(more, "--", run, base / "photos").splitlines()
+    assert len(told) == 12, "a line a photo"
+    does("generate.py --references", data, "--score", outputs["json"])
+    end = end_of(f"dashboard {NOWHERE}", "--replay", run)
+    assert is_one_line(end) and "no visdom answers" in end.said
+    end = end_of(more, "--", run, base / "no such photo")
+    assert is_one_line(end) and "no such photo" in end.said
+    tally("names of all kinds")
+
+
+def test_unreadable_photos_are_a_line_each_whatever_they_are_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named_data("new\nline")
+    Path("photos/new\nline 3.png").write_bytes(b"no photo")
+    does("preprocess data --min-count 1 --train train.json photos --val val.json photos")
+    settings = [word for flag, value in SMALL_ENCODER.items() for word in (f"--{flag.replace('_', '-')}", value)]
+    told = does("extract_features.py data --allow-missing 0.1", *settings)
+    assert "skipped: photos/new\\nline 3.png: not an image\n" in told
+    assert Path("data/features.unreadable.txt").read_text() == "photos/new\\nline 3.png: not an image\n"
