@@ -155,6 +155,7 @@ class Train:
     word_vectors: Path | None = None  # text file of word2vec, GloVe or fastText that the words begin with
     freeze_words: bool = False  # with --word-vectors: they are not trained
     dropout: float = 0.5  # share of the hidden state dropped before the vocabulary layer
+    feature_dropout: float = 0.0  # share of the features' channels dropped, others for each photo and each time
     label_smoothing: float = 0.0  # share of each target spread over the vocabulary
     scheduled_sampling: float = 0.0  # most of the words read in training that are the decoder's own, not the true ones
     sampling_rise: float = 0.05  # --scheduled-sampling starts at 0 and rises by this every epoch
@@ -208,7 +209,7 @@ class Train:
         shares(self, "allow_missing", "label_smoothing", "scheduled_sampling")
         for name in ("learning_rate", "encoder_learning_rate", "decay"):
             check(0 < getattr(self, name) < float("inf"), flag(name), getattr(self, name), "above 0")
-        for name in ("dropout", "average"):
+        for name in ("dropout", "feature_dropout", "average"):
             check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
         check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
         self._check_together()

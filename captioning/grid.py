@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 14  # output cells a side: Xu et al. 2015 attend over 14 x 14
@@ -45,6 +46,13 @@ class Grid:
         """The mean of the output cells (B, C)."""
         weights = self.pooling.mean(0).to(self.cells.dtype)  # (N,)
         return weights @ self.cells
+
+    def without_channels(self, share: float) -> Grid:
+        """Dropout of whole channels, the same in all cells of a photo; the others grow, so that the mean stays."""
+        if not share:
+            return self
+        kept = F.dropout(self.cells.new_ones(len(self), 1, self.cells.shape[2]), share)  # (B, 1, C)
+        return Grid(self.cells * kept, self.pooling)
 
     def select(self, photos: Tensor) -> Grid:
         """The same for these photos (K,) int64, in this order."""

@@ -97,7 +97,7 @@ class Trainer:
             self.decoder.vocabulary.weight = self.decoder.embedding.weight
         self.decoder.embedding.weight.requires_grad_(not config.freeze_words)
         self.objective = objective
-        self.whole = Whole(encoder, self.decoder, objective).to(device)
+        self.whole = Whole(encoder, self.decoder, objective, config.feature_dropout).to(device)
         trained = {"learning_rate": self.decoder.parameters()}
         if encoder:
             trained["encoder_learning_rate"] = encoder.unfreeze(

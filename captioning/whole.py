@@ -11,15 +11,17 @@ from captioning.objectives import Loss, Objective, Share
 
 
 class Whole(nn.Module):
-    """Batch -> Loss, in one forward, which is all that DistributedDataParallel follows."""
+    """Batch -> Loss, in one forward, which is all that DistributedDataParallel follows. Only training calls it."""
 
-    def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: Objective):
+    def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: Objective, feature_dropout: float):
         super().__init__()
         self.encoder, self.decoder, self.objective = encoder, decoder, objective
+        self.feature_dropout = feature_dropout
 
     def see(self, batch: Batch) -> Grid:
         """The Grid of a batch, cached or live: the decoder cannot tell which."""
         return self.encoder(batch.view) if self.encoder else batch.view
 
     def forward(self, batch: Batch, share: Share) -> Loss:
-        return self.objective(self.decoder, self.see(batch), batch, share)
+        grid = self.see(batch).without_channels(self.feature_dropout)
+        return self.objective(self.decoder, grid, batch, share)

@@ -55,3 +55,16 @@ def test_a_pooling_first_needed_without_gradients_serves_in_training_too():
     values = torch.randn(2, 81, 3, requires_grad=True)
     Grid(values, pooling).spread(values).sum().backward()
     assert values.grad is not None
+
+
+def test_channels_are_dropped_in_all_cells_of_a_photo_and_the_mean_stays():
+    grid = Grid(torch.rand(50, 4, 200, dtype=torch.float64) + 1, grid_pooling(2, 2).double())
+    torch.manual_seed(0)
+    dropped = grid.without_channels(0.25)
+    ratio = dropped.cells / grid.cells
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
+    assert {round(value, 9) for value in ratio.flatten().tolist()} == {0, round(4 / 3, 9)}
+    assert (ratio[:, 0] == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert not torch.equal(ratio[0], ratio[1])
+    torch.testing.assert_close(dropped.mean().mean(), grid.mean().mean(), rtol=0.02, atol=0)
+    assert grid.without_channels(0.0) is grid

@@ -10,6 +10,7 @@ import train
 from captioning import objectives
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_checkpoint
+from captioning.decoders.attention import AttentionDecoder
 from captioning.trainer import Trainer
 from config import Generate, Train, UserError
 from tests.small import TINY, log_of, same, weights
@@ -19,6 +20,7 @@ CIDER = {"objective": "cider", "samples": 3, "start_from": Path("checkpoints/att
 METHODS = {
     "hard-attention": {"decoder": "hard-attention"},
     "gru": {"decoder": "lstm", "cell": "gru", "layers": 2, "photo_norm": "none"},
+    "feature dropout": {"feature_dropout": 0.3},
     "scheduled sampling": {"scheduled_sampling": 0.5, "sampling_rise": 0.3},
     "schedule": {"schedule": "cosine", "warm_up": 1.5, "weight_decay": 0.1, "label_smoothing": 0.1},
     "tied": {"tie_words": True, "embedding_size": 24, "average": 0.9},
@@ -97,6 +99,20 @@ def test_tied_words_are_one_matrix_in_training_and_caption_as_any(here):
     decoder = Captioner.load("checkpoints/tied").decoder
     assert torch.equal(decoder.vocabulary.weight, decoder.embedding.weight)
     assert not torch.equal(decoder.embedding.weight, trainer.decoder.embedding.weight)
+
+
+def test_channels_are_dropped_in_training_and_nowhere_else(here, monkeypatch):
+    """The small features have no channel that is zero in a whole photo."""
+    shares, plain = {True: [], False: []}, AttentionDecoder.begin
+
+    def noted(self, grid):
+        shares[self.training].append((grid.cells == 0).all(1).float().mean().item())
+        return plain(self, grid)
+
+    monkeypatch.setattr(AttentionDecoder, "begin", noted)
+    train.main(Train(DATA, "sparse", epochs=4, panel=0, feature_dropout=0.25, **TINY))
+    assert max(shares[False]) < 0.02 and min(shares[True]) > 0.1
+    assert sum(shares[True]) / len(shares[True]) == pytest.approx(0.25, abs=0.04)
 
 
 def test_hard_attention_captions_by_argmax_where_asked(here):
