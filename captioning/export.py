@@ -1,0 +1,178 @@
+"""A run as files for programs without Kantu: ONNX, or torch.export's.
+
+    python -m captioning.export checkpoints/att                    writes checkpoints/att/export/*.onnx
+    python -m captioning.export checkpoints/att --format torch     the same as *.pt2, for torch.export.load
+
+    encoder   photos (B, 3, S, S) uint8 -> cells (B, N, C)
+    begin     cells -> photo_0, ... (B, ...), the same at every word; row_0, ... (B, 1, ...), anew after every word
+    step      words (B, K) int64, photo_0, ..., row_0, ... (B, K, ...)
+              -> log_probabilities (B, K, V), attention (B, K, P) of a decoder that attends, next_row_0, ... (B, K, ...)
+
+All else is float32, and B and K may be any numbers. description.json has the shapes, the words, and what is done to a
+photo: tests/caption_with_onnxruntime.py captions with these files alone.
+
+Letters: B photos, K captions of each, S pixels a side, N native cells, P output cells, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from captioning.captioner import BEAM, Captioner
+from captioning.decoders.protocol import Decoder, State
+from captioning.encoder import Encoder
+from captioning.grid import Grid
+from command_line import run
+from config import Export, UserError
+from preprocess.files import draft
+from preprocess.vocabulary import END, PAD, START, UNKNOWN
+
+TORCH = "2.13"  # older ones stumble over a step of any number of photos and captions
+DESCRIPTION = "description.json"
+ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+
+
+def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
+    return (encoder(photos).cells,)
+
+
+def begin(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+    photos, rows = decoder.begin(Grid(cells, pooling))
+    return (*photos, *(row[:, None] for row in rows))
+
+
+def step(decoder: Decoder, per_photo: int, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    """The protocol's, with an axis for a photo's captions: how many there are is then free, as the photos are."""
+    rows = tuple(row.flatten(0, 1) for row in state[per_photo:])
+    said, attention, (_, rows), _ = decoder.step(words.flatten(), State(state[:per_photo], rows))
+    attentions = () if attention is None else (attention,)
+    return tuple(value.unflatten(0, words.shape) for value in (said, *attentions, *rows))
+
+
+class Part(nn.Module):
+    """compute(*fixed, *inputs) as a module, which torch exports; with examples of its inputs and outputs, by name.
+
+    fixed[0]: the model, whose weights are part of it.
+    """
+
+    def __init__(self, compute: Callable, fixed: tuple, inputs: dict[str, Tensor], outputs: Sequence[str]):
+        super().__init__()
+        self.compute, self.model, self.fixed = compute, fixed[0], fixed
+        self.eval().requires_grad_(False)
+        self.inputs, self.outputs = inputs, dict(zip(outputs, self(*inputs.values()), strict=True))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.compute(*self.fixed, *inputs)
+
+
+def parts_of(captioner: Captioner) -> dict[str, Part]:
+    """The examples are of two photos and three captions of each."""
+    encoder, decoder, size = captioner.encoder, captioner.decoder, captioner.encoder.transform.image_size
+    photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    grid = encoder(photos)
+    state = decoder.begin(grid)
+    fixed, rows = [f"photo_{i}" for i in range(len(state.photos))], [f"row_{i}" for i in range(len(state.rows))]
+    encoding = Part(encode, (encoder,), {"photos": photos}, ["cells"])
+    beginning = Part(begin, (decoder, grid.pooling), encoding.outputs, fixed + rows)
+    of_three = {name: beginning.outputs[name].repeat_interleave(3, 1) for name in rows}
+    inputs = {"words": torch.full((2, 3), START), **beginning.outputs, **of_three}
+    outputs = ["log_probabilities", *["attention"] * decoder.sees_cells, *(f"next_{name}" for name in rows)]
+    return {"encoder": encoding, "begin": beginning, "step": Part(step, (decoder, len(fixed)), inputs, outputs)}
+
+
+def free_axes(name: str) -> str:
+    """The letters of the first axes of an input or output: those that may have any length."""
+    return "B" if name.startswith(("photo", "cells")) else "BK"
+
+
+def exported(name: str, part: Part, format: str) -> bytes:
+    """The file of a part. Raises UserError where torch cannot make it."""
+    axes = [{axis: torch.export.Dim(letter) for axis, letter in enumerate(free_axes(name))} for name in part.inputs]
+    what, dynamic = (part, tuple(part.inputs.values())), (tuple(axes),)
+    try:
+        # With gradients: attention then takes its plain way, where no loop over the photos fixes their number.
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about itself
+            if format == "onnx":
+                names = {"input_names": list(part.inputs), "output_names": list(part.outputs)}
+                program = torch.onnx.export(*what, dynamo=True, verbose=False, dynamic_shapes=dynamic, **names)
+                return program.model_proto.SerializeToString()
+            file = io.BytesIO()
+            torch.export.save(torch.export.export(*what, dynamic_shapes=dynamic, strict=False), file)
+            return file.getvalue()
+    except Exception as error:  # torch has a dozen ways to say that it cannot
+        reason = " ".join(str(error.__cause__ or error).split())[:160]
+        raise UserError(f"--format {format}: torch {torch.__version__} cannot export the {name} ({reason})") from None
+
+
+def description(captioner: Captioner, parts: dict[str, Part], format: str) -> dict:
+    """What a program needs to know beside the files, as plain data."""
+    transform, vocabulary = captioner.encoder.transform, captioner.vocabulary
+    return {
+        "decoder": captioner.decoder_name,
+        "encoder": captioner.encoder.name,
+        "photo": "upright, RGB, squashed to image_size x image_size by Pillow's resize with BILINEAR; no normalisation",
+        "image_size": transform.image_size,
+        "scaled_decoding": transform.scaled_decoding,  # before: Pillow's draft(None, twice that size)
+        "start": START,
+        "end": END,
+        "never": [PAD, UNKNOWN, START],  # words that are not written
+        "max_length": BEAM.max_length,
+        "joined_by": vocabulary.joined(["", ""]),
+        "parts": {
+            name: {"file": name + ENDINGS[format], "inputs": _shapes(part.inputs), "outputs": _shapes(part.outputs)}
+            for name, part in parts.items()
+        },
+        "words": list(vocabulary.words),
+    }
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Such as {"words": "int64 (B, K)"}."""
+    said = {}
+    for name, tensor in tensors.items():
+        free = free_axes(name)
+        axes = [*free, *map(str, tensor.shape[len(free) :])]
+        said[name] = f"{tensor.dtype} ({', '.join(axes)})".removeprefix("torch.")
+    return said
+
+
+def check_versions(format: str) -> None:
+    """Raises UserError, naming what to install, where something is missing."""
+    missing = [name for name in ("onnx", "onnxscript") if format == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        install = "run: pip install -c constraints.txt '.[export]', or give --format torch"
+        raise UserError(f"--format onnx: {' and '.join(missing)} not installed; {install}")
+    if torch.__version__ < TORCH:  # as versions, not as text
+        raise UserError(f"torch {torch.__version__}: cannot export this; install torch {TORCH} or newer")
+
+
+@torch.no_grad()
+def main(config: Export) -> None:
+    check_versions(config.format)
+    folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"
+    captioner = Captioner.load(config.run, "cpu", "float32")
+    parts = parts_of(captioner)
+    about = description(captioner, parts, config.format)
+    paths = [folder / DESCRIPTION, *(folder / part["file"] for part in about["parts"].values())]
+    if not config.overwrite and (there := [path for path in paths if path.exists()]):
+        raise UserError(f"{there[0]}: is there already; give --overwrite, or another --out")
+    with contextlib.ExitStack() as drafts:  # the first is renamed last: where a description is, all is
+        files = [drafts.enter_context(draft(path, binary=True)) for path in paths]
+        files[0].write(json.dumps(about, ensure_ascii=False, indent=1).encode())
+        for (name, part), file in zip(parts.items(), files[1:], strict=True):
+            file.write(exported(name, part, config.format))
+    for path in paths:
+        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    run(Export, main)
