@@ -4,14 +4,14 @@
     python -m captioning.export checkpoints/att --format torch     the same as *.pt2, for torch.export.load
 
     encoder   photos (B, 3, S, S) uint8 -> cells (B, N, C)
-    begin     cells -> photo_0, ... (B, ...), the same at every word; row_0, ... (B, 1, ...), anew after every word
-    step      words (B, K) int64, photo_0, ..., row_0, ... (B, K, ...)
-              -> log_probabilities (B, K, V), attention (B, K, P) of a decoder that attends, next_row_0, ... (B, K, ...)
+    begin     cells -> photo_0, ..., the same at every word; row_0, ..., other ones after every word; all (B, ...)
+    step      words (B) int64, photo_0, ..., row_0, ... -> log_probabilities (B, V), attention (B, P) of a decoder that
+              attends, next_row_0, ...
 
-All else is float32, and B and K may be any numbers. description.json has the shapes, the words, and what is done to a
-photo: tests/caption_with_onnxruntime.py captions with these files alone.
+All else is float32, and B may be any number; for several captions of a photo repeat what is its. description.json has
+the shapes, the words, and what is done to a photo: tests/caption_with_onnxruntime.py captions with these files alone.
 
-Letters: B photos, K captions of each, S pixels a side, N native cells, P output cells, C channels, V vocabulary.
+Letters: B photos, S pixels a side, N native cells, P output cells, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from captioning.captioner import BEAM, Captioner
+from captioning.checkpoint import fitting
 from captioning.decoders.protocol import Decoder, State
 from captioning.encoder import Encoder
 from captioning.grid import Grid
@@ -35,7 +36,7 @@ from config import Export, UserError
 from preprocess.files import draft
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-TORCH = "2.13"  # older ones stumble over a step of any number of photos and captions
+TORCH = "2.14"  # older ones take the number of captions for a constant in a step of attention
 DESCRIPTION = "description.json"
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 
@@ -46,15 +47,13 @@ def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
 
 def begin(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
     photos, rows = decoder.begin(Grid(cells, pooling))
-    return (*photos, *(row[:, None] for row in rows))
+    return (*photos, *rows)
 
 
 def step(decoder: Decoder, per_photo: int, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    """The protocol's, with an axis for a photo's captions: how many there are is then free, as the photos are."""
-    rows = tuple(row.flatten(0, 1) for row in state[per_photo:])
-    said, attention, (_, rows), _ = decoder.step(words.flatten(), State(state[:per_photo], rows))
-    attentions = () if attention is None else (attention,)
-    return tuple(value.unflatten(0, words.shape) for value in (said, *attentions, *rows))
+    """One caption a photo: were their numbers free of one another, torch would rule out equal ones, or refuse."""
+    said, attention, (_, rows), _ = decoder.step(words, State(state[:per_photo], state[per_photo:]))
+    return (said, *rows) if attention is None else (said, attention, *rows)
 
 
 class Part(nn.Module):
@@ -67,14 +66,16 @@ class Part(nn.Module):
         super().__init__()
         self.compute, self.model, self.fixed = compute, fixed[0], fixed
         self.eval().requires_grad_(False)
-        self.inputs, self.outputs = inputs, dict(zip(outputs, self(*inputs.values()), strict=True))
+        # Each its own: torch would take two names of one tensor, as adaptive's first h and m are, for one input.
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        self.outputs = dict(zip(outputs, self(*inputs.values()), strict=True))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self.compute(*self.fixed, *inputs)
 
 
 def parts_of(captioner: Captioner) -> dict[str, Part]:
-    """The examples are of two photos and three captions of each."""
+    """The examples are of two photos."""
     encoder, decoder, size = captioner.encoder, captioner.decoder, captioner.encoder.transform.image_size
     photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     grid = encoder(photos)
@@ -82,21 +83,14 @@ def parts_of(captioner: Captioner) -> dict[str, Part]:
     fixed, rows = [f"photo_{i}" for i in range(len(state.photos))], [f"row_{i}" for i in range(len(state.rows))]
     encoding = Part(encode, (encoder,), {"photos": photos}, ["cells"])
     beginning = Part(begin, (decoder, grid.pooling), encoding.outputs, fixed + rows)
-    of_three = {name: beginning.outputs[name].repeat_interleave(3, 1) for name in rows}
-    inputs = {"words": torch.full((2, 3), START), **beginning.outputs, **of_three}
+    inputs = {"words": torch.full((2,), START), **beginning.outputs}
     outputs = ["log_probabilities", *["attention"] * decoder.sees_cells, *(f"next_{name}" for name in rows)]
     return {"encoder": encoding, "begin": beginning, "step": Part(step, (decoder, len(fixed)), inputs, outputs)}
 
 
-def free_axes(name: str) -> str:
-    """The letters of the first axes of an input or output: those that may have any length."""
-    return "B" if name.startswith(("photo", "cells")) else "BK"
-
-
 def exported(name: str, part: Part, format: str) -> bytes:
     """The file of a part. Raises UserError where torch cannot make it."""
-    axes = [{axis: torch.export.Dim(letter) for axis, letter in enumerate(free_axes(name))} for name in part.inputs]
-    what, dynamic = (part, tuple(part.inputs.values())), (tuple(axes),)
+    what, dynamic = (part, tuple(part.inputs.values())), (({0: torch.export.Dim("B")},) * len(part.inputs),)
     try:
         # With gradients: attention then takes its plain way, where no loop over the photos fixes their number.
         with torch.enable_grad(), warnings.catch_warnings():
@@ -110,7 +104,8 @@ def exported(name: str, part: Part, format: str) -> bytes:
             return file.getvalue()
     except Exception as error:  # torch has a dozen ways to say that it cannot
         reason = " ".join(str(error.__cause__ or error).split())[:160]
-        raise UserError(f"--format {format}: torch {torch.__version__} cannot export the {name} ({reason})") from None
+        what = f"--format {format}: torch {torch.__version__} cannot export the {name}"
+        raise UserError(f"{what} ({reason}); try the other format, or another torch") from None
 
 
 def description(captioner: Captioner, parts: dict[str, Part], format: str) -> dict:
@@ -136,13 +131,9 @@ def description(captioner: Captioner, parts: dict[str, Part], format: str) -> di
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Such as {"words": "int64 (B, K)"}."""
-    said = {}
-    for name, tensor in tensors.items():
-        free = free_axes(name)
-        axes = [*free, *map(str, tensor.shape[len(free) :])]
-        said[name] = f"{tensor.dtype} ({', '.join(axes)})".removeprefix("torch.")
-    return said
+    """Such as {"photos": "uint8 (B, 3, 256, 256)"}."""
+    return {name: f"{tensor.dtype} ({', '.join(['B', *map(str, tensor.shape[1:])])})".removeprefix("torch.")
+            for name, tensor in tensors.items()}  # fmt: skip
 
 
 def check_versions(format: str) -> None:
@@ -160,7 +151,8 @@ def main(config: Export) -> None:
     check_versions(config.format)
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"
     captioner = Captioner.load(config.run, "cpu", "float32")
-    parts = parts_of(captioner)
+    with fitting(config.run):
+        parts = parts_of(captioner)
     about = description(captioner, parts, config.format)
     paths = [folder / DESCRIPTION, *(folder / part["file"] for part in about["parts"].values())]
     if not config.overwrite and (there := [path for path in paths if path.exists()]):

@@ -39,12 +39,12 @@ class Captioner:
         """Photos (B, 3, S, S) -> the words of each: always the likeliest next one, until it is the end."""
         about = self.about
         state = self.run("begin", **self.run("encoder", photos=photos))
-        words, written = np.full((len(photos), 1), about["start"]), []
+        words, written = np.full(len(photos), about["start"]), []
         for _ in range(about["max_length"]):
             after = self.run("step", words=words, **state)
             after["log_probabilities"][..., about["never"]] = -np.inf
-            words = after["log_probabilities"].argmax(2)  # (B, 1)
-            written.append(words[:, 0])
+            words = after["log_probabilities"].argmax(1)
+            written.append(words)
             state |= {name: after["next_" + name] for name in state if name.startswith("row_")}
         return [[*row, about["end"]][: [*row, about["end"]].index(about["end"])] for row in np.stack(written, 1)]
 
