@@ -36,7 +36,7 @@ from config import Export, UserError
 from preprocess.files import draft
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-TORCH = "2.14"  # older ones take the number of captions for a constant in a step of attention
+OLDEST = "2.13"  # torch whose ONNX of an LSTM is sound
 DESCRIPTION = "description.json"
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 
@@ -105,7 +105,7 @@ def exported(name: str, part: Part, format: str) -> bytes:
     except Exception as error:  # torch has a dozen ways to say that it cannot
         reason = " ".join(str(error.__cause__ or error).split())[:160]
         what = f"--format {format}: torch {torch.__version__} cannot export the {name}"
-        raise UserError(f"{what} ({reason}); try the other format, or another torch") from None
+        raise UserError(f"{what} ({reason}); try a newer torch, or the other format") from None
 
 
 def description(captioner: Captioner, parts: dict[str, Part], format: str) -> dict:
@@ -136,19 +136,21 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
             for name, tensor in tensors.items()}  # fmt: skip
 
 
-def check_versions(format: str) -> None:
+def check_onnx() -> None:
     """Raises UserError, naming what to install, where something is missing."""
-    missing = [name for name in ("onnx", "onnxscript") if format == "onnx" and importlib.util.find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    remedy = "or give --format torch"
     if missing:
-        install = "run: pip install -c constraints.txt '.[export]', or give --format torch"
-        raise UserError(f"--format onnx: {' and '.join(missing)} not installed; {install}")
-    if torch.__version__ < TORCH:  # as versions, not as text
-        raise UserError(f"torch {torch.__version__}: cannot export this; install torch {TORCH} or newer")
+        install = "run: pip install -c constraints.txt '.[export]'"
+        raise UserError(f"--format onnx: {' and '.join(missing)} not installed; {install}, {remedy}")
+    if torch.__version__ < OLDEST:  # as versions, not as text
+        raise UserError(f"--format onnx: torch {torch.__version__} cannot; install torch {OLDEST} or newer, {remedy}")
 
 
 @torch.no_grad()
 def main(config: Export) -> None:
-    check_versions(config.format)
+    if config.format == "onnx":
+        check_onnx()
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"
     captioner = Captioner.load(config.run, "cpu", "float32")
     with fitting(config.run):
