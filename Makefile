@@ -47,5 +47,5 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@echo "Setting up .venv: about 6 GB, once."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@again=$$([ ! -e $(UNFINISHED) ] || echo --reinstall); touch $(UNFINISHED); \
-	  .venv/bin/uv pip install $$again --python .venv/bin/python -c constraints.txt -e '.[dashboard,test]'
+	  .venv/bin/uv pip install $$again --python .venv/bin/python -c constraints.txt -e '.[dashboard,export,test]'
 	@mv $(UNFINISHED) $@

@@ -377,6 +377,19 @@ class Dashboard:
             raise UserError(f"--compare {self.compare[0]}: give two runs or more, or --replay for one")
 
 
+@dataclass(frozen=True)
+class Export:
+    """A run as files for programs without Kantu.
+
+    python -m captioning.export checkpoints/att
+    """
+
+    run: Positional[Path]  # folder of a run, or a checkpoint file in it
+    out: Path | None = None  # folder to write; export/ beside the checkpoint unless given
+    format: Literal["onnx", "torch"] = "onnx"  # onnx: for onnxruntime and others; torch: for torch.export.load
+    overwrite: bool = False  # replace an export that is there
+
+
 def as_plain_data(config: object) -> dict:
     """A config as JSON-ready data, for logs and checkpoints."""
     return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}

@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         return Grid(cells, grid_pooling(height, width, cells.device))
 
     def _map(self, photos: Tensor) -> Tensor:
-        if missing := max(0, self.compiled_for - len(photos)):
+        if self.compiled_for and (missing := max(0, self.compiled_for - len(photos))):
             return self.body(F.pad(photos, (0, 0) * 3 + (0, missing)))[: len(photos)]
         if not (self.segments and torch.is_grad_enabled()):
             return self.body(photos)

@@ -6,14 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from config import UserError
 
 
 @contextlib.contextmanager
-def draft(path: Path) -> Iterator[TextIO]:
-    """A text file beside `path`, with the line breaks of Unix, that is synced at the end and renamed to `path`.
+def draft(path: Path, binary: bool = False) -> Iterator[IO]:
+    """A file beside `path` that is synced at the end and renamed to `path`: of text, with the line breaks of Unix.
 
     When the block raises, nothing has happened to `path`. Raises UserError where it cannot be written.
     """
@@ -22,7 +22,8 @@ def draft(path: Path) -> Iterator[TextIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a process that was killed, or a link that anyone laid there
         # backslashreplace: what is no text in a file's name becomes an escape, which JSON knows.
-        with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        text = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+        with open(temporary, "xb" if binary else "x", **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -24,6 +24,7 @@ SHORTEST = {  # the shortest valid command line of each command
     config.ExtractFeatures: ["data/scenes"],
     config.Train: ["data/scenes", "--run", "att"],
     config.Dashboard: [],
+    config.Export: ["checkpoints/att"],
     config.Generate: ["checkpoints/att", "photo.jpg"],
 }
 COMMANDS = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and value is not config.Search]

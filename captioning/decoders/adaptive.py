@@ -58,7 +58,7 @@ class AdaptiveDecoder(nn.Module):
         """photos: values (B, P, H), keys (B, P, A), the photo's share of the gates (B, 5H); rows: h and m (B, H)."""
         values = grid.spread(self.value(grid.cells)).relu()  # linear up to the relu: projected on the native cells
         gates = self.photo_gates(self.whole(grid.mean()).relu())
-        nothing = values.new_zeros(len(grid), self.hidden_gates.in_features, dtype=full(gates).dtype)
+        nothing = values.new_zeros(values.shape[0], self.hidden_gates.in_features, dtype=full(gates).dtype)
         return State((values, self.key(values), gates), (nothing, nothing))
 
     def step(self, words: Tensor, state: State) -> Step:
@@ -86,7 +86,7 @@ class AdaptiveDecoder(nn.Module):
         hidden_gates: Layer, query_of: Layer, sentinel_key: Layer,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """One step of R = B K rows over B photos -> h (R, H), m (R, H), attention (R, P), c + h (R, H)."""
-        photos, rows = len(values), len(hidden)
+        photos, rows = values.shape[0], hidden.shape[0]
         each = (photos, rows // photos, -1)  # (B, K, ...)
         gates = word_gates.view(each) + photo_gates[:, None] + hidden_gates(hidden).view(each)
         let_in, forget, candidate, let_out, let_speak = full(gates).view(rows, -1).chunk(5, 1)

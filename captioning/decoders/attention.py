@@ -51,7 +51,7 @@ class AttentionDecoder(nn.Module):
     def begin(self, grid: Grid) -> State:
         """photos: cells (B, N, C), keys (B, P, A), pooling (B, P, N); rows: h and c (B, H)."""
         keys = grid.spread(self.key(grid.cells))  # projected once a photo, on the native cells: P (W_f F)
-        pooling = grid.pooling.expand(len(grid), -1, -1)  # a view: it takes no memory
+        pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view: it takes no memory
         return State((grid.cells, keys, pooling), full(self.initial(grid.mean())).chunk(2, 1))
 
     def step(self, words: Tensor, state: State) -> Step:
@@ -83,17 +83,17 @@ class AttentionDecoder(nn.Module):
     ) -> tuple[tuple[Tensor, ...], Tensor, Choices | None]:  # fmt: skip
         """One step of R = B K rows over B photos -> rows h (R, H), c (R, H), ...; attention (R, P); choices (R,)."""
         hidden, cell, *others = rows
-        photos = len(cells)
+        photos = cells.shape[0]  # not len: torch.export would take it for a constant
         query, gate, hidden_gates = from_hidden(hidden).split(self.parts, 1)
         attention = full(in_parts(self._scores, keys, query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
         weights, choices = self._looks(attention, *others)
         seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
-        context = gate.sigmoid() * seen.view(len(hidden), -1)
+        context = gate.sigmoid() * seen.view(gate.shape)
         gates = word_gates + context_gates(context) + hidden_gates
         let_in, forget, candidate, let_out = full(gates).chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         hidden = let_out.sigmoid() * cell.tanh()
-        return (hidden, cell, *others), attention.view(len(hidden), -1), choices
+        return (hidden, cell, *others), attention.flatten(0, 1), choices
 
     def _scores(self, keys: Tensor, query: Tensor, out: Tensor | None = None) -> Tensor:
         """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""
