@@ -19,9 +19,9 @@ from typing import TypeVar
 import tyro
 
 from config import DASHBOARD_URL, UserError
+from stop import STOPPED, asked_to_stop
 
 Config = TypeVar("Config")
-STOPPED = "stopped; nothing is lost: the same command (train.py: with --resume) goes on"
 UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -60,7 +60,7 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
     error_of = "error: " if rank == "0" else f"error (process {rank}): "
     interrupt, before = functools.partial(_interrupt, os.getpid()), {}
     try:
-        before = {number: signal.signal(number, interrupt) for number in _stops()}
+        before = {number: signal.signal(number, interrupt) for number in asked_to_stop()}
         with contextlib.suppress(AttributeError):  # a stream of another kind
             sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
         work(parse(command))
@@ -94,23 +94,6 @@ def _say_no_more() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stops() -> list[signal.Signals]:
-    """Ctrl-C and SIGTERM, but for one that we were told to ignore, as a shell tells those it puts in the background."""
-    return [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-
-
 def _interrupt(process: int, *_: object) -> None:
     if os.getpid() == process:  # a worker that has just been forked leaves it to the command to end it
         raise KeyboardInterrupt
-
-
-def leave_quietly() -> None:
-    """Ctrl-C and SIGTERM end the process at once, with one line; while `run` works, it is `run` that ends it."""
-    for number in _stops():
-        signal.signal(number, _leave)
-
-
-def _leave(*_: object) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{STOPPED}\n".encode())
-    os._exit(130)

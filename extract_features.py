@@ -14,7 +14,7 @@ A killed extraction goes on where it stopped with the same command.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from command_line import leave_quietly  # before torch, which takes seconds to load
+    from stop import leave_quietly  # before torch, which takes seconds to load
 
     leave_quietly()
 

@@ -11,7 +11,7 @@ python generate.py --score captions.json others.json --references data/aic
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from command_line import leave_quietly  # before torch, which takes seconds to load
+    from stop import leave_quietly  # before torch, which takes seconds to load
 
     leave_quietly()
 

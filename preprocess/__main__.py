@@ -8,7 +8,7 @@ python -m preprocess data/scenes --scenes 2000 --language zh                  (n
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from command_line import leave_quietly
+    from stop import leave_quietly
 
     leave_quietly()
 

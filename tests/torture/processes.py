@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from captioning.checkpoint import load_checkpoint
-from command_line import leave_quietly
+from stop import leave_quietly
 from tests.torture.artefacts import EXTRACT, GENERATE, RECIPE
 from tests.torture.ends import end_of
 
 LEARNS = f"{RECIPE.replace('--panel 0', '--panel 1')} --precision float32 --save-every 0 --epochs 2 --run new"
-LIVE = "--fine-tune --encoder resnet18.layer2 --weights random --image-size 64 --workers 1"
+LIVE = "--fine-tune --encoder resnet18.layer1 --weights random --image-size 32 --workers 1"
 FILES = " ".join(f"--{kind} out/x.{kind}" for kind in ("json", "csv", "html", "scores"))
 WORK = {  # all that they write is below out/ and checkpoints/new/
     "preprocess": "preprocess out/data --train many.json data/small/photos --min-count 1 --workers 1",
@@ -30,7 +30,7 @@ WORK = {  # all that they write is below out/ and checkpoints/new/
     "extract_features.py": f"{EXTRACT} --batch-size 2 --out out/features.h5",
     "train.py": f"train.py data/small {LEARNS}",
     "train.py --fine-tune": f"train.py data/small {LEARNS} {LIVE}",
-    "generate.py": f"{GENERATE} --data data/small --batch-size 4 --beam-size 3 {FILES} --pictures out/pictures",
+    "generate.py": f"{GENERATE} --data data/small --limit 3 --max-length 8 {FILES} --pictures out/pictures",
 }
 STOPS = (signal.SIGINT, signal.SIGTERM)
 LITTER = (".tmp", ".lock", ".draft")
