@@ -32,10 +32,9 @@ def whole(path: Path, mode: str = "xb", **text: str) -> Iterator[IO]:
             if not _is_still(temporary, file.fileno()):
                 raise UserError(f"{path}: another process writes it, too; write to another place")
             os.replace(temporary, path)
-        except BaseException:
+        finally:
             if _is_still(temporary, file.fileno()):
                 temporary.unlink()
-            raise
 
 
 @contextlib.contextmanager

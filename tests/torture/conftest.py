@@ -24,7 +24,7 @@ def at_work(workplace, monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    """undisturbed(what): what a command writes that nobody disturbs, and how many seconds it takes."""
+    """undisturbed(what): what a command writes that nobody disturbs, and how many seconds it computes."""
     known = {}
 
     def of(what: str) -> tuple[dict, float]:

@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,11 @@ from tests.torture.processes import (
     ended,
     ends_as_if_nothing_had_been,
     forget,
-    hit,
+    killed_at,
     phase,
     said,
     started,
+    worked,
     written,
 )  # fmt: skip
 
@@ -52,12 +52,12 @@ def test_killed_at_any_moment_the_next_start_ends_as_if_nothing_had_been(at_work
     wanted, seconds = undisturbed(what)
     count, killed, phases = times(2, 50), 0, set()
     for moment in moments(count, seconds, what):
-        status = hit(WORK[what], moment)
+        status = killed_at(WORK[what], moment)
         assert status in (0, -signal.SIGKILL), said()
         killed += status != 0
         phases.add(phase())
         if killed % 3 == 0:  # and the next start, too
-            hit(WORK[what] + (" --resume" if what.startswith("train") else ""), moment / 2)
+            killed_at(WORK[what] + (" --resume" if what.startswith("train") else ""), moment / 2)
         assert ends_as_if_nothing_had_been(what, wanted)
         forget()
     assert killed >= count / 2 and len(phases) >= times(1, 3), (killed, phases)
@@ -162,7 +162,7 @@ def test_stopped_at_any_moment_a_command_says_one_line_and_the_next_start_goes_o
     count, stopped = times(2, 50), 0
     for turn, moment in enumerate(moments(count, seconds, f"{what} stops")):
         process = started(WORK[what])
-        time.sleep(moment)
+        worked(process, moment)
         log = Path("checkpoints/new/log.jsonl")
         begun = log.exists() and '"start"' in log.read_text()
         (os.killpg if turn // 2 % 2 else os.kill)(process, STOPS[turn % 2])  # with its workers, and without
@@ -183,27 +183,26 @@ def popen(command: str) -> subprocess.Popen:
     """As a user starts it."""
     name, *words = shlex.split(command)
     code = SCRIPTS.get(name, [str(HOUSE / name)])
-    return subprocess.Popen(
+    return subprocess.Popen(  # whose stderr fits in a pipe
         [sys.executable, *code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), os.environ["PYTHONPATH"]])},
     )  # fmt: skip
 
 
-def real_end(command: str, moment: float | None, number: int = 0) -> tuple[int, str]:
-    """Its status and stderr, sent a signal after so many seconds."""
+def real_end(command: str, moment: float, number: int) -> tuple[int, str]:
+    """Its status and stderr, sent a signal after so many seconds of work."""
     process = popen(command)
-    if moment is not None:
-        time.sleep(moment)
-        process.send_signal(number)
+    worked(process.pid, moment)
+    os.kill(process.pid, number)
     _, text = process.communicate()
     return process.returncode, text
 
 
 def seconds_of(command: str) -> float:
-    begun = time.monotonic()
-    status, text = real_end(command, None)
-    assert status == 0, text
-    return time.monotonic() - begun
+    process = popen(command)
+    seconds = worked(process.pid)
+    assert process.wait() == 0, process.stderr.read()
+    return seconds
 
 
 def test_real_processes_are_killed_and_go_on_as_well(at_work, undisturbed, times, tally):

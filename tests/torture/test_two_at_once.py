@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.files import claimed
+from config import UserError
+from preprocess.files import claimed, whole
 from tests.torture.artefacts import does
 from tests.torture.ends import end_of
 from tests.torture.processes import (
@@ -112,6 +113,31 @@ def test_where_files_cannot_be_locked_it_works_without(at_work, undisturbed, num
     monkeypatch.setattr(fcntl, "lockf", fails)
     does(WORK["preprocess"])
     assert written() == wanted
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_made_anew(tmp_path, monkeypatch):
+    """Else this process would hold a file that nobody finds any more, and the next one another."""
+    lock, plain, calls = tmp_path / ".lock", fcntl.lockf, []
+
+    def first_without_a_name(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            lock.unlink()
+        return plain(*arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", first_without_a_name)
+    with claimed(tmp_path, lock):
+        assert lock.read_text().startswith(f"{os.getpid()} on ") and len(calls) == 2
+    assert not lock.exists()
+
+
+def test_of_two_that_write_one_file_the_later_one_wins_and_the_other_is_told(tmp_path):
+    path = tmp_path / "captions.csv"
+    with pytest.raises(UserError, match="captions.csv: another process writes it, too; write to"), whole(path) as first:
+        first.write(b"half a li")
+        with whole(path) as second:
+            second.write(b"a line")
+    assert path.read_bytes() == b"a line" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
