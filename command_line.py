@@ -6,6 +6,7 @@ tyro makes the flags; a field's comment is its help.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from typing import TypeVar
 import tyro
 
 from config import DASHBOARD_URL, UserError
+from stop import STOPPED, asked_to_stop
 
 Config = TypeVar("Config")
 UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -56,16 +58,18 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
     """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
     rank = os.environ.get("RANK", "0")  # torchrun's
     error_of = "error: " if rank == "0" else f"error (process {rank}): "
+    interrupt, before = functools.partial(_interrupt, os.getpid()), {}
     try:
+        before = {number: signal.signal(number, interrupt) for number in asked_to_stop()}
         with contextlib.suppress(AttributeError):  # a stream of another kind
             sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
-        signal.signal(signal.SIGTERM, _interrupt)
         work(parse(command))
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(one_line(f"{error_of}{error}"))
     except KeyboardInterrupt:
         if rank == "0":
-            print("stopped; nothing is lost: the same command (train.py: with --resume) goes on", file=sys.stderr)
+            print(STOPPED, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         _say_no_more()
@@ -74,6 +78,9 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
             _say_no_more()
         what = f"{error.filename or 'what is written'}: {error.strerror or error}"
         sys.exit(one_line(f"{error_of}{what}; make room or check the permissions, and give the same command again"))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def one_line(text: str) -> str:
@@ -87,5 +94,6 @@ def _say_no_more() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(process: int, *_: object) -> None:
+    if os.getpid() == process:  # a worker that has just been forked leaves it to the command to end it
+        raise KeyboardInterrupt

@@ -13,6 +13,11 @@ A killed extraction goes on where it stopped with the same command.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from stop import leave_quietly  # before torch, which takes seconds to load
+
+    leave_quietly()
+
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -33,7 +38,7 @@ from captioning.ranks import ALONE, Ranks, joined_ranks
 from command_line import one_line, run
 from config import ExtractFeatures, UserError
 from preprocess.captions import Photo, read_captions
-from preprocess.files import draft
+from preprocess.files import claimed, draft
 
 
 def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
@@ -97,6 +102,8 @@ def begin(
     attributes = describe_features(
         encoder.recipe(), (height, width), config.grid, str(precision).removeprefix("torch.")
     )
+    if not config.file.exists():  # first the encoder: it would be lost with a kill in between, if it is a random one
+        save_checkpoint(encoder_file(config.file), {"encoder": encoder.to_checkpoint()})
     writer = FeatureWriter(
         config.file, [photo.id for photo in photos], attributes, channels, config.dtype, config.overwrite
     )
@@ -153,10 +160,11 @@ def encoded(encoder, writer, arriving, precision, unreadable, bar) -> Iterator[t
 
 
 def work(config: ExtractFeatures) -> None:
+    remedy, lock = f"lower --batch-size, now {config.batch_size}", config.file.with_name(config.file.name + ".lock")
     try:
-        remedy = f"lower --batch-size, now {config.batch_size}"
         with joined_ranks("the same command goes on") as ranks, enough_memory(remedy):
-            main(config, ranks)
+            with claimed(config.file, lock, ranks.first and not (config.info or config.verify)):
+                main(config, ranks)
     except PhotoError as error:
         raise UserError(str(error)) from None
 

@@ -10,6 +10,11 @@ python generate.py --score captions.json others.json --references data/aic
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from stop import leave_quietly  # before torch, which takes seconds to load
+
+    leave_quietly()
+
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -11,6 +11,11 @@ Stopped or killed, it goes on with --resume, to the very same weights.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from stop import leave_quietly  # before torch, which takes seconds to load
+
+    leave_quietly()
+
 import contextlib
 
 import numpy as np
@@ -29,13 +34,14 @@ from captioning.objectives import OBJECTIVES
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from captioning.residence import PLACES, reading
 from captioning.splits import Split, check_none_lost, photos_of, tells_sides
-from captioning.stop import StopRequest
 from captioning.trainer import Trainer
 from captioning.word_vectors import put_word_vectors
 from command_line import run
 from config import Train, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
+from preprocess.files import claimed
 from preprocess.vocabulary import SPECIAL, UNKNOWN, VOCABULARY_FILE, Vocabulary
+from stop import StopRequest
 
 MOST_UNKNOWN = 0.9  # share of the words: the few most frequent ones alone are more than the rest
 
@@ -135,7 +141,8 @@ def work(config: Train) -> None:
     )
     try:
         with joined_ranks("go on with --resume") as ranks, enough_memory(remedy):
-            main(config, ranks)
+            with claimed(config.folder, config.folder / ".lock", ranks.first):
+                main(config, ranks)
     except PhotoError as error:
         raise UserError(str(error)) from None
 

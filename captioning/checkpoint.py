@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from preprocess.files import whole
 
 FORMAT = "kantu checkpoint 1"
 # Settings that may differ between a run and its --resume: they decide how it is computed, not what.
@@ -29,19 +29,11 @@ STATE = ("optimizer", "objective", "scaler", "rng", "average")  # ... and its la
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write to a temporary file beside `path`, sync it, rename it: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Whole or not at all: a kill leaves the old file or the new one."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:
+        with whole(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer of zip files has its own word for a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
         raise UserError(
             f"{path}: cannot write the checkpoint ({reason}); free some space, and give the same command "

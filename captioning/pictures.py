@@ -9,7 +9,6 @@ Letters: T words, P cells (P = rows x columns of the grid).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from captioning.fonts import Font, broken, find_font, fitted, typeface
+from preprocess.files import whole
 
 View = Literal["smooth", "grid"]  # attention spread smoothly over the photo, or cell by cell
 
@@ -236,14 +236,5 @@ def _write_lines(
 
 def _save(page: Image.Image, path: Path, **options: object) -> None:
     """Whole or not at all, in the form that the ending names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:
-            page.save(file, path.suffix[1:], **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as file:
+        page.save(file, path.suffix[1:], **options)

@@ -29,11 +29,11 @@ from captioning.panel import Panel
 from captioning.prefetch import Prefetch
 from captioning.ranks import Ranks
 from captioning.schedule import rate_factor
-from captioning.stop import StopRequest
 from captioning.validation import Validation
 from captioning.whole import Whole
 from config import Train, UserError, as_plain_data
 from preprocess.vocabulary import Vocabulary
+from stop import StopRequest
 
 VALIDATION_CAPTIONS = 160  # a batch: validation keeps no gradients, so it may be larger
 LOOK_EVERY = 20  # updates: each look at a GPU's loss waits for the GPU

@@ -19,10 +19,10 @@ from captioning.metrics import score
 from captioning.panel import Panel, Watched
 from captioning.ranks import Ranks
 from captioning.splits import Split
-from captioning.stop import StopRequest
 from captioning.whole import Whole
 from config import Search, UserError
 from preprocess.vocabulary import Vocabulary
+from stop import StopRequest
 
 
 class Part(NamedTuple):

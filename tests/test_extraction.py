@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import extract_features
 from captioning.encoder import encoder_from_checkpoint, saved_encoder
@@ -48,6 +50,7 @@ def extract(data, out, **settings):
 
 def extract_in_a_process(data, out):
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by all that are forked: a kill would keep it for ever
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)

@@ -16,9 +16,9 @@ import command_line
 import config
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ["config", "command_line", "preprocess", "captioning"]  # the commands live above them
+FLOORS = ["stop", "config", "command_line", "preprocess", "captioning"]  # the commands live above them
 GROUND = {"config", "captioning.grid", "captioning.images", "captioning.metrics", "captioning.java_metrics",
-          "captioning.fonts", "captioning.pictures"}  # fmt: skip
+          "captioning.fonts", "captioning.pictures", "preprocess.files"}  # fmt: skip
 SHORTEST = {  # the shortest valid command line of each command
     config.Preprocess: ["data/scenes", "--scenes", "20"],
     config.ExtractFeatures: ["data/scenes"],

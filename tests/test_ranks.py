@@ -26,10 +26,10 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.log import Log
 from captioning.ranks import ALONE, Ranks, RanksBatchNorm
 from captioning.splits import Split
-from captioning.stop import StopRequest
 from config import ExtractFeatures, Train, UserError
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
+from stop import StopRequest
 
 HOUSE = Path(__file__).parents[1]
 TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "dropout": 0.0, "precision": "float32"}

@@ -57,7 +57,7 @@ READERS = {  # a file -> the commands that read it
                     f"{TRAIN} --fine-tune {ENCODER} --weights weights.pth"],
     "data/small/photos/0.png": [f"{EXTRACT} --out new.h5", f"{GENERATE} data/small/photos/0.png"],
 }  # fmt: skip
-LITTER = (".tmp", ".lock", ".draft-")
+LITTER = (".tmp", ".lock", ".draft")
 
 
 @pytest.fixture(scope="module")
