@@ -7,6 +7,8 @@ deviation. Workers hand over bytes (uint8); the normalisation happens on the dev
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -205,6 +207,8 @@ def quiet_worker(_: int) -> None:
     """A Ctrl-C reaches the whole process group: the command itself ends its workers, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # the command was just killed: torch would take whoever adopted us for it, and wait for ever
 
 
 def in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
