@@ -1,4 +1,4 @@
-"""How much memory extract_features.py and train.py take for more and more photos: the commands themselves, to their end.
+"""How much memory extract_features.py and train.py take for more and more photos: the commands themselves, whole.
 
     python bench/memory.py FOLDER                     1 GB is written there, and removed
     python bench/memory.py FOLDER --sizes 1000 20000

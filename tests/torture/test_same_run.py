@@ -50,7 +50,7 @@ def in_a_process(folder: Path, hash_seed: str) -> dict[str, object]:
     folder.mkdir()
     script = f"from tests.torture.artefacts import does\nfor command in {EVERY_COMMAND}: does(command)"
     paths = os.pathsep.join([str(HOUSE), os.environ["PYTHONPATH"]])
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths, "PATH": ""}  # without Java
     subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=True)
     return files(folder)
 
@@ -76,24 +76,26 @@ def test_another_seed_is_another_run(undisturbed):
     assert not same(one["decoder"]["state"], other["decoder"]["state"])
 
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_workers_write_the_same_bytes_however_they_start(tmp_path, monkeypatch, method, times, tally):
-    """As the command does it alone, in one process: workers get all they need, and draw nothing of their own."""
+def with_workers(method: str, workers: int) -> tuple:
+    """Features, and the weights of a run with the live encoder, whose photos are read by workers that start so."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        does(f"extract_features.py data/small {LIVE} --precision float32 --overwrite --workers {workers}")
+        does(f"{TUNE} --run tuned --overwrite --workers {workers}")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    return Path("data/small/features.h5").read_bytes(), load_checkpoint(Path("checkpoints/tuned/last.pt"))
+
+
+def test_workers_make_the_same_however_they_start(tmp_path, monkeypatch, times, tally):
+    """As the command alone: they get all they need, and draw nothing of their own."""
     monkeypatch.chdir(tmp_path)
     make_small_data(Path(""), photos=12)
-    before, found = multiprocessing.get_start_method(), []
-    for workers in (0, times(1, 2)):
-        multiprocessing.set_start_method(method, force=True)
-        try:
-            does(f"extract_features.py data/small {LIVE} --precision float32 --overwrite --workers {workers}")
-            does(f"{TUNE} --run tuned --overwrite --workers {workers}")
-            does(f"generate.py checkpoints/tuned data/small/photos --json out.json --device cpu --workers {workers}")
-        finally:
-            multiprocessing.set_start_method(before, force=True)
-        features, captions = Path("data/small/features.h5").read_bytes(), Path("out.json").read_bytes()
-        found.append((features, captions, load_checkpoint(Path("checkpoints/tuned/last.pt"))))
-    (features, captions, alone), (other_features, other_captions, other) = found
-    assert features == other_features and captions == other_captions
-    assert same(alone["decoder"]["state"], other["decoder"]["state"])
-    assert same(alone["encoder"]["state"], other["encoder"]["state"])
-    tally(f"commands whose workers {method}", 3)
+    features, alone = with_workers("fork", 0)
+    for method in ("fork", "spawn", "forkserver")[: times(2, 3)]:
+        found, run = with_workers(method, times(1, 2))
+        assert found == features, method
+        for part in ("decoder", "encoder"):
+            assert same(run[part]["state"], alone[part]["state"]), (method, part)
+        tally("commands with workers of another start", 2)
