@@ -33,7 +33,7 @@ TIMES = ("seconds", "per_second", "waiting", "time", "peak_memory")  # what a lo
 
 
 def files(folder: Path) -> dict[str, object]:
-    """What every file below the folder says, but for the hours."""
+    """What every file below the folder says; of a log, what does not depend on the clock."""
     return {
         str(path.relative_to(folder)): told(path) if path.name == "log.jsonl" else path.read_bytes()
         for path in sorted(folder.rglob("*")) if path.is_file()
@@ -42,6 +42,7 @@ def files(folder: Path) -> dict[str, object]:
 
 def told(log: Path) -> list[dict]:
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    lines = [line for line in lines if line["event"] != "step"]  # one every few seconds
     return [{key: line[key] for key in line if not any(word in key for word in TIMES)} for line in lines]
 
 
