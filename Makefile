@@ -9,12 +9,13 @@ PACKAGES := .venv/packages-installed
 UNFINISHED := .venv/packages-unfinished
 SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test torture lint dashboard
+.PHONY: help demo test torture matrix lint dashboard
 
 help:
 	@echo "make demo   drawn scenes -> features -> training -> captions, in minutes (LANGUAGE=zh or en)"
 	@echo "make test   ruff and the tests (PYTEST_ARGS='-k beam' for some of them)"
 	@echo "make torture   the tests of RELIABILITY.md at full length"
+	@echo "make matrix   the tests on the oldest packages allowed, and on Python 3.10 and 3.13"
 	@echo "make lint   ruff alone"
 	@echo "make dashboard   visdom on http://127.0.0.1:8097, for train.py --dashboard"
 	@echo "Each sets up .venv first, about 6 GB, once. Another Python: make test PYTHON=python3.12"
@@ -29,6 +30,9 @@ torture: $(PACKAGES)
 	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \
 	  echo "no atheris for this Python: the fuzz targets are skipped"
 	.venv/bin/python -m pytest --torture tests/torture $(SHARED_OUT) $(PYTEST_ARGS)
+
+matrix: $(PACKAGES)
+	.ci/matrix $(SHARED_OUT) $(PYTEST_ARGS)
 
 lint: $(PACKAGES)
 	.venv/bin/ruff check

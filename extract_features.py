@@ -45,7 +45,8 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
     if config.info:
         print(describe(FeatureReader(config.file)))
         return
-    photos = list(read_captions(config.data))
+    # Without their captions, which every process that decodes photos would come to copy.
+    photos = [replace(photo, captions=()) for photo in read_captions(config.data)]
     device = pick_device(config.device)
     if config.verify:
         print(verify(FeatureReader(config.file), photos, device))

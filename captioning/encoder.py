@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UserError(f"--compile: {str(error).splitlines()[0]:.120}; mend that, or leave it out") from None
+            raise UserError(f"--compile: {' '.join(str(error).split()):.120}; mend that, or leave it out") from None
         return time.monotonic() - began
 
     @torch.no_grad()

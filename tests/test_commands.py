@@ -534,7 +534,7 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
         generate.main(Generate(Path("checkpoints/attention"), photos, precision="float32", **settings))
         return capsys.readouterr().out.splitlines()
 
-    assert len(told(search=Search(6, captions=3, groups=3, max_length=5))) == 3
+    assert len(told(search=Search(6, captions=3, groups=3, diversity=9.0, max_length=5))) == 3
     drawing = Search(captions=4, temperature=3.0, max_length=5)
     assert told(search=drawing, seed=1) == told(search=drawing, seed=1) != told(search=drawing, seed=2)
     told(search=drawing, json=tmp_path / "all.json")

@@ -41,7 +41,7 @@ def files_of_the_house() -> list[Path]:
         if here in (ROOT / "data", ROOT / "checkpoints"):
             skipped, names = set(folders), ["README.md"]
         folders[:] = [name for name in folders if name not in skipped]
-        found += [here / name for name in names]
+        found += [here / name for name in names if name != ".git"]  # a file in a second work tree
     return sorted(found)
 
 

@@ -95,6 +95,7 @@ def user(tmp_path, monkeypatch):
     draw_photos(tmp_path / "folder", names[:2])
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
+    monkeypatch.setenv("PATH", "")  # without Java: METEOR would take ten seconds each of many times
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     torch.save(
         stand_in(models.resnet101()).state_dict(), cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
