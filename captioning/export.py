@@ -5,13 +5,11 @@
 
     encoder   photos (B, 3, S, S) uint8 -> cells (B, N, C)
     begin     cells -> photo_0, ..., the same at every word; row_0, ..., other ones after every word; all (B, ...)
-    step      words (B) int64, photo_0, ..., row_0, ... -> log_probabilities (B, V), attention (B, P) of a decoder that
-              attends, next_row_0, ...
+    step      words (B) int64, photo_0, ..., row_0, ... -> log_probabilities (B, V), attention (B, P), next_row_0, ...
 
-All else is float32, and B may be any number; for several captions of a photo repeat what is its. description.json has
-the shapes, the words, and what is done to a photo: tests/caption_with_onnxruntime.py captions with these files alone.
-
-Letters: B photos, S pixels a side, N native cells, P output cells, C channels, V vocabulary.
+All else is float32; a decoder that does not attend has no attention. B may be any number; for several captions of a
+photo repeat what is its. description.json has shapes, words, and what is done to a photo: with these files alone
+tests/caption_with_onnxruntime.py captions. B photos, S pixels a side, N native cells, P output cells, C channels.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ from preprocess.files import draft
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 OLDEST = "2.13"  # torch whose ONNX of an LSTM is sound
-DESCRIPTION = "description.json"
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 
 
@@ -57,15 +54,12 @@ def step(decoder: Decoder, per_photo: int, words: Tensor, *state: Tensor) -> tup
 
 
 class Part(nn.Module):
-    """compute(*fixed, *inputs) as a module, which torch exports; with examples of its inputs and outputs, by name.
-
-    fixed[0]: the model, whose weights are part of it.
-    """
+    """compute(model, ..., *inputs), as torch exports it; with examples of its inputs and outputs, by name."""
 
     def __init__(self, compute: Callable, fixed: tuple, inputs: dict[str, Tensor], outputs: Sequence[str]):
         super().__init__()
-        self.compute, self.model, self.fixed = compute, fixed[0], fixed
-        self.eval().requires_grad_(False)
+        self.compute, self.model, self.fixed = compute, fixed[0].requires_grad_(False), fixed
+        self.eval()
         # Each its own: torch would take two names of one tensor, as adaptive's first h and m are, for one input.
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self.outputs = dict(zip(outputs, self(*inputs.values()), strict=True))
@@ -97,7 +91,7 @@ def exported(name: str, part: Part, format: str) -> bytes:
             warnings.simplefilter("ignore")  # of torch, about itself
             if format == "onnx":
                 names = {"input_names": list(part.inputs), "output_names": list(part.outputs)}
-                program = torch.onnx.export(*what, dynamo=True, verbose=False, dynamic_shapes=dynamic, **names)
+                program = torch.onnx.export(*what, **names, dynamo=True, verbose=False, dynamic_shapes=dynamic)
                 return program.model_proto.SerializeToString()
             file = io.BytesIO()
             torch.export.save(torch.export.export(*what, dynamic_shapes=dynamic, strict=False), file)
@@ -109,25 +103,20 @@ def exported(name: str, part: Part, format: str) -> bytes:
 
 
 def description(captioner: Captioner, parts: dict[str, Part], format: str) -> dict:
-    """What a program needs to know beside the files, as plain data."""
+    """What a program needs to know beside the files, as plain data. never: words that are not written."""
     transform, vocabulary = captioner.encoder.transform, captioner.vocabulary
     return {
-        "decoder": captioner.decoder_name,
-        "encoder": captioner.encoder.name,
+        "encoder": captioner.encoder.name, "decoder": captioner.decoder_name,
         "photo": "upright, RGB, squashed to image_size x image_size by Pillow's resize with BILINEAR; no normalisation",
         "image_size": transform.image_size,
         "scaled_decoding": transform.scaled_decoding,  # before: Pillow's draft(None, twice that size)
-        "start": START,
-        "end": END,
-        "never": [PAD, UNKNOWN, START],  # words that are not written
-        "max_length": BEAM.max_length,
-        "joined_by": vocabulary.joined(["", ""]),
+        "start": START, "end": END, "never": [PAD, UNKNOWN, START], "max_length": BEAM.max_length,
         "parts": {
             name: {"file": name + ENDINGS[format], "inputs": _shapes(part.inputs), "outputs": _shapes(part.outputs)}
             for name, part in parts.items()
         },
-        "words": list(vocabulary.words),
-    }
+        "joined_by": vocabulary.joined(["", ""]), "words": list(vocabulary.words),
+    }  # fmt: skip
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -138,13 +127,13 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def check_onnx() -> None:
     """Raises UserError, naming what to install, where something is missing."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    remedy = "or give --format torch"
-    if missing:
-        install = "run: pip install -c constraints.txt '.[export]'"
-        raise UserError(f"--format onnx: {' and '.join(missing)} not installed; {install}, {remedy}")
-    if torch.__version__ < OLDEST:  # as versions, not as text
-        raise UserError(f"--format onnx: torch {torch.__version__} cannot; install torch {OLDEST} or newer, {remedy}")
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        what, install = f"{' and '.join(missing)} not installed", "run: pip install -c constraints.txt '.[export]'"
+    elif torch.__version__ < OLDEST:  # as versions, not as text
+        what, install = f"torch {torch.__version__} cannot", f"install torch {OLDEST} or newer"
+    else:
+        return
+    raise UserError(f"--format onnx: {what}; {install}, or give --format torch")
 
 
 @torch.no_grad()
@@ -156,7 +145,7 @@ def main(config: Export) -> None:
     with fitting(config.run):
         parts = parts_of(captioner)
     about = description(captioner, parts, config.format)
-    paths = [folder / DESCRIPTION, *(folder / part["file"] for part in about["parts"].values())]
+    paths = [folder / "description.json", *(folder / part["file"] for part in about["parts"].values())]
     if not config.overwrite and (there := [path for path in paths if path.exists()]):
         raise UserError(f"{there[0]}: is there already; give --overwrite, or another --out")
     with contextlib.ExitStack() as drafts:  # the first is renamed last: where a description is, all is
