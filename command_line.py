@@ -67,7 +67,8 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         sys.exit(one_line(f"{error_of}{error}"))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        stop.__traceback__ = None  # lets go of the bars, so that they say their last before us
         if rank == "0":
             print(STOPPED, file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,8 @@
 """Killed or stopped at any moment: the next start works, and ends as if nothing had been.
 
 What cannot be had: in the first hundredths of a second, until our first line runs, Python has its own handlers, and
-Ctrl-C ends in Python's own traceback; nothing has been read or written by then. A worker that a Python newer than 3.13
+Ctrl-C ends in Python's own traceback; nothing has been read or written by then. In the last ones, when all is written,
+Python has given our handlers back, and the process ends without a word. A worker that a Python newer than 3.13
 starts anew, instead of forking it, has such a moment, too, where the whole process group is told to stop.
 """
 
@@ -253,8 +254,8 @@ def test_real_processes_are_killed_and_go_on_as_well(at_work, undisturbed, times
 
 def before_our_first_line(text: str) -> bool:
     """Python's own words on a Ctrl-C while it starts: none of ours has been asked for anything but `stop`."""
-    ours = [line.strip() for line in text.splitlines() if str(HOUSE) in line and ".venv" not in line]
-    return "KeyboardInterrupt" in text and not re.search("site-packages|leave_quietly\\(", text) and len(ours) <= 2
+    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|leave_quietly\(\)"
+    return "KeyboardInterrupt" in text and not re.search(later, text)
 
 
 def test_a_real_process_that_is_stopped_while_it_imports_says_one_line(at_work, times, tally):
@@ -268,9 +269,9 @@ def test_a_real_process_that_is_stopped_while_it_imports_says_one_line(at_work, 
                 assert status == 0 or is_quiet(text), (moment, text)
                 stopped += status == 130
             else:
-                assert moment < 1 + seconds / 4, moment
+                assert moment < 1 + seconds / 4 or moment > 0.8 * seconds, moment
                 assert status in (1, -signal.SIGTERM, -signal.SIGINT), (status, text)
-                assert not text or before_our_first_line(text), text
+                assert not re.search("Traceback|Exception|Error", text) or before_our_first_line(text), text
                 early += 1
             forget()
     assert stopped > early
