@@ -379,10 +379,7 @@ class Dashboard:
 
 @dataclass(frozen=True)
 class Export:
-    """A run as files for programs without Kantu.
-
-    python -m captioning.export checkpoints/att
-    """
+    """A run as files for programs without Kantu: python -m captioning.export checkpoints/att"""
 
     run: Positional[Path]  # folder of a run, or a checkpoint file in it
     out: Path | None = None  # folder to write; export/ beside the checkpoint unless given

@@ -234,7 +234,7 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypa
         raise OSError("no space left")
 
     (tmp_path / "a.png").write_bytes(b"old")
-    monkeypatch.setattr(pictures.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         draw_attention(WHITE, ["a"], even(1, (7, 7)), (7, 7), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.png"]

@@ -207,7 +207,7 @@ TABLE = [  # what; how it comes about; the command; its line
     ("other captions there already", None, READ_AIC.replace("data/read", "data/small"),
      "data/small/vocab.json: made with other settings or annotations; replace it with --overwrite"),
     ("a file for the data folder", None, READ_AIC.replace("data/read", "aic.json"),
-     "aic.json: cannot be written to (File exists); give another folder"),
+     "aic.json: cannot be written to (Not a directory); give another folder"),
     # captions
     ("no captions.jsonl", gone("data/small/captions.jsonl"), EXTRACT,
      "data/small/captions.jsonl: no such file; make it with: python -m preprocess data/small"),
