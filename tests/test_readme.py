@@ -1,5 +1,5 @@
-"""The commands of the README and of docs/results.md, run as they stand, on small stand-ins that lie where the README
-says the data lie.
+"""The commands of the README, of docs/results.md and of RELIABILITY.md, run as they stand, on small stand-ins that lie
+where the README says the data lie.
 
 Only what costs time is cut: one epoch instead of twenty, no worker processes. The stand-in weights are random.
 """
@@ -29,7 +29,7 @@ import train
 from captioning import dashboard, export
 
 HOUSE = Path(__file__).parents[1]
-README = (HOUSE / "README.md").read_text(encoding="utf-8") + (HOUSE / "docs/results.md").read_text(encoding="utf-8")
+README = "\n".join((HOUSE / name).read_text("utf-8") for name in ("README.md", "docs/results.md", "RELIABILITY.md"))
 ZH = ["一个男人在骑马。", "草地上有两只狗", "一个穿红色衣服的小孩在玩球"]
 EN = ["A man rides a horse .", "Two dogs run on the grass .", "A child in a red shirt plays with a ball ."]
 

@@ -143,7 +143,7 @@ def test_a_zeroed_photo_is_skipped_or_read_as_the_decoder_can(whole):
 
 
 @pytest.mark.parametrize("damage", ["a third", "a page", "the means"])
-def test_zeroed_features_are_found_by_verify_and_made_anew_to_the_bit(whole, damage, tally):
+def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally):
     """Training does not look: it would have to read every row twice."""
     path = Path("data/small/features.h5")
     block = FeatureReader(path).blocks["pooled" if damage == "the means" else "features"]
