@@ -5,6 +5,7 @@ A fork of this process, which has imported everything, spares each of them the s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,8 +54,12 @@ def started(command: str, before: Callable[[], None] = lambda: None) -> int:
     if not process:
         try:
             _become(command, before)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(99)
+    with contextlib.suppress(OSError):  # or it has done so itself, and ended
+        os.setpgid(process, process)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     return process
 
