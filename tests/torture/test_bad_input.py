@@ -386,7 +386,7 @@ TABLE = [  # what; how it comes about; the command; its line
     ("a word for a number", None, TRAIN + " --hidden-size many",
      "Error parsing --hidden-size: invalid literal for int() with base 10: 'many'; see --help"),
     ("a flag without its value", None, "train.py data/small --run",
-     "Missing value for argument '--run'. Expected 1 values.; see --help"),
+     "Missing value for argument ...--run.... Expected 1 values.; see --help"),
     ("no --run", None, "train.py data/small",
      "Missing from train.py: --run STR name of the run: it is kept in checkpoints/RUN (required); see --help"),
     ("a run outside checkpoints", None, TRAIN.replace("--run new", "--run ../x"),

