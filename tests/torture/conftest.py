@@ -1,4 +1,4 @@
-"""What the tests of kills, of stops and of two at once share."""
+"""What the tests share that run commands on real files."""
 
 from __future__ import annotations
 

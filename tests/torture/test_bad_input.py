@@ -27,7 +27,6 @@ from tests.torture.artefacts import (
     RESUME,
     SCORE,
     TRAIN,
-    Artefacts,
 )
 from tests.torture.ends import COMMANDS, end_of
 
@@ -492,16 +491,11 @@ TABLE = [  # what; how it comes about; the command; its line
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return Artefacts(tmp_path_factory.mktemp("bad"))
-
-
 @pytest.fixture
-def here(made, monkeypatch):
-    made.enter(monkeypatch)
+def here(workplace, monkeypatch):
+    workplace.enter(monkeypatch)
     yield
-    made.mend()
+    workplace.mend()
 
 
 @pytest.mark.parametrize("do, command, line", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])

@@ -28,7 +28,6 @@ from tests.torture.artefacts import (
     SCENES,
     SCORE,
     TRAIN,
-    Artefacts,
     does,
     make_artefacts,
 )  # fmt: skip
@@ -60,23 +59,18 @@ READERS = {  # a file -> the commands that read it
 LITTER = (".tmp", ".lock", ".draft")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return Artefacts(tmp_path_factory.mktemp("damaged"))
-
-
 @pytest.fixture
-def whole(made, monkeypatch):
+def whole(workplace, monkeypatch):
     """The current folder has all the files: path -> bytes."""
-    made.enter(monkeypatch)
-    yield made.files
-    made.mend()
+    workplace.enter(monkeypatch)
+    yield workplace.files
+    workplace.mend()
 
 
 @pytest.fixture
-def mended(made, whole):
+def mended(workplace, whole):
     """mended() brings them back."""
-    return made.mend
+    return workplace.mend
 
 
 def attacked(command: str) -> End:

@@ -19,7 +19,7 @@ import pytest
 from captioning.checkpoint import load_checkpoint
 from tests.small import ENCODER as SMALL_ENCODER
 from tests.small import make_small_data, same
-from tests.torture.artefacts import EXTRACT, GENERATE, NOWHERE, RESUME, SCORE, TRAIN, Artefacts, does
+from tests.torture.artefacts import EXTRACT, GENERATE, NOWHERE, RESUME, SCORE, TRAIN, does
 from tests.torture.ends import End, bound_by_permissions, end_of
 
 SPLIT = f"{GENERATE} --data data/small --length-penalty 9 --max-length 4"
@@ -33,18 +33,13 @@ WRITES = {  # what is written below out/ -> the command
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return Artefacts(tmp_path_factory.mktemp("places"))
-
-
 @pytest.fixture
-def here(made, monkeypatch):
-    made.enter(monkeypatch)
+def here(workplace, monkeypatch):
+    workplace.enter(monkeypatch)
     Path("out").mkdir()
     Path("checkpoints/new").symlink_to("../out/run")
-    yield made.folder
-    made.mend()
+    yield workplace.folder
+    workplace.mend()
 
 
 def is_one_line(end: End) -> bool:
@@ -67,11 +62,11 @@ def empty(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(made):
+def undisturbed(workplace):
     """What each command writes where there is room."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        made.enter(patch)
+        workplace.enter(patch)
         Path("out").mkdir()
         Path("checkpoints/new").symlink_to("../out/run")
         for what, command in WRITES.items():
@@ -79,7 +74,7 @@ def undisturbed(made):
             does(command)
             found[what] = written(what)
             empty(Path("out"))
-        made.mend()
+        workplace.mend()
     return found
 
 
