@@ -33,17 +33,15 @@ from captioning.log import Log
 from captioning.objectives import OBJECTIVES
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from captioning.residence import PLACES, reading
-from captioning.splits import Split, check_none_lost, photos_of, tells_sides
+from captioning.splits import Split, check_none_lost, check_words_known, photos_of, tells_sides
 from captioning.trainer import Trainer
 from captioning.word_vectors import put_word_vectors
 from command_line import run
 from config import Train, UserError, as_plain_data
 from preprocess.captions import Photo, read_captions
 from preprocess.files import claimed
-from preprocess.vocabulary import SPECIAL, UNKNOWN, VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 from stop import StopRequest
-
-MOST_UNKNOWN = 0.9  # share of the words: the few most frequent ones alone are more than the rest
 
 
 def main(config: Train, ranks: Ranks = ALONE) -> None:
@@ -79,12 +77,7 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
         described = saved_encoder(reader.path, reader.attributes["weights_sha256"])["encoder"]
         train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
         views = cached_views(config, train, val, vocabulary, reader, device)
-    unknown = np.mean(views[0].split.words == UNKNOWN)
-    if unknown > MOST_UNKNOWN:
-        raise UserError(
-            f"{config.data / VOCABULARY_FILE}: does not know {unknown:.0%} of the words in captions.jsonl; is it of "
-            f"another data set? Make both with: python -m preprocess {config.data} --overwrite"
-        )
+    check_words_known(views[0].split, config.data)
     references = {photo.id: photo.captions for photo in val}
     objective = OBJECTIVES[config.objective](config, train, vocabulary)
     del photos, train, val  # from here on captions are flat arrays

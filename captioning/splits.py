@@ -18,7 +18,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from config import UserError
 from preprocess.captions import CAPTIONS_FILE, Photo
-from preprocess.vocabulary import END, PAD, START, Vocabulary
+from preprocess.vocabulary import END, PAD, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
+
+MOST_UNKNOWN = 0.9  # share of the words: the few most frequent ones alone are more than the rest
 
 
 def photos_of(photos: Sequence[Photo], split: str, dataset: Path, limit: int = 0) -> list[Photo]:
@@ -42,6 +44,16 @@ def check_none_lost(photos: Sequence[Photo], features: Path, cached: Sequence[st
         raise UserError(
             f"{features.parent / CAPTIONS_FILE}: lacks {lost:,} of the {len(cached):,} photos of {features}; if it was "
             f"cut short, run python -m preprocess again; if it is as you want it, give --features {features}"
+        )
+
+
+def check_words_known(split: Split, dataset: Path) -> None:
+    """Raises UserError where the vocabulary knows next to none of the words: it is of another data set."""
+    unknown = np.mean(split.words == UNKNOWN)
+    if unknown > MOST_UNKNOWN:
+        raise UserError(
+            f"{dataset / VOCABULARY_FILE}: does not know {unknown:.0%} of the words in {CAPTIONS_FILE}; is it of "
+            f"another data set? Make both with: python -m preprocess {dataset} --overwrite"
         )
 
 
