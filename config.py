@@ -190,6 +190,7 @@ class Train:
     resume: bool = False  # go on with this run where it stopped
     save_every: float = 10.0  # minutes between checkpoints inside an epoch
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # arithmetic; weights stay float32
+    cuda_graphs: bool = True  # on a GPU: start all the work of a batch at once, where cached features are learnt from
     panel: int = 6  # first photos of val whose captions and attention are drawn every epoch; 0 is none
     dashboard: str | None = None  # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

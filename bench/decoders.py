@@ -31,7 +31,7 @@ from captioning.decoders import build_decoder
 from captioning.device import autocast
 from captioning.grid import SIDE, Grid, grid_pooling
 from captioning.objectives import CrossEntropy, Share
-from captioning.trainer import make_optimizer
+from captioning.optimizer import make_optimizer
 from config import Train
 from preprocess.vocabulary import END, SPECIAL, START
 

@@ -29,9 +29,9 @@ from captioning.decoders import build_decoder, sizes_of
 from captioning.device import pick_device, pick_precision
 from captioning.grid import Grid, grid_pooling
 from captioning.meter import most_resident
+from captioning.optimizer import make_optimizer
 from captioning.prefetch import Prefetch
 from captioning.splits import Split
-from captioning.trainer import make_optimizer
 from config import Train, as_plain_data
 from preprocess.captions import Photo
 from preprocess.vocabulary import SPECIAL, Vocabulary

@@ -18,7 +18,7 @@ from beam_search import captions, made_up
 from decoders import Bench, Data, best_of, decoders, our_step
 
 from captioning.grid import Grid, grid_pooling
-from captioning.trainer import make_optimizer
+from captioning.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from preprocess.files import whole
 FORMAT = "kantu checkpoint 1"
 # Settings that may differ between a run and its --resume: they decide how it is computed, not what.
 MAY_CHANGE = {"epochs", "patience", "val_photos", "save_every", "precision", "device", "workers", "resume", "overwrite",
-              "allow_missing", "features", "resident", "start_from", "checkpoint_activations", "panel",
+              "allow_missing", "features", "resident", "start_from", "checkpoint_activations", "cuda_graphs", "panel",
               "dashboard"}  # fmt: skip
 RUN = ("config", "vocabulary", "encoder", "decoder", "progress")  # what a run's checkpoint holds ...
 STATE = ("optimizer", "objective", "scaler", "rng", "average")  # ... and its last.pt, for --resume

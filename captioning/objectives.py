@@ -21,7 +21,7 @@ from captioning.grid import Grid
 from captioning.sampling import forced_as_drawn, read_own_words, sample, without_chance
 from config import Search, Train
 from preprocess.captions import Photo
-from preprocess.vocabulary import Vocabulary
+from preprocess.vocabulary import PAD, Vocabulary
 
 
 class Loss(NamedTuple):
@@ -53,7 +53,8 @@ class CrossEntropy(nn.Module):
     """L = -mean log p(y_t) + alpha_c mean((1 - sum_t a_t)^2)   (Xu et al. 2015, eq. 14)
 
     The second term, doubly stochastic attention, is the mean over captions and cells: over a caption, each cell is
-    looked at about once. A decoder without attention has none. A decoder that draws has REINFORCE's instead.
+    looked at about once. A decoder without attention has none. A decoder that draws has REINFORCE's instead. Where the
+    word to be said is <pad>, nothing counts.
 
     label_smoothing e: the true word's target is 1 - e, and e is spread over the vocabulary (Szegedy et al. 2016).
     scheduled_sampling: in epoch i, from 0, min(this, i * sampling_rise) of the words that are read are the decoder's
@@ -71,15 +72,20 @@ class CrossEntropy(nn.Module):
     def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: Share) -> Loss:
         scores, coverage, choices = self._read(decoder, grid, batch)
         scores = full(scores)
-        objective = cross_entropy = F.cross_entropy(scores, batch.targets)
+        objective = cross_entropy = F.cross_entropy(scores, batch.targets, ignore_index=PAD)
         if self.label_smoothing:
-            objective = F.cross_entropy(scores, batch.targets, label_smoothing=self.label_smoothing)
+            objective = F.cross_entropy(
+                scores, batch.targets, ignore_index=PAD, label_smoothing=self.label_smoothing
+            )
+        said = batch.targets != PAD  # (W,)
         if choices is not None:
-            log_probabilities = -F.cross_entropy(scores.detach(), batch.targets, reduction="none")
-            objective = objective + self.reinforce(choices, log_probabilities, batch.words.batch_sizes)
+            log_probabilities = -F.cross_entropy(scores.detach(), batch.targets, ignore_index=PAD, reduction="none")
+            objective = objective + self.reinforce(choices, log_probabilities, said, batch.words.batch_sizes)
         objective = share.words * objective
         if coverage is not None and self.alpha_c:
-            objective = objective + share.captions * self.alpha_c * (1 - coverage).square().mean()
+            captions = said[: len(coverage)]  # every caption says something at the first step
+            uneven = (1 - coverage).square().mean(1)
+            objective = objective + share.captions * self.alpha_c * (uneven * captions).sum() / captions.sum()
         return Loss(objective, cross_entropy.detach(), len(batch.targets))
 
     def _read(self, decoder: nn.Module, grid: Grid, batch: Batch) -> TeacherForced:
@@ -103,16 +109,18 @@ class Reinforce(nn.Module):
         self.weight, self.entropy_weight = weight, entropy_weight
         self.register_buffer("baseline", torch.zeros(()))
 
-    def forward(self, choices: Choices, log_probabilities: Tensor, batch_sizes: Tensor) -> Tensor:
-        """choices and log_probabilities (W,), packed with these batch sizes -> scalar."""
-        padded, lengths = pad_packed_sequence(PackedSequence(log_probabilities, batch_sizes), batch_first=True)
-        places = torch.arange(padded.shape[1], device=padded.device)
-        left = (lengths.to(padded.device)[:, None] - places).clamp_min(0)  # (R, T)
-        advantage = padded.flip(1).cumsum(1).flip(1) - self.baseline * left
-        advantage = pack_padded_sequence(advantage, lengths, batch_first=True).data  # (W,)
-        self.baseline.lerp_(log_probabilities.mean().to(self.baseline), 0.1)
-        drawn = advantage * choices.log_probability
-        return -(self.weight * drawn + self.entropy_weight * choices.entropy).mean()
+    def forward(self, choices: Choices, log_probabilities: Tensor, said: Tensor, batch_sizes: Tensor) -> Tensor:
+        """choices, log_probabilities and said, bool (W,), packed with these batch sizes -> scalar."""
+
+        def from_here_on(values: Tensor) -> Tensor:
+            """(W,) -> (W,): the sum over what is left of each caption."""
+            padded, lengths = pad_packed_sequence(PackedSequence(values, batch_sizes))
+            return pack_padded_sequence(padded.flip(0).cumsum(0).flip(0), lengths).data
+
+        advantage = from_here_on(log_probabilities) - self.baseline * from_here_on(said)
+        self.baseline.lerp_((log_probabilities.sum() / said.sum()).to(self.baseline), 0.1)
+        chosen = self.weight * advantage * choices.log_probability + self.entropy_weight * choices.entropy
+        return -(chosen * said).sum() / said.sum()
 
 
 class Cider(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from captioning.beam_search import Caption, forbidden_words, steps_between_looks
-from captioning.decoders.protocol import Decoder, TeacherForced, all_choices, coverage
+from captioning.decoders.protocol import Decoder, TeacherForced, all_choices, coverage, draw
 from captioning.grid import Grid
 from config import Search
 from preprocess.vocabulary import END, PAD, START
@@ -29,7 +29,7 @@ def sample(decoder: Decoder, grid: Grid, samples: int, max_length: int, greedy_f
     captions = samples + greedy_first
 
     def choose(log_probabilities: Tensor) -> Tensor:
-        words = log_probabilities.exp().multinomial(1)[:, 0]
+        words = draw(log_probabilities.exp())
         if greedy_first:
             words[::captions] = log_probabilities[::captions].argmax(1)
         return words
@@ -46,7 +46,7 @@ def draw_captions(decoder: Decoder, grid: Grid, search: Search) -> list[list[Cap
     """
 
     def choose(log_probabilities: Tensor) -> Tensor:
-        return sharpened(log_probabilities, search.temperature, search.top_p).exp().multinomial(1)[:, 0]
+        return draw(sharpened(log_probabilities, search.temperature, search.top_p).exp())
 
     steps = _word_by_word(decoder, grid, search.captions, search.max_length, choose, search.allow_unknown)
     steps = zip(*steps, strict=True)
@@ -109,14 +109,14 @@ def read_own_words(decoder: Decoder, grid: Grid, words: PackedSequence, photo: T
     for true in words.data.split(words.batch_sizes.tolist()):
         state, read = state.first(len(true)), true
         if log_probabilities:
-            drawn = log_probabilities[-1][: len(true)].detach().exp().multinomial(1)[:, 0]
+            drawn = draw(log_probabilities[-1][: len(true)].detach().exp())
             read = torch.where(torch.rand(len(true), device=true.device) < own, drawn, true)
         step = decoder.step(read, state)
         state = step.state
         log_probabilities.append(step.log_probabilities)
         attentions.append(step.attention)
         choices.append(step.choices)
-    return TeacherForced(torch.cat(log_probabilities), coverage(decoder, attentions), all_choices(choices))
+    return TeacherForced(torch.cat(log_probabilities), coverage(decoder, attentions, words), all_choices(choices))
 
 
 @contextlib.contextmanager

@@ -25,10 +25,11 @@ from captioning.images import Unreadable, quiet_worker
 from captioning.log import Log
 from captioning.meter import Meter
 from captioning.objectives import Loss, Objective, Share
+from captioning.optimizer import make_optimizer, parameter_groups, rate_factor
 from captioning.panel import Panel
 from captioning.prefetch import Prefetch
 from captioning.ranks import Ranks
-from captioning.schedule import rate_factor
+from captioning.replay import Replay
 from captioning.validation import Validation
 from captioning.whole import Whole
 from config import Train, UserError, as_plain_data
@@ -37,6 +38,7 @@ from stop import StopRequest
 
 VALIDATION_CAPTIONS = 160  # a batch: validation keeps no gradients, so it may be larger
 LOOK_EVERY = 20  # updates: each look at a GPU's loss waits for the GPU
+WHOLE = Share()
 BEST = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "loss": "val_loss"}
 
 
@@ -59,22 +61,6 @@ class Learnt(NamedTuple):
     captions: int
     photos: np.ndarray  # of the split
     update: int  # of the epoch, from 1
-
-
-def parameter_groups(trained: dict[str, Iterable[nn.Parameter]], weight_decay: float) -> list[dict]:
-    """For the optimizer, a group (or two) a learning rate, by its setting's name; biases and norms do not decay."""
-    groups = []
-    for rate, parameters in trained.items():
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        for decays in (True, False):
-            some = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
-            groups.append({"params": some, "rate": rate, "weight_decay": weight_decay if decays else 0.0})
-    return groups
-
-
-def make_optimizer(groups: Iterable) -> torch.optim.Optimizer:
-    """AdamW, which without weight decay is Adam; fused: each weight is read and written once an update."""
-    return torch.optim.AdamW(groups, lr=Train.learning_rate, weight_decay=0.0, fused=True)
 
 
 class Trainer:
@@ -115,6 +101,7 @@ class Trainer:
             self.learner = DistributedDataParallel(
                 self.whole, broadcast_buffers=self.from_scratch, gradient_as_bucket_view=True
             )
+        self.replay = Replay(self.gradients, self.parameters, device, self.precision) if self.replays() else None
         self.progress = Progress()
         self.unreadable = Unreadable(len(train.split) + len(val.split), config.allow_missing)
         panel = Panel(val.split, config.panel, config.folder)
@@ -187,24 +174,38 @@ class Trainer:
     def learn(self, batch: Batch, update: Update, last: bool) -> Loss:
         """Add this batch's gradients to the update's; with the last of its batches, make the update."""
         self.unreadable.add(batch.failures)
-        batch = batch.to(self.device, self.precision)
-        ranks = self.ranks.size  # DistributedDataParallel divides by it
-        here = len(batch.targets), batch.captions, len(batch.indices)
-        share = Share(*(ranks * ours / all for ours, all in zip(here, update[1:], strict=True)))
-        with contextlib.nullcontext() if last or ranks == 1 else self.learner.no_sync():
-            with autocast(self.device, self.precision):
-                loss = self.learner(batch, share)
-            self.scaler.scale(loss.objective).backward()
+        if self.replay:
+            loss = self.replay(batch)
+        else:
+            ranks = self.ranks.size  # DistributedDataParallel divides by it
+            here = len(batch.targets), batch.captions, len(batch.indices)
+            share = Share(*(ranks * ours / all for ours, all in zip(here, update[1:], strict=True)))
+            with contextlib.nullcontext() if last or ranks == 1 else self.learner.no_sync():
+                loss = self.gradients(batch.to(self.device, self.precision), share)
         if last:
             self.scaler.unscale_(self.optimizer)
             if self.config.clip:
                 nn.utils.clip_grad_value_(self.parameters, self.config.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=not self.replay)
             if self.average:
                 self.average.update()
+        return loss
+
+    def gradients(self, batch: Batch, share: Share = WHOLE) -> Loss:
+        """Add those of a batch, which is on the device, to what is there."""
+        with autocast(self.device, self.precision):
+            loss = self.learner(batch, share)
+        self.scaler.scale(loss.objective).backward()
         return loss._replace(objective=loss.objective.detach())
+
+    def replays(self) -> bool:
+        """Is a batch of this run always the same work: nothing decided on the way, no other rank waited for?"""
+        config = self.config
+        return (config.cuda_graphs and self.device.type == "cuda" and self.ranks.size == config.accumulate == 1
+                and not self.encoder and self.decoder.sees_cells and config.objective == "cross-entropy"
+                and not config.scheduled_sampling)  # fmt: skip
 
     def settle(self, pending: list[Learnt], meter: Meter, stop: StopRequest) -> tuple[float, bool]:
         """Add the pending losses of all ranks to the epoch's sums -> their mean, and whether it is time to save.

@@ -11,12 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import captioning.objectives as module
 from captioning.cider import CiderReward
-from captioning.decoders import DECODERS, build_decoder
+from captioning.decoders import DECODERS, build_decoder, hard_attention
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.grid import Grid
 from captioning.objectives import Cider, CrossEntropy, Share
-from captioning.schedule import rate_factor
-from captioning.trainer import parameter_groups
+from captioning.optimizer import parameter_groups, rate_factor
 from config import Train
 from preprocess.vocabulary import END, SPECIAL, START, Vocabulary
 from tests.test_decoders import LENGTHS, PHOTO, make
@@ -28,7 +27,7 @@ def settings(**changes):
 
 def batch_of(packed, photo=PHOTO, words=11):
     torch.manual_seed(3)
-    targets = torch.randint(0, words, (len(packed.data),))
+    targets = torch.randint(1, words, (len(packed.data),))  # <pad> is never said
     return type("Batch", (), {"words": packed, "targets": targets, "photo": photo})
 
 
@@ -94,7 +93,7 @@ def test_the_expected_gradient_of_hard_attention_is_that_of_the_exact_sum_over_a
     """L = sum_s p(s) log p(y | s) over all 27 paths of three looks at three cells (Xu et al. 2015, eq. 10)."""
     decoder, grid, batch = hard_of_three_cells()
     path = []
-    monkeypatch.setattr(torch.Tensor, "multinomial", lambda weights, count: torch.tensor([[next(path)]]))
+    monkeypatch.setattr(hard_attention, "draw", lambda shares: torch.tensor([[next(path)]]))
     objective = CrossEntropy(settings(entropy=0.0)).double()
     expected, exact = [torch.zeros_like(p) for p in decoder.parameters()], 0
     chances = []

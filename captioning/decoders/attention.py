@@ -75,7 +75,7 @@ class AttentionDecoder(nn.Module):
             attentions.append(attention)
             chosen.append(choices)
         scores = self.vocabulary(self.dropout(torch.cat(hiddens)))  # (W, V): one product for all words
-        return TeacherForced(scores, coverage(self, attentions), all_choices(chosen))
+        return TeacherForced(scores, coverage(self, attentions, words), all_choices(chosen))
 
     def _advance(
         self, word_gates: Tensor, rows: tuple[Tensor, ...], cells: Tensor, keys: Tensor, pooling: Tensor,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captioning.decoders.attention import AttentionDecoder
-from captioning.decoders.protocol import Choices, State
+from captioning.decoders.protocol import Choices, State, draw
 from captioning.grid import Grid
 
 
@@ -40,7 +40,7 @@ class HardAttentionDecoder(AttentionDecoder):
         if drawn is None:
             return (attention if self.sees == "expectation" else one_hot(attention.argmax(2), attention)), None
         log_attention = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
-        cell = attention.detach().flatten(0, 1).multinomial(1).view(attention.shape[:2])  # (B, K)
+        cell = draw(attention.detach())  # (B, K)
         drawn = drawn.view(cell.shape)
         weights = torch.where(drawn[:, :, None], one_hot(cell, attention), attention)
         log_probability = log_attention.gather(2, cell[:, :, None]).squeeze(2) * drawn

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from captioning.grid import Grid
+from preprocess.vocabulary import PAD
 
 
 class State(NamedTuple):
@@ -91,17 +91,28 @@ class Decoder(Protocol):
         """
 
 
-def coverage(decoder: Decoder, attentions: list[Tensor]) -> Tensor | None:
-    """The attention of each step (R, P), fewer rows as captions end -> its sum (R, P), where the decoder covers."""
+def coverage(decoder: Decoder, attentions: list[Tensor], words: PackedSequence) -> Tensor | None:
+    """The attention of each step (R, P), fewer rows as captions end -> its sum (R, P), where the decoder covers.
+
+    <pad> among the words looks at nothing.
+    """
     if not decoder.covers:
         return None
-    rows = len(attentions[0])
-    return torch.stack([F.pad(attention, (0, 0, 0, rows - len(attention))) for attention in attentions]).sum(0)
+    looked = torch.cat(attentions) * (words.data != PAD)[:, None]
+    return pad_packed_sequence(PackedSequence(looked, words.batch_sizes))[0].sum(0)
 
 
 def all_choices(choices: list[Choices | None]) -> Choices | None:
     """Those of each step (R,) -> of all words (W,)."""
     return Choices(*map(torch.cat, zip(*choices, strict=True))) if choices[0] is not None else None
+
+
+def draw(shares: Tensor) -> Tensor:
+    """One of N for each row of shares (..., N), as likely as its share, int64 (...).
+
+    torch.multinomial, but for its look at the shares, for which a GPU would have to be waited for.
+    """
+    return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
 
 
 def full(values: Tensor) -> Tensor:
