@@ -5,8 +5,9 @@
     python bench/epoch.py --photos 200 --captions 1000 --batch-size 50            to try it on a CPU
 
 Features are random and resident, captions have COCO's lengths; batches are planned, read and learnt from as train.py
-does it, dropout, clipping and Adam included. The floating-point operations of its matrix products are counted in one
-batch; the ceilings are a large matrix product and a large copy, measured here.
+does it, dropout, clipping and Adam included, on a GPU by CUDA graphs (--no-cuda-graphs: without). An epoch before the
+one that counts captures them; its time is told, too. The floating-point operations of the matrix products are counted
+in one batch; the ceilings are a large matrix product and a large copy, measured here.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from timeit import timeit
 import numpy as np
 import torch
 import tyro
-from decoders import COCO_LENGTHS, our_step
-from torch import Tensor
+from decoders import COCO_LENGTHS
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from captioning.batches import Batch, CachedPhotos, plan_batches, shuffled
 from captioning.decoders import build_decoder, sizes_of
-from captioning.device import pick_device, pick_precision
+from captioning.device import autocast, pick_device, pick_precision
 from captioning.grid import Grid, grid_pooling
 from captioning.meter import most_resident
+from captioning.objectives import CrossEntropy, Loss, Share
 from captioning.optimizer import make_optimizer
 from captioning.prefetch import Prefetch
+from captioning.replay import Replay
 from captioning.splits import Split
 from config import Train, as_plain_data
 from preprocess.captions import Photo
@@ -48,6 +51,7 @@ class Bench:
     cells: int = 8  # native cells a side
     device: str = "auto"
     precision: str = "auto"
+    cuda_graphs: bool = True
 
 
 def made_up(bench: Bench, device: torch.device) -> CachedPhotos:
@@ -71,28 +75,44 @@ def made_up(bench: Bench, device: torch.device) -> CachedPhotos:
     return CachedPhotos(Split(photos, vocabulary, 52), np.arange(bench.photos), read)
 
 
-def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[float, int, int]:
-    """-> its seconds, its words, and the floating-point operations of a word in matrix products."""
+def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[float], int, int]:
+    """-> the seconds of two epochs, their words, and the floating-point operations of a word in matrix products."""
     torch.manual_seed(0)
     precision = pick_precision(bench.precision, device)
     config = Train("data", "run", decoder=bench.decoder)
     sizes = {"vocabulary_size": bench.vocabulary, "channels": bench.channels, **as_plain_data(config)}
     decoder = build_decoder(bench.decoder, sizes_of(bench.decoder, sizes)).to(device).train()
-    optimizer = make_optimizer(decoder.parameters())
+    optimizer, parameters = make_optimizer(decoder.parameters()), list(decoder.parameters())
+    objective = CrossEntropy(config).to(device)
+
+    def gradients(batch: Batch) -> Loss:
+        with autocast(device, precision):
+            loss = objective(decoder, batch.view, batch, Share())
+        loss.objective.backward()
+        return loss
+
+    replay = Replay(gradients, parameters, device, precision) if bench.cuda_graphs and device.type == "cuda" else None
 
     def learn(batch: Batch) -> Tensor:
-        return our_step(decoder, optimizer, batch.to(device, precision), precision)
+        loss = replay(batch) if replay else gradients(batch.to(device, precision))
+        nn.utils.clip_grad_value_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not replay)
+        return loss.objective.detach()
 
-    plan = plan_batches(data.split, bench.batch_size, shuffled(len(data.split), 0, 0))
     with FlopCounterMode(display=False) as counter:
-        first = data[plan[0]]
-        learn(first)
-    synchronise(device)
-    began = time.perf_counter()
-    losses = [learn(batch) for batch in tqdm(Prefetch(data, plan, pin=device.type == "cuda"), unit="update")]
-    synchronise(device)
-    seconds = time.perf_counter() - began
-    print(f"loss {losses[0].item():.3f}, then {losses[-1].item():.3f}")
+        first = data[plan_batches(data.split, bench.batch_size, range(len(data.split)))[0]]
+        gradients(first.to(device, precision))
+    optimizer.zero_grad(set_to_none=not replay)
+    seconds = []
+    for number in range(2):
+        plan = plan_batches(data.split, bench.batch_size, shuffled(len(data.split), 0, number))
+        synchronise(device)
+        began = time.perf_counter()
+        losses = [learn(batch) for batch in tqdm(Prefetch(data, plan, pin=device.type == "cuda"), unit="update")]
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+        print(f"epoch {number + 1}: loss {losses[0].item():.3f}, then {losses[-1].item():.3f}; {seconds[-1]:.1f} s")
     words = sum(data.split.words_of(photo) for photo in range(len(data.split)))
     return seconds, words, counter.get_total_flops() // len(first.targets)
 
@@ -123,7 +143,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 def main(bench: Bench) -> None:
     device = pick_device(bench.device)
     data = made_up(bench, device)
-    seconds, words, operations = epoch(bench, data, device)
+    (_, seconds), words, operations = epoch(bench, data, device)
     most, bandwidth = ceilings(device, pick_precision(bench.precision, device))
     # Of each word at the least, forward and backward: the photo's cells and keys are read twice, the keys' gradient
     # is read and written; in half precision

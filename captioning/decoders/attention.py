@@ -6,12 +6,15 @@ C channels, A attention, E embedding, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fast import AllSteps, Layer, in_parts
+from captioning.decoders.fast import AllSteps, Layer, in_parts, kernels_for
 from captioning.decoders.protocol import Choices, State, Step, TeacherForced, all_choices, coverage, full, initialise
 from captioning.grid import Grid
 
@@ -27,6 +30,7 @@ class AttentionDecoder(nn.Module):
     sees_cells = True
     has_sentinel = False
     covers = True
+    sees_expectation = True  # sum(a_t F), which kernels for GPUs know
 
     def __init__(
         self, vocabulary_size: int, channels: int, embedding_size: int, attention_size: int, hidden_size: int,
@@ -56,20 +60,29 @@ class AttentionDecoder(nn.Module):
 
     def step(self, words: Tensor, state: State) -> Step:
         gates = self.word_gates(self.embedding(words))
-        rows, attention, choices = self._advance(gates, state.rows, *state.photos, self.from_hidden, self.context_gates)
+        look = partial(self._look, *state.photos)
+        layers = self.from_hidden, self.context_gates
+        rows, attention, choices = self._advance(gates, state.rows, look, self._lstm, *layers)
         scores = self.vocabulary(self.dropout(rows[0]))  # (R, V)
         return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, rows), choices)
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
         """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
         (cells, keys, _), rows = self.begin(grid)  # the pooling stays one matrix for all captions
-        state = State((cells, keys), rows).of_captions(photo)  # (R, N, C), (R, P, A); (R, H)
+        if kernels := kernels_for(cells) if self.sees_expectation else None:  # they find a caption's photo themselves
+            state = State((), rows).of_captions(photo)  # (R, H)
+            look = kernels.AllLooks(cells, keys, grid.pooling, self.score.weight, photo)
+            lstm = kernels.LstmGates.apply
+        else:
+            state = State((cells, keys), rows).of_captions(photo)  # (R, N, C), (R, P, A); (R, H)
+            look, lstm = None, self._lstm
         hiddens, attentions, chosen = [], [], []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
         layers = AllSteps(self.from_hidden), AllSteps(self.context_gates)
         for gates in word_gates.split(words.batch_sizes.tolist()):
             photos, rows = state.first(len(gates))
-            rows, attention, choices = self._advance(gates, rows, *photos, grid.pooling, *layers)
+            look_now = look or partial(self._look, *photos, grid.pooling)
+            rows, attention, choices = self._advance(gates, rows, look_now, lstm, *layers)
             state = State(photos, rows)
             hiddens.append(rows[0])
             attentions.append(attention)
@@ -78,22 +91,31 @@ class AttentionDecoder(nn.Module):
         return TeacherForced(scores, coverage(self, attentions, words), all_choices(chosen))
 
     def _advance(
-        self, word_gates: Tensor, rows: tuple[Tensor, ...], cells: Tensor, keys: Tensor, pooling: Tensor,
-        from_hidden: Layer, context_gates: Layer,
+        self, word_gates: Tensor, rows: tuple[Tensor, ...], look: Callable, lstm: Callable, from_hidden: Layer,
+        context_gates: Layer,
     ) -> tuple[tuple[Tensor, ...], Tensor, Choices | None]:  # fmt: skip
-        """One step of R = B K rows over B photos -> rows h (R, H), c (R, H), ...; attention (R, P); choices (R,)."""
+        """One step of R rows -> rows h (R, H), c (R, H), ...; attention (R, P); choices (R,)."""
         hidden, cell, *others = rows
-        photos = cells.shape[0]  # not len: torch.export would take it for a constant
         query, gate, hidden_gates = from_hidden(hidden).split(self.parts, 1)
+        context, attention, *choices = look(query, gate, *others)
+        hidden, cell = lstm(word_gates, context_gates(context), hidden_gates, cell)
+        return (hidden, cell, *others), attention, choices[0] if choices else None
+
+    def _look(
+        self, cells: Tensor, keys: Tensor, pooling: Tensor, query: Tensor, gate: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor, Choices | None]:
+        """Queries (R, A) and gates (R, C) of R = B K rows over B photos -> z_t (R, C), a_t (R, P), choices (R,)."""
+        photos = cells.shape[0]  # not len: torch.export would take it for a constant
         attention = full(in_parts(self._scores, keys, query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
         weights, choices = self._looks(attention, *others)
         seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
-        context = gate.sigmoid() * seen.view(gate.shape)
-        gates = word_gates + context_gates(context) + hidden_gates
-        let_in, forget, candidate, let_out = full(gates).chunk(4, 1)
+        return gate.sigmoid() * seen.view(gate.shape), attention.flatten(0, 1), choices
+
+    def _lstm(self, word: Tensor, context: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """What word, context and hidden state give to the gates (R, 4H), and c_t-1 (R, H) -> h_t and c_t (R, H)."""
+        let_in, forget, candidate, let_out = full(word + context + hidden).chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
-        hidden = let_out.sigmoid() * cell.tanh()
-        return (hidden, cell, *others), attention.flatten(0, 1), choices
+        return let_out.sigmoid() * cell.tanh(), cell
 
     def _scores(self, keys: Tensor, query: Tensor, out: Tensor | None = None) -> Tensor:
         """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""

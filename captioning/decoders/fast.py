@@ -1,10 +1,12 @@
-"""Where the decoders' speed lives: two ways of doing what their equations say.
+"""Where the decoders' speed lives: ways of doing what their equations say.
 
 AllSteps: a linear layer that a recurrence applies at every step, with one product for its weight's gradient.
 Backpropagation through time forms dW = sum_t dy_t^T x_t term by term: many products of few rows, each as large as the
 weight itself. Here every step notes x_t and dy_t, and the sum is one product behind the last of them.
 
 in_parts: the scores of attention, a few photos at a time.
+
+kernels_for: captioning/decoders/kernels.py, where it serves.
 
 Letters: B photos, K captions a photo, R rows of a step, W rows of all steps, P cells, A attention, I inputs, O outputs.
 """
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -74,6 +78,21 @@ class _OneStep(torch.autograd.Function):
         if context.needs_input_grad[1]:
             context.steps.notes[context.number] = (*context.saved_tensors, gradient)
         return gradient @ context.steps.weight, None, None, None
+
+
+def kernels_for(cells: Tensor) -> ModuleType | None:
+    """The kernels, for cells on an NVIDIA GPU that ask for no gradient, as those of the cache; None for others."""
+    serve = cells.is_cuda and torch.version.cuda and not cells.requires_grad and cells.element_size() <= 4
+    return _kernels() if serve else None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from captioning.decoders import kernels
+    except ImportError:  # no Triton, which comes with torch on Linux
+        return None
+    return kernels
 
 
 def in_parts(scores: Callable[..., Tensor], keys: Tensor, query: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class HardAttentionDecoder(AttentionDecoder):
     """
 
     covers = False
+    sees_expectation = False
     sees: Literal["expectation", "argmax"] = "expectation"
     expected_share = 0.5  # of the photos, in training
 

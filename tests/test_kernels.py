@@ -1,0 +1,102 @@
+"""The kernels for GPUs against the plain decoder: by Triton's interpreter on a CPU, and on a GPU where there is one."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioning.decoders import attention, fast
+from captioning.device import autocast
+from captioning.grid import Grid
+from tests.test_decoders import LENGTHS, PHOTO, make
+
+HOUSE = Path(__file__).parents[1]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def outcome(decoder, grid, packed):
+    """Scores, coverage and all gradients."""
+    decoder.zero_grad()
+    scores, coverage, _ = decoder(grid, packed, PHOTO.to(decoder.score.weight.device))
+    upstream = torch.linspace(-1, 1, scores.numel(), device=scores.device).view_as(scores)
+    ((scores.float() * upstream).sum() + (1 - coverage).square().mean()).backward()
+    return [scores.float(), coverage, *(parameter.grad for parameter in decoder.parameters())]
+
+
+def small(device="cpu"):
+    decoder, grid, _, _, packed = make("attention")
+    decoder = decoder.float().to(device)
+    decoder.score.weight.data *= 10  # a peaked attention
+    return decoder, Grid(grid.cells.float(), grid.pooling.float()).to(torch.device(device), torch.float32), packed
+
+
+def compare_by_interpreter(monkeypatch):
+    """In a process of its own, where Triton's functions run on a CPU."""
+    from captioning.decoders import kernels
+
+    decoder, grid, packed = small()
+    plain = outcome(decoder, grid, packed)
+    monkeypatch.setattr(attention, "kernels_for", lambda cells: kernels)
+    monkeypatch.setattr(kernels, "A_BLOCK", 2)  # several rounds
+    monkeypatch.setattr(kernels, "C_BLOCK", 4)
+    monkeypatch.setattr(kernels, "H_BLOCK", 4)
+    for ours, expected in zip(outcome(decoder, grid, packed), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    print("the same")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_the_kernels_compute_what_the_plain_decoder_does():
+    code = "import pytest, tests.test_kernels as t\nwith pytest.MonkeyPatch.context() as m: t.compare_by_interpreter(m)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=HOUSE, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "the same\n"), run.stderr
+
+
+def test_the_kernels_serve_where_nothing_asks_for_a_gradient_of_the_features(monkeypatch):
+    monkeypatch.setattr(fast, "_kernels", lambda: "kernels")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    class Cells:
+        is_cuda, requires_grad = True, False
+
+        def element_size(self):
+            return 2
+
+    cells = Cells()
+    assert fast.kernels_for(cells) == "kernels"
+    cells.requires_grad = True
+    assert fast.kernels_for(cells) is None
+    assert fast.kernels_for(torch.zeros(2)) is None
+
+
+# ---- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision, rtol, atol", [(torch.float32, 1e-3, 1e-5), (torch.bfloat16, 0.1, 0.03)])
+def test_the_kernels_on_a_gpu_compute_what_the_plain_decoder_does(monkeypatch, precision, rtol, atol):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    decoder, grid, packed = small("cuda")
+    packed, grid = packed.to("cuda"), grid.to(torch.device("cuda"), precision)
+    assert fast.kernels_for(grid.cells), "else nothing is compared"
+    with autocast(torch.device("cuda"), precision):
+        ours = outcome(decoder, grid, packed)
+        monkeypatch.setattr(attention, "kernels_for", lambda cells: None)
+        plain = outcome(decoder, grid, packed)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol * max(1.0, float(other.abs().max())))
+
+
+@needs_gpu
+def test_gradients_by_the_kernels_are_the_same_every_time():
+    decoder, grid, packed = small("cuda")
+    packed = packed.to("cuda")
+    assert sum(LENGTHS) == len(packed.data)
+    first = outcome(decoder, grid, packed)
+    for _ in range(3):
+        assert all(map(torch.equal, first, outcome(decoder, grid, packed)))
