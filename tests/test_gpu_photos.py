@@ -125,7 +125,7 @@ def test_nvjpeg_is_refused_in_one_line_where_it_cannot_be(monkeypatch, fault):
 def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
     setting = {**ENCODER, "out": tmp_path / "f.h5"}
     with pytest.raises(UserError, match="--nvjpeg: decodes on a CUDA GPU, and this extraction runs on cpu"):
-        extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True, device="cpu"))
+        extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--scaled-decoding goes without --nvjpeg"):
         ExtractFeatures(small_data, nvjpeg=True, scaled_decoding=True)
@@ -207,7 +207,8 @@ def test_an_extraction_on_the_gpu_is_one_on_the_cpu(tmp_path, compile):
         tmp_path / CAPTIONS_FILE, [Photo(str(tmp_path / f"{i}.png"), str(i), "train", ()) for i in range(21)]
     )
     setting = {**ENCODER, "batch_size": 4}
-    extract_features.main(ExtractFeatures(tmp_path, **setting, device="cpu", out=tmp_path / "cpu.h5"))
-    extract_features.main(ExtractFeatures(tmp_path, **setting, device="cuda", out=tmp_path / "gpu.h5", compile=compile))
+    extract_features.main(ExtractFeatures(tmp_path, **setting, out=tmp_path / "cpu.h5"))
+    setting |= {"device": "cuda", "compile": compile}
+    extract_features.main(ExtractFeatures(tmp_path, **setting, out=tmp_path / "gpu.h5"))
     one, other = (FeatureReader(tmp_path / f"{name}.h5").read_stored(np.arange(21)) for name in ("cpu", "gpu"))
     np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=2e-2, atol=2e-2)

@@ -15,6 +15,7 @@ from captioning.grid import Grid
 from tests.test_decoders import LENGTHS, PHOTO, make
 
 HOUSE = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -49,12 +50,40 @@ def compare_by_interpreter(monkeypatch):
     print("the same")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is asked of the GPU instead")
 def test_the_kernels_compute_what_the_plain_decoder_does():
     code = "import pytest, tests.test_kernels as t\nwith pytest.MonkeyPatch.context() as m: t.compare_by_interpreter(m)"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", code], cwd=HOUSE, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "the same\n"), run.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("half, a, c, h", [("fp32", 512, 2048, 512), ("bf16", 100, 1280, 300)])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(half, a, c, h, monkeypatch, tmp_path):
+    """The interpreter is less strict than the compiler."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton = pytest.importorskip("triton", "3.3")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from captioning.decoders import kernels
+
+    full = {"pooling", "score", "attention", "d_attention", "d_scores", "gradients", "d_score", "cell", "new_hidden",
+            "new_cell", "d_hidden", "d_cell", "d_old"}  # fmt: skip
+    sizes = {"P": 196, "N": 64, "A": a, "C": c, "H": h, "P_BLOCK": 256, "N_BLOCK": 64, "A_BLOCK": kernels.A_BLOCK,
+             "C_BLOCK": kernels.C_BLOCK, "H_BLOCK": kernels.H_BLOCK}  # fmt: skip
+    for function in (kernels._look, kernels._look_backward, kernels._keys_backward, kernels._gates,
+                     kernels._gates_backward):  # fmt: skip
+        types = {}
+        for name in function.arg_names:
+            number = "i32" if name == "tiles" or name.endswith("stride") else None
+            pointer = "*i64" if name in ("photo", "order", "ends") else "*fp32" if name in full else f"*{half}"
+            types[name] = "constexpr" if name in sizes else number or pointer
+        constants = {(i,): sizes[name] for i, name in enumerate(function.arg_names) if name in sizes}
+        compiled = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"]
 
 
 def test_the_kernels_serve_where_nothing_asks_for_a_gradient_of_the_features(monkeypatch):

@@ -199,8 +199,8 @@ def test_a_run_of_two_ranks_is_logged_once_and_goes_on_with_one(here):
     done = run(torchrun(HOUSE / "train.py", *flags, "--epochs", "1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1:") == 1 and "2 processes" in done.stdout
-    train.main(Train(Path("data/small"), "two", epochs=2, resume=True, device="cpu", **CACHED))
-    train.main(Train(Path("data/small"), "one", epochs=2, device="cpu", **CACHED))
+    train.main(Train(Path("data/small"), "two", epochs=2, resume=True, **CACHED))
+    train.main(Train(Path("data/small"), "one", epochs=2, **CACHED))
     for two, one in zip(log_of("two"), log_of("one"), strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3) and two["scored"] == one["scored"] == 4

@@ -42,7 +42,8 @@ class AllLooks:
     def sizes(self) -> dict[str, int]:
         (_, n, c), (_, p, a) = self.cells.shape, self.keys.shape
         return {"P": p, "N": n, "A": a, "C": c, "P_BLOCK": triton.next_power_of_2(p),
-                "N_BLOCK": triton.next_power_of_2(n), "A_BLOCK": A_BLOCK, "C_BLOCK": C_BLOCK}  # fmt: skip
+                "N_BLOCK": triton.next_power_of_2(n), "A_BLOCK": A_BLOCK, "C_BLOCK": C_BLOCK,
+                "num_warps": 8}  # fmt: skip
 
 
 class _Parameters(torch.autograd.Function):
@@ -100,6 +101,13 @@ class _Look(torch.autograd.Function):
 
 
 @triton.jit
+def _read(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
+    """Elements i, j of it, zero outside."""
+    inside = (i[:, None] < rows) & (j[None, :] < columns)
+    return tl.load(matrix + i[:, None] * columns + j[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _look(query, gate, keys, cells, pooling, score, photo, attention, seen, query_stride, gate_stride,
           P: tl.constexpr, N: tl.constexpr, A: tl.constexpr, C: tl.constexpr, P_BLOCK: tl.constexpr,
           N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):  # fmt: skip
@@ -111,20 +119,17 @@ def _look(query, gate, keys, cells, pooling, score, photo, attention, seen, quer
         a = first + tl.arange(0, A_BLOCK)
         q = tl.load(query + row * query_stride + a, mask=a < A, other=0.0).to(tl.float32)
         w = tl.load(score + a, mask=a < A, other=0.0).to(tl.float32)
-        inside = (p[:, None] < P) & (a[None, :] < A)
-        k = tl.load(keys + (at * P + p[:, None]) * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
+        k = _read(keys + at * P * A, p, a, P, A)
         sums += tl.sum(tl.maximum(k + q[None, :], 0.0) * w[None, :], 1)
     sums = tl.where(p < P, sums, -float("inf"))
     sums = tl.exp(sums - tl.max(sums, 0))
     share = sums / tl.sum(sums, 0)
     tl.store(attention + row * P + p, share, mask=p < P)
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    pool = tl.load(pooling + p[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    pool = _read(pooling, p, n, P, N)
     weight = tl.sum(share[:, None] * pool, 0)
     for first in range(0, C, C_BLOCK):
         c = first + tl.arange(0, C_BLOCK)
-        inside = (n[:, None] < N) & (c[None, :] < C)
-        f = tl.load(cells + (at * N + n[:, None]) * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        f = _read(cells + at * N * C, n, c, N, C)
         g = tl.load(gate + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
         tl.store(seen + row * C + c, tl.sum(weight[:, None] * f, 0) * tl.sigmoid(g), mask=c < C)
 
@@ -138,20 +143,17 @@ def _look_backward(query, gate, keys, cells, pooling, score, photo, attention, d
     at = tl.load(photo + row)
     p, n = tl.arange(0, P_BLOCK), tl.arange(0, N_BLOCK)
     share = tl.load(attention + row * P + p, mask=p < P, other=0.0)
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    pool = tl.load(pooling + p[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    pool = _read(pooling, p, n, P, N)
     weight = tl.sum(share[:, None] * pool, 0)
     d_weight = tl.zeros([N_BLOCK], tl.float32)
     for first in range(0, C, C_BLOCK):
         c = first + tl.arange(0, C_BLOCK)
-        inside = (n[:, None] < N) & (c[None, :] < C)
-        f = tl.load(cells + (at * N + n[:, None]) * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        f = _read(cells + at * N * C, n, c, N, C)
         g = tl.sigmoid(tl.load(gate + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32))
         d = tl.load(d_seen + row * C + c, mask=c < C, other=0.0).to(tl.float32)
         tl.store(d_gate + row * C + c, d * tl.sum(weight[:, None] * f, 0) * g * (1 - g), mask=c < C)
         d_weight += tl.sum(f * (d * g)[None, :], 1)
-    pool = tl.load(pooling + p[:, None] * N + n[None, :], mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)
-    d_share = tl.sum(pool.to(tl.float32) * d_weight[None, :], 1)
+    d_share = tl.sum(pool * d_weight[None, :], 1)
     d_share += tl.load(d_attention + row * P + p, mask=p < P, other=0.0)
     d = share * (d_share - tl.sum(share * d_share, 0))
     tl.store(d_scores + row * P + p, d, mask=p < P)
@@ -159,8 +161,7 @@ def _look_backward(query, gate, keys, cells, pooling, score, photo, attention, d
         a = first + tl.arange(0, A_BLOCK)
         q = tl.load(query + row * query_stride + a, mask=a < A, other=0.0).to(tl.float32)
         w = tl.load(score + a, mask=a < A, other=0.0).to(tl.float32)
-        inside = (p[:, None] < P) & (a[None, :] < A)
-        k = tl.load(keys + (at * P + p[:, None]) * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
+        k = _read(keys + at * P * A, p, a, P, A)
         tl.store(d_query + row * A + a, w * tl.sum(tl.where(k + q[None, :] > 0, d[:, None], 0.0), 0), mask=a < A)
 
 
@@ -170,8 +171,7 @@ def _keys_backward(keys, score, queries, gradients, order, ends, d_keys, d_score
     place = tl.program_id(0).to(tl.int64)
     at = place // tiles
     p, a = (place % tiles) * P_BLOCK + tl.arange(0, P_BLOCK), tl.program_id(1) * A_BLOCK + tl.arange(0, A_BLOCK)
-    inside = (p[:, None] < P) & (a[None, :] < A)
-    k = tl.load(keys + (at * P + p[:, None]) * A + a[None, :], mask=inside, other=0.0).to(tl.float32)
+    k = _read(keys + at * P * A, p, a, P, A)
     total, of_score = tl.zeros([P_BLOCK, A_BLOCK], tl.float32), tl.zeros([A_BLOCK], tl.float32)
     for number in range(tl.load(ends + at), tl.load(ends + at + 1)):
         word = tl.load(order + number)
@@ -181,6 +181,7 @@ def _keys_backward(keys, score, queries, gradients, order, ends, d_keys, d_score
         total += tl.where(sums > 0, d[:, None], 0.0)
         of_score += tl.sum(tl.maximum(sums, 0.0) * d[:, None], 0)
     w = tl.load(score + a, mask=a < A, other=0.0).to(tl.float32)
+    inside = (p[:, None] < P) & (a[None, :] < A)
     tl.store(d_keys + (at * P + p[:, None]) * A + a[None, :], total * w[None, :], mask=inside)
     tl.store(d_score + place * A + a, of_score, mask=a < A)
 
