@@ -89,7 +89,7 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[
         with autocast(device, precision):
             loss = objective(decoder, batch.view, batch, Share())
         loss.objective.backward()
-        return loss
+        return loss._replace(objective=loss.objective.detach())
 
     replay = Replay(gradients, parameters, device, precision) if bench.cuda_graphs and device.type == "cuda" else None
 
@@ -98,7 +98,7 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[
         nn.utils.clip_grad_value_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not replay)
-        return loss.objective.detach()
+        return loss.objective
 
     with FlopCounterMode(display=False) as counter:
         first = data[plan_batches(data.split, bench.batch_size, range(len(data.split)))[0]]

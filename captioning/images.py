@@ -7,6 +7,7 @@ deviation. Workers hand over bytes (uint8); the normalisation happens on the dev
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -209,6 +210,7 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
         os._exit(1)  # the command was just killed: torch would take whoever adopted us for it, and wait for ever
+    gc.freeze()  # its garbage is not ours to collect: to free its tensors on a GPU would end this process
 
 
 def in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -28,7 +28,10 @@ class Replay:
 
     def __init__(self, gradients: Callable[[Batch], Loss], parameters: list[nn.Parameter], device: torch.device,
                  precision: torch.dtype, capture: Callable[[Callable], Callable] | None = None):  # fmt: skip
-        """gradients: what is captured, of a batch on the device whose cells have this precision."""
+        """gradients: what is captured, of a batch on the device whose cells have this precision.
+
+        The loss it gives should be detached: the graph of autograd would be kept, with the streams it was made on.
+        """
         self.gradients, self.device, self.precision = gradients, device, precision
         self.capture = capture or CaptureOnGpu()
         self.moulds: dict[tuple[int, int, int], Mould] = {}

@@ -204,7 +204,7 @@ def test_an_extraction_on_the_gpu_is_one_on_the_cpu(tmp_path, compile):
     for number, photo in enumerate(pixels):
         Image.fromarray(photo).save(tmp_path / f"{number}.png")
     write_captions(
-        tmp_path / CAPTIONS_FILE, [Photo(str(tmp_path / f"{i}.png"), str(i), "train", ()) for i in range(21)]
+        tmp_path / CAPTIONS_FILE, [Photo(str(tmp_path / f"{i}.png"), str(i), "train", (("a",),)) for i in range(21)]
     )
     setting = {**ENCODER, "batch_size": 4}
     extract_features.main(ExtractFeatures(tmp_path, **setting, out=tmp_path / "cpu.h5"))

@@ -1,9 +1,11 @@
 """The kernels for GPUs against the plain decoder: by Triton's interpreter on a CPU, and on a GPU where there is one."""
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def outcome(decoder, grid, packed):
     scores, coverage, _ = decoder(grid, packed, PHOTO.to(decoder.score.weight.device))
     upstream = torch.linspace(-1, 1, scores.numel(), device=scores.device).view_as(scores)
     ((scores.float() * upstream).sum() + (1 - coverage).square().mean()).backward()
-    return [scores.float(), coverage, *(parameter.grad for parameter in decoder.parameters())]
+    return [scores.float().detach(), coverage.detach(), *(parameter.grad for parameter in decoder.parameters())]
 
 
 def small(device="cpu"):
@@ -45,8 +47,18 @@ def compare_by_interpreter(monkeypatch):
     monkeypatch.setattr(kernels, "A_BLOCK", 2)  # several rounds
     monkeypatch.setattr(kernels, "C_BLOCK", 4)
     monkeypatch.setattr(kernels, "H_BLOCK", 4)
+    made, make_looks = [], kernels.AllLooks
+
+    def all_looks(*parts):
+        looks = make_looks(*parts)
+        made.append(weakref.ref(looks))
+        return looks
+
+    monkeypatch.setattr(kernels, "AllLooks", all_looks)
+    gc.disable()
     for ours, expected in zip(outcome(decoder, grid, packed), plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    assert made[0]() is None, "its keys are kept until Python looks for rings"
     print("the same")
 
 

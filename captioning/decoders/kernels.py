@@ -33,7 +33,7 @@ class AllLooks:
         self.score, self.photo = score.detach(), photo
         self.notes: dict[int, tuple[Tensor, Tensor]] = {}  # by step: query (R, A), gradient of the scores (R, P)
         self.count = 0  # of steps
-        self.parameters = _Parameters.apply(keys, score, self)
+        self.parameters = _Parameters.apply(keys, score, photo, self.notes)
 
     def __call__(self, query: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         self.count += 1
@@ -50,27 +50,27 @@ class _Parameters(torch.autograd.Function):
     """Stands for keys and w in the graph: behind all steps, its backward sees the notes of every one."""
 
     @staticmethod
-    def forward(context: Any, keys: Tensor, score: Tensor, looks: AllLooks) -> Tensor:
-        context.looks = looks
+    def forward(context: Any, keys: Tensor, score: Tensor, photo: Tensor, notes: dict) -> Tensor:
+        context.save_for_backward(keys, score, photo)
+        context.notes = notes  # not the looks, which hold what stands for their keys: a ring is freed late
         return keys.new_empty(0)
 
     @staticmethod
     def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        looks = context.looks
-        steps = [looks.notes[number] for number in sorted(looks.notes)]
-        looks.notes.clear()
+        keys, score, photo = context.saved_tensors
+        keys, (photos, p, a) = keys.contiguous(), keys.shape
+        steps = [context.notes[number] for number in sorted(context.notes)]
+        context.notes.clear()
         queries, gradients = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # (W, A), (W, P)
-        of, order = torch.cat([looks.photo[: len(query)] for query, _ in steps]).sort(stable=True)  # by photo
-        photos, p, a = looks.keys.shape
+        of, order = torch.cat([photo[: len(query)] for query, _ in steps]).sort(stable=True)  # words by photo
         ends = torch.searchsorted(of, torch.arange(photos + 1, device=of.device))
-        d_keys = torch.empty_like(looks.keys)
         tiles = triton.cdiv(p, KEY_CELLS)
-        d_score = torch.empty(photos * tiles, a, device=of.device)
+        d_keys, d_score = torch.empty_like(keys), torch.empty(photos * tiles, a, device=of.device)
         _keys_backward[photos * tiles, triton.cdiv(a, A_BLOCK)](
-            looks.keys, looks.score, queries, gradients, order, ends, d_keys, d_score, tiles, P=p, A=a,
-            P_BLOCK=KEY_CELLS, A_BLOCK=A_BLOCK,
+            keys, score, queries, gradients, order, ends, d_keys, d_score, tiles, P=p, A=a, P_BLOCK=KEY_CELLS,
+            A_BLOCK=A_BLOCK,
         )  # fmt: skip
-        return d_keys, d_score.sum(0, keepdim=True).to(looks.score.dtype), None
+        return d_keys, d_score.sum(0, keepdim=True).to(score.dtype), None, None
 
 
 class _Look(torch.autograd.Function):
