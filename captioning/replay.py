@@ -7,6 +7,7 @@ fills the rest, which the objective passes over. Moulds grow with the batches th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -95,6 +96,7 @@ class CaptureOnGpu:
         self.pool = None  # of memory, which graphs that never run at once can share
 
     def __call__(self, work: Callable[[], Loss]) -> Callable[[], Loss]:
+        gc.collect()  # graphs of autograd still in a ring would tie the streams they were made on to the capture's
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # another thread reads ahead
             loss = work()
