@@ -172,3 +172,12 @@ def test_a_temperature_near_zero_draws_the_greedy_caption():
     drawn = draw_captions(table, grid_of(0, 1), Search(captions=3, max_length=5, temperature=1e-4))
     for captions, (greedy,) in zip(drawn, beam_search(table, grid_of(0, 1), Search(1, 5)), strict=True):
         assert [caption.words for caption in captions] == [greedy.words] * 3
+
+
+def test_a_drawing_is_as_likely_as_its_share():
+    torch.manual_seed(0)
+    shares = torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.0, 0.0, 1.0, 0.0]])
+    drawn = sampling.draw(shares.expand(20000, 2, 4))
+    assert drawn.shape == (20000, 2) and drawn.dtype == torch.int64
+    for places, share in zip(drawn.T, shares, strict=True):
+        torch.testing.assert_close(places.bincount(minlength=4) / 20000, share, rtol=0, atol=0.015)
