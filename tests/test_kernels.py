@@ -99,11 +99,11 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(half, a, c, h, monkeypat
 
 
 def test_the_kernels_serve_where_nothing_asks_for_a_gradient_of_the_features(monkeypatch):
-    monkeypatch.setattr(fast, "_kernels", lambda: "kernels")
+    monkeypatch.setattr(fast, "_kernels", lambda device: "kernels")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     class Cells:
-        is_cuda, requires_grad = True, False
+        is_cuda, requires_grad, device = True, False, "cuda:0"
 
         def element_size(self):
             return 2
@@ -113,6 +113,20 @@ def test_the_kernels_serve_where_nothing_asks_for_a_gradient_of_the_features(mon
     cells.requires_grad = True
     assert fast.kernels_for(cells) is None
     assert fast.kernels_for(torch.zeros(2)) is None
+
+
+@needs_triton
+def test_where_the_kernels_cannot_be_compiled_attention_goes_without_them_and_says_so(monkeypatch, capsys):
+    from captioning.decoders import kernels
+
+    def no_compiler(device):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(kernels, "try_out", no_compiler)
+    for _ in range(2):
+        assert fast._kernels(torch.device("cuda:99")) is None
+    said = capsys.readouterr().out
+    assert said == "attention goes without its kernels for GPUs, which is slower: Failed to find C compiler.\n"
 
 
 # ---- on a GPU

@@ -83,14 +83,18 @@ class _OneStep(torch.autograd.Function):
 def kernels_for(cells: Tensor) -> ModuleType | None:
     """The kernels, for cells on an NVIDIA GPU that ask for no gradient, as those of the cache; None for others."""
     serve = cells.is_cuda and torch.version.cuda and not cells.requires_grad and cells.element_size() <= 4
-    return _kernels() if serve else None
+    return _kernels(cells.device) if serve else None
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def _kernels(device: torch.device) -> ModuleType | None:
     try:
         from captioning.decoders import kernels
-    except ImportError:  # no Triton, which comes with torch on Linux
+
+        kernels.try_out(device)
+    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know: whatever it raises
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"attention goes without its kernels for GPUs, which is slower: {reason}")
         return None
     return kernels
 

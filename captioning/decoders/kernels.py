@@ -208,6 +208,11 @@ class LstmGates(torch.autograd.Function):
         return d_gates.to(word.dtype), d_gates, d_gates.to(hidden.dtype), d_old
 
 
+def try_out(device: torch.device) -> None:
+    """Raises whatever Triton does where it cannot compile, or its kernels not run."""
+    LstmGates.apply(*(torch.zeros(1, 4, device=device) for _ in range(3)), torch.zeros(1, 1, device=device))
+
+
 def _grid(cell: Tensor) -> tuple[int, int]:
     return len(cell), triton.cdiv(cell.shape[1], H_BLOCK)
 
