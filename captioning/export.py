@@ -153,6 +153,9 @@ def main(config: Export) -> None:
         files[0].write(json.dumps(about, ensure_ascii=False, indent=1).encode())
         for (name, part), file in zip(parts.items(), files[1:], strict=True):
             file.write(exported(name, part, config.format))
+    for other in (folder / f"{name}{ending}" for name in parts for ending in ENDINGS.values()):
+        if other not in paths:
+            other.unlink(missing_ok=True)  # of the other format, and another decoder's perhaps
     for path in paths:
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
 

@@ -151,7 +151,9 @@ def _save(photo: Image.Image, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        photo.save(temporary, "png", compress_level=3)  # a third of the time, a tenth larger
+        temporary.unlink(missing_ok=True)  # whatever, or wherever to, it may be
+        with open(temporary, "xb") as file:
+            photo.save(file, "png", compress_level=3)  # a third of the time, a tenth larger
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free the place or write elsewhere") from error

@@ -233,7 +233,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
 
 
 def test_fine_tuning_in_float16_scales_its_loss_and_resumes(here):
-    setting = {"fine_tune": True, "encoder": "resnet18.layer2", "image_size": 64, "weights": "random", "workers": 0,
+    setting = {"fine_tune": True, "encoder": "resnet18.layer1", "image_size": 32, "weights": "random", "workers": 0,
                "precision": "float16", "flip": True, "crop": 0.8, **TINY}  # fmt: skip
     train.main(Train(Path("data/small"), "half", epochs=2, **setting))
     train.main(Train(Path("data/small"), "half-resumed", epochs=1, **setting))

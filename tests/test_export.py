@@ -259,6 +259,8 @@ def test_an_export_that_is_there_is_kept_unless_it_may_be_replaced(runs, tmp_pat
     export.main(Export(runs / "attention" / "best.pt", out, overwrite=True))
     assert contents(out).keys() == before.keys()
     assert json.loads((out / "description.json").read_bytes())["decoder"] == "attention"
+    export.main(Export(runs / "attention", out, format="torch", overwrite=True))
+    assert sorted(contents(out)) == ["begin.pt2", "description.json", "encoder.pt2", "step.pt2"], "nothing of the other"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
