@@ -92,7 +92,7 @@ def judge(data: Path, run: Path, language: str) -> None:
 
 def caption_cached(data: Path, run: Path, photos: list[Photo]) -> list[Captioned]:
     captioner, reader = Captioner.load(run), FeatureReader(data / "features.h5")
-    return captioner.caption_grid(reader.read(np.array([reader.rows[photo.id] for photo in photos])))
+    return captioner.caption_grid(reader.read(reader.rows_of(photo.id for photo in photos)))
 
 
 def peak_is_inside(attention: np.ndarray, boxes: list[tuple[float, float, float, float]]) -> bool:

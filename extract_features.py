@@ -35,9 +35,10 @@ from captioning.grid import stored
 from captioning.images import PhotoError, Transform, Unreadable
 from captioning.inspection import describe, verify
 from captioning.ranks import ALONE, Ranks, joined_ranks
+from captioning.texts import Texts
 from command_line import one_line, run
 from config import ExtractFeatures, UserError
-from preprocess.captions import Photo, read_captions
+from preprocess.captions import read_captions
 from preprocess.files import claimed, draft
 
 
@@ -45,32 +46,34 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
     if config.info:
         print(describe(FeatureReader(config.file)))
         return
-    # Without their captions, which every process that decodes photos would come to copy.
-    photos = [replace(photo, captions=()) for photo in read_captions(config.data)]
+    ids, paths = Texts(), Texts()
+    for photo in read_captions(config.data):
+        ids.append(photo.id)
+        paths.append(photo.image)
     device = pick_device(config.device)
     if config.verify:
-        print(verify(FeatureReader(config.file), photos, device))
+        print(verify(FeatureReader(config.file), ids, paths, device))
         return
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
     if ranks.first:
-        encoder, writer = begin(config, photos, device, precision)
+        encoder, writer = begin(config, ids, paths, device, precision)
         rows = ranks.from_first(writer.missing())
     else:  # rank 0 has made the file, and kept the encoder beside it
         rows = ranks.from_first(None)
-        encoder, writer = begin(replace(config, overwrite=False), photos, device, precision)
-    print(f"{config.file}: {len(photos):,} photos, {encoder.name}, "
+        encoder, writer = begin(replace(config, overwrite=False), ids, paths, device, precision)
+    print(f"{config.file}: {len(ids):,} photos, {encoder.name}, "
           f"{'x'.join(map(str, encoder.output_shape()[:2]))} cells of {writer.shape[-1]}, stored as "
           f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
-          f"{len(photos) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
+          f"{len(ids) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
     if config.compile and len(rows):
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    unreadable = Unreadable(len(photos), config.allow_missing)
+    unreadable = Unreadable(len(ids), config.allow_missing)
     batches = ranks.share(fixed_batches(rows, config.batch_size))
     try:
         with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.first) as bar:
-            extract(config, encoder, writer, photos, batches, precision, unreadable, bar)
+            extract(config, encoder, writer, paths, batches, precision, unreadable, bar)
         for reasons in ranks.gather(list(unreadable.reasons)):
             unreadable.add(reasons)
     except PhotoError:  # too many of them: then it is good to know which
@@ -95,25 +98,23 @@ def report(config: ExtractFeatures, unreadable: Unreadable, ranks: Ranks) -> Non
 
 
 def begin(
-    config: ExtractFeatures, photos: list[Photo], device: torch.device, precision: torch.dtype
+    config: ExtractFeatures, ids: Texts, paths: Texts, device: torch.device, precision: torch.dtype
 ) -> tuple[Encoder, FeatureWriter]:
     """The encoder, and the file: a new one, or the one that this command began."""
-    encoder = prepare_encoder(config, photos).to(device).eval().requires_grad_(False)
+    encoder = prepare_encoder(config, paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     attributes = describe_features(
         encoder.recipe(), (height, width), config.grid, str(precision).removeprefix("torch.")
     )
     if not config.file.exists():  # first the encoder: it would be lost with a kill in between, if it is a random one
         save_checkpoint(encoder_file(config.file), {"encoder": encoder.to_checkpoint()})
-    writer = FeatureWriter(
-        config.file, [photo.id for photo in photos], attributes, channels, config.dtype, config.overwrite
-    )
+    writer = FeatureWriter(config.file, ids, attributes, channels, config.dtype, config.overwrite)
     if config.overwrite or not encoder_file(config.file).exists():
         save_checkpoint(encoder_file(config.file), {"encoder": encoder.to_checkpoint()})
     return encoder, writer
 
 
-def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
+def prepare_encoder(config: ExtractFeatures, paths: Texts) -> Encoder:
     """The encoder of the flags. A random one is calibrated once, and then kept beside the features."""
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         kept = encoder_from_checkpoint(saved_encoder(config.file))
@@ -125,20 +126,19 @@ def prepare_encoder(config: ExtractFeatures, photos: list[Photo]) -> Encoder:
     scaled = (config.scaled_decoding or encoder.transform.scaled_decoding) and not config.nvjpeg
     encoder.transform = replace(encoder.transform, scaled_decoding=scaled, nvjpeg=config.nvjpeg)
     if config.weights == "random":
-        calibrate_on(encoder, [photo.image for photo in photos], config.batch_size, config.workers)
+        calibrate_on(encoder, paths, config.batch_size, config.workers)
     return encoder
 
 
-def fixed_batches(rows: np.ndarray, size: int) -> list[list[int]]:
+def fixed_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
     """The rows to do, with those that any extraction does together: what a CNN makes of a photo depends, in its last
     bit, on how many others there are."""
-    return [batch.tolist() for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(batch)]
+    return [batch for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(batch)]
 
 
-def extract(config, encoder, writer, photos, batches, precision, unreadable, bar) -> None:
+def extract(config, encoder, writer, paths, batches, precision, unreadable, bar) -> None:
     """Every batch of rows: decode, squash, encode, pool to 14x14 where asked, write."""
     device = next(encoder.parameters()).device
-    paths = [photo.image for photo in photos]
     try:
         arriving = photos_on(device, paths, batches, encoder.transform, config.workers)
         for rows, features, pooled in fetched(encoded(encoder, writer, arriving, precision, unreadable, bar), device):

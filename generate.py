@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import re
 from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -162,10 +163,12 @@ def caption_all(
 ) -> Iterator[tuple[Photo, Captioned]]:
     """Each photo once, in order: from cached features where there are any of the run's encoder, else from the photo."""
     if reader:
-        photos = reader.present(photos, config.allow_missing, config.data)
+        rows = reader.rows_of(photo.id for photo in photos)
+        there = reader.present(rows, config.allow_missing, config.data)
+        photos, rows = [*compress(photos, there)], rows[there]
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
         batches = (
-            from_cache(captioner, reader, photos, config) if reader
+            from_cache(captioner, reader, photos, rows, config) if reader
             else from_files(captioner, photos, config, unreadable)
         )  # fmt: skip
         for batch in batches:
@@ -173,11 +176,10 @@ def caption_all(
             bar.update(len(batch))
 
 
-def from_cache(captioner: Captioner, reader: FeatureReader, photos: list[Photo], config: Generate):
+def from_cache(captioner: Captioner, reader: FeatureReader, photos: list[Photo], rows: np.ndarray, config: Generate):
     read = reader.read if captioner.decoder.sees_cells else reader.read_pooled
-    for batch in in_batches(photos, config.batch_size):
-        grid = read(np.array([reader.rows[photo.id] for photo in batch]))
-        captions = captioner.caption_grid(grid, config.search)
+    for batch, where in zip(*(in_batches(part, config.batch_size) for part in (photos, rows)), strict=True):
+        captions = captioner.caption_grid(read(where), config.search)
         yield list(zip(batch, captions, strict=True))
 
 
@@ -202,7 +204,8 @@ def cached_features(config: Generate, captioner: Captioner, listed: list[Photo])
         return None
     reader = FeatureReader(path)
     if not config.features:
-        check_none_lost(listed, path, reader.ids, config.allow_missing)
+        rows = reader.rows_of(photo.id for photo in listed)
+        check_none_lost(rows, path, len(reader.ids), config.allow_missing)
     if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
         return reader
     made_by = (

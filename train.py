@@ -17,6 +17,7 @@ if __name__ == "__main__":
     leave_quietly()
 
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,12 +34,12 @@ from captioning.log import Log
 from captioning.objectives import OBJECTIVES
 from captioning.ranks import ALONE, Ranks, joined_ranks
 from captioning.residence import PLACES, reading
-from captioning.splits import Split, check_none_lost, check_words_known, photos_of, tells_sides
+from captioning.splits import Split, check_none_lost, check_words_known
 from captioning.trainer import Trainer
 from captioning.word_vectors import put_word_vectors
 from command_line import run
 from config import Train, UserError, as_plain_data
-from preprocess.captions import Photo, read_captions
+from preprocess.captions import read_captions
 from preprocess.files import claimed
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 from stop import StopRequest
@@ -61,27 +62,28 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
     """All that a run needs, read and checked. saved: the checkpoint to go on from."""
     device = pick_device(config.device)
     vocabulary = Vocabulary.load(config.data / VOCABULARY_FILE)
-    photos = list(read_captions(config.data))
-    train = photos_of(photos, "train", config.data)
-    val = photos_of(photos, "val", config.data, config.val_photos)
+    photos = Split(read_captions(config.data), vocabulary, config.max_length)
+    train, val = photos.of("train", config.data), photos.of("val", config.data, config.val_photos)
     start = load_checkpoint(config.start_from) if config.start_from and not saved else None
     if config.fine_tune:
-        encoder = live_encoder(config, train, saved, start)
+        train, val = photos.kept(train), photos.kept(val)
+        encoder = live_encoder(config, train.paths, saved, start)
         described, channels = None, encoder.output_shape()[2]
-        views = live_views(config, train, val, vocabulary, encoder)
+        augment = Augment(config.flip, config.crop, config.seed) if config.flip or config.crop < 1 else None
+        views = LivePhotos(train, encoder.transform, augment, train.tell_sides()), LivePhotos(val, encoder.transform)
     else:
         reader = FeatureReader(config.features or config.data / "features.h5", pin=device.type == "cuda")
+        rows = reader.rows_of(photos.ids)
         if not config.features:
-            check_none_lost(photos, reader.path, reader.ids, config.allow_missing)
+            check_none_lost(rows, reader.path, len(reader.ids), config.allow_missing)
         encoder, channels = None, reader.channels
         described = saved_encoder(reader.path, reader.attributes["weights_sha256"])["encoder"]
-        train, val = (reader.present(part, config.allow_missing, config.data) for part in (train, val))
-        views = cached_views(config, train, val, vocabulary, reader, device)
+        parts = [part[reader.present(rows[part], config.allow_missing, config.data)] for part in (train, val)]
+        views = cached_views(config, photos, rows, parts, reader, device)
     check_words_known(views[0].split, config.data)
-    references = {photo.id: photo.captions for photo in val}
-    objective = OBJECTIVES[config.objective](config, train, vocabulary)
-    del photos, train, val  # from here on captions are flat arrays
-    trainer = Trainer(config, vocabulary, *views, references, objective, encoder, described, channels, device, ranks)
+    del photos  # train and val are copies of what is needed of them
+    objective = OBJECTIVES[config.objective](config, views[0].split)
+    trainer = Trainer(config, vocabulary, *views, objective, encoder, described, channels, device, ranks)
     if saved is not None:
         trainer.restore(saved)
     elif start is not None:
@@ -93,7 +95,7 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE)
     return trainer
 
 
-def live_encoder(config: Train, train: list[Photo], saved: dict | None, start: dict | None) -> Encoder:
+def live_encoder(config: Train, paths: Sequence[str], saved: dict | None, start: dict | None) -> Encoder:
     """The encoder to fine-tune: of the run itself, of the run it starts from, or as the flags say."""
     if saved:
         return encoder_from_checkpoint(saved)
@@ -102,29 +104,18 @@ def live_encoder(config: Train, train: list[Photo], saved: dict | None, start: d
     else:
         encoder = load_encoder(config.encoder, config.weights, config.image_size, config.seed)
     if encoder.weights == "random":
-        calibrate_on(encoder, [photo.image for photo in train], 32, config.workers or 0)
+        calibrate_on(encoder, paths, 32, config.workers or 0)
     encoder.weights = f"{encoder.weights}, fine-tuned in {config.folder}"
     return encoder
 
 
-def cached_views(config: Train, train: list[Photo], val: list[Photo], vocabulary: Vocabulary, reader: FeatureReader,
+def cached_views(config: Train, photos: Split, rows: np.ndarray, parts: list[np.ndarray], reader: FeatureReader,
                  device: torch.device) -> list[CachedPhotos]:  # fmt: skip
-    """The features of the photos, wherever they lie."""
-    rows = [np.array([reader.rows[photo.id] for photo in part]) for part in (train, val)]
+    """The features of train and val (parts of the photos), wherever they lie; rows (N,) int64 of all photos."""
     pooled = not DECODERS[config.decoder].sees_cells
-    read, residence = reading(reader, np.concatenate(rows), pooled, config.resident, device)
+    read, residence = reading(reader, rows[np.concatenate(parts)], pooled, config.resident, device)
     print(f"{reader.path}: read from {PLACES[residence.where]} ({residence.why})")
-    splits = [Split(part, vocabulary, config.max_length) for part in (train, val)]
-    return [CachedPhotos(split, where, read) for split, where in zip(splits, rows, strict=True)]
-
-
-def live_views(config: Train, train: list[Photo], val: list[Photo], vocabulary: Vocabulary,
-               encoder: Encoder) -> list[LivePhotos]:  # fmt: skip
-    """The photos themselves, for the live encoder: train, perhaps augmented, and val, as it is."""
-    augment = Augment(config.flip, config.crop, config.seed) if config.flip or config.crop < 1 else None
-    sided = frozenset(photo.id for photo in train if tells_sides(photo)) if config.flip else frozenset()
-    splits = [Split(part, vocabulary, config.max_length) for part in (train, val)]
-    return [LivePhotos(splits[0], encoder.transform, augment, sided), LivePhotos(splits[1], encoder.transform)]
+    return [CachedPhotos(photos.kept(part), rows[part], read) for part in parts]
 
 
 def work(config: Train) -> None:

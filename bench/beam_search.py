@@ -62,8 +62,8 @@ def trained(bench: Bench) -> tuple[nn.Module, Grid]:
     decoder = build_decoder(saved["name"], saved["sizes"])
     decoder.load_state_dict(saved["state"])
     reader = FeatureReader(bench.features or bench.data / "features.h5")
-    rows = [reader.rows[photo.id] for photo in read_captions(bench.data) if photo.split == "val"][: bench.photos]
-    return decoder, reader.read(torch.tensor(rows).numpy()).to(torch.device("cpu"), torch.float32)
+    rows = reader.rows_of(photo.id for photo in read_captions(bench.data) if photo.split == "val")[: bench.photos]
+    return decoder, reader.read(rows).to(torch.device("cpu"), torch.float32)
 
 
 def captions(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype) -> list[list[int]]:

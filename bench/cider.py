@@ -107,7 +107,7 @@ def main(bench: Bench) -> None:
     photos = photos_of(list(read_captions(bench.data)), "train", bench.data)
     split = Split(photos, vocabulary, config.max_length)
     started = time.perf_counter()
-    reward = Clocked(CiderReward([photo.captions for photo in photos], vocabulary))
+    reward = Clocked(CiderReward(split))
     counted = time.perf_counter() - started
     settings = {**as_plain_data(config), "vocabulary_size": len(vocabulary), "channels": bench.channels}
     decoder = build_decoder(bench.decoder, settings).to(device).train()

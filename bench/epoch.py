@@ -113,7 +113,7 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[
         synchronise(device)
         seconds.append(time.perf_counter() - began)
         print(f"epoch {number + 1}: loss {losses[0].item():.3f}, then {losses[-1].item():.3f}; {seconds[-1]:.1f} s")
-    words = sum(data.split.words_of(photo) for photo in range(len(data.split)))
+    words = int(data.split.words_to_say().sum())
     return seconds, words, counter.get_total_flops() // len(first.targets)
 
 

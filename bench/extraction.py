@@ -113,13 +113,7 @@ def whole(
         writer = FeatureWriter(
             Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
         )
-        photos = [Photo(path) for path in paths]
-        extract(bench, encoder, writer, photos, plan, precision, Unreadable(len(paths), 0), Nothing())
-
-
-@dataclass(frozen=True)
-class Photo:
-    image: str
+        extract(bench, encoder, writer, paths, plan, precision, Unreadable(len(paths), 0), Nothing())
 
 
 if __name__ == "__main__":

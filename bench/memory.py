@@ -5,7 +5,8 @@
 
 Four drawn photos stand for all (links to them), each with five captions of its own. The features of a photo take
 8 KB, so that whatever keeps them would show: 0.8 GB of 100,000 photos. An eighth of the photos is val, as in AI
-Challenger; train.py trains and validates for an epoch, from the disk.
+Challenger; train.py trains for an epoch, from the disk, and then scores 125 photos of val, as many as there are of the
+smallest size: "score" is the same with train.py's own 5,000, however many more there are.
 
 own     the most memory that a command and its workers have taken for themselves, looked at 20 times a second
 held    the most the command held, mapped pages of files included, which the system takes back where it needs them
@@ -36,8 +37,9 @@ COMMANDS = {
     "extract": "extract_features.py . --encoder resnet18.layer1 --weights random --image-size 32 --grid native "
                "--batch-size 128 --workers 1 --device cpu",
     "train": "train.py . --run bench --resident disk --epochs 1 --batch-size 1000 --embedding-size 8 "
-             "--attention-size 8 --hidden-size 8 --panel 0 --val-photos 5000 --device cpu",
+             "--attention-size 8 --hidden-size 8 --panel 0 --device cpu --val-photos 125",
 }  # fmt: skip
+COMMANDS["score"] = COMMANDS["train"].replace("bench", "score").replace("125", "5000")
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class LivePhotos(Dataset):
     """Batches of a split whose photos are decoded anew, for the live encoder."""
 
     def __init__(self, split: Split, transform: Transform, augment: Augment | None = None,
-                 sided: frozenset[str] = frozenset()):  # fmt: skip
-        """augment: the views of training photos, if any; sided: ids whose captions tell left from right."""
+                 sided: np.ndarray | None = None):  # fmt: skip
+        """augment: the views of training photos, if any, and sided (N,) bool: whose captions tell left from right."""
         self.split, self.transform = split, transform
         self.augment, self.sided = augment, sided
         self.epoch = 0  # each has other views
@@ -78,7 +78,7 @@ class LivePhotos(Dataset):
         return Batch(decoded, *self.split.pack(readable), np.array(readable), failures)
 
     def _view(self, photo: Image.Image, index: int) -> Image.Image:
-        return self.augment(photo, int(index), self.epoch, self.split.ids[index] not in self.sided)
+        return self.augment(photo, int(index), self.epoch, self.sided is None or not self.sided[index])
 
 
 def plan_batches(split: Split, captions: int, order: Iterable[int], ranks: int = 1) -> list[np.ndarray]:
@@ -116,13 +116,11 @@ class Update(NamedTuple):
 
 def plan_updates(split: Split, plan: list[np.ndarray], accumulate: int) -> list[Update]:
     """The batches of a plan in groups of `accumulate`, the last one perhaps smaller."""
-    updates = []
+    updates, words, captions = [], split.words_to_say(), np.diff(split.photo_ends)
     for first in range(0, len(plan), accumulate):
         batches = plan[first : first + accumulate]
         photos = np.concatenate(batches)
-        updates.append(
-            Update(batches, sum(map(split.words_of, photos)), sum(map(split.captions_of, photos)), len(photos))
-        )
+        updates.append(Update(batches, int(words[photos].sum()), int(captions[photos].sum()), len(photos)))
     return updates
 
 

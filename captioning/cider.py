@@ -9,13 +9,12 @@ Letters: S captions to score, M words of several captions one after the other, E
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from preprocess.vocabulary import END, PAD, Vocabulary
+from captioning.splits import Split
+from preprocess.vocabulary import END, PAD
 
 ORDERS = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of the length penalty, in words
@@ -35,25 +34,15 @@ class Grams(NamedTuple):
 class CiderReward:
     """Scores of captions against the true ones of their photos."""
 
-    def __init__(self, photos: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabulary):
-        """photos: the true captions of each, as words; those outside the vocabulary count too, as words never said."""
-        numbers = {word: number for number, word in enumerate(vocabulary.words)}
-        words, caption_ends, photo_ends = array("i"), [0], [0]
-        for captions in photos:
-            for caption in captions:
-                words.extend(numbers.setdefault(word, len(numbers)) for word in caption)
-                words.append(END)
-                caption_ends.append(len(words))
-            photo_ends.append(len(caption_ends) - 1)
-        self.words = np.frombuffer(words, np.int32)
-        self.caption_ends, self.photo_ends = np.array(caption_ends), np.array(photo_ends)
-        parts = []
-        for first in range(0, len(photos), PHOTOS_AT_ONCE):
-            photo = np.arange(first, min(first + PHOTOS_AT_ONCE, len(photos)))
+    def __init__(self, split: Split):
+        """split: photos with their true captions; words outside the vocabulary count too, as words never said."""
+        self.split, parts = split, []
+        for first in range(0, len(split), PHOTOS_AT_ONCE):
+            photo = np.arange(first, min(first + PHOTOS_AT_ONCE, len(split)))
             grams, references = self._references(photo)
             parts.append(_once_each(references.photo[grams.caption], grams.key))
         self.keys, self.frequencies = np.unique(np.concatenate(parts), return_counts=True)
-        self.log_photos = np.log(float(len(photos)))
+        self.log_photos = np.log(float(len(split)))
 
     def __call__(self, photos: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """photos (S,) int: whose each is; captions (S, T) int: words, with <end> where they end, then <pad> -> (S,).
@@ -88,11 +77,13 @@ class CiderReward:
 
     def _references(self, photos: np.ndarray) -> tuple[Grams, _References]:
         """The true captions of these photos."""
-        first, end = self.photo_ends[photos], self.photo_ends[photos + 1]
-        counts = end - first
+        first, ends = self.split.photo_ends[photos], self.split.caption_ends
+        counts = self.split.photo_ends[photos + 1] - first
         captions = _ranges(first, counts)
-        begins, lengths = self.caption_ends[captions], np.diff(self.caption_ends)[captions]
-        grams = _grams(self.words[_ranges(begins, lengths)], np.concatenate([[0], lengths.cumsum()]))
+        lengths = ends[captions + 1] - ends[captions]
+        words = np.insert(self.split.words[_ranges(ends[captions], lengths)], lengths.cumsum(), END)
+        lengths += 1
+        grams = _grams(words, np.append(0, lengths.cumsum()))
         starts = np.concatenate([[0], counts.cumsum()[:-1]])
         return grams, _References(np.arange(len(photos)).repeat(counts), starts, counts, lengths)
 

@@ -15,7 +15,6 @@ from captioning.gpu_photos import photos_on
 from captioning.grid import Grid, grid_pooling, stored
 from captioning.images import in_batches
 from config import UserError
-from preprocess.captions import Photo
 
 SAMPLE = 64  # photos that are encoded again
 TOLERANCE = 0.1  # of a row's norm: half precision rounds by less; another photo or other weights are off by far more
@@ -33,13 +32,13 @@ def describe(reader: FeatureReader) -> str:
     return "\n".join(f"{name:>16}  {value}" for name, value in lines.items())
 
 
-def verify(reader: FeatureReader, photos: Sequence[Photo], device: torch.device) -> str:
+def verify(reader: FeatureReader, ids: Sequence[str], paths: Sequence[str], device: torch.device) -> str:
     """Every done row is sound, and some, made anew with the encoder kept beside the file, are what it holds.
 
     -> what was found, for a person. Raises UserError where rows are wrong; those that are damaged are then marked
     as not done, so that the next extraction makes them anew.
     """
-    if reader.ids != [photo.id for photo in photos]:
+    if [*reader.ids] != [*ids]:
         raise UserError(f"{reader.path}: holds the photos of another data set")
     bad = damaged_rows(reader)
     if len(bad):
@@ -50,7 +49,7 @@ def verify(reader: FeatureReader, photos: Sequence[Photo], device: torch.device)
         )
     encoder = encoder_from_checkpoint(saved_encoder(reader.path, reader.attributes["weights_sha256"]))
     encoder = encoder.to(device).eval().requires_grad_(False)
-    difference, photo, compared = largest_difference(reader, encoder, photos)
+    difference, photo, compared = largest_difference(reader, encoder, paths)
     if difference > TOLERANCE:
         raise UserError(
             f"{reader.path}: the row of {photo} is {difference:.0%} off what {encoder.name} ({encoder.weights}) makes "
@@ -77,13 +76,13 @@ def damaged_rows(reader: FeatureReader) -> np.ndarray:
 
 
 @torch.inference_mode()
-def largest_difference(reader: FeatureReader, encoder: Encoder, photos: Sequence[Photo]) -> tuple[float, str, int]:
+def largest_difference(reader: FeatureReader, encoder: Encoder, paths: Sequence[str]) -> tuple[float, str, int]:
     """Of up to SAMPLE rows made anew: the largest difference, as a share of the row's norm; its photo; how many."""
     rows = np.flatnonzero(reader.done())
     rows = np.sort(np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False))
     device, worst, block = next(encoder.parameters()).device, (0.0, ""), reader.blocks["features"]
     precision = getattr(torch, reader.attributes["precision"])
-    for batch in photos_on(device, [photo.image for photo in photos], in_batches(rows, 16), encoder.transform, 0):
+    for batch in photos_on(device, paths, in_batches(rows, 16), encoder.transform, 0):
         if batch.failures:
             raise UserError(f"{batch.failures[0]}; its row cannot be verified")
         with autocast(device, precision):

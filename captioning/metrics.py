@@ -12,11 +12,13 @@ Letters: N photos, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 from pycocoevalcap.rouge.rouge import Rouge
 
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
@@ -54,15 +56,31 @@ def parts_of(candidates: Captions, references: References) -> np.ndarray:
     if alone:
         raise ValueError(f"no references for {alone[0]}")
     ours = {photo: [_joined(words) for words in references[photo]] for photo in theirs}
-    bleu = BleuScorer(n=4)
-    for photo, (words,) in theirs.items():
-        bleu += words, ours[photo]
-    rouge, cider = (scorer.compute_score(ours, theirs)[1] for scorer in (Rouge(), Cider()))
-    return np.column_stack([[_counts(photo) for photo in bleu.ctest], rouge, cider])
+    bleu = [_counts(words, ours[photo]) for photo, (words,) in theirs.items()]
+    rouge, cider = Rouge().compute_score(ours, theirs)[1], CiderScorer()
+    cider.ctest = _Cooked(cook_test, [words for (words,) in theirs.values()])
+    cider.crefs = _Cooked(cook_refs, [*ours.values()])
+    cider.document_frequency = Counter()  # of small integers, which need no object each
+    return np.column_stack([bleu, rouge, cider.compute_score()[1]])
 
 
-def _counts(photo: dict) -> list[int]:
+@dataclass
+class _Cooked:
+    """Captions as n-grams, counted anew by each loop over them: those of 5,000 photos would take 100 MB."""
+
+    cook: Callable
+    captions: list
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __iter__(self) -> Iterator:
+        return map(self.cook, self.captions)
+
+
+def _counts(words: str, references: list[str]) -> list[int]:
     """What BLEU counts in a photo. Of two references as near in length, the shorter."""
+    (photo,) = BleuScorer(words, references, n=4).ctest
     nearest = min((abs(length - photo["testlen"]), length) for length in photo["reflen"])[1]
     return [*photo["correct"], *photo["guess"], photo["testlen"], nearest]
 

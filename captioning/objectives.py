@@ -5,7 +5,6 @@ Letters: B photos, R captions, W words of all captions, P cells, V vocabulary, K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,8 +19,7 @@ from captioning.decoders.protocol import Choices, TeacherForced, full
 from captioning.grid import Grid
 from captioning.sampling import forced_as_drawn, read_own_words, sample, without_chance
 from config import Search, Train
-from preprocess.captions import Photo
-from preprocess.vocabulary import PAD, Vocabulary
+from preprocess.vocabulary import PAD
 
 
 class Loss(NamedTuple):
@@ -163,12 +161,7 @@ class Cider(nn.Module):
         return Loss(objective, 100 * rewards.mean(), len(order))
 
 
-def _cross_entropy(config: Train, train: Sequence[Photo], vocabulary: Vocabulary) -> Objective:
-    return CrossEntropy(config)
-
-
-def _cider(config: Train, train: Sequence[Photo], vocabulary: Vocabulary) -> Objective:
-    return Cider(config, CiderReward([photo.captions for photo in train], vocabulary))
-
-
-OBJECTIVES = {"cross-entropy": _cross_entropy, "cider": _cider}
+OBJECTIVES = {
+    "cross-entropy": lambda config, train: CrossEntropy(config),
+    "cider": lambda config, train: Cider(config, CiderReward(train)),
+}  # of the settings, and the split to train on

@@ -6,6 +6,7 @@ Their cards are files under the run, RUN/pictures/epoch-03-0.png; log.jsonl name
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ class Panel:
     """The first `count` photos of a split. What cannot be drawn is said once; training goes on without it."""
 
     def __init__(self, split: Split, count: int, folder: Path):
-        self.ids = split.ids[:count]
+        self.ids = [*islice(split.ids, count)]
         self.paths = dict(zip(self.ids, split.paths, strict=False))
         self.folder = folder
         self.photos: dict[str, Image.Image] = {}  # read when first drawn

@@ -1,12 +1,13 @@
 """The photos of a split, with their captions as numbers.
 
-Captions are flat arrays with offsets: workers share them, and memory does not grow with their number.
+Captions are flat arrays with offsets, a few hundred bytes a photo, which workers share.
 
-Letters: R captions of a batch, W words of all of them packed.
+Letters: N photos, R captions of a batch, W words of all of them packed.
 """
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,40 +17,52 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from captioning.texts import Texts
 from config import UserError
+from preprocess.annotations import SPLITS
 from preprocess.captions import CAPTIONS_FILE, Photo
-from preprocess.vocabulary import END, PAD, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import END, PAD, SPECIAL, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 
 MOST_UNKNOWN = 0.9  # share of the words: the few most frequent ones alone are more than the rest
 
 
-def photos_of(photos: Sequence[Photo], split: str, dataset: Path, limit: int = 0) -> list[Photo]:
-    """The photos of a split, the first `limit` of them unless that is 0. Raises UserError where there are none."""
-    found = [photo for photo in photos if photo.split == split]
-    if not found:
-        there = ", ".join(sorted({photo.split for photo in photos}))
+def places_of(splits: Iterable[str], split: str, dataset: Path, limit: int = 0) -> np.ndarray:
+    """Where the photos of a split are among all, given the split of each; the first `limit` of them unless that is 0.
+
+    Raises UserError where there are none.
+    """
+    splits = np.array([*splits])
+    found = np.flatnonzero(splits == split)
+    if not len(found):
+        there = ", ".join(np.unique(splits))
         raise UserError(
             f"{dataset}: has no {split} photos, only {there}; make them with python -m preprocess {dataset}"
         )
     return found[: limit or None]
 
 
-def check_none_lost(photos: Sequence[Photo], features: Path, cached: Sequence[str], allowed: float) -> None:
+def photos_of(photos: Sequence[Photo], split: str, dataset: Path, limit: int = 0) -> list[Photo]:
+    """The photos of a split: see places_of."""
+    return [photos[i] for i in places_of((photo.split for photo in photos), split, dataset, limit)]
+
+
+def check_none_lost(found: np.ndarray, features: Path, cached: int, allowed: float) -> None:
     """captions.jsonl has the photos of the features made from it: cut at the end of a line, it would still be in order.
 
-    Raises UserError where more than the share `allowed` of them is missing.
+    found (N,) int64: the row of each of its photos, -1 for none; cached: rows in all. Raises UserError where more than
+    the share `allowed` of them is missing.
     """
-    lost = len(set(cached).difference(photo.id for photo in photos))
-    if lost > allowed * len(cached):
+    lost = cached - len(np.unique(found[found >= 0]))
+    if lost > allowed * cached:
         raise UserError(
-            f"{features.parent / CAPTIONS_FILE}: lacks {lost:,} of the {len(cached):,} photos of {features}; if it was "
+            f"{features.parent / CAPTIONS_FILE}: lacks {lost:,} of the {cached:,} photos of {features}; if it was "
             f"cut short, run python -m preprocess again; if it is as you want it, give --features {features}"
         )
 
 
 def check_words_known(split: Split, dataset: Path) -> None:
     """Raises UserError where the vocabulary knows next to none of the words: it is of another data set."""
-    unknown = np.mean(split.words == UNKNOWN)
+    unknown = np.mean(split.words >= split.known)
     if unknown > MOST_UNKNOWN:
         raise UserError(
             f"{dataset / VOCABULARY_FILE}: does not know {unknown:.0%} of the words in {CAPTIONS_FILE}; is it of "
@@ -57,50 +70,78 @@ def check_words_known(split: Split, dataset: Path) -> None:
         )
 
 
-def tells_sides(photo: Photo) -> bool:
-    """Does a caption say left or right, in English or Chinese? Such a photo must not be mirrored."""
-    words = {word for caption in photo.captions for word in caption}
-    return any(word.startswith(("left", "right")) or "左" in word or "右" in word for word in words)
-
-
 class Split:
-    """The photos of one split: ids, paths, and their captions as numbers."""
+    """Photos, those of a whole file or of one split: ids, paths, and their captions as numbers.
+
+    Words that the vocabulary lacks have numbers beyond it: they are UNKNOWN to a decoder, but not to the scores.
+    """
 
     def __init__(self, photos: Iterable[Photo], vocabulary: Vocabulary, max_length: int):
-        self.ids: list[str] = []
-        self.paths: list[str] = []
-        self.cut = 0  # captions longer than max_length
-        words = array("i")
-        caption_ends, photo_ends = [0], [0]
+        """max_length: the words that a decoder learns of a caption."""
+        numbers, splits = dict(vocabulary.numbers), bytearray()
+        self.ids, self.paths = Texts(), Texts()
+        words, caption_ends, photo_ends = array("i"), array("q", [0]), array("q", [0])
         for photo in photos:
             self.ids.append(photo.id)
             self.paths.append(photo.image)
+            splits.append(SPLITS.index(photo.split))
             for caption in photo.captions:
-                self.cut += len(caption) > max_length
-                words.extend(vocabulary.encode(caption[:max_length]))
+                words.extend(numbers.setdefault(word, len(numbers) + len(SPECIAL)) for word in caption)
                 caption_ends.append(len(words))
             photo_ends.append(len(caption_ends) - 1)
-        self.words = (
-            np.frombuffer(words, np.int32) if words else np.empty(0, np.int32)
-        )  # of all captions, one after the other
-        self.caption_ends = np.array(caption_ends, np.int64)  # caption i is words[ends[i] : ends[i + 1]]
-        self.photo_ends = np.array(photo_ends, np.int64)  # photo i has captions ends[i] to ends[i + 1] - 1
+        self.spellings = (*SPECIAL, *numbers)  # of word i
+        self.known, self.max_length = len(vocabulary), max_length
+        self.splits = np.array(splits)  # (N,) uint8: which of SPLITS
+        self.words = np.array(words, np.min_scalar_type(len(self.spellings)))  # of all captions, one after the other
+        self.caption_ends = np.array(caption_ends)  # caption i is words[ends[i] : ends[i + 1]]
+        self.photo_ends = np.array(photo_ends)  # photo i has captions ends[i] to ends[i + 1] - 1
+
+    def of(self, split: str, dataset: Path, limit: int = 0) -> np.ndarray:
+        """Where the photos of one split are: see places_of."""
+        return places_of(np.array(SPLITS)[self.splits], split, dataset, limit)
+
+    def kept(self, photos: np.ndarray) -> Split:
+        """These photos alone, in ascending order."""
+        part, there = copy.copy(self), np.zeros(len(self), bool)
+        there[photos] = True
+        captions = there.repeat(np.diff(self.photo_ends))
+        part.ids, part.paths = (Texts(texts[i] for i in photos) for texts in (self.ids, self.paths))
+        part.splits = self.splits[there]
+        part.words = self.words[captions.repeat(np.diff(self.caption_ends))]
+        part.caption_ends = np.append(0, np.diff(self.caption_ends)[captions].cumsum())
+        part.photo_ends = np.append(0, np.diff(self.photo_ends)[there].cumsum())
+        return part
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def cut(self) -> int:
+        """Captions longer than max_length."""
+        return int((np.diff(self.caption_ends) > self.max_length).sum())
+
     def captions_of(self, photo: int) -> int:
         return int(self.photo_ends[photo + 1] - self.photo_ends[photo])
 
-    def words_of(self, photo: int) -> int:
-        """The words to be said of a photo: those of its captions, and an <end> for each."""
-        first, end = self.photo_ends[photo], self.photo_ends[photo + 1]
-        return int(self.caption_ends[end] - self.caption_ends[first] + end - first)
+    def words_to_say(self) -> np.ndarray:
+        """(N,) int64, of each photo: the words of its captions, and an <end> for each."""
+        return np.add.reduceat(np.minimum(np.diff(self.caption_ends), self.max_length) + 1, self.photo_ends[:-1])
+
+    def tell_sides(self) -> np.ndarray:
+        """(N,) bool: does a caption say left or right, in English or Chinese? Such a photo must not be mirrored."""
+        sides = [word.startswith(("left", "right")) or "左" in word or "右" in word for word in self.spellings]
+        return np.logical_or.reduceat(np.array(sides)[self.words], self.caption_ends[self.photo_ends[:-1]])
+
+    def references(self, photo: int) -> list[list[str]]:
+        """Its captions, whole, in words."""
+        first, end = self.photo_ends[photo : photo + 2]
+        captions = np.split(self.words, self.caption_ends[first : end + 1])[1:-1]
+        return [[self.spellings[word] for word in caption] for caption in captions]
 
     def pack(self, photos: Sequence[int]) -> tuple[PackedSequence, Tensor, Tensor]:
         """All captions of these photos -> words read, words to be said (W,), and whose caption each is (R,)."""
         captions = [
-            (self.words[self.caption_ends[c] : self.caption_ends[c + 1]], place)
+            (self.words[self.caption_ends[c] : self.caption_ends[c + 1]][: self.max_length], place)
             for place, photo in enumerate(photos)
             for c in range(self.photo_ends[photo], self.photo_ends[photo + 1])
         ]
@@ -111,6 +152,7 @@ class Split:
         for row, (words, _) in zip(padded, captions, strict=True):
             row[1 : len(words) + 1] = words
             row[len(words) + 1] = END
+        padded[padded >= self.known] = UNKNOWN
         padded = torch.from_numpy(padded)
         words = pack_padded_sequence(padded[:, :-1], lengths, batch_first=True)
         targets = pack_padded_sequence(padded[:, 1:], lengths, batch_first=True).data

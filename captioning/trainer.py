@@ -66,10 +66,10 @@ class Learnt(NamedTuple):
 class Trainer:
     """Trains, validates, saves and resumes one run, alone or with other ranks."""
 
-    def __init__(self, config: Train, vocabulary: Vocabulary, train: Dataset, val: Dataset, references: dict,
+    def __init__(self, config: Train, vocabulary: Vocabulary, train: Dataset, val: Dataset,
                  objective: Objective, encoder: Encoder | None, described: dict | None, channels: int,
                  device: torch.device, ranks: Ranks):  # fmt: skip
-        """train and val: CachedPhotos or LivePhotos; references: of val, in words; described: the cache's encoder."""
+        """train and val: CachedPhotos or LivePhotos; described: the cache's encoder."""
         torch.manual_seed(config.seed)
         self.config, self.vocabulary, self.device, self.ranks = config, vocabulary, device, ranks
         self.train, self.val = train, val
@@ -105,7 +105,7 @@ class Trainer:
         self.progress = Progress()
         self.unreadable = Unreadable(len(train.split) + len(val.split), config.allow_missing)
         panel = Panel(val.split, config.panel, config.folder)
-        self.validation = Validation(val.split, references, vocabulary, panel, self.unreadable, ranks)
+        self.validation = Validation(val.split, vocabulary, panel, self.unreadable, ranks)
 
     def fit(self, log: Log, stop: StopRequest) -> None:
         """Epoch by epoch: train, validate, log, save; until --epochs, or --patience without a better score."""
@@ -143,26 +143,25 @@ class Trainer:
         batches = self.batches_of(plan[progress.step :])
         meter = Meter(self.device)
         pending: list[Learnt] = []  # not yet looked at
-        bar = self.bar(total=len(plan), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit="update")
-        for update in plan[progress.step :]:
-            self.set_rates(progress.epoch + progress.step / len(plan), progress.epoch + (progress.step + 1) / len(plan))
-            for place in range(1, len(update.batches) + 1):
-                with meter.waiting():
-                    batch = next(batches)
-                loss = self.learn(batch, update, last=place == len(update.batches))
-                pending.append(Learnt(loss, batch.captions, batch.indices, progress.step + 1))
-            progress.step += 1
-            bar.update()
-            done = progress.step == len(plan)
-            if done or progress.step % LOOK_EVERY == 0 or self.device.type == "cpu":
-                mean, save = self.settle(pending, meter, stop)
-                bar.set_postfix_str(f"{self.objective.measures} {mean:.3f}, {meter.rate():.0f} captions/s")
-                log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan),
-                          "captions_per_second": meter.rate(), "waiting": meter.share_waited()},
-                         self.objective.measures, mean)  # fmt: skip
-                if save and not done:
-                    self.save_last(stop)
-        bar.close()
+        with self.bar(total=len(plan), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit="update") as bar:
+            for update in plan[progress.step :]:
+                self.set_rates(*(progress.epoch + step / len(plan) for step in (progress.step, progress.step + 1)))
+                for place in range(1, len(update.batches) + 1):
+                    with meter.waiting():
+                        batch = next(batches)
+                    loss = self.learn(batch, update, last=place == len(update.batches))
+                    pending.append(Learnt(loss, batch.captions, batch.indices, progress.step + 1))
+                progress.step += 1
+                bar.update()
+                done = progress.step == len(plan)
+                if done or progress.step % LOOK_EVERY == 0 or self.device.type == "cpu":
+                    mean, save = self.settle(pending, meter, stop)
+                    bar.set_postfix_str(f"{self.objective.measures} {mean:.3f}, {meter.rate():.0f} captions/s")
+                    log.step({"epoch": progress.epoch + 1, "step": progress.step, "of": len(plan),
+                              "captions_per_second": meter.rate(), "waiting": meter.share_waited()},
+                             self.objective.measures, mean)  # fmt: skip
+                    if save and not done:
+                        self.save_last(stop)
         return {f"train_{self.objective.measures}": progress.total / max(1, progress.count), **meter.figures()}
 
     def set_rates(self, behind: float, after: float) -> None:

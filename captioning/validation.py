@@ -35,11 +35,10 @@ class Part(NamedTuple):
 
 
 class Validation:
-    """The photos of a split, their true captions (references: in words), and the panel that is drawn of some."""
+    """The photos of a split, and the panel that is drawn of some."""
 
-    def __init__(self, split: Split, references: dict, vocabulary: Vocabulary, panel: Panel, unreadable: Unreadable,
-                 ranks: Ranks):  # fmt: skip
-        self.split, self.references, self.vocabulary = split, references, vocabulary
+    def __init__(self, split: Split, vocabulary: Vocabulary, panel: Panel, unreadable: Unreadable, ranks: Ranks):
+        self.split, self.vocabulary = split, vocabulary
         self.panel, self.unreadable, self.ranks = panel, unreadable, ranks
 
     def run(
@@ -90,7 +89,7 @@ class Validation:
             self.unreadable.add(part.unreadable)
         captions = {photo: words for part in parts for photo, words in part.captions.items()}
         candidates = {photo: captions[photo] for photo in self.split.ids if photo in captions}
-        references = {photo: self.references[photo] for photo in candidates}
+        references = {photo: self.split.references(i) for i, photo in enumerate(self.split.ids) if photo in captions}
         scores = score(candidates, references)
         cross_entropy, top5, words = np.sum([part.sums for part in parts], 0).tolist()
         watched = {photo: seen for part in parts for photo, seen in part.watched.items()}

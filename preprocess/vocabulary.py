@@ -61,13 +61,13 @@ class Vocabulary:
         return len(self.words)
 
     @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
         """Word -> number. The special words are left out: a caption that says "<end>" must not end there."""
         return {word: number for number, word in enumerate(self.words) if number >= len(SPECIAL)}
 
     def encode(self, words: Iterable[str]) -> list[int]:
         """The words' numbers, without <start> and <end>; UNKNOWN for a word that is not in the vocabulary."""
-        numbers = self._numbers
+        numbers = self.numbers
         return [numbers.get(word, UNKNOWN) for word in words]
 
     def decode(self, indices: Iterable[int]) -> list[str]:

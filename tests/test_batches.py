@@ -9,9 +9,9 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 from captioning.batches import CachedPhotos, LivePhotos, plan_batches, plan_updates, shuffled
 from captioning.images import Augment, PhotoError, Transform
-from captioning.splits import Split, tells_sides
+from captioning.splits import Split
 from preprocess.captions import Photo, read_captions
-from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import END, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 
 WORDS = ["a", "b", "c", "d"]
 VOCABULARY = Vocabulary.build([WORDS], language="en", tokenizer="whitespace", min_count=1, max_words=9)
@@ -80,10 +80,31 @@ def test_a_live_batch_leaves_out_a_broken_photo_and_its_captions(small_data, tmp
         LivePhotos(split, Transform(32))[np.array([1])]
 
 
-def test_memory_is_flat_arrays():
+def test_memory_is_flat_arrays_a_byte_or_two_a_word():
     split = split_of([(("a", "b"),)] * 1000)
-    assert split.words.dtype == np.int32 and split.words.nbytes == 8000
+    assert split.words.dtype == np.uint8 and split.words.nbytes == 2000
+    assert split_of([(tuple(map(str, range(300))),)]).words.dtype == np.uint16
     assert torch.is_tensor(split.pack([0])[2])
+
+
+def test_words_that_the_vocabulary_lacks_are_unknown_to_a_decoder_and_kept_for_the_scores():
+    caption = ("a", "yak", "<end>", "b", "gnu")
+    split = split_of([(("a",),), (caption, ("yak",))], max_length=4)
+    a, b = VOCABULARY.encode("ab")
+    assert split.pack([1])[1].tolist() == [a, UNKNOWN, UNKNOWN, END, UNKNOWN, b, END]
+    assert split.references(1) == [[*caption], ["yak"]]
+
+
+@given(st.lists(captions, min_size=1, max_size=9), st.data())
+def test_photos_that_are_kept_are_as_they_were(all_captions, data):
+    split = split_of(all_captions)
+    kept = data.draw(st.lists(st.integers(0, len(all_captions) - 1), unique=True).map(sorted))
+    part = split.kept(np.array(kept, np.int64))
+    assert [*part.ids] == [str(i) for i in kept] and [*part.paths] == [f"{i}.jpg" for i in kept]
+    for place, photo in enumerate(kept):
+        assert part.references(place) == [[*caption] for caption in all_captions[photo]]
+        assert all(torch.equal(*pair) for pair in zip(part.pack([place])[1:], split.pack([photo])[1:], strict=True))
+    assert part.words_to_say().tolist() == [sum(len(c) + 1 for c in all_captions[i]) for i in kept]
 
 
 @pytest.mark.parametrize(
@@ -92,13 +113,13 @@ def test_memory_is_flat_arrays():
      ("右边 的 男人", True), ("左手 拿 着 球", True), ("向左转", True), ("一个 男人", False)],
 )  # fmt: skip
 def test_captions_that_tell_left_from_right_are_known_in_both_languages(words, sides):
-    assert tells_sides(Photo("a.jpg", "a", "train", (("a",), tuple(words.split())))) is sides
+    assert split_of([(("a",),), (("a",), tuple(words.split()))]).tell_sides().tolist() == [False, sides]
 
 
 def test_a_live_photo_is_mirrored_unless_its_captions_tell_sides(small_data):
     photos = [p for p in read_captions(small_data) if p.split == "train"]
     split, transform = Split(photos, Vocabulary.load(small_data / VOCABULARY_FILE), 20), Transform(64)
-    sided = frozenset(photo.id for photo in photos[::2])
+    sided = np.arange(len(photos)) % 2 == 0
     plain, live = LivePhotos(split, transform), LivePhotos(split, transform, Augment(flip=True), sided)
     everything, mirrored = np.arange(len(photos)), []
     for epoch in range(6):

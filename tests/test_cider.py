@@ -8,7 +8,8 @@ from pycocoevalcap.cider.cider import Cider
 
 import captioning.cider as module
 from captioning.cider import CiderReward
-from preprocess.captions import read_captions
+from captioning.splits import Split
+from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, SPECIAL, Vocabulary
 
 KNOWN = ("a", "dog", "runs", "on", "grass", "man", "two")
@@ -16,6 +17,11 @@ VOCABULARY = Vocabulary("en", "whitespace", 1, SPECIAL + KNOWN)
 references = st.lists(st.lists(st.sampled_from([*KNOWN, "unicorn", "yak"]), min_size=1, max_size=8).map(tuple),
                       min_size=1, max_size=4).map(tuple)  # fmt: skip
 candidates = st.lists(st.sampled_from(KNOWN), max_size=8)
+
+
+def reward_of(photos, vocabulary=VOCABULARY):
+    """photos: the captions of each."""
+    return CiderReward(Split((Photo("", "", "train", captions) for captions in photos), vocabulary, 5))
 
 
 def padded(captions, ended=True):
@@ -35,7 +41,7 @@ def theirs(photos, captions):
 def test_each_score_is_pycocoevalcaps(pairs):
     """Also with references of unknown words, empty captions, and photos with different numbers of references."""
     photos, captions = zip(*pairs, strict=True)
-    found = CiderReward(photos, VOCABULARY)(np.arange(len(photos)), padded(captions))
+    found = reward_of(photos)(np.arange(len(photos)), padded(captions))
     np.testing.assert_allclose(found, theirs(photos, captions), rtol=1e-9, atol=1e-12)
 
 
@@ -44,7 +50,7 @@ def test_several_captions_of_some_photos_in_any_order_score_as_alone(photos, cap
     whose = np.array(
         data.draw(st.lists(st.integers(0, len(photos) - 1), min_size=len(captions), max_size=len(captions)))
     )
-    reward = CiderReward(photos, VOCABULARY)
+    reward = reward_of(photos)
     together = reward(whose, padded(captions))
     alone = [reward(whose[i : i + 1], padded(captions[i : i + 1]))[0] for i in range(len(captions))]
     np.testing.assert_allclose(together, alone, rtol=1e-12)
@@ -63,12 +69,12 @@ def test_real_captions_score_as_pycocoevalcap_scores_them(small_data, monkeypatc
     assert expected.max() > 1
     for at_once in (10_000, 5):  # document frequencies are counted in parts
         monkeypatch.setattr(module, "PHOTOS_AT_ONCE", at_once)
-        found = CiderReward([photo.captions for photo in photos], vocabulary)(np.arange(len(photos)), rows)
+        found = reward_of([photo.captions for photo in photos], vocabulary)(np.arange(len(photos)), rows)
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_a_caption_that_breaks_off_scores_less_than_one_that_ends():
     photos = [[("a", "dog", "runs")], [("two", "man")], [("grass",)]]
-    reward = CiderReward(photos, VOCABULARY)
+    reward = reward_of(photos)
     whole, broken = (reward(np.array([0]), padded([("a", "dog", "runs")], ended))[0] for ended in (True, False))
     assert whole == pytest.approx(10) and broken < 0.9 * whole

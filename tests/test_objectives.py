@@ -16,7 +16,9 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.grid import Grid
 from captioning.objectives import Cider, CrossEntropy, Share
 from captioning.optimizer import parameter_groups, rate_factor
+from captioning.splits import Split
 from config import Train
+from preprocess.captions import Photo
 from preprocess.vocabulary import END, SPECIAL, START, Vocabulary
 from tests.test_decoders import LENGTHS, PHOTO, make
 
@@ -146,7 +148,7 @@ def test_a_decoder_that_sees_the_expectation_learns_without_reinforce(monkeypatc
 # ---- CIDEr
 
 
-PHOTOS = [[("a", "b"), ("b", "b")], [("a",), ("b", "a", "a")]]
+PHOTOS = [Photo("", "", "train", (("a", "b"), ("b", "b"))), Photo("", "", "train", (("a",), ("b", "a", "a")))]
 VOCABULARY = Vocabulary("en", "whitespace", 1, (*SPECIAL, "a", "b"))
 
 
@@ -171,7 +173,7 @@ def test_the_expected_gradient_of_cider_is_that_of_the_exact_sum_over_all_captio
     decoder = build_decoder(name, sizes).double().train()
     grid = Grid(torch.randn(1, 3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
     objective = Cider(settings(objective="cider", start_from="run", samples=samples, baseline=baseline),
-                      CiderReward(PHOTOS, VOCABULARY))  # fmt: skip
+                      CiderReward(Split(PHOTOS, VOCABULARY, 9)))  # fmt: skip
     captions = list(all_captions(3))
     with module.without_chance(decoder):
         words, targets, order = module.forced_as_drawn(torch.stack(captions))
@@ -202,7 +204,8 @@ def test_the_expected_gradient_of_cider_is_that_of_the_exact_sum_over_all_captio
 def test_cider_of_two_batches_adds_up_to_that_of_both_together(monkeypatch):
     decoder, grid, *_ = make("attention")
     captions = torch.tensor([[[4, 5, END], [5, END, 0]], [[4, END, 0], [5, 5, 4]], [[5, 4, END], [4, 4, END]]])
-    objective = Cider(settings(objective="cider", start_from="run", samples=2), CiderReward(PHOTOS * 2, VOCABULARY))
+    reward = CiderReward(Split(PHOTOS * 2, VOCABULARY, 9))
+    objective = Cider(settings(objective="cider", start_from="run", samples=2), reward)
     found = []
     for parts in ([[0, 1, 2]], [[0], [1, 2]]):
         for part in parts:

@@ -48,7 +48,7 @@ def broken_features(here, tmp_path):
             block = reader.blocks[name]
             row = np.full(block.shape[1:], value, block.dtype)
             with open(path, "r+b") as file:
-                file.seek(block.offset + reader.rows[id] * block.row_bytes)
+                file.seek(block.offset + reader.rows_of([id])[0] * block.row_bytes)
                 file.write(row.tobytes())
         return path
 
