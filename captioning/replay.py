@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from captioning.batches import Batch
 from captioning.grid import Grid
 from captioning.objectives import Loss
+from config import UserError
 from preprocess.vocabulary import PAD
 
 PHOTOS, CAPTIONS, STEPS = 8, 8, 4  # sizes of a mould are multiples of these
@@ -90,7 +91,10 @@ class Mould:
 
 
 class CaptureOnGpu:
-    """work -> a function that does the same on the same tensors, without starting each kernel anew."""
+    """work -> a function that does the same on the same tensors, without starting each kernel anew.
+
+    Raises UserError where the GPU cannot capture it.
+    """
 
     def __init__(self) -> None:
         self.pool = None  # of memory, which graphs that never run at once can share
@@ -98,8 +102,14 @@ class CaptureOnGpu:
     def __call__(self, work: Callable[[], Loss]) -> Callable[[], Loss]:
         gc.collect()  # graphs of autograd still in a ring would tie the streams they were made on to the capture's
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # another thread reads ahead
-            loss = work()
+        try:
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # another thread reads ahead
+                loss = work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"a batch cannot be captured as a CUDA graph ({reason}); give --no-cuda-graphs") from None
         self.pool = self.pool or graph.pool()
 
         def replay() -> Loss:

@@ -1,6 +1,8 @@
 """A batch laid into a mould, and replayed, against the batch itself."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from captioning.batches import Batch
 from captioning.decoders import DECODERS, build_decoder
 from captioning.grid import Grid, grid_pooling
 from captioning.objectives import CrossEntropy, Share
-from captioning.replay import Replay
+from captioning.replay import CaptureOnGpu, Replay
 from captioning.trainer import Trainer
-from config import Train
+from config import Train, UserError
 from preprocess.vocabulary import PAD
 from tests.small import TINY, log_of, weights
 from tests.test_decoders import SIZES
@@ -125,6 +127,26 @@ def test_a_run_learns_the_same_by_replaying(here, monkeypatch):
     for name, values in weights("as it comes").items():
         torch.testing.assert_close(values, weights("replayed")[name], rtol=1e-3, atol=1e-5, msg=name)
     assert log_of("replayed")[-1]["train_loss"] == pytest.approx(log_of("as it comes")[-1]["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("error, raised", [
+    (RuntimeError("CUDA error: it depends on another stream\nSearch for it in"), UserError),
+    (torch.OutOfMemoryError("of 80 GB"), torch.OutOfMemoryError),
+])  # fmt: skip
+def test_what_cannot_be_captured_is_said_in_one_line(error, raised, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: 1))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *graph, **how: contextlib.nullcontext())
+
+    def work():
+        raise error
+
+    with pytest.raises(raised) as caught:
+        CaptureOnGpu()(work)
+    if raised is UserError:
+        assert str(caught.value) == (
+            "a batch cannot be captured as a CUDA graph (CUDA error: it depends on another stream); "
+            "give --no-cuda-graphs"
+        )
 
 
 # ---- on a GPU
