@@ -107,7 +107,7 @@ class AttentionDecoder(nn.Module):
         """Queries (R, A) and gates (R, C) of R = B K rows over B photos -> z_t (R, C), a_t (R, P), choices (R,)."""
         photos = cells.shape[0]  # not len: torch.export would take it for a constant
         attention = full(in_parts(self._scores, keys, query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
-        weights, choices = self._looks(attention, *others)
+        weights, choices = self._weights(attention, *others)
         seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
         return gate.sigmoid() * seen.view(gate.shape), attention.flatten(0, 1), choices
 
@@ -121,6 +121,6 @@ class AttentionDecoder(nn.Module):
         """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""
         return self.score(torch.add(keys[:, None], query[:, :, None], out=out).relu_()).squeeze(3)
 
-    def _looks(self, attention: Tensor) -> tuple[Tensor, Choices | None]:
+    def _weights(self, attention: Tensor) -> tuple[Tensor, Choices | None]:
         """Attention (B, K, P) -> the weight of each cell in what is seen (B, K, P): here the attention itself."""
         return attention, None

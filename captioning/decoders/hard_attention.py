@@ -37,7 +37,7 @@ class HardAttentionDecoder(AttentionDecoder):
         drawn = torch.rand(len(grid), device=grid.cells.device) >= self.expected_share
         return State(state.photos, (*state.rows, drawn))
 
-    def _looks(self, attention: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Choices | None]:
+    def _weights(self, attention: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Choices | None]:
         if drawn is None:
             return (attention if self.sees == "expectation" else one_hot(attention.argmax(2), attention)), None
         log_attention = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
