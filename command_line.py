@@ -58,20 +58,22 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
     """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
     rank = os.environ.get("RANK", "0")  # torchrun's
     error_of = "error: " if rank == "0" else f"error (process {rank}): "
-    interrupt, before = functools.partial(_interrupt, os.getpid()), {}
+    interrupt, before, stopped = functools.partial(_interrupt, os.getpid()), {}, False
     try:
-        before = {number: signal.signal(number, interrupt) for number in asked_to_stop()}
-        with contextlib.suppress(AttributeError):  # a stream of another kind
-            sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
-        work(parse(command))
-        sys.stdout.flush()
+        try:
+            before = {number: signal.signal(number, interrupt) for number in asked_to_stop()}
+            with contextlib.suppress(AttributeError):  # a stream of another kind
+                sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
+            work(parse(command))
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            stopped = True  # it is said below, where nothing holds the bars: they have said their last before us
+        if stopped:
+            if rank == "0":
+                print(STOPPED, file=sys.stderr)
+            sys.exit(130)
     except UserError as error:
         sys.exit(one_line(f"{error_of}{error}"))
-    except KeyboardInterrupt as stop:
-        stop.__traceback__ = None  # lets go of the bars, so that they say their last before us
-        if rank == "0":
-            print(STOPPED, file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         _say_no_more()
     except OSError as error:  # no room, no leave, a disk that is gone: where nobody knew a better remedy

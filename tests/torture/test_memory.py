@@ -44,7 +44,7 @@ def test_a_photo_is_a_few_hundred_bytes_to_an_extraction_and_to_a_trainer(tmp_pa
                                               encoder="resnet18.layer1", weights="random"))  # fmt: skip
         tracemalloc.stop()
         tracemalloc.start()
-        trainer = train.make_trainer(Train(Path("."), "none", **TINY, device="cpu"))
+        trainer = train.make_trainer(Train(Path("."), "none", **{**TINY, "device": "cpu"}))
         look()
         tracemalloc.stop()
         assert len(trainer.train.split) + len(trainer.val.split) == photos
