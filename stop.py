@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 STOPPED = "stopped; nothing is lost: the same command (train.py: with --resume) goes on"
 
 
 def asked_to_stop() -> list[signal.Signals]:
-    """Ctrl-C and SIGTERM, but for one that we were told to ignore, as a shell tells those it puts in the background."""
-    return [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    """Ctrl-C and SIGTERM, which the main thread alone hears, but for one that a shell told its background to ignore."""
+    both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    return [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def leave_quietly() -> None:

@@ -82,10 +82,9 @@ class CiderReward:
         captions = _ranges(first, counts)
         lengths = ends[captions + 1] - ends[captions]
         words = np.insert(self.split.words[_ranges(ends[captions], lengths)], lengths.cumsum(), END)
-        lengths += 1
-        grams = _grams(words, np.append(0, lengths.cumsum()))
+        grams = _grams(words, np.append(0, (lengths + 1).cumsum()))
         starts = np.concatenate([[0], counts.cumsum()[:-1]])
-        return grams, _References(np.arange(len(photos)).repeat(counts), starts, counts, lengths)
+        return grams, _References(np.arange(len(photos)).repeat(counts), starts, counts, lengths + 1)
 
     def _weights(self, grams: Grams) -> np.ndarray:
         """tf-idf: the count times log(photos / photos whose captions have it)."""

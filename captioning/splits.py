@@ -26,15 +26,14 @@ from preprocess.vocabulary import END, PAD, SPECIAL, START, UNKNOWN, VOCABULARY_
 MOST_UNKNOWN = 0.9  # share of the words: the few most frequent ones alone are more than the rest
 
 
-def places_of(splits: Iterable[str], split: str, dataset: Path, limit: int = 0) -> np.ndarray:
+def places_of(splits: Sequence[str], split: str, dataset: Path, limit: int = 0) -> np.ndarray:
     """Where the photos of a split are among all, given the split of each; the first `limit` of them unless that is 0.
 
     Raises UserError where there are none.
     """
-    splits = np.array([*splits])
-    found = np.flatnonzero(splits == split)
+    found = np.flatnonzero(np.asarray(splits) == split)
     if not len(found):
-        there = ", ".join(np.unique(splits))
+        there = ", ".join(sorted(set(splits)))
         raise UserError(
             f"{dataset}: has no {split} photos, only {there}; make them with python -m preprocess {dataset}"
         )
@@ -43,14 +42,13 @@ def places_of(splits: Iterable[str], split: str, dataset: Path, limit: int = 0) 
 
 def photos_of(photos: Sequence[Photo], split: str, dataset: Path, limit: int = 0) -> list[Photo]:
     """The photos of a split: see places_of."""
-    return [photos[i] for i in places_of((photo.split for photo in photos), split, dataset, limit)]
+    return [photos[i] for i in places_of([photo.split for photo in photos], split, dataset, limit)]
 
 
 def check_none_lost(found: np.ndarray, features: Path, cached: int, allowed: float) -> None:
     """captions.jsonl has the photos of the features made from it: cut at the end of a line, it would still be in order.
 
-    found (N,) int64: the row of each of its photos, -1 for none; cached: rows in all. Raises UserError where more than
-    the share `allowed` of them is missing.
+    found (N,) int64: the row of each, -1 for none; cached: all rows. Raises UserError where more than `allowed` lack.
     """
     lost = cached - len(np.unique(found[found >= 0]))
     if lost > allowed * cached:

@@ -22,5 +22,4 @@ class Texts(Sequence[str]):
         return len(self.ends) - 1
 
     def __getitem__(self, place: int) -> str:
-        end = self.ends[place + 1]
-        return self.block[self.ends[place] : end].decode("utf-8", "surrogatepass")
+        return self.block[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogatepass")

@@ -64,10 +64,11 @@ def write_karpathy(file: Path, images: Path, names: list[str], splits: list[str]
 
 
 def stand_in(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights whose features stay of a sensible size: BatchNorm has seen a batch of noise."""
+    """Random weights whose features float16 can hold by far: BatchNorm has seen a batch of noise, and says a tenth."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
+            torch.nn.init.constant_(module.weight, 0.1)
     with torch.no_grad():
         model.train()(torch.randn(4, 3, 64, 64))
     return model
