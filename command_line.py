@@ -61,10 +61,11 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
     interrupt, before, stopped = functools.partial(_interrupt, os.getpid()), {}, False
     try:
         try:
+            config = parse(command)  # before: an exception in Python's own parser, which tyro uses, is a SystemError
             before = {number: signal.signal(number, interrupt) for number in asked_to_stop()}
             with contextlib.suppress(AttributeError):  # a stream of another kind
                 sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
-            work(parse(command))
+            work(config)
             sys.stdout.flush()
         except KeyboardInterrupt:
             stopped = True  # it is said below, where nothing holds the bars: they have said their last before us

@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = "stopped; nothing is lost: the same command (train.py: with --resume) goes on"
 
 
 def asked_to_stop() -> list[signal.Signals]:
     """Ctrl-C and SIGTERM, which the main thread alone hears, but for one that a shell told its background to ignore."""
-    both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    both = STOPS if threading.current_thread() is threading.main_thread() else ()
     return [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
 
 

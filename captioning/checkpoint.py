@@ -129,7 +129,7 @@ def to_resume(folder: Path, config: dict) -> dict | None:
 
 
 def _first_sentence(error: Exception) -> str:
-    sentence = str(error).strip().partition("\n")[0].partition(". ")[0][:120].rstrip(" .")
+    sentence = "".join(str(error).strip().splitlines()[:1]).partition(". ")[0][:120].rstrip(" .")
     return sentence if re.search("[A-Za-z]", sentence) else type(error).__name__
 
 

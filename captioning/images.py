@@ -24,6 +24,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stop import STOPS
+
 PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the ending; Pillow also runs EPS, in Ghostscript
 
@@ -197,17 +199,31 @@ def in_processes(
     pin: bool = False,
 ) -> Iterable:  # fmt: skip
     """As photo_batches, with what `read` makes of a batch. pin: in memory that a GPU can fetch from."""
-    return DataLoader(
-        _PhotoFiles(read, paths, transform), sampler=batches, batch_size=None, num_workers=workers, pin_memory=pin,
-        generator=torch.Generator(),  # of its own: reading photos must not move the training's random numbers
-        worker_init_fn=quiet_worker,
-    )  # fmt: skip
+    return QuietLoader(_PhotoFiles(read, paths, transform), batches, workers, pin)
+
+
+class QuietLoader(DataLoader):
+    """A loader whose processes never hear of a stop: the command itself ends them, without a word."""
+
+    def __init__(self, dataset: Dataset, plan: Iterable, workers: int, pin: bool):
+        """plan: the items in their order; pin: into memory that a GPU can fetch from."""
+        super().__init__(
+            dataset, sampler=plan, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=quiet_worker,
+            generator=torch.Generator(),  # of its own: reading must not move the training's random numbers
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # so they start with them blocked
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet_worker(_: int) -> None:
-    """A Ctrl-C reaches the whole process group: the command itself ends its workers, without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPS:  # which reach the whole process group; torch has just set a handler of its own
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
         os._exit(1)  # the command was just killed: torch would take whoever adopted us for it, and wait for ever
     gc.freeze()  # its garbage is not ours to collect: to free its tensors on a GPU would end this process

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from captioning.average import WeightAverage
@@ -21,7 +21,7 @@ from captioning.checkpoint import fitting, save_checkpoint
 from captioning.decoders import build_decoder, load_decoder, sizes_of
 from captioning.device import autocast, pick_precision, restore_rng, rng_state
 from captioning.encoder import Encoder
-from captioning.images import Unreadable, quiet_worker
+from captioning.images import QuietLoader, Unreadable
 from captioning.log import Log
 from captioning.meter import Meter
 from captioning.objectives import Loss, Objective, Share
@@ -262,11 +262,7 @@ class Trainer:
         workers = self.config.workers
         if workers is None:
             workers = torch.get_num_threads() if self.device.type == "cpu" else os.cpu_count()
-        return DataLoader(
-            photos, sampler=plan, batch_size=None, num_workers=workers, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # of its own: reading must not move the training's random numbers
-            worker_init_fn=quiet_worker,
-        )  # fmt: skip
+        return QuietLoader(photos, plan, workers, pin=self.device.type == "cuda")
 
     def bar(self, *items: object, **settings: object) -> tqdm:
         return tqdm(*items, disable=not self.ranks.first, **settings)
