@@ -5,10 +5,12 @@ Every command imports this before anything else, so it imports nothing that take
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = "stopped; nothing is lost: the same command (train.py: with --resume) goes on"
@@ -39,7 +41,7 @@ class StopRequest:
     """
 
     def __enter__(self) -> StopRequest:
-        self.requested, self._noted = False, 0.0
+        self.requested, self.number, self._noted = False, 0, 0.0
         self._before = {number: signal.signal(number, self._note) for number in asked_to_stop()}
         return self
 
@@ -47,12 +49,24 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, *_: object) -> None:
         if self.requested and time.monotonic() - self._noted > 1:
             raise KeyboardInterrupt
-        self.requested, self._noted = True, time.monotonic()
+        self.requested, self.number, self._noted = True, number, time.monotonic()
 
     def check(self) -> None:
         """Stop here if a stop was asked for."""
         if self.requested:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def in_one_piece() -> Iterator[None]:
+    """A stop waits until the block is done, and then goes to who listened before.
+
+    For what calls Python from C++ and makes an error of its own of a KeyboardInterrupt, or ends the process.
+    """
+    with StopRequest() as stop:
+        yield
+    if stop.requested:
+        os.kill(os.getpid(), stop.number)

@@ -18,6 +18,7 @@ import torch
 
 from config import UserError
 from preprocess.files import whole
+from stop import in_one_piece
 
 FORMAT = "kantu checkpoint 1"
 # Settings that may differ between a run and its --resume: they decide how it is computed, not what.
@@ -31,7 +32,7 @@ STATE = ("optimizer", "objective", "scaler", "rng", "average")  # ... and its la
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Whole or not at all: a kill leaves the old file or the new one."""
     try:
-        with whole(path) as file:
+        with in_one_piece(), whole(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
     except (OSError, RuntimeError) as error:  # torch's writer of zip files has its own word for a full disk
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"

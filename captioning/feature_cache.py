@@ -33,7 +33,7 @@ from captioning.blocks import Block, own_array, read_blocks
 from captioning.grid import SIDE, Grid, grid_pooling, native_places
 from captioning.texts import Texts
 from config import UserError
-from stop import StopRequest
+from stop import in_one_piece
 
 FORMAT = "kantu features 1"
 IN_FLIGHT = 4  # batches handed over and not yet on the disk; as many again may be on their way there
@@ -246,7 +246,7 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtyp
 def _read_layout(path: Path) -> tuple[dict[str, Block], dict, Texts]:
     """The blocks, the attributes and the ids of a feature file; no lock is taken, nothing stays open."""
     try:
-        with StopRequest() as stop, h5py.File(path, "r", locking=False) as file:  # h5py, broken off, shows a traceback
+        with in_one_piece(), h5py.File(path, "r", locking=False) as file:
             attributes = {_plain(name): _plain(value) for name, value in file.attrs.items()}
             if attributes.get("format") != FORMAT:
                 raise KeyError(f"format {attributes.get('format')!r}, not the {FORMAT!r} of this version of Kantu")
@@ -254,7 +254,6 @@ def _read_layout(path: Path) -> tuple[dict[str, Block], dict, Texts]:
             if images.shape != blocks["done"].shape:
                 raise ValueError("features and images of different photos")
             ids = Texts(images.asstr()[:])
-        stop.check()
     except EOFError:
         raise UserError(f"{path}: is cut short; extract again with --overwrite") from None
     except FileNotFoundError:

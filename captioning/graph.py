@@ -15,7 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torchvision import models
 
 from config import UserError
-from stop import StopRequest
+from stop import in_one_piece
 
 POOLINGS = ("adaptive_avg_pool2d", "mean")  # how torchvision's classifiers pool, as a function or a method
 
@@ -30,14 +30,13 @@ def cut_classifier(name: str) -> fx.GraphModule:
     # Inception and GoogLeNet: their published weights want inputs in -1..1, which they make themselves when told
     extra = {"transform_input": True, "init_weights": True} if model_name in ("inception_v3", "googlenet") else {}
     model = models.get_model(model_name, weights=None, **extra).eval()
-    with StopRequest() as stop:  # torch.fx, broken off, raises errors of other kinds
+    with in_one_piece():
         try:
             graph = fx.symbolic_trace(model).graph
         except Exception:
             raise UserError(
                 f"--encoder {model_name}: its graph cannot be traced; try resnet101 or mobilenet_v2"
             ) from None
-    stop.check()
     last = _end_of_layer(graph, layer) if layer else _before_last_pooling(graph, model)
     if last is None:
         choices = ", ".join(child for child, _ in model.named_children())

@@ -20,6 +20,7 @@ from torchvision import models
 
 import extract_features
 import generate
+import stop
 import train
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
@@ -540,3 +541,23 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
     told(search=drawing, json=tmp_path / "all.json")
     (line,) = json.loads((tmp_path / "all.json").read_text())
     assert len(line["others"]) == 3 and line["others"][0].keys() == {"caption", "log_probability", "finished"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_what_must_be_done_in_one_piece(number):
+    before = {one: signal.getsignal(one) for one in stop.STOPS}
+    done = []
+    with stop.StopRequest() as request:
+        with stop.in_one_piece():
+            os.kill(os.getpid(), number)
+            done.append(request.requested)
+        assert done == [False] and request.requested and request.number == number
+    with pytest.raises(KeyboardInterrupt):
+        signal.signal(number, signal.default_int_handler)
+        try:
+            with stop.in_one_piece():
+                os.kill(os.getpid(), number)
+                done.append("the rest")
+        finally:
+            signal.signal(number, before[number])
+    assert done[1:] == ["the rest"] and {one: signal.getsignal(one) for one in stop.STOPS} == before
