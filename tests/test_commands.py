@@ -543,9 +543,17 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
     assert len(line["others"]) == 3 and line["others"][0].keys() == {"caption", "log_probability", "finished"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_waits_for_what_must_be_done_in_one_piece(number):
-    before = {one: signal.getsignal(one) for one in stop.STOPS}
+@pytest.fixture
+def listening():
+    """Both stops raise KeyboardInterrupt, even where a shell told its background to ignore one."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in stop.STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", stop.STOPS)
+def test_a_stop_waits_for_what_must_be_done_in_one_piece(number, listening):
     done = []
     with stop.StopRequest() as request:
         with stop.in_one_piece():
@@ -553,11 +561,8 @@ def test_a_stop_waits_for_what_must_be_done_in_one_piece(number):
             done.append(request.requested)
         assert done == [False] and request.requested and request.number == number
     with pytest.raises(KeyboardInterrupt):
-        signal.signal(number, signal.default_int_handler)
-        try:
-            with stop.in_one_piece():
-                os.kill(os.getpid(), number)
-                done.append("the rest")
-        finally:
-            signal.signal(number, before[number])
-    assert done[1:] == ["the rest"] and {one: signal.getsignal(one) for one in stop.STOPS} == before
+        with stop.in_one_piece():
+            os.kill(os.getpid(), number)
+            done.append("the rest")
+    assert done[1:] == ["the rest"]
+    assert {signal.getsignal(one) for one in stop.STOPS} == {signal.default_int_handler}
