@@ -82,7 +82,7 @@ def fitting(source: object) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {_first_sentence(error)}"
+        what = f"{type(error).__name__}: {first_sentence(error)}"
         raise UserError(f"{source}: damaged, or of another version of Kantu ({what}); train again") from None
 
 
@@ -102,7 +102,7 @@ def load_tensors(path: Path, kind: str, remedy: str) -> object:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
-        raise UserError(f"{path}: not {kind}, or damaged ({_first_sentence(error)}); {remedy}") from None
+        raise UserError(f"{path}: not {kind}, or damaged ({first_sentence(error)}); {remedy}") from None
 
 
 def to_resume(folder: Path, config: dict) -> dict | None:
@@ -129,7 +129,8 @@ def to_resume(folder: Path, config: dict) -> dict | None:
     return saved
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
+    """What an error of a library says, short enough for a line of ours."""
     sentence = "".join(str(error).strip().splitlines()[:1]).partition(". ")[0][:120].rstrip(" .")
     return sentence if re.search("[A-Za-z]", sentence) else type(error).__name__
 

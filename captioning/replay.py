@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.batches import Batch
+from captioning.checkpoint import first_sentence
 from captioning.grid import Grid
 from captioning.objectives import Loss
 from config import UserError
@@ -108,8 +109,9 @@ class CaptureOnGpu:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"a batch cannot be captured as a CUDA graph ({reason}); give --no-cuda-graphs") from None
+            raise UserError(
+                f"a batch cannot be captured as a CUDA graph ({first_sentence(error)}); give --no-cuda-graphs"
+            ) from None
         self.pool = self.pool or graph.pool()
 
         def replay() -> Loss:

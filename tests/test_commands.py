@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import models
 
+import command_line
 import extract_features
 import generate
 import stop
 import train
 from captioning.captioner import Captioner
-from captioning.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from captioning.checkpoint import first_sentence, load_checkpoint, read_checkpoint, save_checkpoint
 from captioning.decoders import DECODERS
 from captioning.encoder import load_encoder
 from captioning.feature_cache import FeatureReader
-from captioning.images import Transform, open_photo
+from captioning.images import QuietLoader, Transform, open_photo
 from captioning.objectives import Share
 from captioning.trainer import Trainer
 from config import ExtractFeatures, Generate, Search, Train, UserError
@@ -566,3 +567,31 @@ def test_a_stop_waits_for_what_must_be_done_in_one_piece(number, listening):
             done.append("the rest")
     assert done[1:] == ["the rest"]
     assert {signal.getsignal(one) for one in stop.STOPS} == {signal.default_int_handler}
+
+
+def test_flags_are_parsed_before_a_stop_is_an_exception(listening, monkeypatch):
+    """In Python's own parser, which tyro uses, that exception becomes a SystemError."""
+    heard = []
+    monkeypatch.setattr(command_line, "parse", lambda command: heard.append(signal.getsignal(signal.SIGINT)))
+    command_line.run(Train, lambda config: heard.append(signal.getsignal(signal.SIGINT)))
+    assert heard[0] is signal.default_int_handler and heard[1] is not signal.default_int_handler
+
+
+class Signals(torch.utils.data.Dataset):
+    def __getitem__(self, _):
+        return [signal.getsignal(number) for number in stop.STOPS], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_processes_that_read_photos_never_hear_of_a_stop(listening, monkeypatch):
+    [(handlers, blocked)] = QuietLoader(Signals(), [0], workers=1, pin=False)
+    assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(stop.STOPS)
+    begun = []
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: begun.append(Signals()[0]) or iter([]))
+    assert list(QuietLoader(Signals(), [0], workers=1, pin=False)) == []
+    assert begun[0][1].issuperset(stop.STOPS), "not even while they start"
+    assert not Signals()[0][1].intersection(stop.STOPS)
+
+
+@pytest.mark.parametrize("end", ["\n", "\x1c", "\u2028", ". "])
+def test_of_what_a_library_says_one_line_is_told(end):
+    assert first_sentence(ValueError(f"archive/a{end}b has changed")) == "archive/a"
