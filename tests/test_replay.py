@@ -71,10 +71,13 @@ def plain_and_replayed(name, **settings):
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "alpha_c": 0.5}])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_a_padded_batch_has_the_loss_and_the_gradients_of_the_batch(name, settings, monkeypatch):
-    monkeypatch.setattr("captioning.decoders.hard_attention.HardAttentionDecoder.expected_share", 1.1)  # no chance
+    hard = "captioning.decoders.hard_attention"
+    monkeypatch.setattr(f"{hard}.HardAttentionDecoder.expected_share", 0.0)  # a cell is always drawn, and ...
+    monkeypatch.setattr(f"{hard}.draw", lambda shares: shares.argmax(-1))  # ... chance has no part in it
     plain, replayed, captured = plain_and_replayed(name, **settings)
     batches = [made_up([7, 5, 5, 3, 2, 1], 3, seed) for seed in range(3)] + [
         made_up([3], 1), made_up([6, 6, 4, 1, 1], 2), made_up([8] * 9, 9), made_up([5, 4], 2),
+        made_up([7] + [1] * 23, 3), made_up([7] * 24, 3),
     ]  # fmt: skip
     for batch in batches + batches:
         (ours, count), (expected, words) = replayed(batch), plain(batch)
