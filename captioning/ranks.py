@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -91,7 +92,17 @@ def joined_ranks(remedy: str) -> Iterator[Ranks]:
         if not _is_lost_rank(error):
             raise
         raise UserError(f"another of the {ranks.size} processes was lost; {remedy}") from None
-    dist.destroy_process_group()  # not after an error: it would wait for the others
+    _leave()  # not after an error: it would wait for the others
+
+
+def _leave() -> None:
+    """Until torch 2.8, to end a group is to wait for its threads while no other thread may run Python.
+
+    One of them may be about to free, in Python, what was exchanged last: the two would wait for each other for ever.
+    """
+    if torch.__version__ < "2.8":
+        time.sleep(1)
+    dist.destroy_process_group()
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
