@@ -236,4 +236,4 @@ def test_activations_computed_twice_take_less_memory():
         process.start()
         grown.append(results.get())
         process.join()
-    assert 0 < grown[1] < 0.75 * grown[0], grown
+    assert 0 < grown[1] < 0.85 * grown[0], grown  # 0.43 with torch 2.15, 0.61 to 0.75 with 2.6
