@@ -24,7 +24,7 @@ class Vocabulary:
     """`words[i]` is word i; the first four are SPECIAL. Equal vocabularies have equal fields.
 
     language: "zh" or "en"; tokenizer: the one that cut the captions; min_count: times a word had to occur.
-    Raises UserError when the fields are no vocabulary.
+    Raises ValueError when the fields are no vocabulary.
     """
 
     language: str
