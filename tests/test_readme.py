@@ -167,9 +167,17 @@ def test_every_make_target_of_the_readme_is_there():
     assert wanted and set(wanted) <= set(targets)
 
 
+def headings(page: Path) -> set[str]:
+    """As links call them."""
+    lines = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
+
+
 def test_every_file_that_the_readme_names_is_there():
     for page in PAGES:
         text = page.read_text("utf-8")
-        named = {HOUSE / name for name in re.findall(r"`((?:captioning|preprocess|docs|tests|bench)/[\w./]*)`", text)}
-        linked = {page.parent / name for name in re.findall(r"\]\((?!http)([^)#]+)\)", text)}
-        assert not [str(path) for path in named | linked if not path.exists()], page
+        for name in re.findall(r"`((?:captioning|preprocess|docs|tests|bench)/[\w./]*)`", text):
+            assert (HOUSE / name).exists(), name
+        for link, heading in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", text):
+            assert (page.parent / link).exists(), link
+            assert not heading or heading in headings(page.parent / link), heading
