@@ -172,9 +172,12 @@ def torchrun(*arguments, size=2):
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--", *map(str, arguments)]  # fmt: skip
 
 
+def variables():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)}
+
+
 def run(command, **settings):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **settings)
+    return subprocess.run(command, capture_output=True, text=True, env=variables(), timeout=300, **settings)
 
 
 def log_of(name):
@@ -193,9 +196,12 @@ with joined_ranks("") as ranks:
 @pytest.mark.skipif(torch.__version__ >= "2.8", reason="torch ends a group by itself from 2.8 on")
 def test_ranks_that_leave_never_wait_for_one_another(tmp_path):
     (tmp_path / "leave.py").write_text(LEAVE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)}
-    pairs = [subprocess.Popen(torchrun(tmp_path / "leave.py"), env=environment) for _ in range(10)]  # they crowd
-    assert [pair.wait(timeout=300) for pair in pairs] == [0] * 10
+    pairs = [subprocess.Popen(torchrun(tmp_path / "leave.py"), env=variables()) for _ in range(10)]  # they crowd
+    try:
+        assert [pair.wait(timeout=300) for pair in pairs] == [0] * 10
+    finally:
+        for pair in pairs:
+            pair.terminate()  # who waits, waits for ever
 
 
 def test_two_ranks_extract_the_very_file_that_one_does(here, tmp_path):
@@ -225,9 +231,8 @@ def test_a_run_of_two_ranks_is_logged_once_and_goes_on_with_one(here):
 
 def test_a_killed_rank_ends_all_with_a_message(here):
     flags = ["data/small", "--run", "killed", "--epochs", "100000", "--patience", "100000", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)}
     process = subprocess.Popen(torchrun(HOUSE / "train.py", *flags, "--batch-size", "8", "--embedding-size", "16"),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables())  # fmt: skip
     deadline = time.monotonic() + 240
     while not Path("checkpoints/killed/last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
