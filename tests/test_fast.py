@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from captioning.decoders import fast
-from captioning.decoders.fast import AllSteps, in_parts
+from captioning.decoders.fast import AllSteps, in_parts, photo_by_photo, step_by_step, tanh_scores
 from captioning.device import autocast
 
 ROWS = (5, 5, 3, 1)  # of each step: captions end
@@ -93,3 +93,47 @@ def test_scores_in_parts_are_the_scores(in_cache, monkeypatch):
     with torch.no_grad():
         assert torch.equal(in_parts(scores, keys, query), whole)
     assert parts[1:] == {1: [1] * 5, 144: [2, 2, 1], 10**6: [5]}[in_cache]
+
+
+@pytest.mark.parametrize("in_cache", [1, 2 * 4 * 6, 10**6], ids=["word by word", "two by two", "all at once"])
+def test_scores_made_twice_have_the_plain_values_and_gradients(in_cache, monkeypatch):
+    monkeypatch.setattr(fast, "IN_CACHE", in_cache)
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4, 6), (3, 5, 6), (1, 6))]
+    keys, query, weight = inputs
+    ours, plain = tanh_scores(*inputs), (torch.tanh(keys[:, None] + query[:, :, None]) * weight).sum(3)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    factors = torch.randn_like(plain)
+    for of_ours, of_plain in zip(
+        *(torch.autograd.grad((scores * factors).sum(), inputs) for scores in (ours, plain)), strict=True
+    ):
+        torch.testing.assert_close(of_ours, of_plain, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_scores_are_made_in_float32():
+    keys, query, weight = torch.randn(2, 4, 6), torch.randn(2, 3, 6), torch.randn(1, 6)
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        scores = tanh_scores(keys.bfloat16(), query.bfloat16(), weight)
+    expected = (torch.tanh(keys.bfloat16().float()[:, None] + query.bfloat16().float()[:, :, None]) * weight).sum(3)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_photo_by_photo_and_step_by_step_see_the_same():
+    """Three photos, the second without a caption, for five captions of which fewer and fewer go on."""
+    values = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(sum(ROWS), 4, dtype=torch.float64, requires_grad=True)
+    photo, alone = torch.tensor([2, 0, 2, 2, 0]), []
+
+    def look(values, words):
+        alone.append(len(values))
+        return (values[:, None] * words.view(len(values), -1, 4).exp()).flatten(0, 1)
+
+    results = [way(look, (values,), (words,), photo, list(ROWS)) for way in (photo_by_photo, step_by_step)]
+    assert alone == [1, 1, *ROWS]
+    assert torch.equal(results[0], torch.cat([values[photo[:rows]] for rows in ROWS]) * words.exp())
+    factors = torch.randn_like(results[0])
+    for one, other in zip(
+        *(torch.autograd.grad((seen * factors).sum(), [values, words]) for seen in results), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert torch.equal(results[0], results[1])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fast import AllSteps, Layer, in_parts
+from captioning.decoders.fast import AllSteps, all_words, tanh_scores
 from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
 
@@ -62,44 +62,48 @@ class AdaptiveDecoder(nn.Module):
         return State((values, self.key(values), gates), (nothing, nothing))
 
     def step(self, words: Tensor, state: State) -> Step:
-        word_gates = self.word_gates(self.embedding(words))
-        layers = self.hidden_gates, self.query, self.sentinel_key
-        hidden, memory, attention, said = self._advance(word_gates, *state.rows, *state.photos, *layers)
+        (values, keys, photo_gates), (hidden, memory) = state
+        captions = words.shape[0] // values.shape[0]  # of a photo; not len: torch.export would take it for a constant
+        gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions, 0)
+        hidden, memory, sentinel = self._remember(gates + self.hidden_gates(hidden), memory)
+        attention, said = self._look(values, keys, hidden, sentinel)
         scores = self.vocabulary(self.dropout(said))  # (R, V)
         return Step(F.log_softmax(full(scores), 1), attention, State(state.photos, (hidden, memory)))
 
     def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
-        """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
-        state = self.begin(grid).of_captions(photo)
-        says = []
-        word_gates = self.word_gates(self.embedding(words.data))  # (W, 5H): they wait for no hidden state
-        layers = [AllSteps(layer) for layer in (self.hidden_gates, self.query, self.sentinel_key)]
-        for gates in word_gates.split(words.batch_sizes.tolist()):
-            photos, rows = state.first(len(gates))
-            hidden, memory, _, said = self._advance(gates, *rows, *photos, *layers)
-            state = State(photos, (hidden, memory))
-            says.append(said)
-        return TeacherForced(self.vocabulary(self.dropout(torch.cat(says))), None)  # (W, V): one product for all words
+        """No hidden state sees what was attended to: all of them come first, then every word looks at its photo.
 
-    def _advance(
-        self, word_gates: Tensor, hidden: Tensor, memory: Tensor, values: Tensor, keys: Tensor, photo_gates: Tensor,
-        hidden_gates: Layer, query_of: Layer, sentinel_key: Layer,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """One step of R = B K rows over B photos -> h (R, H), m (R, H), attention (R, P), c + h (R, H)."""
-        photos, rows = values.shape[0], hidden.shape[0]
-        each = (photos, rows // photos, -1)  # (B, K, ...)
-        gates = word_gates.view(each) + photo_gates[:, None] + hidden_gates(hidden).view(each)
-        let_in, forget, candidate, let_out, let_speak = full(gates).view(rows, -1).chunk(5, 1)
+        Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed.
+        """
+        values, keys, photo_gates = self.begin(grid).photos
+        sizes = words.batch_sizes.tolist()
+        whose = torch.cat([photo[:rows] for rows in sizes])  # (W,): each word's photo
+        gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, whose)  # (W, 5H)
+        from_hidden = AllSteps(self.hidden_gates)
+        hidden = memory = gates.new_zeros(len(photo), self.hidden_gates.in_features, dtype=full(gates).dtype)
+        hiddens, sentinels = [], []
+        for now in gates.split(sizes):
+            hidden, memory, sentinel = self._remember(now + from_hidden(hidden[: len(now)]), memory[: len(now)])
+            hiddens.append(hidden)
+            sentinels.append(sentinel)
+        rows = torch.cat(hiddens), torch.cat(sentinels)  # (W, H)
+        said = all_words(lambda *both: self._look(*both)[1], (values, keys), rows, photo, sizes)
+        return TeacherForced(self.vocabulary(self.dropout(said)), None)  # (W, V): one product for all words
+
+    def _remember(self, gates: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What all feed to the gates (R, 5H), and m_t-1 (R, H) -> h_t, m_t, s_t (R, H)."""
+        let_in, forget, candidate, let_out, let_speak = full(gates).chunk(5, 1)
         memory = forget.sigmoid() * memory + let_in.sigmoid() * candidate.tanh()
-        hidden, sentinel = let_out.sigmoid() * memory.tanh(), let_speak.sigmoid() * memory.tanh()
-        query = query_of(hidden)  # (R, A)
-        cells = in_parts(self._scores, keys, query.view(each))  # (B, K, P)
-        own = self.score((sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
-        weights = full(torch.cat([cells, own], 2)).softmax(2)
+        said = memory.tanh()
+        return let_out.sigmoid() * said, memory, let_speak.sigmoid() * said
+
+    def _look(self, values: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor) -> tuple[Tensor, Tensor]:
+        """h_t and s_t (R, H) of R = B K rows over B photos -> the cells' attention (R, P), c_t + h_t (R, H)."""
+        each = (values.shape[0], hidden.shape[0] // values.shape[0], -1)  # (B, K, ...)
+        query = self.query(hidden)  # (R, A)
+        cells = tanh_scores(keys, query.view(each), self.score.weight)  # (B, K, P)
+        own = self.score((self.sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
+        weights = torch.cat([full(cells), full(own)], 2).softmax(2)
         attention, beta = weights[..., :-1], weights[..., -1:]
         context = attention.to(values.dtype) @ values + beta * sentinel.view(each)  # (B, K, H)
-        return hidden, memory, attention.reshape(rows, -1), context.view(rows, -1) + hidden
-
-    def _scores(self, keys: Tensor, query: Tensor, out: Tensor | None = None) -> Tensor:
-        """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""
-        return self.score(torch.add(keys[:, None], query[:, :, None], out=out).tanh_()).squeeze(3)
+        return attention.flatten(0, 1), context.flatten(0, 1) + hidden

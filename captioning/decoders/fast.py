@@ -6,6 +6,8 @@ weight itself. Here every step notes x_t and dy_t, and the sum is one product be
 
 in_parts: the scores of attention, a few photos at a time.
 
+all_words, tanh_scores: attention of all words at once, where no hidden state waits for it.
+
 kernels_for: captioning/decoders/kernels.py, where it serves.
 
 Letters: B photos, K captions a photo, R rows of a step, W rows of all steps, P cells, A attention, I inputs, O outputs.
@@ -14,7 +16,7 @@ Letters: B photos, K captions a photo, R rows of a step, W rows of all steps, P 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 IN_CACHE = 2**19  # elements
 Layer = Callable[[Tensor], Tensor]  # a linear layer itself, or AllSteps of it
@@ -111,3 +114,77 @@ def in_parts(scores: Callable[..., Tensor], keys: Tensor, query: Tensor) -> Tens
     sums = torch.empty(min(photos, len(keys)), *shape, dtype=torch.result_type(keys, query))
     parts = zip(keys.split(photos), query.split(photos), strict=True)
     return torch.cat([scores(*part, out=sums[: len(part[0])]) for part in parts])
+
+
+def all_words(look: Callable[..., Tensor], photos: tuple[Tensor, ...], rows: tuple[Tensor, ...], photo: Tensor,
+              sizes: list[int]) -> Tensor:  # fmt: skip
+    """look(photos (B, ...), rows of K words a photo (B K, ...)) -> (B K, ...), of all words packed (W, ...).
+
+    photo (R,) int64: whose each caption is; sizes: rows of each step. On a CPU a photo is read once, for all words of
+    its captions. On a GPU the number of these would have to be waited for: there a step's rows look together.
+    """
+    return (photo_by_photo if photo.device.type == "cpu" else step_by_step)(look, photos, rows, photo, sizes)
+
+
+def photo_by_photo(look: Callable, photos: tuple, rows: tuple, photo: Tensor, sizes: list[int]) -> Tensor:
+    whose = torch.cat([photo[:size] for size in sizes])  # (W,)
+    order, words = whose.argsort(stable=True), whose.bincount(minlength=len(photos[0])).tolist()
+    of_photo = zip(*(tensor.split(1) for tensor in photos), strict=True)
+    of_words = zip(*(tensor.index_select(0, order).split(words) for tensor in rows), strict=True)
+    seen = torch.cat([look(*one, *some) for one, some in zip(of_photo, of_words, strict=True) if len(some[0])])
+    return torch.empty_like(seen).index_copy(0, order, seen)
+
+
+def step_by_step(look: Callable, photos: tuple, rows: tuple, photo: Tensor, sizes: list[int]) -> Tensor:
+    photos = tuple(tensor.index_select(0, photo) for tensor in photos)
+    steps = zip(*(tensor.split(sizes) for tensor in rows), strict=True)
+    return torch.cat([look(*(tensor[: len(step[0])] for tensor in photos), *step) for step in steps])
+
+
+def tanh_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+    """w . tanh(keys (B, P, A) + query (B, K, A)) -> (B, K, P); weight (1, A).
+
+    On a CPU the B K P A sums are made a few words at a time, in the cache and at least in float32, and once more in
+    the backward pass: to write them to memory and to read them back takes longer.
+    """
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():  # a graph to be exported holds no loop
+        return F.linear(torch.add(keys[:, None], query[:, :, None]).tanh_(), weight).squeeze(3)
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    return _TanhScores.apply(keys.to(dtype), query.to(dtype), weight.to(dtype).view(-1))
+
+
+class _TanhScores(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(keys, query, weight)
+        scores = keys.new_empty(*query.shape[:2], keys.shape[1])
+        for one, some, tanh in _tanh_in_parts(keys, query):
+            torch.mv(tanh.flatten(0, 1), weight, out=scores[one, some].view(-1))
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of sum(g tanh(k + q) w), with tanh' = 1 - tanh^2."""
+        keys, query, weight = context.saved_tensors
+        of_weight = torch.zeros_like(weight)
+        of_keys = gradient.sum(1)[:, :, None].expand_as(keys).clone()
+        of_query = gradient.sum(2)[:, :, None].expand_as(query).clone()
+        for one, some, tanh in _tanh_in_parts(keys, query):
+            now = gradient[one, some]  # (words, P)
+            of_weight.addmv_(tanh.flatten(0, 1).T, now.flatten())
+            tanh.square_().mul_(now[:, :, None])
+            of_keys[one] -= tanh.sum(0)
+            of_query[one, some] -= tanh.sum(1)
+        return of_keys * weight, of_query * weight, of_weight
+
+
+def _tanh_in_parts(keys: Tensor, query: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """keys (B, P, A), query (B, K, A) -> photo, which words, tanh(keys + query) (words, P, A): gone with the next."""
+    words = max(1, IN_CACHE // keys[0].numel())
+    space = keys.new_empty(min(words, query.shape[1]), *keys.shape[1:])
+    for one in range(len(keys)):
+        for first in range(0, query.shape[1], words):
+            some = slice(first, first + words)
+            queries = query[one, some, None]
+            yield one, some, torch.add(keys[one], queries, out=space[: len(queries)]).tanh_()
