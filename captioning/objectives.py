@@ -72,9 +72,7 @@ class CrossEntropy(nn.Module):
         scores = full(scores)
         objective = cross_entropy = F.cross_entropy(scores, batch.targets, ignore_index=PAD)
         if self.label_smoothing:
-            objective = F.cross_entropy(
-                scores, batch.targets, ignore_index=PAD, label_smoothing=self.label_smoothing
-            )
+            objective = F.cross_entropy(scores, batch.targets, ignore_index=PAD, label_smoothing=self.label_smoothing)
         said = batch.targets != PAD  # (W,)
         if choices is not None:
             log_probabilities = -F.cross_entropy(scores.detach(), batch.targets, ignore_index=PAD, reduction="none")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from captioning.decoders import fast
-from captioning.decoders.fast import AllSteps, in_parts, photo_by_photo, step_by_step, tanh_scores
+from captioning.decoders.fast import AllScores, AllSteps, photo_by_photo, step_by_step
 from captioning.device import autocast
 
 ROWS = (5, 5, 3, 1)  # of each step: captions end
@@ -79,29 +79,33 @@ def test_nothing_is_kept_once_the_gradients_are_there(layer, first):
     assert not kept[0].notes and layer.weight.grad is not None
 
 
-@pytest.mark.parametrize("in_cache", [1, 2 * 3 * 4 * 6, 10**6], ids=["one by one", "two by two", "all at once"])
-def test_scores_in_parts_are_the_scores(in_cache, monkeypatch):
-    monkeypatch.setattr(fast, "IN_CACHE", in_cache)
-    keys, query, parts = torch.randn(5, 4, 6), torch.randn(5, 3, 6), []
-
-    def scores(keys, query, out=None):
-        parts.append(len(keys))
-        return torch.add(keys[:, None], query[:, :, None], out=out).relu_().sum(3)
-
-    whole = in_parts(scores, keys, query)
-    assert parts == [5]  # with gradients: every part would have to be kept anyway
-    with torch.no_grad():
-        assert torch.equal(in_parts(scores, keys, query), whole)
-    assert parts[1:] == {1: [1] * 5, 144: [2, 2, 1], 10**6: [5]}[in_cache]
+def scores_of(activation, inputs, scores_class=AllScores):
+    """Of five captions of three photos, the second without any, fewer and fewer of which go on: (W, P)."""
+    keys, weight, *queries = inputs
+    scores = scores_class(activation, keys, weight, torch.tensor([2, 0, 2, 2, 0]))
+    return torch.cat([scores(query[:, None])[:, 0] for query in queries])
 
 
-@pytest.mark.parametrize("in_cache", [1, 2 * 4 * 6, 10**6], ids=["word by word", "two by two", "all at once"])
-def test_scores_made_twice_have_the_plain_values_and_gradients(in_cache, monkeypatch):
-    monkeypatch.setattr(fast, "IN_CACHE", in_cache)
+class PlainScores:
+    def __init__(self, activation, keys, weight, photo):
+        self.activation, self.keys, self.weight = getattr(torch, activation), keys[photo], weight
+
+    def __call__(self, query):
+        return (self.activation(self.keys[: len(query), None] + query[:, :, None]) * self.weight).sum(3)
+
+
+@pytest.fixture
+def inputs():
     torch.manual_seed(0)
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4, 6), (3, 5, 6), (1, 6))]
-    keys, query, weight = inputs
-    ours, plain = tanh_scores(*inputs), (torch.tanh(keys[:, None] + query[:, :, None]) * weight).sum(3)
+    shapes = (3, 4, 6), (1, 6), *((rows, 6) for rows in ROWS)
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("in_cache", [1, 2 * 4 * 6, 10**6], ids=["row by row", "two by two", "a photo at once"])
+def test_scores_made_in_parts_have_the_plain_values_and_gradients(activation, in_cache, inputs, monkeypatch):
+    monkeypatch.setattr(fast, "IN_CACHE", in_cache // torch.get_num_threads())
+    ours, plain = scores_of(activation, inputs), scores_of(activation, inputs, PlainScores)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     factors = torch.randn_like(plain)
     for of_ours, of_plain in zip(
@@ -110,12 +114,38 @@ def test_scores_made_twice_have_the_plain_values_and_gradients(in_cache, monkeyp
         torch.testing.assert_close(of_ours, of_plain, rtol=1e-12, atol=1e-12)
 
 
-def test_half_precision_scores_are_made_in_float32():
-    keys, query, weight = torch.randn(2, 4, 6), torch.randn(2, 3, 6), torch.randn(1, 6)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_where_no_cpu_makes_them_scores_are_the_same(activation, inputs, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as for an exported graph, and on a GPU
+    whole = scores_of(activation, inputs)
+    monkeypatch.undo()
+    torch.testing.assert_close(whole, scores_of(activation, inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_a_photo_may_have_several_rows_side_by_side(inputs):
+    keys, weight = inputs[:2]
+    query = torch.randn(3, 2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        ours = AllScores("relu", keys, weight)(query)
+    torch.testing.assert_close(ours, PlainScores("relu", keys, weight, torch.arange(3))(query), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_scores_asked_for_twice_or_in_part_are_those_of_once(inputs):
+    keys, weight, *queries = inputs
+    once = torch.autograd.grad(scores_of("relu", inputs).sum(), inputs)
+    loss = scores_of("relu", inputs).sum()
+    alone = torch.autograd.grad(loss, queries, retain_graph=True)  # of keys and weight none is asked
+    for gradients in ((None, None, *alone), *(torch.autograd.grad(loss, inputs, retain_graph=True) for _ in "ab")):
+        assert all(ours is None or torch.equal(ours, plain) for ours, plain in zip(gradients, once, strict=True))
+
+
+def test_half_precision_scores_are_made_in_float32(inputs):
+    inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
     with autocast(torch.device("cpu"), torch.bfloat16):
-        scores = tanh_scores(keys.bfloat16(), query.bfloat16(), weight)
-    expected = (torch.tanh(keys.bfloat16().float()[:, None] + query.bfloat16().float()[:, :, None]) * weight).sum(3)
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+        ours = scores_of("tanh", inputs)
+    plain = scores_of("tanh", [tensor.float() for tensor in inputs], PlainScores)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    assert [gradient.dtype for gradient in torch.autograd.grad(ours.sum(), inputs)] == [torch.bfloat16] * len(inputs)
 
 
 def test_photo_by_photo_and_step_by_step_see_the_same():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fast import AllSteps, all_words, tanh_scores
+from captioning.decoders.fast import AllScores, AllSteps, all_words
 from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
 from captioning.grid import Grid
 
@@ -101,7 +101,7 @@ class AdaptiveDecoder(nn.Module):
         """h_t and s_t (R, H) of R = B K rows over B photos -> the cells' attention (R, P), c_t + h_t (R, H)."""
         each = (values.shape[0], hidden.shape[0] // values.shape[0], -1)  # (B, K, ...)
         query = self.query(hidden)  # (R, A)
-        cells = tanh_scores(keys, query.view(each), self.score.weight)  # (B, K, P)
+        cells = AllScores("tanh", keys, self.score.weight)(query.view(each))  # (B, K, P)
         own = self.score((self.sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
         weights = torch.cat([full(cells), full(own)], 2).softmax(2)
         attention, beta = weights[..., :-1], weights[..., -1:]

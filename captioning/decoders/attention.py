@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fast import AllSteps, Layer, in_parts, kernels_for
+from captioning.decoders.fast import AllScores, AllSteps, Layer, kernels_for
 from captioning.decoders.protocol import Choices, State, Step, TeacherForced, all_choices, coverage, full, initialise
 from captioning.grid import Grid
 
@@ -60,7 +60,8 @@ class AttentionDecoder(nn.Module):
 
     def step(self, words: Tensor, state: State) -> Step:
         gates = self.word_gates(self.embedding(words))
-        look = partial(self._look, *state.photos)
+        cells, keys, pooling = state.photos
+        look = partial(self._look, cells, AllScores("relu", keys, self.score.weight), pooling)
         layers = self.from_hidden, self.context_gates
         rows, attention, choices = self._advance(gates, state.rows, look, self._lstm, *layers)
         scores = self.vocabulary(self.dropout(rows[0]))  # (R, V)
@@ -74,14 +75,15 @@ class AttentionDecoder(nn.Module):
             look = kernels.AllLooks(cells, keys, grid.pooling, self.score.weight, photo)
             lstm = kernels.LstmGates.apply
         else:
-            state = State((cells, keys), rows).of_captions(photo)  # (R, N, C), (R, P, A); (R, H)
+            state = State((cells,), rows).of_captions(photo)  # (R, N, C); (R, H)
+            scores = AllScores("relu", keys, self.score.weight, photo)
             look, lstm = None, self._lstm
         hiddens, attentions, chosen = [], [], []
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
         layers = AllSteps(self.from_hidden), AllSteps(self.context_gates)
         for gates in word_gates.split(words.batch_sizes.tolist()):
             photos, rows = state.first(len(gates))
-            look_now = look or partial(self._look, *photos, grid.pooling)
+            look_now = look or partial(self._look, *photos, scores, grid.pooling)
             rows, attention, choices = self._advance(gates, rows, look_now, lstm, *layers)
             state = State(photos, rows)
             hiddens.append(rows[0])
@@ -102,11 +104,11 @@ class AttentionDecoder(nn.Module):
         return (hidden, cell, *others), attention, choices[0] if choices else None
 
     def _look(
-        self, cells: Tensor, keys: Tensor, pooling: Tensor, query: Tensor, gate: Tensor, *others: Tensor
+        self, cells: Tensor, scores: Callable, pooling: Tensor, query: Tensor, gate: Tensor, *others: Tensor
     ) -> tuple[Tensor, Tensor, Choices | None]:
         """Queries (R, A) and gates (R, C) of R = B K rows over B photos -> z_t (R, C), a_t (R, P), choices (R,)."""
         photos = cells.shape[0]  # not len: torch.export would take it for a constant
-        attention = full(in_parts(self._scores, keys, query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
+        attention = full(scores(query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
         weights, choices = self._weights(attention, *others)
         seen = Grid(cells, pooling).look(weights)  # (B, K, C): (a P) F
         return gate.sigmoid() * seen.view(gate.shape), attention.flatten(0, 1), choices
@@ -116,10 +118,6 @@ class AttentionDecoder(nn.Module):
         let_in, forget, candidate, let_out = full(word + context + hidden).chunk(4, 1)
         cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
         return let_out.sigmoid() * cell.tanh(), cell
-
-    def _scores(self, keys: Tensor, query: Tensor, out: Tensor | None = None) -> Tensor:
-        """(B, P, A) and (B, K, A) -> the score of each cell (B, K, P); out (B, K, P, A): where to put the sums."""
-        return self.score(torch.add(keys[:, None], query[:, :, None], out=out).relu_()).squeeze(3)
 
     def _weights(self, attention: Tensor) -> tuple[Tensor, Choices | None]:
         """Attention (B, K, P) -> the weight of each cell in what is seen (B, K, P): here the attention itself."""

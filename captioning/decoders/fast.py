@@ -4,9 +4,9 @@ AllSteps: a linear layer that a recurrence applies at every step, with one produ
 Backpropagation through time forms dW = sum_t dy_t^T x_t term by term: many products of few rows, each as large as the
 weight itself. Here every step notes x_t and dy_t, and the sum is one product behind the last of them.
 
-in_parts: the scores of attention, a few photos at a time.
+AllScores: the scores of attention, without their sums in memory.
 
-all_words, tanh_scores: attention of all words at once, where no hidden state waits for it.
+all_words: attention of all words at once, where no hidden state waits for it.
 
 kernels_for: captioning/decoders/kernels.py, where it serves.
 
@@ -15,7 +15,6 @@ Letters: B photos, K captions a photo, R rows of a step, W rows of all steps, P 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
@@ -26,7 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-IN_CACHE = 2**19  # elements
+from captioning.decoders.protocol import full
+
+IN_CACHE = 2**18  # elements: what a core works on at once
+ACTIVATIONS = {  # f, in place; what f gave -> f', in place: 0 or 1, and 1 - tanh^2
+    "relu": (Tensor.relu_, Tensor.sign_),
+    "tanh": (Tensor.tanh_, lambda tanh: torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1, out=tanh)),
+}
 Layer = Callable[[Tensor], Tensor]  # a linear layer itself, or AllSteps of it
 
 
@@ -102,18 +107,96 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return kernels
 
 
-def in_parts(scores: Callable[..., Tensor], keys: Tensor, query: Tensor) -> Tensor:
-    """scores(keys (B, P, A), query (B, K, A)) -> (B, K, P), a few photos at a time where nothing learns on a CPU.
+class AllScores:
+    """The scores of attention, w . f(k_p + q) with f relu or tanh, for every step of one forward pass.
 
-    In between there are B K P A sums: asking the system for so much memory takes longer than the sums themselves.
+    In between are R P A sums a step: to ask for so much memory, to write it and to read it takes longer than the sums
+    themselves. So a CPU makes them in its cache, a few rows of one photo at a time and at least in float32, and anew
+    where gradients need them: those of keys and w wait for the last step, as in AllSteps.
     """
-    if torch.is_grad_enabled() or keys.device.type != "cpu":
-        return scores(keys, query)
-    shape = query.shape[1], *keys.shape[1:]
-    photos = max(1, IN_CACHE // math.prod(shape))
-    sums = torch.empty(min(photos, len(keys)), *shape, dtype=torch.result_type(keys, query))
-    parts = zip(keys.split(photos), query.split(photos), strict=True)
-    return torch.cat([scores(*part, out=sums[: len(part[0])]) for part in parts])
+
+    def __init__(self, activation: str, keys: Tensor, weight: Tensor, photo: Tensor | None = None):
+        """keys (B, P, A), weight (1, A); photo (R,) int64: whose each row is; without it there are K rows a photo."""
+        self.activation, self.keys, self.weight, self.photo = activation, keys, weight, photo
+        self.in_parts = keys.device.type == "cpu" and not torch.compiler.is_compiling()  # no loops in exported graphs
+        if self.in_parts:
+            self.keys, self.weight = full(keys.detach()), full(weight.detach())
+            self.count, self.notes = 0, {}  # by step: queries (R, A), gradients of the scores (R, P), photos (R,)
+            self.parameters = _Keys.apply(keys, weight, activation, self.notes)
+        elif photo is not None:
+            self.keys = keys.index_select(0, photo)
+
+    def __call__(self, query: Tensor) -> Tensor:
+        """(B, K, A) -> (B, K, P); where each row has its photo, the first rows' alone: (R, 1, A) -> (R, 1, P)."""
+        photos, rows = self.keys.shape[0], query.shape[0] * query.shape[1]
+        if not self.in_parts:
+            self.keys = self.keys if self.photo is None or rows == photos else self.keys[:rows]
+            sums = ACTIVATIONS[self.activation][0](self.keys[:, None] + query[:, :, None])  # (B, K, P, A)
+            return F.linear(sums, self.weight).squeeze(3)
+        photo = torch.arange(photos).repeat_interleave(rows // photos) if self.photo is None else self.photo[:rows]
+        self.count += 1
+        scores = _Scores.apply(full(query).flatten(0, 1), self.parameters, self, photo, self.count)
+        return scores.view(*query.shape[:2], -1)
+
+
+class _Keys(torch.autograd.Function):
+    """Stands for keys and w in the graph: behind all steps, its backward sees the notes of every one."""
+
+    @staticmethod
+    def forward(context: Any, keys: Tensor, weight: Tensor, activation: str, notes: dict) -> Tensor:
+        context.save_for_backward(keys, weight)
+        context.activation, context.notes = activation, notes  # not the scores: a ring is freed late
+        return keys.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        keys, weight = context.saved_tensors
+        notes = (context.notes[number] for number in sorted(context.notes))
+        query, gradient, photo = (torch.cat(tensors) for tensors in zip(*notes, strict=True))  # of W rows
+        context.notes.clear()
+        of_keys, of_weight = full(torch.zeros_like(keys)), full(torch.zeros_like(weight[0]))
+        for one, some, sums in _in_parts(context.activation, full(keys), query, photo):
+            now = gradient.index_select(0, some)
+            of_weight.addmv_(sums.flatten(0, 1).T, now.view(-1))
+            for slope, of_score in zip(ACTIVATIONS[context.activation][1](sums), now[:, :, None], strict=True):
+                of_keys[one].addcmul_(slope, of_score)
+        return of_keys.mul_(weight).to(keys.dtype), of_weight[None].to(weight.dtype), None, None
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, query: Tensor, parameters: Tensor, scores: AllScores, photo: Tensor, number: int
+    ) -> Tensor:
+        context.save_for_backward(query, photo)
+        context.scores, context.number = scores, number
+        result = query.new_empty(len(query), scores.keys.shape[1])
+        for _, some, sums in _in_parts(scores.activation, scores.keys, query, photo):
+            result[some] = torch.mv(sums.flatten(0, 1), scores.weight[0]).view(len(some), -1)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (query, photo), scores = context.saved_tensors, context.scores
+        if context.needs_input_grad[1]:
+            scores.notes[context.number] = query, gradient, photo
+        of_query = torch.empty_like(query)
+        for _, some, sums in _in_parts(scores.activation, scores.keys, query, photo):
+            slopes = ACTIVATIONS[scores.activation][1](sums)
+            of_query[some] = torch.bmm(gradient.index_select(0, some)[:, None], slopes)[:, 0]
+        return of_query.mul_(scores.weight), None, None, None, None
+
+
+def _in_parts(activation: str, keys: Tensor, query: Tensor, photo: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Queries (R, A), their photos (R,) -> a photo, some of its rows (K,), f(k_p + q) (K, P, A), gone with the next."""
+    most = max(1, IN_CACHE * torch.get_num_threads() // keys[0].numel())
+    counts, space = photo.bincount().tolist(), keys.new_empty(min(most, len(query)), *keys.shape[1:])
+    for one, rows in enumerate(photo.argsort(stable=True).split(counts)):
+        for some in rows.split(most) if len(rows) else ():
+            sums = torch.add(keys[one], query.index_select(0, some)[:, None], out=space[: len(some)])
+            yield one, some, ACTIVATIONS[activation][0](sums)
 
 
 def all_words(look: Callable[..., Tensor], photos: tuple[Tensor, ...], rows: tuple[Tensor, ...], photo: Tensor,
@@ -139,52 +222,3 @@ def step_by_step(look: Callable, photos: tuple, rows: tuple, photo: Tensor, size
     photos = tuple(tensor.index_select(0, photo) for tensor in photos)
     steps = zip(*(tensor.split(sizes) for tensor in rows), strict=True)
     return torch.cat([look(*(tensor[: len(step[0])] for tensor in photos), *step) for step in steps])
-
-
-def tanh_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-    """w . tanh(keys (B, P, A) + query (B, K, A)) -> (B, K, P); weight (1, A).
-
-    On a CPU the B K P A sums are made a few words at a time, in the cache and at least in float32, and once more in
-    the backward pass: to write them to memory and to read them back takes longer.
-    """
-    if keys.device.type != "cpu" or torch.compiler.is_compiling():  # a graph to be exported holds no loop
-        return F.linear(torch.add(keys[:, None], query[:, :, None]).tanh_(), weight).squeeze(3)
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    return _TanhScores.apply(keys.to(dtype), query.to(dtype), weight.to(dtype).view(-1))
-
-
-class _TanhScores(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-        context.save_for_backward(keys, query, weight)
-        scores = keys.new_empty(*query.shape[:2], keys.shape[1])
-        for one, some, tanh in _tanh_in_parts(keys, query):
-            torch.mv(tanh.flatten(0, 1), weight, out=scores[one, some].view(-1))
-        return scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of sum(g tanh(k + q) w), with tanh' = 1 - tanh^2."""
-        keys, query, weight = context.saved_tensors
-        of_weight = torch.zeros_like(weight)
-        of_keys = gradient.sum(1)[:, :, None].expand_as(keys).clone()
-        of_query = gradient.sum(2)[:, :, None].expand_as(query).clone()
-        for one, some, tanh in _tanh_in_parts(keys, query):
-            now = gradient[one, some]  # (words, P)
-            of_weight.addmv_(tanh.flatten(0, 1).T, now.flatten())
-            tanh.square_().mul_(now[:, :, None])
-            of_keys[one] -= tanh.sum(0)
-            of_query[one, some] -= tanh.sum(1)
-        return of_keys * weight, of_query * weight, of_weight
-
-
-def _tanh_in_parts(keys: Tensor, query: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """keys (B, P, A), query (B, K, A) -> photo, which words, tanh(keys + query) (words, P, A): gone with the next."""
-    words = max(1, IN_CACHE // keys[0].numel())
-    space = keys.new_empty(min(words, query.shape[1]), *keys.shape[1:])
-    for one in range(len(keys)):
-        for first in range(0, query.shape[1], words):
-            some = slice(first, first + words)
-            queries = query[one, some, None]
-            yield one, some, torch.add(keys[one], queries, out=space[: len(queries)]).tanh_()

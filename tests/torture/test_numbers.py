@@ -131,9 +131,7 @@ def nan_weights(trainer, loss):
 
 @pytest.mark.parametrize("what", [nan_loss, nan_weights])
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_what_is_not_finite_is_never_saved_and_resume_goes_on_from_the_last_good_weights(
-    here, what, place, tally
-):
+def test_what_is_not_finite_is_never_saved_and_resume_goes_on_from_the_last_good_weights(here, what, place, tally):
     setting = {**TINY, "precision": "float32"}
     updates = log_steps(setting)
     with sabotage(updates + {"first": 1, "middle": 2, "last": updates}[place], what):
