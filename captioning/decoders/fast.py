@@ -156,10 +156,12 @@ class _Keys(torch.autograd.Function):
         query, gradient, photo = (torch.cat(tensors) for tensors in zip(*notes, strict=True))  # of W rows
         context.notes.clear()
         of_keys, of_weight = full(torch.zeros_like(keys)), full(torch.zeros_like(weight[0]))
-        for one, some, sums in _in_parts(context.activation, full(keys), query, photo):
-            now = gradient.index_select(0, some)
-            of_weight.addmv_(sums.flatten(0, 1).T, now.view(-1))
-            for slope, of_score in zip(ACTIVATIONS[context.activation][1](sums), now[:, :, None], strict=True):
+        order, parts, sums = _in_parts(context.activation, full(keys), query, photo)
+        now = gradient.index_select(0, order).split([rows for _, rows in parts])  # (K, P) of each part
+        for (one, _), of_scores, activated in zip(parts, now, sums, strict=True):
+            of_weight.addmv_(activated.flatten(0, 1).T, of_scores.view(-1))
+            slopes = ACTIVATIONS[context.activation][1](activated)
+            for slope, of_score in zip(slopes, of_scores[:, :, None], strict=True):
                 of_keys[one].addcmul_(slope, of_score)
         return of_keys.mul_(weight).to(keys.dtype), of_weight[None].to(weight.dtype), None, None
 
@@ -171,10 +173,10 @@ class _Scores(torch.autograd.Function):
     ) -> Tensor:
         context.save_for_backward(query, photo)
         context.scores, context.number = scores, number
-        result = query.new_empty(len(query), scores.keys.shape[1])
-        for _, some, sums in _in_parts(scores.activation, scores.keys, query, photo):
-            result[some] = torch.mv(sums.flatten(0, 1), scores.weight[0]).view(len(some), -1)
-        return result
+        order, _, sums = _in_parts(scores.activation, scores.keys, query, photo)
+        of_rows = torch.cat([torch.mv(activated.flatten(0, 1), scores.weight[0]) for activated in sums])
+        of_rows = of_rows.view(len(query), -1)  # by photo
+        return torch.empty_like(of_rows).index_copy_(0, order, of_rows)
 
     @staticmethod
     @once_differentiable
@@ -182,21 +184,25 @@ class _Scores(torch.autograd.Function):
         (query, photo), scores = context.saved_tensors, context.scores
         if context.needs_input_grad[1]:
             scores.notes[context.number] = query, gradient, photo
-        of_query = torch.empty_like(query)
-        for _, some, sums in _in_parts(scores.activation, scores.keys, query, photo):
-            slopes = ACTIVATIONS[scores.activation][1](sums)
-            of_query[some] = torch.bmm(gradient.index_select(0, some)[:, None], slopes)[:, 0]
-        return of_query.mul_(scores.weight), None, None, None, None
+        order, parts, sums = _in_parts(scores.activation, scores.keys, query, photo)
+        now = gradient.index_select(0, order)[:, None].split([rows for _, rows in parts])  # (K, 1, P) of each part
+        slopes = map(ACTIVATIONS[scores.activation][1], sums)
+        of_query = torch.cat([torch.bmm(*both) for both in zip(now, slopes, strict=True)])[:, 0].mul_(scores.weight)
+        return torch.empty_like(query).index_copy_(0, order, of_query), None, None, None, None
 
 
-def _in_parts(activation: str, keys: Tensor, query: Tensor, photo: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Queries (R, A), their photos (R,) -> a photo, some of its rows (K,), f(k_p + q) (K, P, A), gone with the next."""
+def _in_parts(
+    activation: str, keys: Tensor, query: Tensor, photo: Tensor
+) -> tuple[Tensor, list[tuple[int, int]], Iterator[Tensor]]:
+    """Queries (R, A), their photos (R,) -> the rows by photo (R,); a photo, and how many of its rows, of each part;
+    f(k_p + q) of each (K, P, A), gone with the next."""
+    order, counts = photo.argsort(stable=True), enumerate(photo.bincount().tolist())
     most = max(1, IN_CACHE * torch.get_num_threads() // keys[0].numel())
-    counts, space = photo.bincount().tolist(), keys.new_empty(min(most, len(query)), *keys.shape[1:])
-    for one, rows in enumerate(photo.argsort(stable=True).split(counts)):
-        for some in rows.split(most) if len(rows) else ():
-            sums = torch.add(keys[one], query.index_select(0, some)[:, None], out=space[: len(some)])
-            yield one, some, ACTIVATIONS[activation][0](sums)
+    parts = [(one, min(most, rows - first)) for one, rows in counts for first in range(0, rows, most)]
+    space = keys.new_empty(min(most, len(query)), *keys.shape[1:])
+    queries = query.index_select(0, order)[:, None].split([rows for _, rows in parts])
+    sums = (torch.add(keys[one], some, out=space[:n]) for (one, n), some in zip(parts, queries, strict=True))
+    return order, parts, map(ACTIVATIONS[activation][0], sums)
 
 
 def all_words(look: Callable[..., Tensor], photos: tuple[Tensor, ...], rows: tuple[Tensor, ...], photo: Tensor,
