@@ -6,6 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from captioning.captioner import Captioner
+from captioning.feature_cache import FeatureReader
+from captioning.metrics import score
+from config import Search
+from preprocess.captions import read_captions
+from preprocess.vocabulary import END
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -94,3 +102,22 @@ def test_the_bench_of_the_scores_runs(small_data, capsys):
     scoring = bench("scoring")
     scoring.main(scoring.Bench((small_data,), photos=30))
     assert re.search(r"30 photos, 45 references, +word: [\d.]+ s", capsys.readouterr().out)
+
+
+def test_captions_given_whole_score_as_the_true_ones_and_given_nothing_are_greedy(here, capsys):
+    beginnings = bench("beginnings")
+    data, run = Path("data/small"), Path("checkpoints/attention")
+    photos = [photo for photo in read_captions(data) if photo.split == "val"]
+    first = {photo.id: photo.captions[0] for photo in photos}
+    whole = score(first, {photo.id: photo.captions[1:] or photo.captions for photo in photos})["CIDEr-D"]
+    beginnings.main(beginnings.Bench(data, (run,), words=20, captions=1))
+    assert float(capsys.readouterr().out.rpartition(", ")[2]) == pytest.approx(whole, abs=0.05)
+
+    captioner, reader = Captioner.load(run, "cpu", "float32"), FeatureReader(data / "features.h5")
+    grid = reader.read(reader.rows_of(list(first))).to(captioner.device, torch.float32)
+    with torch.no_grad():
+        written = beginnings.go_on(captioner.decoder, grid, torch.empty(len(grid), 0, dtype=torch.long)).tolist()
+    greedy = captioner.caption_grid(grid, Search(beam_size=1, max_length=beginnings.LONGEST))
+    for row, caption in zip(written, greedy, strict=True):
+        ours = captioner.vocabulary.decode(row[: row.index(END)] if END in row else row)
+        assert ours[: len(caption.words)] == caption.words

@@ -1,0 +1,93 @@
+"""How good captions are whose first words are true: is a decoder better at beginning, or at going on?
+
+    python bench/beginnings.py data/f8k-zh checkpoints/zh-attention checkpoints/zh-adaptive
+
+The first n words of one of a photo's captions are given and the rest is written greedily; CIDEr-D is against its other
+captions, the mean over the first --captions of each photo. What the given words alone are worth is the same for all.
+
+Letters: B photos, n given words, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+import tyro
+from torch import Tensor
+from tyro.conf import Positional
+
+from captioning.captioner import Captioner
+from captioning.decoders.protocol import Decoder
+from captioning.feature_cache import FeatureReader
+from captioning.grid import Grid
+from captioning.images import in_batches
+from captioning.metrics import score
+from captioning.splits import photos_of
+from preprocess.captions import Photo, read_captions
+from preprocess.vocabulary import END, PAD, START, UNKNOWN
+
+LONGEST = 20  # words a caption
+
+
+@dataclass(frozen=True)
+class Bench:
+    data: Positional[Path]
+    runs: Positional[tuple[Path, ...]]  # folders of checkpoints/
+    features: Path | None = None  # the data's own
+    split: str = "val"
+    words: int = 4  # given at most
+    captions: int = 3  # of a photo, whose first words are given
+    batch_size: int = 100  # photos
+
+
+def go_on(decoder: Decoder, grid: Grid, given: Tensor) -> Tensor:
+    """given (B, n) int64, PAD behind an <end> -> what is written greedily, the given words too (B, LONGEST)."""
+    state, words, written = decoder.begin(grid), torch.full((len(grid),), START), []
+    for step in range(LONGEST):
+        log_probabilities, _, state, _ = decoder.step(words, state)
+        log_probabilities[:, [PAD, UNKNOWN, START]] = -torch.inf  # words that are never written
+        words = given[:, step] if step < given.shape[1] else log_probabilities.argmax(1)
+        written.append(words)
+    return torch.stack(written, 1)
+
+
+def cider_after(
+    captioner: Captioner, reader: FeatureReader, photos: list[Photo], words: int, which: int, batch_size: int
+) -> float:
+    """CIDEr-D of captions that begin with so many words of each photo's caption number `which`."""
+    said, references = {}, {}
+    for some in in_batches(photos, batch_size):
+        true = [photo.captions[which % len(photo.captions)] for photo in some]
+        given = torch.full((len(some), words), PAD)
+        for row, caption in zip(given, true, strict=True):
+            begun = [*captioner.vocabulary.encode(caption), END][:words]
+            row[: len(begun)] = torch.tensor(begun)
+        grid = reader.read(reader.rows_of([photo.id for photo in some])).to(captioner.device, torch.float32)
+        for photo, caption, row in zip(some, true, go_on(captioner.decoder, grid, given).tolist(), strict=True):
+            row = row[: row.index(END)] if END in row else row
+            said[photo.id] = [*caption[:words], *captioner.vocabulary.decode(row[words:])]  # as people spell them
+            references[photo.id] = [other for other in photo.captions if other is not caption] or [caption]
+    return score(said, references)["CIDEr-D"]
+
+
+@torch.no_grad()
+def main(bench: Bench) -> None:
+    photos = photos_of(list(read_captions(bench.data)), bench.split, bench.data)
+    reader = FeatureReader(bench.features or bench.data / "features.h5")
+    for run in bench.runs:
+        captioner = Captioner.load(run, device="cpu", precision="float32")
+        means = [
+            mean(
+                cider_after(captioner, reader, photos, words, which, bench.batch_size)
+                for which in range(bench.captions)
+            )
+            for words in range(bench.words + 1)
+        ]
+        print(f"{run}: CIDEr-D after 0 to {bench.words} true words: {', '.join(f'{one:.1f}' for one in means)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
