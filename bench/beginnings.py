@@ -4,6 +4,7 @@
 
 The first n words of one of a photo's captions are given and the rest is written greedily; CIDEr-D is against its other
 captions, the mean over the first --captions of each photo. What the given words alone are worth is the same for all.
+Below, the cross entropy of the true words by their place in the caption, all words before them given.
 
 Letters: B photos, n given words, V vocabulary.
 """
@@ -11,10 +12,12 @@ Letters: B photos, n given words, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tyro.conf import Positional
@@ -25,7 +28,7 @@ from captioning.feature_cache import FeatureReader
 from captioning.grid import Grid
 from captioning.images import in_batches
 from captioning.metrics import score
-from captioning.splits import photos_of
+from captioning.splits import Split, photos_of
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
@@ -73,6 +76,17 @@ def cider_after(
     return score(said, references)["CIDEr-D"]
 
 
+def loss_by_place(captioner: Captioner, reader: FeatureReader, split: Split, batch_size: int) -> list[float]:
+    """The mean of -log p(y_t | the true words before it, the photo) for t = 1, 2, ..."""
+    losses = []
+    for some in in_batches(range(len(split)), batch_size):
+        words, targets, photo = split.pack(some)
+        grid = reader.read(reader.rows_of([split.ids[place] for place in some])).to(captioner.device, torch.float32)
+        scores = captioner.decoder(grid, words, photo).scores
+        losses.append(F.cross_entropy(scores, targets, reduction="none").split(words.batch_sizes.tolist()))
+    return [torch.cat([part for part in at_once if part is not None]).mean().item() for at_once in zip_longest(*losses)]
+
+
 @torch.no_grad()
 def main(bench: Bench) -> None:
     photos = photos_of(list(read_captions(bench.data)), bench.split, bench.data)
@@ -86,7 +100,10 @@ def main(bench: Bench) -> None:
             )
             for words in range(bench.words + 1)
         ]
+        split = Split(photos, captioner.vocabulary, LONGEST)
+        losses = loss_by_place(captioner, reader, split, bench.batch_size)[: 2 * bench.words]
         print(f"{run}: CIDEr-D after 0 to {bench.words} true words: {', '.join(f'{one:.1f}' for one in means)}")
+        print(f"    loss of words 1 to {len(losses)}: {', '.join(f'{one:.2f}' for one in losses)}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def test_captions_given_whole_score_as_the_true_ones_and_given_nothing_are_greed
     first = {photo.id: photo.captions[0] for photo in photos}
     whole = score(first, {photo.id: photo.captions[1:] or photo.captions for photo in photos})["CIDEr-D"]
     beginnings.main(beginnings.Bench(data, (run,), words=20, captions=1))
-    assert float(capsys.readouterr().out.rpartition(", ")[2]) == pytest.approx(whole, abs=0.05)
+    scores, losses = capsys.readouterr().out.splitlines()
+    assert float(scores.rpartition(", ")[2]) == pytest.approx(whole, abs=0.05) and " loss of words 1 to " in losses
 
     captioner, reader = Captioner.load(run, "cpu", "float32"), FeatureReader(data / "features.h5")
     grid = reader.read(reader.rows_of(list(first))).to(captioner.device, torch.float32)
