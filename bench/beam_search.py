@@ -22,7 +22,7 @@ from tutorial import TutorialAttention
 from captioning.beam_search import beam_search
 from captioning.checkpoint import load_checkpoint
 from captioning.decoders import build_decoder
-from captioning.device import autocast, pick_device
+from captioning.device import autocast, pick_device, pick_precision
 from captioning.feature_cache import FeatureReader
 from captioning.grid import SIDE, Grid, grid_pooling
 from config import Search
@@ -84,7 +84,7 @@ def main(bench: Bench) -> None:
     seconds = {}
     if device.type == "cpu":
         seconds = tutorial_seconds(bench, decoder, grid)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dict.fromkeys((torch.float32, pick_precision("auto", device))):
         captions(decoder, Grid(grid.cells[: bench.batch_size], grid.pooling), bench, dtype)  # warm
         name = f"ours, {str(dtype).removeprefix('torch.')}"
         seconds[name] = timeit(lambda dtype=dtype: captions(decoder, grid, bench, dtype), number=1)

@@ -28,7 +28,7 @@ from tutorial import TutorialAttention, TutorialEncoder, TutorialLstm
 
 from captioning.batches import Batch
 from captioning.decoders import build_decoder
-from captioning.device import autocast
+from captioning.device import autocast, pick_precision
 from captioning.grid import SIDE, Grid, grid_pooling
 from captioning.objectives import CrossEntropy, Share
 from captioning.optimizer import make_optimizer
@@ -176,16 +176,13 @@ def main(bench: Bench) -> None:
     data = Data(bench)
     compare(bench, data)
     ours, plain = decoders(bench)
-    half = copy.deepcopy(ours)
     works = {
-        "tutorial": partial(tutorial_step, plain, torch.optim.Adam(plain.parameters(), 4e-4), data.for_the_tutorial()),
-        "ours, float32": partial(
-            our_step, ours, make_optimizer(ours.parameters()), data.for_us(torch.float32), torch.float32
-        ),
-        "ours, bfloat16": partial(
-            our_step, half, make_optimizer(half.parameters()), data.for_us(torch.bfloat16), torch.bfloat16
-        ),
+        "tutorial": partial(tutorial_step, plain, torch.optim.Adam(plain.parameters(), 4e-4), data.for_the_tutorial())
     }
+    for dtype in dict.fromkeys((torch.float32, pick_precision("auto", torch.device("cpu")))):
+        decoder = copy.deepcopy(ours)
+        name = f"ours, {str(dtype).removeprefix('torch.')}"
+        works[name] = partial(our_step, decoder, make_optimizer(decoder.parameters()), data.for_us(dtype), dtype)
     if bench.encoder:
         works["tutorial"] = tutorial_epoch_step(bench, works["tutorial"])
     seconds = best_of(bench.rounds, works)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -42,23 +43,29 @@ def encoder_precision(name: str, device: torch.device) -> torch.dtype:
     float16 has three bits more than bfloat16, which is 6 % off at the end of a MobileNetV2.
     """
     if name != "auto":
-        return getattr(torch, name)
+        return _asked_for(name, device)
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """Of a decoder, and of all that is trained: `auto` is bfloat16 where the device computes in it, else float32."""
     if name != "auto":
-        return getattr(torch, name)
+        return _asked_for(name, device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    if device.type == "cpu" and _cpu_has_bfloat16():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_computes_in("bfloat16") else torch.float32
 
 
-def _cpu_has_bfloat16() -> bool:
-    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+@functools.cache  # said once
+def _asked_for(name: str, device: torch.device) -> torch.dtype:
+    if device.type == "cpu" and name != "float32" and _cpu_flags() and not _cpu_computes_in(name):
+        print(f"--precision {name}: this processor only imitates it, many times slower than float32 (--precision auto)")
+    return getattr(torch, name)
+
+
+def _cpu_computes_in(name: str) -> bool:
+    short = {"bfloat16": "bf16", "float16": "fp16"}[name]
+    return f"avx512_{short}" in _cpu_flags() or f"amx_{short}" in _cpu_flags()
 
 
 def _cpu_flags() -> str:

@@ -59,15 +59,17 @@ def test_the_bench_of_the_extraction_runs(small_data, capsys):
     assert "the extraction reaches" in capsys.readouterr().out
 
 
-def test_the_bench_of_the_decoders_compares_them_before_it_times_them(capsys, monkeypatch):
+@pytest.mark.parametrize("precisions", [("float32",), ("float32", "bfloat16")])
+def test_the_bench_of_the_decoders_compares_them_before_it_times_them(capsys, monkeypatch, precisions):
     monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
+    monkeypatch.setattr(decoders, "pick_precision", lambda name, device: getattr(torch, precisions[-1]))
     small = {"photos": 2, "captions_of_a_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
     for name in ("attention", "lstm"):
         decoders.main(decoders.Bench(name, **small, threads=1))
         said = capsys.readouterr().out
         assert re.search(r"float64: ours and the tutorial's differ by \S+ in the loss, (0|[1-9])e[-+]\d+", said)
-        assert said.count("times as fast") == 3
+        assert re.findall(r"(\w+)  .*times as fast", said) == ["tutorial", *precisions]
 
 
 def test_the_bench_of_the_decoders_times_nothing_that_is_not_the_same(capsys, monkeypatch):
