@@ -30,7 +30,10 @@ from captioning.decoders.protocol import full
 IN_CACHE = 2**18  # elements: what a core works on at once
 ACTIVATIONS = {  # f, in place; what f gave -> f', in place: 0 or 1, and 1 - tanh^2
     "relu": (Tensor.relu_, Tensor.sign_),
-    "tanh": (Tensor.tanh_, lambda tanh: torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1, out=tanh)),
+    "tanh": (  # 2 sigmoid(2 x) - 1, in less than half of torch's time for tanh, which is more exact only next to 0
+        lambda sums: sums.mul_(2).sigmoid_().mul_(2).sub_(1),
+        lambda tanh: torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1, out=tanh),
+    ),
 }
 Layer = Callable[[Tensor], Tensor]  # a linear layer itself, or AllSteps of it
 
@@ -131,8 +134,8 @@ class AllScores:
         photos, rows = self.keys.shape[0], query.shape[0] * query.shape[1]
         if not self.in_parts:
             self.keys = self.keys if self.photo is None or rows == photos else self.keys[:rows]
-            sums = ACTIVATIONS[self.activation][0](self.keys[:, None] + query[:, :, None])  # (B, K, P, A)
-            return F.linear(sums, self.weight).squeeze(3)
+            activated = getattr(torch, f"{self.activation}_")(self.keys[:, None] + query[:, :, None])  # (B, K, P, A)
+            return F.linear(activated, self.weight).squeeze(3)
         photo = torch.arange(photos).repeat_interleave(rows // photos) if self.photo is None else self.photo[:rows]
         self.count += 1
         scores = _Scores.apply(full(query).flatten(0, 1), self.parameters, self, photo, self.count)
