@@ -1,9 +1,10 @@
 """Memory does not grow with the photos but for their words and names: see bench/memory.py."""
 
 import gc
-import sys
 import tracemalloc
 from pathlib import Path
+
+import numpy as np
 
 import extract_features
 import train
@@ -25,30 +26,30 @@ def test_a_photo_more_takes_the_room_of_its_words_at_most(tmp_path, times, tally
 
 
 def test_a_photo_is_a_few_hundred_bytes_to_an_extraction_and_to_a_trainer(tmp_path, monkeypatch):
-    """What Python and numpy hold, to the byte; the first, smallest data set is there to warm up."""
+    """What Python and numpy hold, of two tries the less: a table that Python makes anew at times is no photo's."""
     memory, extract, held = bench("memory"), extract_features.extract, []
-    words = [sys.intern(f"word{number}") for number in range(memory.WORDS)]  # or Python may make its table of them anew
 
     def look() -> None:
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
 
-    monkeypatch.setattr(extract_features, "extract", lambda *everything: (look(), extract(*everything)))
-    for photos in (10, 400, 800):
-        folder = tmp_path / str(photos)
+    def hold(photos: int) -> np.ndarray:
+        folder = tmp_path / str(len(held))
         folder.mkdir()
         monkeypatch.chdir(folder)
         memory.make_data(folder, photos)
         tracemalloc.start()
         extract_features.main(ExtractFeatures(Path("."), workers=0, image_size=32, grid="native", device="cpu",
                                               encoder="resnet18.layer1", weights="random"))  # fmt: skip
-        tracemalloc.stop()
         tracemalloc.start()
         trainer = train.make_trainer(Train(Path("."), "none", **{**TINY, "device": "cpu"}))
         look()
-        tracemalloc.stop()
         assert len(trainer.train.split) + len(trainer.val.split) == photos
-    few, many = held[2:4], held[4:]
-    assert len(words) == memory.WORDS
-    extraction, training = ((more - less) / 400 for less, more in zip(few, many, strict=True))
+        return np.array(held[-2:])
+
+    monkeypatch.setattr(extract_features, "extract", lambda *everything: (look(), extract(*everything)))
+    hold(10)  # to warm up
+    few, many = (np.minimum(hold(photos), hold(photos)) for photos in (400, 1_200))
+    extraction, training = (many - few) / (1_200 - 400)
     assert 0 < extraction < 200 and 0 < training < 300
