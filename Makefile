@@ -9,11 +9,12 @@ PACKAGES := .venv/packages-installed
 UNFINISHED := .venv/packages-unfinished
 SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test torture matrix lint dashboard
+.PHONY: help demo test bench torture matrix lint dashboard
 
 help:
 	@echo "make demo   drawn scenes -> features -> training -> captions, in minutes (LANGUAGE=zh or en)"
 	@echo "make test   ruff and the tests (PYTEST_ARGS='-k beam' for some of them)"
+	@echo "make bench   the README's table of speed, on this machine: beside the tutorials' way"
 	@echo "make torture   the tests of RELIABILITY.md at full length"
 	@echo "make matrix   the tests on the oldest packages allowed, and on Python 3.10 and 3.13"
 	@echo "make lint   ruff alone"
@@ -25,6 +26,12 @@ demo: $(PACKAGES)
 
 test: lint
 	.venv/bin/python -m pytest $(SHARED_OUT) $(PYTEST_ARGS)
+
+bench: $(PACKAGES)
+	.venv/bin/python bench/decoders.py
+	.venv/bin/python bench/decoders.py --encoder resnet101
+	.venv/bin/python bench/decoders.py --decoder lstm
+	.venv/bin/python bench/beam_search.py
 
 torture: $(PACKAGES)
 	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \

@@ -167,6 +167,12 @@ def test_every_make_target_of_the_readme_is_there():
     assert wanted and set(wanted) <= set(targets)
 
 
+def test_make_bench_runs_what_made_the_table_of_speed():
+    table = re.findall(r"^\|.*`(python bench/.*)` \|$", PAGES[0].read_text("utf-8"), re.MULTILINE)
+    run = re.findall(r"^\t\.venv/bin/(python bench/.*)", (HOUSE / "Makefile").read_text(), re.MULTILINE)
+    assert table and run == table
+
+
 def headings(page: Path) -> set[str]:
     """As links call them."""
     lines = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.MULTILINE)
