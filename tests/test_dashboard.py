@@ -310,14 +310,14 @@ def wait_for(condition, seconds=30):
 
 
 def test_a_server_that_never_answers_holds_nobody_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard, "PATIENCE", 0.2)
+    monkeypatch.setattr(dashboard, "PATIENCE", 1.0)
     write_log(tmp_path / "run", a_log())
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         began = time.monotonic()
         with Follower(tmp_path / "run", f"http://127.0.0.1:{deaf.getsockname()[1]}"):
             looked = time.monotonic() - began
             time.sleep(0.3)
-        assert looked < 0.2 and time.monotonic() - began < 5
+        assert looked < 1.0 and time.monotonic() - began < 20
     assert threading.active_count() < 20
 
 
