@@ -228,8 +228,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """In few words: HDF5 puts many around an error of the system, and around its own."""
-    number, text = getattr(error, "errno", None), str(error).strip("'\"").splitlines()[0]
-    return os.strerror(number) if number else re.sub(r"^Unable to [\w ]+\((.*)\)$", r"\1", text)[:120]
+    number, lines = getattr(error, "errno", None), str(error).strip("'\"").splitlines() or [type(error).__name__]
+    return os.strerror(number) if number else re.sub(r"^Unable to [\w ]+\((.*)\)$", r"\1", lines[0])[:120]
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -180,6 +180,15 @@ def test_a_file_that_is_not_ours_is_one_line(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(h5py, "File", out_of_memory)
+    with pytest.raises(UserError, match=r"x.h5: cannot be read as a Kantu feature file \(MemoryError\); check"):
+        FeatureReader(tmp_path / "x.h5")
+
+
 def test_grid_on_a_device_keeps_its_values():
     grid = Grid(torch.randn(2, 64, 3).half(), grid_pooling(8, 8)).to(torch.device("cpu"), torch.float32)
     assert grid.cells.dtype == torch.float32 and len(grid) == 2
