@@ -45,7 +45,7 @@ lint: $(PACKAGES)
 	.venv/bin/ruff check
 
 dashboard: $(PACKAGES)
-	.venv/bin/python -m captioning.dashboard $(DASHBOARD_ARGS)
+	.venv/bin/python -m captioning.viewing.dashboard $(DASHBOARD_ARGS)
 
 # The stamp is written last. An interrupted set-up leaves packages without some of their files, which look complete to
 # uv: the mark of the unfinished one has them all installed again.

@@ -18,12 +18,13 @@ from typing import Literal
 
 import numpy as np
 
-from captioning.captioner import Captioned, Captioner
-from captioning.feature_cache import FeatureReader
-from captioning.grid import SIDE
-from captioning.images import open_photo
-from captioning.pictures import Entry, contact_sheet
-from command_line import run
+from captioning.caption import CaptionResult
+from captioning.captioner import Captioner
+from captioning.encoders.grid import SIDE
+from captioning.encoders.images import open_photo
+from captioning.features.feature_cache import FeatureReader
+from captioning.runtime.command_line import run
+from captioning.viewing.attention_plots import Entry, contact_sheet
 from preprocess.captions import Photo, read_captions
 from preprocess.scenes import is_true, named_objects, read_scenes
 
@@ -43,20 +44,29 @@ def main(config: Demo) -> None:
     name = f"scenes-{config.language}"
     data, run = Path("data") / name, Path("checkpoints") / name
     # Small and without dropout: drawn scenes are quickly learnt. alpha_c 0: a shape is looked at, not every cell once.
-    recipe = ("--embedding-size 128 --attention-size 64 --hidden-size 256 --dropout 0 --alpha-c 0 "
-              "--batch-size 64 --learning-rate 2e-3 --decay 0.3")  # fmt: skip
-    step("Drawing scenes with captions",
-         f"-m preprocess {data} --scenes {config.scenes} --language {config.language} --overwrite")  # fmt: skip
-    step("Training a small ResNet from nothing, with its decoder",
-         f"train.py {data} --run {name}-encoder --fine-tune --encoder resnet18.layer1 --weights random "
-         f"--image-size 56 --encoder-learning-rate 5e-4 --epochs 10 --decay-every 7 {recipe} "
-         f"--overwrite")  # fmt: skip
+    recipe = (
+        "--embedding-size 128 --attention-size 64 --hidden-size 256 --dropout 0 --alpha-c 0 "
+        "--batch-size 64 --learning-rate 2e-3 --lr-decay 0.3"
+    )
+    step(
+        "Drawing scenes with captions",
+        f"-m preprocess {data} --scenes {config.scenes} --language {config.language} --overwrite",
+    )
+    step(
+        "Training a small ResNet from nothing, with its decoder",
+        f"train.py {data} --run {name}-encoder --fine-tune --encoder resnet18.layer1 --weights random "
+        f"--image-size 56 --encoder-learning-rate 5e-4 --epochs 10 --lr-decay-every 7 {recipe} "
+        f"--overwrite",
+    )
     step("Caching that encoder's features", f"extract_features.py {data} --weights {run}-encoder --overwrite")
-    step("Training a fresh attention decoder on the cache",
-         f"train.py {data} --run {name} --epochs 5 --decay-every 3 {recipe} --overwrite")  # fmt: skip
-    step("Captioning scenes it has never seen",
-         f"generate.py {run} --data {data} --split test --json {run}/captions.json "
-         f"--scores {run}/scores.json")  # fmt: skip
+    step(
+        "Training a fresh attention decoder on the cache",
+        f"train.py {data} --run {name} --epochs 5 --lr-decay-every 3 {recipe} --overwrite",
+    )
+    step(
+        "Captioning scenes it has never seen",
+        f"generate.py {run} --data {data} --split test --json {run}/captions.json --scores {run}/scores.json",
+    )
     judge(data, run, config.language)
     print(f"\n{time.monotonic() - began:.0f} seconds in all")
 
@@ -90,7 +100,7 @@ def judge(data: Path, run: Path, language: str) -> None:
     print(f"{run / 'contact-sheet.png'}: look at it")
 
 
-def caption_cached(data: Path, run: Path, photos: list[Photo]) -> list[Captioned]:
+def caption_cached(data: Path, run: Path, photos: list[Photo]) -> list[CaptionResult]:
     captioner, reader = Captioner.load(run), FeatureReader(data / "features.h5")
     return captioner.caption_grid(reader.read(reader.rows_of(photo.id for photo in photos)))
 
@@ -102,7 +112,7 @@ def peak_is_inside(attention: np.ndarray, boxes: list[tuple[float, float, float,
     return any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes)
 
 
-def draw_sheet(path: Path, photos: list[Photo], captioned: list[Captioned], truths: list[bool]) -> None:
+def draw_sheet(path: Path, photos: list[Photo], captioned: list[CaptionResult], truths: list[bool]) -> None:
     """The first captions, as they come: none is chosen."""
     entries = [
         Entry(open_photo(photo.image), caption.text, caption.words, caption.attention.numpy(), caption.grid, truth)

@@ -14,9 +14,9 @@ A killed extraction goes on where it stopped with the same command.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from stop import leave_quietly  # before torch, which takes seconds to load
+    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to load
 
-    leave_quietly()
+    install_exit_handlers()
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,27 +26,35 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.checkpoint import save_checkpoint
-from captioning.device import autocast, encoder_precision, enough_memory, pick_device
-from captioning.encoder import Encoder, calibrate_on, encoder_file, encoder_from_checkpoint, load_encoder, saved_encoder
-from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features
-from captioning.gpu_photos import check_nvjpeg, fetched, photos_on
-from captioning.grid import stored
-from captioning.images import PhotoError, Transform, Unreadable
-from captioning.inspection import describe, verify
-from captioning.ranks import ALONE, Ranks, joined_ranks
-from captioning.texts import Texts
-from command_line import one_line, run
-from config import ExtractFeatures, UserError
+from captioning.encoders.encoder import (
+    Encoder,
+    calibrate_on,
+    encoder_file,
+    encoder_from_checkpoint,
+    load_encoder,
+    saved_encoder,
+)
+from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
+from captioning.encoders.grid import to_stored_layout
+from captioning.encoders.images import FailureLimit, Transform
+from captioning.errors import PhotoError
+from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.features.inspection import describe, verify
+from captioning.runtime.checkpoint import save_checkpoint
+from captioning.runtime.command_line import one_line, run
+from captioning.runtime.device import autocast, encoder_precision, oom_as_user_error, pick_device
+from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed
+from captioning.runtime.files import atomic_text, locked
+from captioning.runtime.string_array import StringArray
+from config import ExtractFeatures
 from preprocess.captions import read_captions
-from preprocess.files import claimed, draft
 
 
-def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
+def main(config: ExtractFeatures, ranks: DistributedContext = SINGLE) -> None:
     if config.info:
         print(describe(FeatureReader(config.file)))
         return
-    ids, paths = Texts(), Texts()
+    ids, paths = StringArray(), StringArray()
     for photo in read_captions(config.data):
         ids.append(photo.id)
         paths.append(photo.image)
@@ -57,24 +65,26 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
-    if ranks.first:
+    if ranks.is_main:
         encoder, writer = begin(config, ids, paths, device, precision)
-        rows = ranks.from_first(writer.missing())
+        rows = ranks.broadcast(writer.missing())
     else:  # rank 0 has made the file, and kept the encoder beside it
-        rows = ranks.from_first(None)
+        rows = ranks.broadcast(None)
         encoder, writer = begin(replace(config, overwrite=False), ids, paths, device, precision)
-    print(f"{config.file}: {len(ids):,} photos, {encoder.name}, "
-          f"{'x'.join(map(str, encoder.output_shape()[:2]))} cells of {writer.shape[-1]}, stored as "
-          f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
-          f"{len(ids) - len(rows):,} photos done, {len(rows):,} to do")  # fmt: skip
+    print(
+        f"{config.file}: {len(ids):,} photos, {encoder.name}, "
+        f"{'x'.join(map(str, encoder.output_shape()[:2]))} cells of {writer.shape[-1]}, stored as "
+        f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
+        f"{len(ids) - len(rows):,} photos done, {len(rows):,} to do"
+    )
     if config.compile and len(rows):
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    unreadable = Unreadable(len(ids), config.allow_missing)
-    batches = ranks.share(fixed_batches(rows, config.batch_size))
+    unreadable = FailureLimit(len(ids), config.allow_missing)
+    batches = ranks.shard(fixed_batches(rows, config.batch_size))
     try:
-        with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.first) as bar:
+        with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.is_main) as bar:
             extract(config, encoder, writer, paths, batches, precision, unreadable, bar)
-        for reasons in ranks.gather(list(unreadable.reasons)):
+        for reasons in ranks.all_gather(list(unreadable.reasons)):
             unreadable.add(reasons)
     except PhotoError:  # too many of them: then it is good to know which
         report(config, unreadable, ranks)
@@ -83,22 +93,22 @@ def main(config: ExtractFeatures, ranks: Ranks = ALONE) -> None:
     print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
 
 
-def report(config: ExtractFeatures, unreadable: Unreadable, ranks: Ranks) -> None:
+def report(config: ExtractFeatures, unreadable: FailureLimit, ranks: DistributedContext) -> None:
     """The photos that could not be read, a line each: the first ones on the screen, all of them in a file."""
-    if not ranks.first:
+    if not ranks.is_main:
         return
     path = config.file.with_suffix(".unreadable.txt")
     path.unlink(missing_ok=True)
     for reason in list(unreadable.reasons)[:10]:
         print(f"skipped: {one_line(reason)}")
     if unreadable.reasons:
-        with draft(path) as file:
+        with atomic_text(path) as file:
             file.writelines(f"{one_line(reason)}\n" for reason in unreadable.reasons)
         print(f"{path}: lists all {len(unreadable.reasons):,} of them")
 
 
 def begin(
-    config: ExtractFeatures, ids: Texts, paths: Texts, device: torch.device, precision: torch.dtype
+    config: ExtractFeatures, ids: StringArray, paths: StringArray, device: torch.device, precision: torch.dtype
 ) -> tuple[Encoder, FeatureWriter]:
     """The encoder, and the file: a new one, or the one that this command began."""
     encoder = prepare_encoder(config, paths).to(device).eval().requires_grad_(False)
@@ -114,12 +124,15 @@ def begin(
     return encoder, writer
 
 
-def prepare_encoder(config: ExtractFeatures, paths: Texts) -> Encoder:
+def prepare_encoder(config: ExtractFeatures, paths: StringArray) -> Encoder:
     """The encoder of the flags. A random one is calibrated once, and then kept beside the features."""
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         kept = encoder_from_checkpoint(saved_encoder(config.file))
-        wanted = (config.encoder or "resnet101", "random", Transform(
-            config.image_size or 256, scaled_decoding=config.scaled_decoding, nvjpeg=config.nvjpeg))  # fmt: skip
+        wanted = (
+            config.encoder or "resnet101",
+            "random",
+            Transform(config.image_size or 256, scaled_decoding=config.scaled_decoding, nvjpeg=config.nvjpeg),
+        )
         if (kept.name, kept.weights, kept.transform) == wanted:
             return kept
     encoder = load_encoder(config.encoder, config.weights, config.image_size)
@@ -140,8 +153,10 @@ def extract(config, encoder, writer, paths, batches, precision, unreadable, bar)
     """Every batch of rows: decode, squash, encode, pool to 14x14 where asked, write."""
     device = next(encoder.parameters()).device
     try:
-        arriving = photos_on(device, paths, batches, encoder.transform, config.workers)
-        for rows, features, pooled in fetched(encoded(encoder, writer, arriving, precision, unreadable, bar), device):
+        arriving = load_photos(device, paths, batches, encoder.transform, config.workers)
+        for rows, features, pooled in copy_to_host(
+            encoded(encoder, writer, arriving, precision, unreadable, bar), device
+        ):
             writer.write(rows, features, pooled)
             bar.update(len(rows))
     finally:
@@ -157,17 +172,14 @@ def encoded(encoder, writer, arriving, precision, unreadable, bar) -> Iterator[t
         if batch.indices:
             with autocast(batch.photos.device, precision):
                 grid = encoder(batch.photos)
-            yield batch.indices, *stored(grid, writer.shape[1:], str(writer.dtype))
+            yield batch.indices, *to_stored_layout(grid, writer.shape[1:], str(writer.dtype))
 
 
 def work(config: ExtractFeatures) -> None:
     remedy, lock = f"lower --batch-size, now {config.batch_size}", config.file.with_name(config.file.name + ".lock")
-    try:
-        with joined_ranks("the same command goes on") as ranks, enough_memory(remedy):
-            with claimed(config.file, lock, ranks.first and not (config.info or config.verify)):
-                main(config, ranks)
-    except PhotoError as error:
-        raise UserError(str(error)) from None
+    with init_distributed("the same command goes on") as ranks, oom_as_user_error(remedy):
+        with locked(config.file, lock, ranks.is_main and not (config.info or config.verify)):
+            main(config, ranks)
 
 
 if __name__ == "__main__":

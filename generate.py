@@ -2,8 +2,8 @@
 
 python generate.py checkpoints/att photo.jpg folder/
 python generate.py checkpoints/att photo.jpg --pictures attention/
-python generate.py checkpoints/att photo.jpg --captions 3 --groups 3 --beam-size 6
-python generate.py checkpoints/att photo.jpg --captions 3 --temperature 0.7 --top-p 0.9
+python generate.py checkpoints/att photo.jpg --num-captions 3 --beam-groups 3 --beam-size 6
+python generate.py checkpoints/att photo.jpg --num-captions 3 --temperature 0.7 --top-p 0.9
 python generate.py checkpoints/att --data data/aic --split val --json captions.json --scores scores.json
 python generate.py --score captions.json others.json --references data/aic
 """
@@ -11,9 +11,9 @@ python generate.py --score captions.json others.json --references data/aic
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from stop import leave_quietly  # before torch, which takes seconds to load
+    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to load
 
-    leave_quietly()
+    install_exit_handlers()
 
 import re
 from collections.abc import Iterator
@@ -24,18 +24,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning.captioner import Captioned, Captioner
-from captioning.device import enough_memory
-from captioning.feature_cache import FeatureReader
-from captioning.images import PHOTO_ENDINGS, PhotoError, Unreadable, in_batches, open_photo, photo_batches
-from captioning.metrics import NAMES
-from captioning.page import extremes, write_page
-from captioning.pictures import animate_attention, draw_attention
-from captioning.results import read_captioned, read_photos, write_coco, write_csv, write_json, write_submission
-from captioning.scores import Pairs, Scores, compare, format_comparison, score_captions
-from captioning.splits import check_none_lost, photos_of
-from command_line import one_line, run
-from config import Generate, UserError, as_plain_data
+from captioning.caption import CaptionResult
+from captioning.captioner import Captioner
+from captioning.dataset.caption_dataset import check_none_lost, photos_of
+from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, in_batches, open_photo, photo_batches
+from captioning.errors import UserError
+from captioning.evaluation.metrics import NAMES
+from captioning.evaluation.results import (
+    read_captioned,
+    read_photos,
+    write_coco,
+    write_csv,
+    write_json,
+    write_submission,
+)
+from captioning.evaluation.score_report import Pairs, Scores, compare, format_comparison, score_captions
+from captioning.features.feature_cache import FeatureReader
+from captioning.runtime.command_line import one_line, run
+from captioning.runtime.device import oom_as_user_error
+from captioning.runtime.settings import as_plain_data
+from captioning.viewing.attention_plots import animate_attention, draw_attention
+from captioning.viewing.html_report import extremes, write_page
+from config import Generate
 from preprocess.captions import Photo, read_captions
 
 FILES = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
@@ -66,10 +76,10 @@ def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
     listed = list(read_captions(config.data)) if config.data else []
     photos = photos_of(listed, config.split, config.data, config.limit) if config.data else chosen_files(config.photos)
     reader = cached_features(config, captioner, listed) if config.data else None
-    unreadable, pairs = Unreadable(len(photos), config.allow_missing), []
+    unreadable, pairs = FailureLimit(len(photos), config.allow_missing), []
     for photo, caption in caption_all(config, captioner, reader, photos, unreadable):
         pairs.append((photo, caption))
-        if not files_of(config):
+        if not output_files(config):
             name = one_line(photo.id)
             tqdm.write(f"{name}: {said(caption)}")
             for other in caption.others:
@@ -83,12 +93,12 @@ def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
     return pairs
 
 
-def said(caption: Captioned) -> str:
+def said(caption: CaptionResult) -> str:
     return caption.text + ("" if caption.finished else " [unfinished]")
 
 
 def refuse_what_it_cannot_do(config: Generate, captioner: Captioner) -> None:
-    if config.pictures and not captioner.decoder.sees_cells:
+    if config.pictures and not captioner.decoder.uses_attention:
         raise UserError(f"--pictures: the decoder {captioner.decoder_name} of {config.run} does not attend")
     if config.submission and captioner.vocabulary.language != "zh":
         raise UserError(f"--submission: AI Challenger is Chinese, and {config.run} writes English; give --json")
@@ -113,17 +123,20 @@ def score_files(config: Generate) -> None:
     comparison = compare(*tables)
     print(f"{config.score[1]} - {config.score[0]}\n{format_comparison(comparison)}")
     if config.scores:
-        write_scores(config, {str(path): table.to_dict() for path, table in zip(config.score, tables, strict=True)}
-                     | {"difference": comparison})  # fmt: skip
+        write_scores(
+            config,
+            {str(path): table.to_dict() for path, table in zip(config.score, tables, strict=True)}
+            | {"difference": comparison},
+        )
 
 
-def files_of(config: Generate) -> list[Path]:
+def output_files(config: Generate) -> list[Path]:
     return [path for name in FILES if (path := getattr(config, name))]
 
 
 def write_files(config: Generate, pairs: Pairs, language: str, scores: Scores | None) -> None:
     """Everything that was asked for but pictures. scores: where there are references."""
-    ciders = scores.each[:, NAMES.index("CIDEr-D")].tolist() if scores else [None] * len(pairs)
+    ciders = scores.per_caption[:, NAMES.index("CIDEr-D")].tolist() if scores else [None] * len(pairs)
     cards = [(photo, caption, cider) for (photo, caption), cider in zip(pairs, ciders, strict=True)]
     title = " ".join(str(part) for part in (config.run, *config.score, config.data, config.references) if part)
     if config.json:
@@ -131,14 +144,14 @@ def write_files(config: Generate, pairs: Pairs, language: str, scores: Scores | 
     if config.submission:
         write_submission(config.submission, pairs)
     if config.csv:
-        write_csv(config.csv, pairs, scores.each if scores else None)
+        write_csv(config.csv, pairs, scores.per_caption if scores else None)
     if config.html:
         write_page(config.html, title, language, [("", cards)])
     if config.extremes:
         write_page(config.extremes, title, language, extremes(cards))
     if config.scores:
         write_scores(config, scores.to_dict())
-    for path in files_of(config):
+    for path in output_files(config):
         print(f"{path}: {len(pairs):,} captions")
 
 
@@ -159,8 +172,8 @@ def chosen_files(paths: tuple[Path, ...]) -> list[Photo]:
 
 
 def caption_all(
-    config: Generate, captioner: Captioner, reader: FeatureReader | None, photos: list[Photo], unreadable: Unreadable
-) -> Iterator[tuple[Photo, Captioned]]:
+    config: Generate, captioner: Captioner, reader: FeatureReader | None, photos: list[Photo], unreadable: FailureLimit
+) -> Iterator[tuple[Photo, CaptionResult]]:
     """Each photo once, in order: from cached features where there are any of the run's encoder, else from the photo."""
     if reader:
         rows = reader.rows_of(photo.id for photo in photos)
@@ -168,22 +181,23 @@ def caption_all(
         photos, rows = [*compress(photos, there)], rows[there]
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
         batches = (
-            from_cache(captioner, reader, photos, rows, config) if reader
+            from_cache(captioner, reader, photos, rows, config)
+            if reader
             else from_files(captioner, photos, config, unreadable)
-        )  # fmt: skip
+        )
         for batch in batches:
             yield from batch
             bar.update(len(batch))
 
 
 def from_cache(captioner: Captioner, reader: FeatureReader, photos: list[Photo], rows: np.ndarray, config: Generate):
-    read = reader.read if captioner.decoder.sees_cells else reader.read_pooled
+    read = reader.read if captioner.decoder.uses_attention else reader.read_pooled
     for batch, where in zip(*(in_batches(part, config.batch_size) for part in (photos, rows)), strict=True):
         captions = captioner.caption_grid(read(where), config.search)
         yield list(zip(batch, captions, strict=True))
 
 
-def from_files(captioner: Captioner, photos: list[Photo], config: Generate, unreadable: Unreadable):
+def from_files(captioner: Captioner, photos: list[Photo], config: Generate, unreadable: FailureLimit):
     plan = in_batches(range(len(photos)), config.batch_size)
     workers = config.workers if len(plan) > 1 else 0
     for batch in photo_batches([photo.image for photo in photos], plan, captioner.encoder.transform, workers):
@@ -217,7 +231,7 @@ def cached_features(config: Generate, captioner: Captioner, listed: list[Photo])
     return None
 
 
-def draw_picture(config: Generate, photo: Photo, caption: Captioned) -> None:
+def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None:
     ending, draw = (".gif", animate_attention) if config.animate else (".png", draw_attention)
     name = re.sub(r"[^\w.-]+", "_", photo.id).strip("._") or "photo"
     path = config.pictures / (name + ending)
@@ -238,11 +252,8 @@ def write_scores(config: Generate, table: dict) -> None:
 
 
 def work(config: Generate) -> None:
-    try:
-        with enough_memory(f"lower --batch-size {config.batch_size}, or --beam-size {config.search.beam_size}"):
-            main(config)
-    except PhotoError as error:
-        raise UserError(str(error)) from None
+    with oom_as_user_error(f"lower --batch-size {config.batch_size}, or --beam-size {config.search.beam_size}"):
+        main(config)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ Stopped or killed, it goes on with --resume, to the very same weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from stop import leave_quietly  # before torch, which takes seconds to load
+    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to load
 
-    leave_quietly()
+    install_exit_handlers()
 
 import contextlib
 from collections.abc import Sequence
@@ -22,55 +22,57 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from captioning.batches import CachedPhotos, LivePhotos
-from captioning.checkpoint import load_checkpoint, to_resume
-from captioning.dashboard import Follower
+from captioning.dataset.batches import CachedPhotos, LivePhotos
+from captioning.dataset.caption_dataset import CaptionDataset, check_none_lost, check_words_known
 from captioning.decoders import DECODERS
-from captioning.device import enough_memory, pick_device
-from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
-from captioning.feature_cache import FeatureReader
-from captioning.images import Augment, PhotoError
-from captioning.log import Log
-from captioning.objectives import OBJECTIVES
-from captioning.ranks import ALONE, Ranks, joined_ranks
-from captioning.residence import PLACES, reading
-from captioning.splits import Split, check_none_lost, check_words_known
-from captioning.trainer import Trainer
-from captioning.word_vectors import put_word_vectors
-from command_line import run
-from config import Train, UserError, as_plain_data
+from captioning.decoders.word_vectors import put_word_vectors
+from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
+from captioning.encoders.images import Augment
+from captioning.errors import UserError
+from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_placement import PLACES, reading
+from captioning.runtime.checkpoint import load_checkpoint, load_for_resume
+from captioning.runtime.command_line import run
+from captioning.runtime.device import oom_as_user_error, pick_device
+from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed
+from captioning.runtime.files import locked
+from captioning.runtime.log import Log
+from captioning.runtime.settings import as_plain_data
+from captioning.runtime.signals import StopRequest
+from captioning.training import OBJECTIVES
+from captioning.training.trainer import Trainer
+from captioning.viewing.dashboard import LogTailer
+from config import Train
 from preprocess.captions import read_captions
-from preprocess.files import claimed
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
-from stop import StopRequest
 
 
-def main(config: Train, ranks: Ranks = ALONE) -> None:
-    saved = to_resume(config.folder, as_plain_data(config))
-    if len(set(ranks.gather(saved is None))) > 1:
+def main(config: Train, ranks: DistributedContext = SINGLE) -> None:
+    saved = load_for_resume(config.folder, as_plain_data(config))
+    if len(set(ranks.all_gather(saved is None))) > 1:
         raise UserError(f"{config.folder}: is not seen by all processes; put it on a disk that all machines share")
     trainer = make_trainer(config, saved, ranks)
     behind = (trainer.progress.epoch, trainer.progress.step) if saved else None
-    with Log(config, behind, ranks.first) as log, StopRequest() as stop:
+    with Log(config.folder, as_plain_data(config), behind, ranks.is_main) as log, StopRequest() as stop:
         log.start(trainer.describe())
-        shown = config.dashboard and ranks.first
-        with Follower(config.folder, config.dashboard) if shown else contextlib.nullcontext():
+        shown = config.dashboard and ranks.is_main
+        with LogTailer(config.folder, config.dashboard) if shown else contextlib.nullcontext():
             trainer.fit(log, stop)
 
 
-def make_trainer(config: Train, saved: dict | None = None, ranks: Ranks = ALONE) -> Trainer:
+def make_trainer(config: Train, saved: dict | None = None, ranks: DistributedContext = SINGLE) -> Trainer:
     """All that a run needs, read and checked. saved: the checkpoint to go on from."""
     device = pick_device(config.device)
     vocabulary = Vocabulary.load(config.data / VOCABULARY_FILE)
-    photos = Split(read_captions(config.data), vocabulary, config.max_length)
-    train, val = photos.of("train", config.data), photos.of("val", config.data, config.val_photos)
+    photos = CaptionDataset(read_captions(config.data), vocabulary, config.max_length)
+    train, val = photos.indices_of("train", config.data), photos.indices_of("val", config.data, config.val_photos)
     start = load_checkpoint(config.start_from) if config.start_from and not saved else None
     if config.fine_tune:
-        train, val = photos.kept(train), photos.kept(val)
+        train, val = photos.subset(train), photos.subset(val)
         encoder = live_encoder(config, train.paths, saved, start)
         described, channels = None, encoder.output_shape()[2]
         augment = Augment(config.flip, config.crop, config.seed) if config.flip or config.crop < 1 else None
-        views = LivePhotos(train, encoder.transform, augment, train.tell_sides()), LivePhotos(val, encoder.transform)
+        views = LivePhotos(train, encoder.transform, augment, train.mentions_side()), LivePhotos(val, encoder.transform)
     else:
         reader = FeatureReader(config.features or config.data / "features.h5", pin=device.type == "cuda")
         rows = reader.rows_of(photos.ids)
@@ -109,26 +111,29 @@ def live_encoder(config: Train, paths: Sequence[str], saved: dict | None, start:
     return encoder
 
 
-def cached_views(config: Train, photos: Split, rows: np.ndarray, parts: list[np.ndarray], reader: FeatureReader,
-                 device: torch.device) -> list[CachedPhotos]:  # fmt: skip
+def cached_views(
+    config: Train,
+    photos: CaptionDataset,
+    rows: np.ndarray,
+    parts: list[np.ndarray],
+    reader: FeatureReader,
+    device: torch.device,
+) -> list[CachedPhotos]:
     """The features of train and val (parts of the photos), wherever they lie; rows (N,) int64 of all photos."""
-    pooled = not DECODERS[config.decoder].sees_cells
-    read, residence = reading(reader, rows[np.concatenate(parts)], pooled, config.resident, device)
+    pooled = not DECODERS[config.decoder].uses_attention
+    read, residence = reading(reader, rows[np.concatenate(parts)], pooled, config.features_on, device)
     print(f"{reader.path}: read from {PLACES[residence.where]} ({residence.why})")
-    return [CachedPhotos(photos.kept(part), rows[part], read) for part in parts]
+    return [CachedPhotos(photos.subset(part), rows[part], read) for part in parts]
 
 
 def work(config: Train) -> None:
     remedy = (
-        f"lower --batch-size, now {config.batch_size}, and raise --accumulate, now {config.accumulate}; "
+        f"lower --batch-size, now {config.batch_size}, and raise --grad-accumulation, now {config.grad_accumulation}; "
         "fine-tuning, give --checkpoint-activations"
     )
-    try:
-        with joined_ranks("go on with --resume") as ranks, enough_memory(remedy):
-            with claimed(config.folder, config.folder / ".lock", ranks.first):
-                main(config, ranks)
-    except PhotoError as error:
-        raise UserError(str(error)) from None
+    with init_distributed("go on with --resume") as ranks, oom_as_user_error(remedy):
+        with locked(config.folder, config.folder / ".lock", ranks.is_main):
+            main(config, ranks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     python bench/beam_search.py --photos 5000 --batch-size 500 --device cuda      ours alone, on a GPU
 
 Both have the same weights. The tutorial lets a beam that ended go and searches on with fewer; with the rule of our
-search instead (captioning/beam_search.py) it must write the same captions, and that is checked before anything counts.
+search instead (captioning/search/beam_search.py) it must write the same captions. That is checked before anything is
+timed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import tyro
 from torch import nn
 from tutorial import TutorialAttention
 
-from captioning.beam_search import beam_search
-from captioning.checkpoint import load_checkpoint
-from captioning.decoders import build_decoder
-from captioning.device import autocast, pick_device, pick_precision
-from captioning.feature_cache import FeatureReader
-from captioning.grid import SIDE, Grid, grid_pooling
-from config import Search
+from captioning.decoders.factory import build_decoder
+from captioning.encoders.grid import SIDE, Grid, grid_pooling
+from captioning.features.feature_cache import FeatureReader
+from captioning.runtime.checkpoint import load_checkpoint
+from captioning.runtime.device import autocast, pick_device, pick_precision
+from captioning.search.beam_search import beam_search
+from captioning.search.options import SearchOptions
 from preprocess.captions import read_captions
 
 
@@ -48,12 +49,20 @@ class Bench:
 def made_up(bench: Bench) -> tuple[nn.Module, Grid]:
     """Random weights: their captions end where --max-length is, and each is another."""
     torch.manual_seed(0)
-    decoder = build_decoder("attention", {
-        "vocabulary_size": bench.vocabulary, "channels": bench.channels, "embedding_size": bench.size,
-        "attention_size": bench.size, "hidden_size": bench.size, "dropout": 0.5})  # fmt: skip
+    decoder = build_decoder(
+        "attention",
+        {
+            "vocabulary_size": bench.vocabulary,
+            "channels": bench.channels,
+            "embedding_size": bench.size,
+            "attention_size": bench.size,
+            "hidden_size": bench.size,
+            "dropout": 0.5,
+        },
+    )
     with torch.no_grad():
         decoder.embedding.weight *= 10
-        decoder.vocabulary.weight *= 10
+        decoder.output_layer.weight *= 10
     return decoder, Grid(torch.randn(bench.photos, 64, bench.channels).relu(), grid_pooling(8, 8))
 
 
@@ -72,7 +81,9 @@ def captions(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype) -
     for cells in grid.cells.split(bench.batch_size):
         with autocast(cells.device, dtype):
             batch = Grid(cells.to(dtype), grid.pooling)
-            found += [best.words for (best,) in beam_search(decoder, batch, Search(bench.beam_size, bench.max_length))]
+            found += [
+                best.words for (best,) in beam_search(decoder, batch, SearchOptions(bench.beam_size, bench.max_length))
+            ]
     return found
 
 
@@ -101,7 +112,7 @@ def tutorial_seconds(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, 
         decoder.embedding.weight.shape,
         grid.cells.shape[2],
         decoder.key.out_features,
-        decoder.vocabulary.in_features,
+        decoder.output_layer.in_features,
     )
     (vocabulary, embedding), channels, attention, hidden = sizes
     plain = TutorialAttention(vocabulary, channels, embedding, attention, hidden, 0.0).take(decoder).eval()
@@ -111,12 +122,16 @@ def tutorial_seconds(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, 
     def search(refill: bool) -> None:
         found[refill] = [plain.beam_search(one, bench.beam_size, bench.max_length, refill) for one in maps]
 
-    seconds = {"tutorial": timeit(lambda: search(False), number=1),
-               "tutorial, our rule": timeit(lambda: search(True), number=1)}  # fmt: skip
+    seconds = {
+        "tutorial": timeit(lambda: search(False), number=1),
+        "tutorial, our rule": timeit(lambda: search(True), number=1),
+    }
     ours = captions(decoder, grid, bench, torch.float32)
     same, also = (sum(a == b for a, b in zip(ours, found[refill], strict=True)) for refill in (True, False))
-    print(f"{same} of {len(ours)} captions are the tutorial's under our rule, {also} under its own; "
-          f"{sum(map(len, ours)) / len(ours):.1f} words each")  # fmt: skip
+    print(
+        f"{same} of {len(ours)} captions are the tutorial's under our rule, {also} under its own; "
+        f"{sum(map(len, ours)) / len(ours):.1f} words each"
+    )
     if same < len(ours):
         raise SystemExit("they are not the same; nothing is compared")
     return seconds

@@ -23,12 +23,12 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from captioning.captioner import Captioner
+from captioning.dataset.caption_dataset import CaptionDataset, photos_of
 from captioning.decoders.protocol import Decoder
-from captioning.feature_cache import FeatureReader
-from captioning.grid import Grid
-from captioning.images import in_batches
-from captioning.metrics import score
-from captioning.splits import Split, photos_of
+from captioning.encoders.grid import Grid
+from captioning.encoders.images import in_batches
+from captioning.evaluation.metrics import score
+from captioning.features.feature_cache import FeatureReader
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
@@ -48,7 +48,7 @@ class Bench:
 
 def go_on(decoder: Decoder, grid: Grid, given: Tensor) -> Tensor:
     """given (B, n) int64, PAD behind an <end> -> what is written greedily, the given words too (B, LONGEST)."""
-    state, words, written = decoder.begin(grid), torch.full((len(grid),), START), []
+    state, words, written = decoder.init_state(grid), torch.full((len(grid),), START), []
     for step in range(LONGEST):
         log_probabilities, _, state, _ = decoder.step(words, state)
         log_probabilities[:, [PAD, UNKNOWN, START]] = -torch.inf  # words that are never written
@@ -76,13 +76,13 @@ def cider_after(
     return score(said, references)["CIDEr-D"]
 
 
-def loss_by_place(captioner: Captioner, reader: FeatureReader, split: Split, batch_size: int) -> list[float]:
+def loss_by_place(captioner: Captioner, reader: FeatureReader, split: CaptionDataset, batch_size: int) -> list[float]:
     """The mean of -log p(y_t | the true words before it, the photo) for t = 1, 2, ..."""
     losses = []
     for some in in_batches(range(len(split)), batch_size):
         words, targets, photo = split.pack(some)
         grid = reader.read(reader.rows_of([split.ids[place] for place in some])).to(captioner.device, torch.float32)
-        scores = captioner.decoder(grid, words, photo).scores
+        scores = captioner.decoder(grid, words, photo).logits
         losses.append(F.cross_entropy(scores, targets, reduction="none").split(words.batch_sizes.tolist()))
     return [torch.cat([part for part in at_once if part is not None]).mean().item() for at_once in zip_longest(*losses)]
 
@@ -100,7 +100,7 @@ def main(bench: Bench) -> None:
             )
             for words in range(bench.words + 1)
         ]
-        split = Split(photos, captioner.vocabulary, LONGEST)
+        split = CaptionDataset(photos, captioner.vocabulary, LONGEST)
         losses = loss_by_place(captioner, reader, split, bench.batch_size)[: 2 * bench.words]
         print(f"{run}: CIDEr-D after 0 to {bench.words} true words: {', '.join(f'{one:.1f}' for one in means)}")
         print(f"    loss of words 1 to {len(losses)}: {', '.join(f'{one:.2f}' for one in losses)}")

@@ -26,13 +26,17 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features
-from captioning.grid import Grid, grid_pooling
-from captioning.images import in_batches
-from captioning.meter import most_resident
+from captioning.encoders.grid import Grid, grid_pooling
+from captioning.encoders.images import in_batches
+from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.runtime.meter import most_resident
 
-RECIPE = {"name": "bench", "weights": "none", "sha256": "",
-          "transform": {"image_size": 256, "mean": (0, 0, 0), "std": (1, 1, 1)}}  # fmt: skip
+RECIPE = {
+    "name": "bench",
+    "weights": "none",
+    "sha256": "",
+    "transform": {"image_size": 256, "mean": (0, 0, 0), "std": (1, 1, 1)},
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ def main(bench: Bench) -> None:
     finally:
         for path in paths.values():
             path.unlink(missing_ok=True)
-    print(f"a 14x14 file of so many rows, {bench.photos} written at random places and read from the page cache; "
-          f"{14 * 14 * 2 * bench.channels:,} bytes a photo written, {8 * 8 * 2 * bench.channels:,} read")  # fmt: skip
+    print(
+        f"a 14x14 file of so many rows, {bench.photos} written at random places and read from the page cache; "
+        f"{14 * 14 * 2 * bench.channels:,} bytes a photo written, {8 * 8 * 2 * bench.channels:,} read"
+    )
     print(f"{'rows':>24}  {'size':>8}  {'made in':>7}  {'written':>24}  {'opened in':>9}  {'read':>24}  most memory")
     for size in bench.sizes:
         process = multiprocessing.get_context("spawn").Process(target=grow, args=(bench, size))
@@ -110,10 +116,14 @@ def grow(bench: Bench, size: int) -> None:
         for rows in in_batches(random.permutation(places), bench.batch_size):
             reader.read(rows)
         read = len(places) / (time.perf_counter() - began)
-        moved = [f"{rate:5,.0f} photos/s {rate * cells * 2 * bench.channels / 1e6:5,.0f} MB/s"
-                 for rate, cells in ((written, 14 * 14), (read, 8 * 8))]  # fmt: skip
-        print(f"{size:24,}  {path.stat().st_size / 1e9:5.1f} GB  {made * 1e3:4.0f} ms  {moved[0]}  "
-              f"{opened * 1e3:6.0f} ms  {moved[1]}  {most_resident() / 1e6:8.0f} MB")  # fmt: skip
+        moved = [
+            f"{rate:5,.0f} photos/s {rate * cells * 2 * bench.channels / 1e6:5,.0f} MB/s"
+            for rate, cells in ((written, 14 * 14), (read, 8 * 8))
+        ]
+        print(
+            f"{size:24,}  {path.stat().st_size / 1e9:5.1f} GB  {made * 1e3:4.0f} ms  {moved[0]}  "
+            f"{opened * 1e3:6.0f} ms  {moved[1]}  {most_resident() / 1e6:8.0f} MB"
+        )
     finally:
         path.unlink(missing_ok=True)
 
@@ -167,10 +177,12 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
                 torch.stack([torch.from_numpy(file["features"][row]) for row in rows])
 
     ways = {
-        "plain h5py, 14x14": (plainly, "plain"), "ours, of a 14x14 file": (lambda: ours("14"), "14"),
+        "plain h5py, 14x14": (plainly, "plain"),
+        "ours, of a 14x14 file": (lambda: ours("14"), "14"),
         "ours, of a native file": (lambda: ours("native"), "native"),
-        "os.pread of it": (pread, "native"), "memmap copy of it": (copy, "native"),
-    }  # fmt: skip
+        "os.pread of it": (pread, "native"),
+        "memmap copy of it": (copy, "native"),
+    }
     one, other = (FeatureReader(paths[name]).read(plan[0]).cells for name in ("14", "native"))
     np.testing.assert_array_equal(one, other)
     best = dict.fromkeys(ways, float("inf"))
@@ -181,9 +193,11 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
     for way, seconds in best.items():
         table(way, bench, 14 * 14 * 2 * bench.channels if way.startswith("plain") else block.row_bytes, seconds)
     against = "os.pread of it" if cold else "memmap copy of it"
-    print(f"{'':>24}  a native file is read at {best[against] / best['ours, of a native file']:.0%} of the speed of "
-          f"{against.removesuffix(' of it')}, and {best['plain h5py, 14x14'] / best['ours, of a native file']:.1f} "
-          "times as fast as the plain way")  # fmt: skip
+    print(
+        f"{'':>24}  a native file is read at {best[against] / best['ours, of a native file']:.0%} of the speed of "
+        f"{against.removesuffix(' of it')}, and {best['plain h5py, 14x14'] / best['ours, of a native file']:.1f} "
+        "times as fast as the plain way"
+    )
 
 
 def forget(path: Path) -> None:
@@ -200,8 +214,10 @@ def warm(path: Path) -> None:
 
 
 def table(way: str, bench: Bench, size: int, seconds: float) -> None:
-    print(f"{way:>24}  {bench.photos / seconds:8,.0f} photos/s {bench.photos * size / seconds / 1e6:8,.0f} MB/s "
-          f"{size:9,} bytes a photo")  # fmt: skip
+    print(
+        f"{way:>24}  {bench.photos / seconds:8,.0f} photos/s {bench.photos * size / seconds / 1e6:8,.0f} MB/s "
+        f"{size:9,} bytes a photo"
+    )
 
 
 if __name__ == "__main__":

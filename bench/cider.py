@@ -24,14 +24,15 @@ import tyro
 from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
 from tyro.conf import Positional
 
-from captioning.batches import plan_batches
-from captioning.cider import CiderReward
-from captioning.decoders import build_decoder
-from captioning.device import autocast, pick_device, pick_precision
-from captioning.grid import Grid, grid_pooling
-from captioning.objectives import Cider, Share
-from captioning.splits import Split, photos_of
-from config import Train, as_plain_data
+from captioning.dataset.batches import plan_batches
+from captioning.dataset.caption_dataset import CaptionDataset, photos_of
+from captioning.decoders.factory import build_decoder
+from captioning.encoders.grid import Grid, grid_pooling
+from captioning.runtime.device import autocast, pick_device, pick_precision
+from captioning.runtime.settings import as_plain_data
+from captioning.training.cider_reward import CiderReward
+from captioning.training.objectives import Cider, LossWeights
+from config import Train
 from preprocess.captions import read_captions
 from preprocess.vocabulary import END, VOCABULARY_FILE, Vocabulary
 
@@ -105,14 +106,14 @@ def main(bench: Bench) -> None:
     config = Train(bench.data, "bench", objective="cider", start_from=Path("none"))
     vocabulary = Vocabulary.load(bench.data / VOCABULARY_FILE)
     photos = photos_of(list(read_captions(bench.data)), "train", bench.data)
-    split = Split(photos, vocabulary, config.max_length)
+    split = CaptionDataset(photos, vocabulary, config.max_length)
     started = time.perf_counter()
     reward = Clocked(CiderReward(split))
     counted = time.perf_counter() - started
     settings = {**as_plain_data(config), "vocabulary_size": len(vocabulary), "channels": bench.channels}
     decoder = build_decoder(bench.decoder, settings).to(device).train()
     with torch.no_grad():
-        decoder.vocabulary.bias[END] = np.log(len(vocabulary) / 10)  # untrained, it would hardly ever end
+        decoder.output_layer.bias[END] = np.log(len(vocabulary) / 10)  # untrained, it would hardly ever end
     objective = Cider(config, reward)
     optimizer = torch.optim.AdamW(decoder.parameters(), 1e-9)
     order = np.random.default_rng(0).permutation(len(split))
@@ -146,7 +147,7 @@ def step(bench, photos, objective, decoder, optimizer, device, precision) -> flo
     synchronise(device)
     started = time.perf_counter()
     with autocast(device, precision):
-        loss = objective(decoder, grid, batch, Share())
+        loss = objective(decoder, grid, batch, LossWeights())
     loss.objective.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

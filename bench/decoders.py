@@ -26,18 +26,38 @@ from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from tutorial import TutorialAttention, TutorialEncoder, TutorialLstm
 
-from captioning.batches import Batch
-from captioning.decoders import build_decoder
-from captioning.device import autocast, pick_precision
-from captioning.grid import SIDE, Grid, grid_pooling
-from captioning.objectives import CrossEntropy, Share
-from captioning.optimizer import make_optimizer
+from captioning.dataset.batches import Batch
+from captioning.decoders.factory import build_decoder
+from captioning.encoders.grid import SIDE, Grid, grid_pooling
+from captioning.runtime.device import autocast, pick_precision
+from captioning.training.objectives import CrossEntropy, LossWeights
+from captioning.training.optimizer import make_optimizer
 from config import Train
 from preprocess.vocabulary import END, SPECIAL, START
 
 # Words of a COCO caption (val2017, all 25,014): how many captions have so many
-COCO_LENGTHS = {7: 206, 8: 4005, 9: 5549, 10: 5350, 11: 3814, 12: 2507, 13: 1454, 14: 851, 15: 468, 16: 276, 17: 175,
-                18: 111, 19: 70, 20: 45, 21: 30, 22: 24, 23: 23, 24: 14, 25: 13, 26: 29}  # fmt: skip
+COCO_LENGTHS = {
+    7: 206,
+    8: 4005,
+    9: 5549,
+    10: 5350,
+    11: 3814,
+    12: 2507,
+    13: 1454,
+    14: 851,
+    15: 468,
+    16: 276,
+    17: 175,
+    18: 111,
+    19: 70,
+    20: 45,
+    21: 30,
+    22: 24,
+    23: 23,
+    24: 14,
+    25: 13,
+    26: 29,
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ class Data:
         for row, length in zip(self.captions, self.lengths, strict=True):
             words = torch.from_numpy(random.integers(len(SPECIAL), bench.vocabulary, length - 1))
             row[: length + 1] = torch.cat([torch.tensor([START]), words, torch.tensor([END])])
-        self.photo = torch.from_numpy(random.permutation(np.arange(len(self.lengths)) % bench.photos))
+        self.photo_index = torch.from_numpy(random.permutation(np.arange(len(self.lengths)) % bench.photos))
         cells = torch.from_numpy(
             random.standard_normal((bench.photos, bench.cells**2, bench.channels), np.float32)
         ).relu()
@@ -79,19 +99,26 @@ class Data:
         targets = pack_padded_sequence(self.captions[:, 1:], self.lengths, batch_first=True).data
         pooling = self.grid.pooling.to(torch.promote_types(dtype, torch.float32))
         grid = Grid(self.grid.cells.to(dtype), pooling)
-        return Batch(grid, PackedSequence(words.data, words.batch_sizes), targets, self.photo, np.arange(len(grid)))
+        return Batch(
+            grid, PackedSequence(words.data, words.batch_sizes), targets, self.photo_index, np.arange(len(grid))
+        )
 
     def for_the_tutorial(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[int]]:
         """Every caption with a copy of its photo's 14x14 map (B, 14, 14, C), as its loader hands them over."""
         maps = self.grid.spread(self.grid.cells.to(dtype)).unflatten(1, (SIDE, SIDE))
-        return maps[self.photo], self.captions, self.lengths.tolist()
+        return maps[self.photo_index], self.captions, self.lengths.tolist()
 
 
 def decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
     """Ours and the tutorial's, of the same weights."""
     torch.manual_seed(0)
-    sizes = {"vocabulary_size": bench.vocabulary, "channels": bench.channels, "embedding_size": bench.size,
-             "hidden_size": bench.size, "dropout": dropout}  # fmt: skip
+    sizes = {
+        "vocabulary_size": bench.vocabulary,
+        "channels": bench.channels,
+        "embedding_size": bench.size,
+        "hidden_size": bench.size,
+        "dropout": dropout,
+    }
     plain = (bench.vocabulary, bench.channels, bench.size)
     if bench.decoder == "lstm":
         ours = build_decoder("lstm", sizes)
@@ -102,9 +129,9 @@ def decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
 
 
 def our_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """As captioning/trainer.py; without an optimizer the gradients stay."""
+    """As captioning/training/trainer.py; without an optimizer the gradients stay."""
     with autocast(batch.targets.device, dtype):
-        loss = CrossEntropy(Train("data", "run"))(decoder, batch.view, batch, Share()).objective
+        loss = CrossEntropy(Train("data", "run"))(decoder, batch.photos, batch, LossWeights()).objective
     loss.backward()
     if optimizer:
         nn.utils.clip_grad_value_(decoder.parameters(), 5.0)

@@ -25,17 +25,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from captioning.batches import Batch, CachedPhotos, plan_batches, shuffled
-from captioning.decoders import build_decoder, sizes_of
-from captioning.device import autocast, pick_device, pick_precision
-from captioning.grid import Grid, grid_pooling
-from captioning.meter import most_resident
-from captioning.objectives import CrossEntropy, Loss, Share
-from captioning.optimizer import make_optimizer
-from captioning.prefetch import Prefetch
-from captioning.replay import Replay
-from captioning.splits import Split
-from config import Train, as_plain_data
+from captioning.dataset.batches import Batch, CachedPhotos, epoch_order, plan_batches
+from captioning.dataset.caption_dataset import CaptionDataset
+from captioning.dataset.prefetch import Prefetch
+from captioning.decoders.factory import build_decoder, decoder_arguments
+from captioning.encoders.grid import Grid, grid_pooling
+from captioning.runtime.device import autocast, pick_device, pick_precision
+from captioning.runtime.meter import most_resident
+from captioning.runtime.settings import as_plain_data
+from captioning.training.cuda_graphs import CudaGraphRunner
+from captioning.training.objectives import CrossEntropy, Loss, LossWeights
+from captioning.training.optimizer import make_optimizer
+from config import Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
@@ -72,7 +73,7 @@ def made_up(bench: Bench, device: torch.device) -> CachedPhotos:
         places = torch.from_numpy(rows).to(device, non_blocking=True)
         return Grid(features.index_select(0, places), grid_pooling(bench.cells, bench.cells))
 
-    return CachedPhotos(Split(photos, vocabulary, 52), np.arange(bench.photos), read)
+    return CachedPhotos(CaptionDataset(photos, vocabulary, 52), np.arange(bench.photos), read)
 
 
 def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[float], int, int]:
@@ -81,21 +82,25 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[
     precision = pick_precision(bench.precision, device)
     config = Train("data", "run", decoder=bench.decoder)
     sizes = {"vocabulary_size": bench.vocabulary, "channels": bench.channels, **as_plain_data(config)}
-    decoder = build_decoder(bench.decoder, sizes_of(bench.decoder, sizes)).to(device).train()
+    decoder = build_decoder(bench.decoder, decoder_arguments(bench.decoder, sizes)).to(device).train()
     optimizer, parameters = make_optimizer(decoder.parameters()), list(decoder.parameters())
     objective = CrossEntropy(config).to(device)
 
     def gradients(batch: Batch) -> Loss:
         with autocast(device, precision):
-            loss = objective(decoder, batch.view, batch, Share())
+            loss = objective(decoder, batch.photos, batch, LossWeights())
         loss.objective.backward()
         return loss._replace(objective=loss.objective.detach())
 
-    replay = Replay(gradients, parameters, device, precision) if bench.cuda_graphs and device.type == "cuda" else None
+    replay = (
+        CudaGraphRunner(gradients, parameters, device, precision)
+        if bench.cuda_graphs and device.type == "cuda"
+        else None
+    )
 
     def learn(batch: Batch) -> Tensor:
         loss = replay(batch) if replay else gradients(batch.to(device, precision))
-        nn.utils.clip_grad_value_(parameters, config.clip)
+        nn.utils.clip_grad_value_(parameters, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not replay)
         return loss.objective
@@ -106,14 +111,14 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[
     optimizer.zero_grad(set_to_none=not replay)
     seconds = []
     for number in range(2):
-        plan = plan_batches(data.split, bench.batch_size, shuffled(len(data.split), 0, number))
+        plan = plan_batches(data.split, bench.batch_size, epoch_order(len(data.split), 0, number))
         synchronise(device)
         began = time.perf_counter()
         losses = [learn(batch) for batch in tqdm(Prefetch(data, plan, pin=device.type == "cuda"), unit="update")]
         synchronise(device)
         seconds.append(time.perf_counter() - began)
         print(f"epoch {number + 1}: loss {losses[0].item():.3f}, then {losses[-1].item():.3f}; {seconds[-1]:.1f} s")
-    words = int(data.split.words_to_say().sum())
+    words = int(data.split.target_counts().sum())
     return seconds, words, counter.get_total_flops() // len(first.targets)
 
 
@@ -149,8 +154,10 @@ def main(bench: Bench) -> None:
     # is read and written; in half precision
     cells = bench.cells**2 * bench.channels
     touched = words * 2 * (2 * cells + 4 * 196 * Train.attention_size)
-    print(f"{bench.captions:,} captions of {bench.photos:,} photos, {words:,} words: {seconds:.1f} s, "
-          f"{bench.captions / seconds:,.0f} captions/s")  # fmt: skip
+    print(
+        f"{bench.captions:,} captions of {bench.photos:,} photos, {words:,} words: {seconds:.1f} s, "
+        f"{bench.captions / seconds:,.0f} captions/s"
+    )
     print(f"{words * operations / seconds / 1e12:.2f} TFLOP/s in matrix products, of {most / 1e12:.2f} at most")
     print(f"{touched / seconds / 1e9:.1f} GB/s for attention, of {bandwidth / 1e9:.1f} at most")
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_resident()

@@ -20,11 +20,11 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from captioning.device import autocast, encoder_precision, pick_device
-from captioning.encoder import Encoder, calibrate_on, load_encoder
-from captioning.feature_cache import FeatureWriter, describe_features
-from captioning.gpu_photos import check_nvjpeg, photos_on
-from captioning.images import PHOTO_ENDINGS, Unreadable, in_batches
+from captioning.encoders.encoder import Encoder, calibrate_on, load_encoder
+from captioning.encoders.gpu_decoding import check_nvjpeg, load_photos
+from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, in_batches
+from captioning.features.feature_cache import FeatureWriter, describe_features
+from captioning.runtime.device import autocast, encoder_precision, pick_device
 from extract_features import extract
 
 
@@ -81,13 +81,15 @@ def main(bench: Bench) -> None:
     formula = "1 / (1/decode + 1/CNN)" if shared else "the slower of the two"
     print(f"{'at best':>12}  {at_best:8.1f} photos/s, {formula}")
     print(f"the extraction reaches {best['extraction'] / at_best:.0%} of that")
-    print(f"{len(files)} photos repeated to {len(paths):,}; {bench.encoder}, {bench.image_size} px, {bench.precision}, "
-          f"{bench.workers} workers, {device}{', nvJPEG' * bench.nvjpeg}{', compiled' * bench.compile}, "
-          f"torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{len(files)} photos repeated to {len(paths):,}; {bench.encoder}, {bench.image_size} px, {bench.precision}, "
+        f"{bench.workers} workers, {device}{', nvJPEG' * bench.nvjpeg}{', compiled' * bench.compile}, "
+        f"torch {torch.__version__}"
+    )
 
 
 def decode(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]], device: torch.device) -> None:
-    for batch in photos_on(device, paths, plan, encoder.transform, bench.workers):
+    for batch in load_photos(device, paths, plan, encoder.transform, bench.workers):
         last = batch.photos
     last.cpu()  # a GPU may still be busy with it
 
@@ -103,9 +105,13 @@ def compute(encoder: Encoder, batches: int, size: int, precision: torch.dtype, d
 
 
 def whole(
-    bench: Bench, encoder: Encoder, shape: tuple[int, int, int], paths: list[str], plan: list[list[int]],
+    bench: Bench,
+    encoder: Encoder,
+    shape: tuple[int, int, int],
+    paths: list[str],
+    plan: list[list[int]],
     precision: torch.dtype,
-) -> None:  # fmt: skip
+) -> None:
     height, width, channels = shape
     with tempfile.TemporaryDirectory() as folder:
         recipe = {"name": bench.encoder, "weights": "random", "sha256": "", "transform": encoder.transform.to_dict()}
@@ -113,7 +119,7 @@ def whole(
         writer = FeatureWriter(
             Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
         )
-        extract(bench, encoder, writer, paths, plan, precision, Unreadable(len(paths), 0), Nothing())
+        extract(bench, encoder, writer, paths, plan, precision, FailureLimit(len(paths), 0), Nothing())
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ HOUSE = Path(__file__).parents[1]
 CAPTIONS, LENGTH, WORDS = 5, 11, 200  # captions a photo, words a caption, words in all
 COMMANDS = {
     "extract": "extract_features.py . --encoder resnet18.layer1 --weights random --image-size 32 --grid native "
-               "--batch-size 128 --workers 1 --device cpu",
-    "train": "train.py . --run bench --resident disk --epochs 1 --batch-size 1000 --embedding-size 8 "
-             "--attention-size 8 --hidden-size 8 --panel 0 --device cpu --val-photos 125",
-}  # fmt: skip
+    "--batch-size 128 --workers 1 --device cpu",
+    "train": "train.py . --run bench --features-on disk --epochs 1 --batch-size 1000 --embedding-size 8 "
+    "--attention-size 8 --hidden-size 8 --preview-photos 0 --device cpu --val-photos 125",
+}
 COMMANDS["score"] = COMMANDS["train"].replace("bench", "score").replace("125", "5000")
 
 
@@ -61,8 +61,11 @@ def main(bench: Bench) -> None:
         for command, taken in measure(bench.folder, size).items():
             fewer, less = before.get(command, (size, taken.own))
             more = f"{(taken.own - less) / (size - fewer):,.0f} bytes" if size > fewer else ""
-            print(f"{size:8,}  {command:>8}  {taken.own / 1e6:5,.0f} MB  {taken.held / 1e6:5,.0f} MB  {more:>18}  "
-                  f"{taken.seconds:7.0f}", flush=True)  # fmt: skip
+            print(
+                f"{size:8,}  {command:>8}  {taken.own / 1e6:5,.0f} MB  {taken.held / 1e6:5,.0f} MB  {more:>18}  "
+                f"{taken.seconds:7.0f}",
+                flush=True,
+            )
             before[command] = size, taken.own
 
 
@@ -82,11 +85,18 @@ def make_data(folder: Path, photos: int) -> None:
     for i in range(photos):
         os.symlink(drawn[i % 4], folder / "photos" / f"{i:012}.png")
     words = [f"word{number}" for number in range(WORDS)]
-    write_captions(folder / CAPTIONS_FILE, (
-        Photo(f"photos/{i:012}.png", f"{i:012}", "val" if i % 8 == 7 else "train",
-              tuple(tuple(words[j] for j in row) for row in random.integers(0, WORDS, (CAPTIONS, LENGTH))))
-        for i in range(photos)
-    ))  # fmt: skip
+    write_captions(
+        folder / CAPTIONS_FILE,
+        (
+            Photo(
+                f"photos/{i:012}.png",
+                f"{i:012}",
+                "val" if i % 8 == 7 else "train",
+                tuple(tuple(words[j] for j in row) for row in random.integers(0, WORDS, (CAPTIONS, LENGTH))),
+            )
+            for i in range(photos)
+        ),
+    )
     Vocabulary.build([words], language="en", tokenizer="whitespace", min_count=1, max_words=WORDS).save(
         folder / VOCABULARY_FILE
     )

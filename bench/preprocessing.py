@@ -38,8 +38,19 @@ def main(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         distinct = make_annotations(bench, folder)
-        command = [sys.executable, "-m", "preprocess", str(folder / "data"), "--train", str(folder / "captions.json"),
-                   str(folder / "images"), "--workers", str(bench.workers), "--tokenizer", bench.tokenizer]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "preprocess",
+            str(folder / "data"),
+            "--train",
+            str(folder / "captions.json"),
+            str(folder / "images"),
+            "--workers",
+            str(bench.workers),
+            "--tokenizer",
+            bench.tokenizer,
+        ]
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT)
         shared, summed, processes = watch_memory(process)

@@ -17,8 +17,8 @@ from beam_search import Bench as SearchBench
 from beam_search import captions, made_up
 from decoders import Bench, Data, best_of, decoders, our_step
 
-from captioning.grid import Grid, grid_pooling
-from captioning.optimizer import make_optimizer
+from captioning.encoders.grid import Grid, grid_pooling
+from captioning.training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from captioning.captioner import Captioned
-from captioning.scores import score_captions
+from captioning.caption import CaptionResult
+from captioning.evaluation.score_report import score_captions
 from preprocess.captions import read_captions
-from preprocess.tokenizers import cut_precisely
+from preprocess.tokenizers import jieba_cut
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
@@ -29,14 +29,16 @@ class Bench:
 
 
 def main(bench: Bench) -> None:
-    cut_precisely("看图说话")  # jieba reads its dictionary once
+    jieba_cut("看图说话")  # jieba reads its dictionary once
     for data in bench.data:
         vocabulary = Vocabulary.load(data / VOCABULARY_FILE)
         there = list(read_captions(data))
         photos = [replace(there[number % len(there)], id=str(number)) for number in range(bench.photos)]
         said = [photo.captions[0] for photo in [*photos[1:], photos[0]]]
-        pairs = [(photo, Captioned(vocabulary.joined(words), list(words)))
-                 for photo, words in zip(photos, said, strict=True)]  # fmt: skip
+        pairs = [
+            (photo, CaptionResult(vocabulary.joined(words), list(words)))
+            for photo, words in zip(photos, said, strict=True)
+        ]
         started = time.process_time()
         scores = score_captions(pairs, vocabulary.language, vocabulary.tokenizer, java=False)
         scored = time.process_time()

@@ -15,7 +15,7 @@ from torchvision import models
 
 from captioning.decoders.attention import AttentionDecoder
 from captioning.decoders.lstm import LstmDecoder
-from captioning.grid import SIDE
+from captioning.encoders.grid import SIDE
 from preprocess.vocabulary import END, START
 
 
@@ -46,14 +46,14 @@ class TutorialAttention(nn.Module):
         self.initial_c = nn.Linear(channels, hidden)
         self.gate = nn.Linear(hidden, channels)
         self.dropout = nn.Dropout(dropout)
-        self.vocabulary = nn.Linear(hidden, vocabulary)
+        self.output_layer = nn.Linear(hidden, vocabulary)
 
     def attend(self, cells: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.score(F.relu(self.of_cells(cells) + self.of_hidden(hidden)[:, None])).squeeze(2)
         alpha = scores.softmax(1)
         return (cells * alpha[:, :, None]).sum(1), alpha
 
-    def begin(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+    def init_state(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         mean = cells.mean(1)
         return self.initial_h(mean), self.initial_c(mean)
 
@@ -66,13 +66,13 @@ class TutorialAttention(nn.Module):
         """features (B, 14, 14, C), captions (B, T + 1) longest first, lengths: words to say -> scores, alphas."""
         cells = features.flatten(1, 2)
         embedded = self.embedding(captions)
-        h, c = self.begin(cells)
-        scores = cells.new_zeros(len(cells), max(lengths), self.vocabulary.out_features)
+        h, c = self.init_state(cells)
+        scores = cells.new_zeros(len(cells), max(lengths), self.output_layer.out_features)
         alphas = cells.new_zeros(len(cells), max(lengths), SIDE * SIDE)
         for step in range(max(lengths)):
             rows = sum(length > step for length in lengths)
             h, c, alpha = self.advance(embedded[:rows, step], cells[:rows], h[:rows], c[:rows])
-            scores[:rows, step] = self.vocabulary(self.dropout(h)).to(scores.dtype)
+            scores[:rows, step] = self.output_layer(self.dropout(h)).to(scores.dtype)
             alphas[:rows, step] = alpha
         return scores, alphas
 
@@ -89,14 +89,14 @@ class TutorialAttention(nn.Module):
         In the tutorial a beam that ends is gone, and the search goes on until all are. refill: as in our search,
         continuations of the others take its place, until none of them can come out better.
         """
-        vocabulary, width = self.vocabulary.out_features, beams
+        vocabulary, width = self.output_layer.out_features, beams
         cells = features.flatten(0, 1).expand(beams, -1, -1)
         words, totals = torch.full((beams, 1), START), torch.zeros(beams, 1)
-        h, c = self.begin(cells)
+        h, c = self.init_state(cells)
         finished: list[tuple[float, list[int]]] = []
         for step in range(longest + 1):
             h, c, _ = self.advance(self.embedding(words[:, -1]), cells, h, c)
-            log_probabilities = F.log_softmax(self.vocabulary(h), 1)
+            log_probabilities = F.log_softmax(self.output_layer(h), 1)
             log_probabilities[:, : START + 1] = -torch.inf  # never <pad>, <unk>, <start>
             candidates = totals + log_probabilities
             best, places = (candidates[0] if step == 0 else candidates.flatten()).topk(width)
@@ -120,17 +120,26 @@ class TutorialAttention(nn.Module):
         initial_h, initial_c = ours.initial.weight.chunk(2)
         initial_h_bias, initial_c_bias = ours.initial.bias.chunk(2)
         for parameter, value in {
-            self.of_cells.weight: ours.key.weight, self.of_cells.bias: ours.key.bias,
-            self.of_hidden.weight: query, self.of_hidden.bias: query_bias,
-            self.score.weight: ours.score.weight, self.score.bias: torch.zeros(1),
+            self.of_cells.weight: ours.key.weight,
+            self.of_cells.bias: ours.key.bias,
+            self.of_hidden.weight: query,
+            self.of_hidden.bias: query_bias,
+            self.score.weight: ours.score.weight,
+            self.score.bias: torch.zeros(1),
             self.embedding.weight: ours.embedding.weight,
             self.cell.weight_ih: torch.cat([ours.word_gates.weight, ours.context_gates.weight], 1),
-            self.cell.bias_ih: ours.word_gates.bias, self.cell.weight_hh: gates, self.cell.bias_hh: gates_bias,
-            self.gate.weight: gate, self.gate.bias: gate_bias,
-            self.initial_h.weight: initial_h, self.initial_h.bias: initial_h_bias,
-            self.initial_c.weight: initial_c, self.initial_c.bias: initial_c_bias,
-            self.vocabulary.weight: ours.vocabulary.weight, self.vocabulary.bias: ours.vocabulary.bias,
-        }.items():  # fmt: skip
+            self.cell.bias_ih: ours.word_gates.bias,
+            self.cell.weight_hh: gates,
+            self.cell.bias_hh: gates_bias,
+            self.gate.weight: gate,
+            self.gate.bias: gate_bias,
+            self.initial_h.weight: initial_h,
+            self.initial_h.bias: initial_h_bias,
+            self.initial_c.weight: initial_c,
+            self.initial_c.bias: initial_c_bias,
+            self.output_layer.weight: ours.output_layer.weight,
+            self.output_layer.bias: ours.output_layer.bias,
+        }.items():
             parameter.copy_(value)
         return self
 
@@ -140,22 +149,22 @@ class TutorialLstm(nn.Module):
 
     def __init__(self, vocabulary: int, channels: int, embedding: int, hidden: int, dropout: float):
         super().__init__()
-        self.photo = nn.Linear(channels, embedding)
+        self.photo_projection = nn.Linear(channels, embedding)
         self.norm = nn.BatchNorm1d(embedding, momentum=0.01)
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.cell = nn.LSTMCell(embedding, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.vocabulary = nn.Linear(hidden, vocabulary)
+        self.output_layer = nn.Linear(hidden, vocabulary)
 
     def forward(self, features: Tensor, captions: Tensor, lengths: list[int]) -> Tensor:
-        photo = self.norm(self.photo(features.flatten(1, 2).mean(1)))
+        photo = self.norm(self.photo_projection(features.flatten(1, 2).mean(1)))
         memory = self.cell(photo)
         embedded = self.embedding(captions)
-        scores = features.new_zeros(len(features), max(lengths), self.vocabulary.out_features)
+        scores = features.new_zeros(len(features), max(lengths), self.output_layer.out_features)
         for step in range(max(lengths)):
             rows = sum(length > step for length in lengths)
             memory = self.cell(embedded[:rows, step], (memory[0][:rows], memory[1][:rows]))
-            scores[:rows, step] = self.vocabulary(self.dropout(memory[0])).to(scores.dtype)
+            scores[:rows, step] = self.output_layer(self.dropout(memory[0])).to(scores.dtype)
         return scores
 
     def loss(self, features: Tensor, captions: Tensor, lengths: list[int]) -> Tensor:
@@ -165,10 +174,10 @@ class TutorialLstm(nn.Module):
     @torch.no_grad()
     def take(self, ours: LstmDecoder) -> TutorialLstm:
         """The same weights as our decoder."""
-        self.photo.load_state_dict(ours.photo.state_dict())
+        self.photo_projection.load_state_dict(ours.photo_projection.state_dict())
         self.norm.load_state_dict(ours.norm.state_dict())
         self.embedding.load_state_dict(ours.embedding.state_dict())
-        self.vocabulary.load_state_dict(ours.vocabulary.state_dict())
+        self.output_layer.load_state_dict(ours.output_layer.state_dict())
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             getattr(self.cell, name).copy_(getattr(ours.recurrent, name + "_l0"))
         return self

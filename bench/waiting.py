@@ -22,10 +22,10 @@ import tyro
 from tyro.conf import Positional
 
 import train
-from captioning.checkpoint import save_checkpoint
-from captioning.encoder import encoder_file
-from captioning.feature_cache import FeatureWriter, describe_features
-from captioning.images import Transform, in_batches
+from captioning.encoders.encoder import encoder_file
+from captioning.encoders.images import Transform, in_batches
+from captioning.features.feature_cache import FeatureWriter, describe_features
+from captioning.runtime.checkpoint import save_checkpoint
 from config import Train
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
@@ -57,25 +57,37 @@ def main(bench: Bench) -> None:
             os.chdir(before)
     print(f"{'decoder':>15} {'from':>5}  {'captions/s':>10}  {'MB/s':>7}  waiting, epoch by epoch")
     print("\n".join(rows))
-    print(f"{bench.photos} photos of {bench.channels} channels, {CAPTIONS} captions each, {bench.batch_size} captions "
-          f"a batch, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{bench.photos} photos of {bench.channels} channels, {CAPTIONS} captions each, {bench.batch_size} captions "
+        f"a batch, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
 
 
 def make_data(bench: Bench) -> None:
     random = np.random.default_rng(0)
     words = [f"w{number}" for number in range(WORDS)]
     photos = [
-        Photo(f"{i}.jpg", str(i), "val" if i < 4 else "train",
-              tuple(tuple(random.choice(words, LENGTH).tolist()) for _ in range(CAPTIONS)))
+        Photo(
+            f"{i}.jpg",
+            str(i),
+            "val" if i < 4 else "train",
+            tuple(tuple(random.choice(words, LENGTH).tolist()) for _ in range(CAPTIONS)),
+        )
         for i in range(bench.photos)
-    ]  # fmt: skip
+    ]
     write_captions(Path(CAPTIONS_FILE), photos)
     sentences = [caption for photo in photos for caption in photo.captions]
     Vocabulary.build(sentences, language="en", tokenizer="whitespace", min_count=1, max_words=WORDS).save(
         Path(VOCABULARY_FILE)
     )
-    writer = FeatureWriter(Path("features.h5"), [photo.id for photo in photos], describe_features(
-        RECIPE, (8, 8), "14", "float32"), bench.channels, "float16", overwrite=False)  # fmt: skip
+    writer = FeatureWriter(
+        Path("features.h5"),
+        [photo.id for photo in photos],
+        describe_features(RECIPE, (8, 8), "14", "float32"),
+        bench.channels,
+        "float16",
+        overwrite=False,
+    )
     cells = torch.randn(8, 14, 14, bench.channels)
     for rows in in_batches(np.arange(bench.photos), len(cells)):
         writer.write(rows, cells[: len(rows)], cells[: len(rows)].mean((1, 2)))
@@ -85,18 +97,26 @@ def make_data(bench: Bench) -> None:
 
 def measure(bench: Bench, decoder: str, place: str) -> str:
     config = Train(
-        Path("."), f"{decoder}-{place}", decoder=decoder, resident=place, batch_size=bench.batch_size, panel=0,
-        epochs=bench.epochs, device=bench.device,
-    )  # fmt: skip
+        Path("."),
+        f"{decoder}-{place}",
+        decoder=decoder,
+        features_on=place,
+        batch_size=bench.batch_size,
+        preview_photos=0,
+        epochs=bench.epochs,
+        device=bench.device,
+    )
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         train.main(config)
     events = [json.loads(line) for line in (config.folder / "log.jsonl").read_text().splitlines()]
     epochs = [event for event in events if event["event"] == "epoch"]
     size = (4 if decoder == "lstm" else 64 * 2) * bench.channels  # bytes a photo: the mean, or the 8x8 cells
     last = epochs[-1]
-    return (f"{decoder:>15} {place:>5}  {last['captions_per_second']:10,.0f}  "
-            f"{last['photos_per_second'] * size / 1e6:7,.1f}  "
-            f"{', '.join(format(epoch['waiting'], '.1%') for epoch in epochs)}")  # fmt: skip
+    return (
+        f"{decoder:>15} {place:>5}  {last['captions_per_second']:10,.0f}  "
+        f"{last['photos_per_second'] * size / 1e6:7,.1f}  "
+        f"{', '.join(format(epoch['waiting'], '.1%') for epoch in epochs)}"
+    )
 
 
 if __name__ == "__main__":

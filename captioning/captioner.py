@@ -9,48 +9,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from captioning.beam_search import Caption, beam_search
-from captioning.checkpoint import fitting, load_checkpoint
-from captioning.decoders import build_decoder
+from captioning.caption import Caption, CaptionResult
+from captioning.decoders.ensemble import Ensemble
+from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
-from captioning.device import autocast, encoder_precision, pick_device, pick_precision
-from captioning.encoder import Encoder, encoder_from_checkpoint
-from captioning.ensemble import Ensemble
-from captioning.grid import SIDE, Grid
-from captioning.images import PhotoError, in_batches, to_rgb
-from captioning.sampling import draw_captions
-from config import Search, UserError
+from captioning.encoders.encoder import Encoder, encoder_from_checkpoint
+from captioning.encoders.grid import Grid
+from captioning.encoders.images import in_batches, to_rgb
+from captioning.errors import PhotoError, UserError
+from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
+from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
+from captioning.search.beam_search import beam_search
+from captioning.search.options import SearchOptions
+from captioning.search.sampling import draw_captions
 from preprocess.vocabulary import Vocabulary
 
 BATCH = 32  # photos captioned at once
-BEAM = Search()
+BEAM = SearchOptions()
 AnyPhoto = Path | str | Image.Image | Tensor
-
-
-@dataclass
-class Captioned:
-    """A photo's caption. attention (T, 196): a row a word, over 14x14 cells; None where the decoder has none.
-
-    sentinel (T): the share of each word that came from language alone (beta, Lu et al. 2017); None without a sentinel.
-    What is not known of a caption that was read from a file is None.
-    """
-
-    text: str
-    words: list[str]
-    log_probability: float | None = None  # natural, of the whole caption
-    finished: bool | None = None  # False: cut at max_length
-    attention: Tensor | None = None
-    sentinel: list[float] | None = None
-    others: list[Captioned] = field(default_factory=list)  # further captions of the photo, the better ones first
-    grid: tuple[int, int] = (SIDE, SIDE)
 
 
 class Captioner:
@@ -72,21 +56,25 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, run: Path | str, device: str = "auto", precision: str = "auto", sees: str = HardAttentionDecoder.sees,
+        cls,
+        run: Path | str,
+        device: str = "auto",
+        precision: str = "auto",
+        sees: str = HardAttentionDecoder.sees,
         ensemble: Sequence[Path | str] = (),
-    ) -> Captioner:  # fmt: skip
-        """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises config.UserError.
+    ) -> Captioner:
+        """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises UserError.
 
         sees: what hard attention sees of a photo, the expectation over its cells or the likeliest alone (argmax).
         ensemble: further runs of the same vocabulary and encoder; a word's probability is then the mean of all.
         """
         first, *others = (load_checkpoint(Path(name)) for name in (run, *ensemble))
         for name, other in zip(ensemble, others, strict=True):
-            with fitting(name):
+            with checkpoint_errors(name):
                 same = _belongs(other) == _belongs(first)
             if not same:
                 raise UserError(f"{name}: is of another vocabulary or encoder than {run}; they cannot write together")
-        with fitting(run):
+        with checkpoint_errors(run):
             return cls([first, *others], pick_device(device), precision, sees)
 
     @property
@@ -98,28 +86,30 @@ class Captioner:
                 self._encoder = encoder.to(self.device).eval().requires_grad_(False)
             return self._encoder
 
-    def caption(self, photos: AnyPhoto | Sequence[AnyPhoto], search: Search = BEAM) -> Captioned | list[Captioned]:
+    def caption(
+        self, photos: AnyPhoto | Sequence[AnyPhoto], search: SearchOptions = BEAM
+    ) -> CaptionResult | list[CaptionResult]:
         """The caption of a photo, or those of a list of them: paths, PIL images and tensors, mixed as you like.
 
-        A tensor is RGB, (3, H, W), uint8 or floating point in 0..1. Raises captioning.images.PhotoError.
+        A tensor is RGB, (3, H, W), uint8 or floating point in 0..1. Raises captioning.encoders.images.PhotoError.
         """
         if not isinstance(photos, (list, tuple)):
             return self.caption([photos], search)[0]
         captions = []
         for batch in in_batches(photos, BATCH):
-            squashed = torch.stack([self.encoder.transform.squash(self._as_image(photo)) for photo in batch])
+            squashed = torch.stack([self.encoder.transform.resize(self._as_image(photo)) for photo in batch])
             captions += self.caption_squashed(squashed, search)
         return captions
 
     @torch.no_grad()
-    def caption_squashed(self, photos: Tensor, search: Search = BEAM) -> list[Captioned]:
+    def caption_squashed(self, photos: Tensor, search: SearchOptions = BEAM) -> list[CaptionResult]:
         """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
         with autocast(self.device, self.encoder_precision):
             grid = self.encoder(photos.to(self.device))
         return self.caption_grid(grid, search)
 
     @torch.no_grad()
-    def caption_grid(self, grid: Grid, search: Search = BEAM) -> list[Captioned]:
+    def caption_grid(self, grid: Grid, search: SearchOptions = BEAM) -> list[CaptionResult]:
         """Captions of features, cached or fresh."""
         find = draw_captions if search.temperature else beam_search
         with autocast(self.device, self.precision):
@@ -127,11 +117,11 @@ class Captioner:
         in_words = [[self._in_words(caption) for caption in captions] for captions in found]
         return [replace(best, others=others) for best, *others in in_words]
 
-    def _in_words(self, caption: Caption) -> Captioned:
+    def _in_words(self, caption: Caption) -> CaptionResult:
         words = self.vocabulary.decode(caption.words)
         text = self.vocabulary.joined(words)
         sentinel = (1 - caption.attention.sum(1)).tolist() if self.decoder.has_sentinel else None
-        return Captioned(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
+        return CaptionResult(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
 
     def _as_image(self, photo: AnyPhoto) -> Image.Image:
         if isinstance(photo, Tensor):

@@ -20,18 +20,21 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from captioning.captioner import BEAM, Captioner
-from captioning.checkpoint import fitting
 from captioning.decoders.protocol import Decoder, State
-from captioning.encoder import Encoder
-from captioning.grid import Grid
-from command_line import run
-from config import Export, UserError
-from preprocess.files import draft
+from captioning.encoders.encoder import Encoder
+from captioning.encoders.grid import Grid
+from captioning.errors import UserError
+from captioning.runtime.checkpoint import checkpoint_errors
+from captioning.runtime.files import atomic_text
+
+if TYPE_CHECKING:
+    from config import Export
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 OLDEST = "2.13"  # torch whose ONNX of an LSTM is sound
@@ -42,8 +45,8 @@ def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
     return (encoder(photos).cells,)
 
 
-def begin(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
-    photos, rows = decoder.begin(Grid(cells, pooling))
+def init_state(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+    photos, rows = decoder.init_state(Grid(cells, pooling))
     return (*photos, *rows)
 
 
@@ -73,12 +76,15 @@ def parts_of(captioner: Captioner) -> dict[str, Part]:
     encoder, decoder, size = captioner.encoder, captioner.decoder, captioner.encoder.transform.image_size
     photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     grid = encoder(photos)
-    state = decoder.begin(grid)
-    fixed, rows = [f"photo_{i}" for i in range(len(state.photos))], [f"row_{i}" for i in range(len(state.rows))]
+    state = decoder.init_state(grid)
+    fixed, rows = (
+        [f"photo_{i}" for i in range(len(state.per_photo))],
+        [f"row_{i}" for i in range(len(state.per_caption))],
+    )
     encoding = Part(encode, (encoder,), {"photos": photos}, ["cells"])
-    beginning = Part(begin, (decoder, grid.pooling), encoding.outputs, fixed + rows)
+    beginning = Part(init_state, (decoder, grid.pooling), encoding.outputs, fixed + rows)
     inputs = {"words": torch.full((2,), START), **beginning.outputs}
-    outputs = ["log_probabilities", *["attention"] * decoder.sees_cells, *(f"next_{name}" for name in rows)]
+    outputs = ["log_probabilities", *["attention"] * decoder.uses_attention, *(f"next_{name}" for name in rows)]
     return {"encoder": encoding, "begin": beginning, "step": Part(step, (decoder, len(fixed)), inputs, outputs)}
 
 
@@ -106,23 +112,30 @@ def description(captioner: Captioner, parts: dict[str, Part], format: str) -> di
     """What a program needs to know beside the files, as plain data. never: words that are not written."""
     transform, vocabulary = captioner.encoder.transform, captioner.vocabulary
     return {
-        "encoder": captioner.encoder.name, "decoder": captioner.decoder_name,
+        "encoder": captioner.encoder.name,
+        "decoder": captioner.decoder_name,
         "photo": "upright, RGB, squashed to image_size x image_size by Pillow's resize with BILINEAR; no normalisation",
         "image_size": transform.image_size,
         "scaled_decoding": transform.scaled_decoding,  # before: Pillow's draft(None, twice that size)
-        "start": START, "end": END, "never": [PAD, UNKNOWN, START], "max_length": BEAM.max_length,
+        "start": START,
+        "end": END,
+        "never": [PAD, UNKNOWN, START],
+        "max_length": BEAM.max_length,
         "parts": {
             name: {"file": name + ENDINGS[format], "inputs": _shapes(part.inputs), "outputs": _shapes(part.outputs)}
             for name, part in parts.items()
         },
-        "joined_by": vocabulary.joined(["", ""]), "words": list(vocabulary.words),
-    }  # fmt: skip
+        "joined_by": vocabulary.joined(["", ""]),
+        "words": list(vocabulary.words),
+    }
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Such as {"photos": "uint8 (B, 3, 256, 256)"}."""
-    return {name: f"{tensor.dtype} ({', '.join(['B', *map(str, tensor.shape[1:])])})".removeprefix("torch.")
-            for name, tensor in tensors.items()}  # fmt: skip
+    return {
+        name: f"{tensor.dtype} ({', '.join(['B', *map(str, tensor.shape[1:])])})".removeprefix("torch.")
+        for name, tensor in tensors.items()
+    }
 
 
 def check_onnx() -> None:
@@ -142,14 +155,14 @@ def main(config: Export) -> None:
         check_onnx()
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"
     captioner = Captioner.load(config.run, "cpu", "float32")
-    with fitting(config.run):
+    with checkpoint_errors(config.run):
         parts = parts_of(captioner)
     about = description(captioner, parts, config.format)
     paths = [folder / "description.json", *(folder / part["file"] for part in about["parts"].values())]
     if not config.overwrite and (there := [path for path in paths if path.exists()]):
         raise UserError(f"{there[0]}: is there already; give --overwrite, or another --out")
     with contextlib.ExitStack() as drafts:  # the first is renamed last: where a description is, all is
-        files = [drafts.enter_context(draft(path, binary=True)) for path in paths]
+        files = [drafts.enter_context(atomic_text(path, binary=True)) for path in paths]
         files[0].write(json.dumps(about, ensure_ascii=False, indent=1).encode())
         for (name, part), file in zip(parts.items(), files[1:], strict=True):
             file.write(exported(name, part, config.format))
@@ -161,4 +174,7 @@ def main(config: Export) -> None:
 
 
 if __name__ == "__main__":
+    from captioning.runtime.command_line import run
+    from config import Export
+
     run(Export, main)

@@ -8,9 +8,9 @@ python -m preprocess data/scenes --scenes 2000 --language zh                  (n
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from stop import leave_quietly
+    from captioning.runtime.signals import install_exit_handlers
 
-    leave_quietly()
+    install_exit_handlers()
 
 import contextlib
 import filecmp
@@ -26,12 +26,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from command_line import run
-from config import Preprocess, UserError
+from captioning.errors import UserError
+from captioning.runtime.command_line import run
+from captioning.runtime.files import locked
+from config import Preprocess
 from preprocess.annotations import SPLITS, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
-from preprocess.files import claimed
-from preprocess.report import Tally, split_table, vocabulary_line
+from preprocess.report import SplitStats, split_table, vocabulary_line
 from preprocess.tokenizers import default_tokenizer, detect_language, tokenize_all
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
@@ -39,7 +40,7 @@ MIN_COUNT = {"zh": 2, "en": 5}
 
 
 def main(config: Preprocess) -> None:
-    with claimed(config.data, config.data / ".lock"):
+    with locked(config.data, config.data / ".lock"):
         make(config)
 
 
@@ -51,7 +52,7 @@ def make(config: Preprocess) -> None:
     captions = list(chain.from_iterable(record.captions for record in records))
     language = config.language or detect_language(captions)
     tokenizer = config.tokenizer or default_tokenizer(language)
-    tallies = {split: Tally() for split in SPLITS}
+    tallies = {split: SplitStats() for split in SPLITS}
     with _draft_folder(config.data) as folder:
         with contextlib.closing(tokenize_all(captions, tokenizer, config.workers)) as cut:
             write_captions(folder / CAPTIONS_FILE, _photos(records, cut, tallies))
@@ -132,8 +133,11 @@ def _files(roots: tuple[str, ...], folder: str) -> dict[str, bool]:
     here = _inside(folder or ".", roots)
     try:
         with os.scandir(folder or ".") as entries:
-            return {entry.name: _inside(entry.path, roots) if entry.is_symlink() else here
-                    for entry in entries if entry.is_file()}  # fmt: skip
+            return {
+                entry.name: _inside(entry.path, roots) if entry.is_symlink() else here
+                for entry in entries
+                if entry.is_file()
+            }
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -145,7 +149,7 @@ def _inside(path: str, roots: tuple[str, ...]) -> bool:
     return any(os.path.commonpath([real, root]) == root for root in roots)
 
 
-def _photos(records: list[Record], cut: Iterator[list[str]], tallies: dict[str, Tally]) -> Iterator[Photo]:
+def _photos(records: list[Record], cut: Iterator[list[str]], tallies: dict[str, SplitStats]) -> Iterator[Photo]:
     """The records with their captions as words, counted. Captions without a word go, and photos without a caption."""
     for record in tqdm(records, "cutting captions", unit=" photos"):
         captions = tuple(tuple(words) for words in islice(cut, len(record.captions)) if words)
@@ -155,7 +159,7 @@ def _photos(records: list[Record], cut: Iterator[list[str]], tallies: dict[str, 
             yield photo
 
 
-def _vocabulary(config: Preprocess, train: Tally, language: str, tokenizer: str) -> Vocabulary:
+def _vocabulary(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> Vocabulary:
     if not train.photos:
         source, *_ = config.karpathy or config.train or ["--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
@@ -199,7 +203,7 @@ def _publish(drafts: Path, data: Path, overwrite: bool) -> None:
         os.replace(drafts / name, data / name)
 
 
-def _print_left_out(records: list[Record], captions: int, missing: int, tallies: Iterable[Tally]) -> None:
+def _print_left_out(records: list[Record], captions: int, missing: int, tallies: Iterable[SplitStats]) -> None:
     tallies = list(tallies)
     wordless = captions - sum(tally.lengths.total() for tally in tallies)
     bare = len(records) - sum(tally.photos for tally in tallies)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from captioning.errors import UserError
 
 SPLITS = ("train", "val", "test")
 FORMS = "the known forms are AI Challenger, COCO captions and Karpathy"

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from captioning.errors import UserError
+from captioning.runtime.files import atomic_text
 from preprocess.annotations import SPLITS
-from preprocess.files import draft
 
 CAPTIONS_FILE = "captions.jsonl"
 KEYS = ["image", "id", "split", "captions"]
@@ -34,7 +34,7 @@ class Photo:
 def write_captions(path: Path, photos: Iterable[Photo]) -> None:
     """Write the photos as they come, a line each. When `photos` raises, `path` stays as it was."""
     encode = json.JSONEncoder(ensure_ascii=False).encode
-    with draft(path) as file:
+    with atomic_text(path) as file:
         for photo in photos:
             line = {"image": photo.image, "id": photo.id, "split": photo.split, "captions": photo.captions}
             file.write(encode(line) + "\n")

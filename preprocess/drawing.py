@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 128  # pixels a side
-SHARPER = 8  # shapes are drawn this many times larger, then shrunk: smooth edges
+SUPERSAMPLING = 8  # shapes are drawn this many times larger, then shrunk: smooth edges
 SIDES = {"big": 54, "small": 36}  # pixels of a shape's box; the big one first
 GAP = 6  # pixels between boxes, and from a box to the border
 
@@ -54,7 +54,7 @@ BACKGROUNDS = {
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     shape: str
     colour: str
     size: str
@@ -69,26 +69,26 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     background: str
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
 
 
-def invent(split: str, chance: random.Random) -> Scene:
+def random_scene(split: str, rng: random.Random) -> Scene:
     """Scenes at random until one belongs to this split."""
-    count = chance.choice((1, 2))
+    count = rng.choice((1, 2))
     while True:
-        background = chance.choice(list(BACKGROUNDS))
-        things = _place(count, BACKGROUNDS[background].hides, chance)
+        background = rng.choice(list(BACKGROUNDS))
+        things = _place(count, BACKGROUNDS[background].hides, rng)
         if things and _may_be_in(split, scene := Scene(background, things)):
             return scene
 
 
-def _place(count: int, hidden: str, chance: random.Random) -> tuple[Thing, ...] | None:
+def _place(count: int, hidden: str, rng: random.Random) -> tuple[SceneObject, ...] | None:
     """One thing, or a big one and a small one that differ in colour, keep apart and have a clear relation; or None.
 
     The big one is named first: where the order of two were chance, no decoder could know whose colour comes next.
     """
-    sizes = [chance.choice(list(SIDES))] if count == 1 else SIDES
-    things = tuple(_thing(size, hidden, chance) for size in sizes)
+    sizes = [rng.choice(list(SIDES))] if count == 1 else SIDES
+    things = tuple(_thing(size, hidden, rng) for size in sizes)
     if count == 1:
         return things
     big, small = things
@@ -96,11 +96,11 @@ def _place(count: int, hidden: str, chance: random.Random) -> tuple[Thing, ...] 
     return things if fits else None
 
 
-def _thing(size: str, hidden: str, chance: random.Random) -> Thing:
-    left, top = (chance.randint(GAP, SIZE - GAP - SIDES[size]) for _ in range(2))
+def _thing(size: str, hidden: str, rng: random.Random) -> SceneObject:
+    left, top = (rng.randint(GAP, SIZE - GAP - SIDES[size]) for _ in range(2))
     box = tuple(edge / SIZE for edge in (left, top, left + SIDES[size], top + SIDES[size]))
-    colour = chance.choice([colour for colour in COLOURS if colour != hidden])
-    return Thing(chance.choice(SHAPES), colour, size, box)
+    colour = rng.choice([colour for colour in COLOURS if colour != hidden])
+    return SceneObject(rng.choice(SHAPES), colour, size, box)
 
 
 def _apart(one: Box, other: Box) -> bool:
@@ -116,7 +116,7 @@ def _may_be_in(split: str, scene: Scene) -> bool:
     return {0: "val", 1: "test"}.get(tenth, "train") == split
 
 
-def holds(relation: str, first: Thing, second: Thing, clear: float = 1) -> bool:
+def holds(relation: str, first: SceneObject, second: SceneObject, clear: float = 1) -> bool:
     """Whether `first` lies there, seen from `second`: more than it lies to any side, `clear` times more."""
     x, y = (a - b for a, b in zip(first.centre, second.centre, strict=True))
     to_x, to_y = RELATIONS[relation]
@@ -124,13 +124,13 @@ def holds(relation: str, first: Thing, second: Thing, clear: float = 1) -> bool:
     return forward >= clear * sideways  # things keep apart: never are both zero
 
 
-def clear_relation(first: Thing, second: Thing) -> str | None:
+def clear_relation(first: SceneObject, second: SceneObject) -> str | None:
     return next((relation for relation in RELATIONS if holds(relation, first, second, CLEAR)), None)
 
 
-def draw(scene: Scene, chance: random.Random) -> Image.Image:
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene as an RGB photo of SIZE x SIZE pixels, with a texture by chance."""
-    photo = _background(BACKGROUNDS[scene.background], np.random.default_rng(chance.getrandbits(64)))
+    photo = _background(BACKGROUNDS[scene.background], np.random.default_rng(rng.getrandbits(64)))
     for thing in scene.things:
         left, top = (round(SIZE * value) - GAP for value in thing.box[:2])
         paint, shadow = _stamp(thing.shape, thing.colour, thing.size)
@@ -139,13 +139,13 @@ def draw(scene: Scene, chance: random.Random) -> Image.Image:
     return photo
 
 
-def _background(background: Background, chance: np.random.Generator) -> Image.Image:
-    noise = Image.fromarray(chance.standard_normal(background.texture).astype(np.float32))
+def _background(background: Background, rng: np.random.Generator) -> Image.Image:
+    noise = Image.fromarray(rng.standard_normal(background.texture).astype(np.float32))
     noise = np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[:, :, None]
     down = np.linspace(0, 1, SIZE)[:, None, None]
     pixels = (1 - down) * background.top + down * background.bottom + background.strength * noise
-    rows, columns = chance.integers(0, SIZE, (2, background.specks))
-    pixels[rows, columns] += chance.uniform(20, 150, (background.specks, 1))
+    rows, columns = rng.integers(0, SIZE, (2, background.specks))
+    pixels[rows, columns] += rng.uniform(20, 150, (background.specks, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -164,7 +164,7 @@ def _stamp(shape: str, colour: str, size: str) -> tuple[Image.Image, Image.Image
 
 def _outline(shape: str, side: int) -> Image.Image:
     """The shape in white on black, SHARPER times larger, with GAP around it."""
-    full, first, last = (pixels * SHARPER for pixels in (side + 2 * GAP, GAP, GAP + side))
+    full, first, last = (pixels * SUPERSAMPLING for pixels in (side + 2 * GAP, GAP, GAP + side))
     mask = Image.new("L", (full, full))
     pencil = ImageDraw.Draw(mask)
     if shape == "circle":
@@ -173,4 +173,4 @@ def _outline(shape: str, side: int) -> Image.Image:
         middle, radius = full / 2, (last - first) / 2
         pencil.polygon([(middle + radius * x, middle + radius * y) for x, y in CORNERS[shape]], fill=255)
     # Blurring and cutting at one half rounds the corners, outer and inner ones alike.
-    return mask.filter(ImageFilter.GaussianBlur(1.2 * SHARPER)).point(lambda value: 255 * (value > 127))
+    return mask.filter(ImageFilter.GaussianBlur(1.2 * SUPERSAMPLING)).point(lambda value: 255 * (value > 127))

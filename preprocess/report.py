@@ -14,7 +14,7 @@ HEADINGS = ("split", "photos", "captions", "words: median", "90 %", "99 %", "max
 
 
 @dataclass
-class Tally:
+class SplitStats:
     """The counts of one split."""
 
     photos: int = 0
@@ -43,7 +43,7 @@ class Tally:
         return 1 - known / max(self.words.total(), 1)
 
 
-def split_table(tallies: dict[str, Tally], vocabulary: Vocabulary) -> str:
+def split_table(tallies: dict[str, SplitStats], vocabulary: Vocabulary) -> str:
     """Photos, captions, lengths and unknown words, a line a split."""
     rows = [HEADINGS]
     for split in SPLITS:

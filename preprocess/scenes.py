@@ -21,10 +21,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
+from captioning.errors import UserError
+from captioning.runtime.files import atomic_text
 from preprocess.annotations import Record
-from preprocess.drawing import COLOURS, SHAPES, Box, Scene, Thing, clear_relation, draw, holds, invent
-from preprocess.files import draft
+from preprocess.drawing import COLOURS, SHAPES, Box, Scene, SceneObject, clear_relation, draw, holds, random_scene
 
 # What each thing is called. Captions and their judge read the same tables.
 WORDS = {
@@ -86,7 +86,7 @@ class Mention:
     size: str | None
     position: int
 
-    def fits(self, thing: Thing) -> bool:
+    def fits(self, thing: SceneObject) -> bool:
         told = (self.shape, thing.shape), (self.colour, thing.colour), (self.size, thing.size)
         return all(said in (None, real) for said, real in told)
 
@@ -117,7 +117,7 @@ def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Reco
     scenes, records = {}, []
     for split, number in tqdm(places, "drawing scenes", unit=" photos"):
         id = f"{split}-{seed}-{number:05}"
-        scenes[id] = invent(split, random.Random(f"{id} scene"))
+        scenes[id] = random_scene(split, random.Random(f"{id} scene"))
         path = folder / "photos" / f"{id}.png"
         _save(draw(scenes[id], random.Random(f"{id} texture")), path)
         records.append(Record(str(path), id, split, _captions(scenes[id], language, random.Random(f"{id} {language}"))))
@@ -137,12 +137,12 @@ def read_scenes(folder: Path) -> dict[str, Scene]:
         raise UserError(f"{path}: no list of scenes ({error}); remove it and draw them again") from None
 
 
-def _thing(listed: dict) -> Thing:
-    return Thing(listed["shape"], listed["colour"], listed["size"], tuple(listed["box"]))
+def _thing(listed: dict) -> SceneObject:
+    return SceneObject(listed["shape"], listed["colour"], listed["size"], tuple(listed["box"]))
 
 
 def _write_scenes(folder: Path, scenes: dict[str, Scene]) -> None:
-    with draft(folder / "scenes.json") as file:
+    with atomic_text(folder / "scenes.json") as file:
         lines = (f"{json.dumps(id)}: {json.dumps(dataclasses.asdict(scene))}" for id, scene in scenes.items())
         file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -162,19 +162,19 @@ def _save(photo: Image.Image, path: Path) -> None:
 # ---- captions
 
 
-def _captions(scene: Scene, language: str, chance: random.Random) -> tuple[str, ...]:
+def _captions(scene: Scene, language: str, rng: random.Random) -> tuple[str, ...]:
     """Two captions that differ."""
     captions = {}  # a dict keeps the order
     while len(captions) < 2:
-        if caption := _caption(scene, language, chance):
+        if caption := _caption(scene, language, rng):
             captions[caption] = None
     return tuple(captions)
 
 
-def _caption(scene: Scene, language: str, chance: random.Random) -> str | None:
+def _caption(scene: Scene, language: str, rng: random.Random) -> str | None:
     """A sentence by chance that names all things, the big one first; None where it has not as many places for them,
     or tells them not apart."""
-    sentence = chance.choice(SENTENCES[language])
+    sentence = rng.choice(SENTENCES[language])
     slots = re.findall(r"{(\w+)}", sentence)
     named = [slot for slot in slots if slot in "ab"]
     if len(named) != len(scene.things):
@@ -183,21 +183,21 @@ def _caption(scene: Scene, language: str, chance: random.Random) -> str | None:
     words = {"place": scene.background, "count": str(len(things))}
     if "relation" in slots:
         words["relation"] = clear_relation(things["a"], things["b"])
-    said = {slot: _say(slot, words[slot], language, chance) for slot in slots if slot in words}
-    phrases = {slot: _phrase(thing, language, chance) for slot, thing in things.items()}
+    said = {slot: _say(slot, words[slot], language, rng) for slot in slots if slot in words}
+    phrases = {slot: _phrase(thing, language, rng) for slot, thing in things.items()}
     if len(set(phrases.values())) < len(phrases):
         return None  # "a star is left of a star" is true of any two
     return sentence.format(**said, **phrases)
 
 
-def _phrase(thing: Thing, language: str, chance: random.Random) -> str:
+def _phrase(thing: SceneObject, language: str, rng: random.Random) -> str:
     words = dict(one=thing.shape, size=thing.size, colour=thing.colour, shape=thing.shape)
-    slots = {kind: _say(kind, value, language, chance) for kind, value in words.items()}
-    return chance.choice(PHRASES[language]).format(**slots)
+    slots = {kind: _say(kind, value, language, rng) for kind, value in words.items()}
+    return rng.choice(PHRASES[language]).format(**slots)
 
 
-def _say(kind: str, value: str, language: str, chance: random.Random) -> str:
-    return chance.choice(WORDS[language][kind][value])
+def _say(kind: str, value: str, language: str, rng: random.Random) -> str:
+    return rng.choice(WORDS[language][kind][value])
 
 
 # ---- judging

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from config import UserError
+from captioning.errors import UserError
 
 CHUNK = 2_000  # captions that travel to a process at once
 SHARE = 20_000  # captions that are worth the start of a process: about two seconds of jieba
@@ -55,13 +55,13 @@ class _Letters(dict):
 _letters = _Letters()
 
 
-def cut_precisely(text: str) -> list[str]:
+def jieba_cut(text: str) -> list[str]:
     """The words of a Chinese text by jieba's precise mode; marks and spaces are words, too."""
     return list(_jieba().cut(text))
 
 
 def _cut_with_jieba(caption: str) -> str:
-    return " ".join(cut_precisely(caption.translate(_letters)))
+    return " ".join(jieba_cut(caption.translate(_letters)))
 
 
 def _cut_by_character(caption: str) -> str:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from config import UserError
-from preprocess.files import draft
+from captioning.errors import UserError
+from captioning.runtime.files import atomic_text
 from preprocess.tokenizers import TOKENIZERS
 
 VOCABULARY_FILE = "vocab.json"
@@ -92,7 +92,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write vocab.json, whole or not at all."""
-        with draft(path) as file:
+        with atomic_text(path) as file:
             json.dump(self.to_dict(), file, ensure_ascii=False, indent=0)
             file.write("\n")
 

@@ -14,8 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get
 NOTES = tempfile.TemporaryDirectory(prefix="kantu-tests-")
 CALLS = Path(NOTES.name, "calls")  # to other machines than this one: see tests/loopback
 os.environ["KANTU_CALLS"] = str(CALLS)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).with_name("loopback")),
-                                                         os.environ.get("PYTHONPATH")]))  # fmt: skip
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).with_name("loopback")), os.environ.get("PYTHONPATH")])
+)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -9,14 +9,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from captioning.checkpoint import load_checkpoint
+from captioning.runtime.checkpoint import load_checkpoint
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
-ENCODER = {"encoder": "resnet18.layer2", "weights": "random", "image_size": 64, "workers": 0, "precision": "float32",
-           "device": "cpu"}  # fmt: skip
-TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "batch_size": 6, "learning_rate": 1e-2,
-        "device": "cpu"}  # fmt: skip  # a GPU adds up in another order every time
+ENCODER = {
+    "encoder": "resnet18.layer2",
+    "weights": "random",
+    "image_size": 64,
+    "workers": 0,
+    "precision": "float32",
+    "device": "cpu",
+}
+TINY = {
+    "embedding_size": 16,
+    "attention_size": 16,
+    "hidden_size": 24,
+    "batch_size": 6,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+}  # a GPU adds up in another order every time
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+from captioning.errors import UserError
 from preprocess.annotations import Record, read_annotations, read_references
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -77,11 +77,13 @@ def in_coco(photos):
 IN_EACH_FORM = {
     "AI Challenger": lambda photos: [{"image_id": name, "caption": captions} for name, captions in photos.items()],
     "COCO": in_coco,
-    "Karpathy": lambda photos: {"images": [
-        {"filename": name, "split": "train", "sentences": [{"raw": caption} for caption in captions]}
-        for name, captions in photos.items()
-    ]},
-}  # fmt: skip
+    "Karpathy": lambda photos: {
+        "images": [
+            {"filename": name, "split": "train", "sentences": [{"raw": caption} for caption in captions]}
+            for name, captions in photos.items()
+        ]
+    },
+}
 
 
 @given(photos=photos, form=st.sampled_from(sorted(IN_EACH_FORM)), escaped=st.booleans())

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import beam_search as module
-from captioning.beam_search import beam_search
-from captioning.decoders import DECODERS, build_decoder
+from captioning.decoders import DECODERS
+from captioning.decoders.factory import build_decoder
 from captioning.decoders.protocol import State, Step
-from captioning.grid import Grid, grid_pooling
-from config import Search, UserError
+from captioning.encoders.grid import Grid, grid_pooling
+from captioning.errors import UserError
+from captioning.search import beam_search as module
+from captioning.search.beam_search import beam_search
+from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 WORDS = 3  # beside the four special ones
@@ -29,7 +31,7 @@ class Table:
     Attention tells what is continued: the photo, and the digits of the whole prefix.
     """
 
-    sees_cells = True
+    uses_attention = True
 
     def __init__(self, seed, vocabulary=4 + WORDS, end=0.0, impossible=0.0, levels=None):
         self.seed, self.vocabulary, self.end, self.impossible, self.levels = seed, vocabulary, end, impossible, levels
@@ -51,17 +53,17 @@ class Table:
             self.rows[key] = self.make_row(photo, prefix)
         return self.rows[key]
 
-    def begin(self, grid):
+    def init_state(self, grid):
         photos = grid.cells[:, 0, 0].long()
         return State((photos,), (torch.zeros(len(photos), 0, dtype=torch.long),))
 
     def step(self, words, state):
-        prefixes = torch.cat([state.rows[0], words[:, None]], 1)
-        photos = state.photos[0].repeat_interleave(len(prefixes) // len(state.photos[0])).tolist()
+        prefixes = torch.cat([state.per_caption[0], words[:, None]], 1)
+        photos = state.per_photo[0].repeat_interleave(len(prefixes) // len(state.per_photo[0])).tolist()
         self.seen.append([(photo, *prefix) for photo, prefix in zip(photos, prefixes.tolist(), strict=True)])
         scores = torch.stack([self.row(photo, prefix) for photo, *prefix in self.seen[-1]])
         attention = torch.tensor([[float(photo), digits(prefix)] for photo, *prefix in self.seen[-1]])
-        return Step(scores, attention, State(state.photos, (prefixes,)))
+        return Step(scores, attention, State(state.per_photo, (prefixes,)))
 
 
 def grid_of(*photos):
@@ -70,7 +72,7 @@ def grid_of(*photos):
 
 def best(decoder, grid, beam_size, max_length, length_penalty=0.0):
     """The best caption of each photo."""
-    search = Search(beam_size, max_length, length_penalty=length_penalty)
+    search = SearchOptions(beam_size, max_length, length_penalty=length_penalty)
     return [first for (first,) in beam_search(decoder, grid, search)]
 
 
@@ -165,7 +167,7 @@ def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible,
     table = Table(seed, end=-0.5, levels=levels, impossible=impossible)
     alone = [best(table, grid_of(photo), beam_size, 5)[0] for photo in range(5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "steps_between_looks", lambda device: look_every)
+        patch.setattr(module, "sync_interval", lambda device: look_every)
         together = best(table, grid_of(*range(5)), beam_size, 5)
     for found, expected in zip(together, alone, strict=True):
         same(found, expected)
@@ -179,7 +181,7 @@ def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
     with torch.no_grad():  # sharper than at the start, so that photos differ and end at different steps
         for weights in decoder.parameters():
             weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(4)
-        decoder.vocabulary.bias[END] = -2
+        decoder.output_layer.bias[END] = -2
     grid = Grid(3 * torch.randn(6, 64, 6), grid_pooling(8, 8))
     together = best(decoder, grid, 3, 9)
     assert len({tuple(caption.words) for caption in together}) > 1
@@ -303,14 +305,14 @@ def test_the_decoders_own_scores_are_left_alone():
     best(table, grid_of(0, 1), 3, 4)
     assert all(row.equal(table.make_row(photo, list(prefix))) for (photo, *prefix), row in table.rows.items())
 
-    class Whole(Planned):
+    class LossModule(Planned):
         scores = torch.full((1, 7), -1.0)
 
         def step(self, words, state):
             return super().step(words, state)._replace(log_probabilities=self.scores.expand(len(words), -1))
 
-    best(Whole(0), grid_of(0, 1), 3, 4)
-    assert Whole.scores.tolist() == [[-1.0] * 7]
+    best(LossModule(0), grid_of(0, 1), 3, 4)
+    assert LossModule.scores.tolist() == [[-1.0] * 7]
 
 
 @pytest.mark.parametrize("beam_size, max_length", [(0, 5), (3, 0), (-1, 5)])

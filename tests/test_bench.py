@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from captioning.captioner import Captioner
-from captioning.feature_cache import FeatureReader
-from captioning.metrics import score
-from config import Search
+from captioning.evaluation.metrics import score
+from captioning.features.feature_cache import FeatureReader
+from captioning.search.options import SearchOptions
 from preprocess.captions import read_captions
 from preprocess.vocabulary import END
 
@@ -120,7 +120,7 @@ def test_captions_given_whole_score_as_the_true_ones_and_given_nothing_are_greed
     grid = reader.read(reader.rows_of(list(first))).to(captioner.device, torch.float32)
     with torch.no_grad():
         written = beginnings.go_on(captioner.decoder, grid, torch.empty(len(grid), 0, dtype=torch.long)).tolist()
-    greedy = captioner.caption_grid(grid, Search(beam_size=1, max_length=beginnings.LONGEST))
+    greedy = captioner.caption_grid(grid, SearchOptions(beam_size=1, max_length=beginnings.LONGEST))
     for row, caption in zip(written, greedy, strict=True):
         ours = captioner.vocabulary.decode(row[: row.index(END)] if END in row else row)
         assert ours[: len(caption.words)] == caption.words

@@ -13,10 +13,10 @@ from PIL import Image
 from captioning import captioner as room
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
-from captioning.images import PhotoError
-from config import Search, UserError
+from captioning.errors import PhotoError, UserError
+from captioning.search.options import SearchOptions
 
-SEARCH = Search(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
+SEARCH = SearchOptions(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
 PHOTOS = [f"data/small/photos/{i}.png" for i in range(8)]
 
 
@@ -50,12 +50,17 @@ def test_a_list_gives_a_list_however_long_and_a_photo_gives_a_caption(here, monk
     assert [caption.text for caption in captioner.caption(PHOTOS, SEARCH)] == expected
 
 
-@pytest.mark.parametrize("photo, reason", [
-    (torch.zeros(8, 8, 3), r"float32 of shape \(8, 8, 3\): give \(3, H, W\)"),
-    (torch.zeros(2, 3, 8, 8), "give"), (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
-    (torch.linspace(-2, 2, 192).view(3, 8, 8), "before it was normalised"),
-    (torch.full((3, 8, 8), torch.nan), "beyond 0..1"), ("none.jpg", "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "photo, reason",
+    [
+        (torch.zeros(8, 8, 3), r"float32 of shape \(8, 8, 3\): give \(3, H, W\)"),
+        (torch.zeros(2, 3, 8, 8), "give"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
+        (torch.linspace(-2, 2, 192).view(3, 8, 8), "before it was normalised"),
+        (torch.full((3, 8, 8), torch.nan), "beyond 0..1"),
+        ("none.jpg", "no such file"),
+    ],
+)
 def test_what_is_no_photo_is_refused_in_a_line(here, photo, reason):
     with pytest.raises(PhotoError, match=reason) as error:
         Captioner.load("checkpoints/attention").caption([PHOTOS[0], photo])
@@ -91,12 +96,15 @@ def test_threads_load_the_encoder_once(here, monkeypatch):
 
 
 def test_several_captions_of_a_photo_come_with_the_best_one(here):
-    captioner, search = Captioner.load("checkpoints/attention", precision="float32"), Search(6, 4, captions=3)
+    captioner, search = (
+        Captioner.load("checkpoints/attention", precision="float32"),
+        SearchOptions(6, 4, num_captions=3),
+    )
     best = captioner.caption(PHOTOS[0], search)
     assert len({best.text, *(other.text for other in best.others)}) == 3
     ranks = [caption.log_probability for caption in (best, *best.others) if caption.finished]
     assert ranks == sorted(ranks, reverse=True)
-    drawn = captioner.caption(PHOTOS[:2], Search(max_length=4, captions=9, temperature=2.0, top_p=0.9))
+    drawn = captioner.caption(PHOTOS[:2], SearchOptions(max_length=4, num_captions=9, temperature=2.0, top_p=0.9))
     assert [len(caption.others) for caption in drawn] == [8, 8]
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+from captioning.errors import UserError
 from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
 
 LINE = {"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["狗"]]}

@@ -18,27 +18,28 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import models
 
-import command_line
 import extract_features
 import generate
-import stop
 import train
 from captioning.captioner import Captioner
-from captioning.checkpoint import first_sentence, load_checkpoint, read_checkpoint, save_checkpoint
 from captioning.decoders import DECODERS
-from captioning.encoder import load_encoder
-from captioning.feature_cache import FeatureReader
-from captioning.images import QuietLoader, Transform, open_photo
-from captioning.objectives import Share
-from captioning.trainer import Trainer
-from config import ExtractFeatures, Generate, Search, Train, UserError
+from captioning.encoders.encoder import load_encoder
+from captioning.encoders.images import SignalSafeLoader, Transform, open_photo
+from captioning.errors import UserError
+from captioning.features.feature_cache import FeatureReader
+from captioning.runtime import command_line, signals
+from captioning.runtime.checkpoint import first_sentence, load_checkpoint, read_checkpoint, save_checkpoint
+from captioning.search.options import SearchOptions
+from captioning.training.objectives import LossWeights
+from captioning.training.trainer import Trainer
+from config import ExtractFeatures, Generate, Train
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.small import ENCODER, TINY, log_of, same, weights
 
 HOUSE = Path(__file__).parents[1]
 
-TALKATIVE = Search(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
+TALKATIVE = SearchOptions(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
 
 
 # ---- extract_features.py
@@ -49,8 +50,18 @@ def test_every_row_is_the_tutorials_encoder_to_half_precision(here, tmp_path):
     torch.manual_seed(1)
     model = models.resnet18().eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    extract_features.main(ExtractFeatures(Path("data/small"), "resnet18", str(tmp_path / "weights.pth"), 64, workers=0,
-                                          precision="float32", batch_size=7, out=tmp_path / "f.h5"))  # fmt: skip
+    extract_features.main(
+        ExtractFeatures(
+            Path("data/small"),
+            "resnet18",
+            str(tmp_path / "weights.pth"),
+            64,
+            workers=0,
+            precision="float32",
+            batch_size=7,
+            out=tmp_path / "f.h5",
+        )
+    )
     body, transform = torch.nn.Sequential(*list(model.children())[:-2]), Transform(64)
     with h5py.File(tmp_path / "f.h5") as file, torch.no_grad():
         for row, photo in enumerate(read_captions(Path("data/small"))):
@@ -75,9 +86,25 @@ def test_native_cells_and_the_14x14_file_train_to_the_same_losses(here, tmp_path
 
 
 def test_a_killed_extraction_goes_on_and_ends_bit_equal(here, tmp_path):
-    command = [sys.executable, HOUSE / "extract_features.py", "data/small", "--encoder", "resnet18.layer2", "--weights",
-               "random", "--image-size", "64", "--precision", "float32", "--workers", "0", "--batch-size", "2",
-               "--out", tmp_path / "killed.h5"]  # fmt: skip
+    command = [
+        sys.executable,
+        HOUSE / "extract_features.py",
+        "data/small",
+        "--encoder",
+        "resnet18.layer2",
+        "--weights",
+        "random",
+        "--image-size",
+        "64",
+        "--precision",
+        "float32",
+        "--workers",
+        "0",
+        "--batch-size",
+        "2",
+        "--out",
+        tmp_path / "killed.h5",
+    ]
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -167,13 +194,13 @@ def test_patience_ends_a_run_that_no_longer_improves(here):
 
 
 def test_the_best_checkpoint_is_chosen_by_the_named_score(here):
-    train.main(Train(Path("data/small"), "by-loss", epochs=3, best="loss", **TINY))
+    train.main(Train(Path("data/small"), "by-loss", epochs=3, best_metric="loss", **TINY))
     losses = [line["val_loss"] for line in log_of("by-loss")]
     assert load_checkpoint(Path("checkpoints/by-loss/best.pt"))["progress"]["best"] == pytest.approx(-min(losses))
 
 
 def test_the_learning_rate_decays_in_steps(here):
-    train.main(Train(Path("data/small"), "decays", epochs=4, decay=0.5, decay_every=2, **TINY))
+    train.main(Train(Path("data/small"), "decays", epochs=4, lr_decay=0.5, lr_decay_every=2, **TINY))
     assert [line["learning_rate"] for line in log_of("decays")] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
 
 
@@ -214,8 +241,11 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
     torch.manual_seed(2)
     torch.save(models.resnet18().state_dict(), tmp_path / "start.pth")
     encoder = {"encoder": "resnet18.layer2", "weights": str(tmp_path / "start.pth"), "image_size": 64}
-    extract_features.main(ExtractFeatures(Path("data/small"), **encoder, dtype=dtype, workers=0, precision="float32",
-                                          out=tmp_path / "f.h5"))  # fmt: skip
+    extract_features.main(
+        ExtractFeatures(
+            Path("data/small"), **encoder, dtype=dtype, workers=0, precision="float32", out=tmp_path / "f.h5"
+        )
+    )
     setting = {**TINY, "decoder": decoder, "precision": "float32", "dropout": 0.0}
     live = train.make_trainer(Train(Path("data/small"), "none", fine_tune=True, **encoder, **setting))
     cached = train.make_trainer(Train(Path("data/small"), "none", features=tmp_path / "f.h5", **setting))
@@ -226,7 +256,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
         batches = [
             trainer.train[photos].to(trainer.device, trainer.precision) for photos in np.split(np.arange(20), [7])
         ]
-        losses = [trainer.whole(batch, Share()) for batch in batches]
+        losses = [trainer.whole(batch, LossWeights()) for batch in batches]
         sum(loss.objective for loss in losses).backward()
         trainer.losses = torch.stack([loss.objective.detach() for loss in losses])
     torch.testing.assert_close(live.losses, cached.losses, rtol=tolerance, atol=0)
@@ -235,8 +265,17 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
 
 
 def test_fine_tuning_in_float16_scales_its_loss_and_resumes(here):
-    setting = {"fine_tune": True, "encoder": "resnet18.layer1", "image_size": 32, "weights": "random", "workers": 0,
-               "precision": "float16", "flip": True, "crop": 0.8, **TINY}  # fmt: skip
+    setting = {
+        "fine_tune": True,
+        "encoder": "resnet18.layer1",
+        "image_size": 32,
+        "weights": "random",
+        "workers": 0,
+        "precision": "float16",
+        "flip": True,
+        "crop": 0.8,
+        **TINY,
+    }
     train.main(Train(Path("data/small"), "half", epochs=2, **setting))
     train.main(Train(Path("data/small"), "half-resumed", epochs=1, **setting))
     train.main(Train(Path("data/small"), "half-resumed", epochs=2, resume=True, **setting))
@@ -251,7 +290,7 @@ def test_the_log_of_fine_tuning_tells_photos_a_second_and_peak_memory(here):
 
 
 def test_an_average_of_the_weights_is_what_is_kept_and_it_resumes(here):
-    setting = {"precision": "float32", "average": 0.9, "best": "loss", **TINY}
+    setting = {"precision": "float32", "ema_decay": 0.9, "best_metric": "loss", **TINY}
     train.main(Train(Path("data/small"), "average", epochs=3, **setting))
     train.main(Train(Path("data/small"), "average-resumed", epochs=1, **setting))
     train.main(Train(Path("data/small"), "average-resumed", epochs=3, resume=True, **setting))
@@ -301,12 +340,12 @@ def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, 
     assert all(isinstance(line["caption"], str) for line in cached)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["photos"] == 4 and scores["tokenizer"] == "whitespace" and 0 <= scores["word"]["BLEU-1"] <= 100
-    longer = results("longer.json", search=Search(length_penalty=9.0))
+    longer = results("longer.json", search=SearchOptions(length_penalty=9.0))
     assert sum(len(line["caption"]) for line in longer) > sum(len(line["caption"]) for line in cached)
     Path("data/small/features.h5").rename("data/small/aside.h5")
     try:
         assert results("live.json") == cached
-        assert results("live-longer.json", search=Search(length_penalty=9.0)) == longer
+        assert results("live-longer.json", search=SearchOptions(length_penalty=9.0)) == longer
     finally:
         Path("data/small/aside.h5").rename("data/small/features.h5")
     assert len(results("two.json", limit=2)) == 2
@@ -333,8 +372,15 @@ def test_pictures_of_attention_are_drawn(here, tmp_path):
 
 
 def test_the_sentinels_share_of_each_word_is_told_and_drawn(here, tmp_path):
-    generate.main(Generate(Path("checkpoints/adaptive"), data=Path("data/small"), json=tmp_path / "told.json",
-                           pictures=tmp_path / "drawn", precision="float32"))  # fmt: skip
+    generate.main(
+        Generate(
+            Path("checkpoints/adaptive"),
+            data=Path("data/small"),
+            json=tmp_path / "told.json",
+            pictures=tmp_path / "drawn",
+            precision="float32",
+        )
+    )
     for line in json.loads((tmp_path / "told.json").read_text()):
         assert line["caption"].split() == line["words"] and len(line["sentinel"]) == len(line["words"])
         assert all(0 < beta < 1 for beta in line["sentinel"])
@@ -359,7 +405,7 @@ def test_captions_in_a_file_score_as_they_did_when_they_were_made(here, tmp_path
     monkeypatch.setenv("PATH", "")  # without Java: it takes seconds to start
 
     def scored(**settings):
-        search = TALKATIVE if "run" in settings else Search()
+        search = TALKATIVE if "run" in settings else SearchOptions()
         generate.main(Generate(scores=tmp_path / "scores.json", search=search, **settings))
         return json.loads((tmp_path / "scores.json").read_text())
 
@@ -387,18 +433,24 @@ def test_captions_of_some_photos_are_scored_but_not_compared_with_those_of_other
         generate.main(Generate(score=(tmp_path / "some", tmp_path / "others"), references=Path("data/small")))
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({}, "give a run"), ({"photos": (Path("a.jpg"),)}, "give a run"), ({"run": Path("r")}, "give a run, and photos"),
-    ({"score": (Path("a"),)}, "--references"), ({"score": (Path("a"),) * 3, "references": Path("r")}, "or two"),
-    ({"score": (Path("a"),), "references": Path("r"), "run": Path("r")}, "leave out the run"),
-    ({"score": (Path("a"),), "references": Path("r"), "html": Path("h")}, "leave out --html"),
-    ({"score": (Path("a"),) * 2, "references": Path("r"), "csv": Path("c")}, "of one file"),
-    ({"run": Path("r"), "photos": (Path("a"),), "references": Path("r")}, "--references goes with --score"),
-    ({"run": Path("r"), "photos": (Path("a"),), "tokenizer": "jieba"}, "--tokenizer goes with --score"),
-    ({"run": Path("r"), "photos": (Path("a"),), "extremes": Path("e")}, "--extremes go with --data"),
-    ({"run": Path("r"), "photos": (Path("a"),), "animate": True}, "--animate goes with --pictures"),
-    ({"run": Path("r"), "photos": (Path("a"),), "view": "grid"}, "--view goes with --pictures"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({}, "give a run"),
+        ({"photos": (Path("a.jpg"),)}, "give a run"),
+        ({"run": Path("r")}, "give a run, and photos"),
+        ({"score": (Path("a"),)}, "--references"),
+        ({"score": (Path("a"),) * 3, "references": Path("r")}, "or two"),
+        ({"score": (Path("a"),), "references": Path("r"), "run": Path("r")}, "leave out the run"),
+        ({"score": (Path("a"),), "references": Path("r"), "html": Path("h")}, "leave out --html"),
+        ({"score": (Path("a"),) * 2, "references": Path("r"), "csv": Path("c")}, "of one file"),
+        ({"run": Path("r"), "photos": (Path("a"),), "references": Path("r")}, "--references goes with --score"),
+        ({"run": Path("r"), "photos": (Path("a"),), "tokenizer": "jieba"}, "--tokenizer goes with --score"),
+        ({"run": Path("r"), "photos": (Path("a"),), "extremes": Path("e")}, "--extremes go with --data"),
+        ({"run": Path("r"), "photos": (Path("a"),), "animate": True}, "--animate goes with --pictures"),
+        ({"run": Path("r"), "photos": (Path("a"),), "view": "grid"}, "--view goes with --pictures"),
+    ],
+)
 def test_settings_of_generate_that_do_not_go_together_are_refused(wrong, words):
     with pytest.raises(UserError, match=words) as error:
         Generate(**wrong)
@@ -516,11 +568,14 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         (["extract_features.py", "data/small", "--encoder", "resnet9"], "resnet9"),
         (["extract_features.py", "data/small", "--weights", "none.pth"], "none.pth"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_on_stderr_and_status_1(here, monkeypatch, capsys, arguments, words):
-    commands = {"train.py": (Train, train.work), "generate.py": (Generate, generate.work),
-                "extract_features.py": (ExtractFeatures, extract_features.work)}  # fmt: skip
-    import command_line
+    commands = {
+        "train.py": (Train, train.work),
+        "generate.py": (Generate, generate.work),
+        "extract_features.py": (ExtractFeatures, extract_features.work),
+    }
+    from captioning.runtime import command_line
 
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stop:
@@ -536,8 +591,8 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
         generate.main(Generate(Path("checkpoints/attention"), photos, precision="float32", **settings))
         return capsys.readouterr().out.splitlines()
 
-    assert len(told(search=Search(6, captions=3, groups=3, diversity=9.0, max_length=5))) == 3
-    drawing = Search(captions=4, temperature=3.0, max_length=5)
+    assert len(told(search=SearchOptions(6, num_captions=3, beam_groups=3, diversity_penalty=9.0, max_length=5))) == 3
+    drawing = SearchOptions(num_captions=4, temperature=3.0, max_length=5)
     assert told(search=drawing, seed=1) == told(search=drawing, seed=1) != told(search=drawing, seed=2)
     told(search=drawing, json=tmp_path / "all.json")
     (line,) = json.loads((tmp_path / "all.json").read_text())
@@ -547,26 +602,26 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
 @pytest.fixture
 def listening():
     """Both stops raise KeyboardInterrupt, even where a shell told its background to ignore one."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in stop.STOPS}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals.STOPS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", stop.STOPS)
+@pytest.mark.parametrize("number", signals.STOPS)
 def test_a_stop_waits_for_what_must_be_done_in_one_piece(number, listening):
     done = []
-    with stop.StopRequest() as request:
-        with stop.in_one_piece():
+    with signals.StopRequest() as request:
+        with signals.defer_signals():
             os.kill(os.getpid(), number)
             done.append(request.requested)
         assert done == [False] and request.requested and request.number == number
     with pytest.raises(KeyboardInterrupt):
-        with stop.in_one_piece():
+        with signals.defer_signals():
             os.kill(os.getpid(), number)
             done.append("the rest")
     assert done[1:] == ["the rest"]
-    assert {signal.getsignal(one) for one in stop.STOPS} == {signal.default_int_handler}
+    assert {signal.getsignal(one) for one in signals.STOPS} == {signal.default_int_handler}
 
 
 def test_flags_are_parsed_before_a_stop_is_an_exception(listening, monkeypatch):
@@ -579,17 +634,17 @@ def test_flags_are_parsed_before_a_stop_is_an_exception(listening, monkeypatch):
 
 class Signals(torch.utils.data.Dataset):
     def __getitem__(self, _):
-        return [signal.getsignal(number) for number in stop.STOPS], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return [signal.getsignal(number) for number in signals.STOPS], signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_processes_that_read_photos_never_hear_of_a_stop(listening, monkeypatch):
-    [(handlers, blocked)] = QuietLoader(Signals(), [0], workers=1, pin=False)
-    assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(stop.STOPS)
+    [(handlers, blocked)] = SignalSafeLoader(Signals(), [0], workers=1, pin=False)
+    assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(signals.STOPS)
     begun = []
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: begun.append(Signals()[0]) or iter([]))
-    assert list(QuietLoader(Signals(), [0], workers=1, pin=False)) == []
-    assert begun[0][1].issuperset(stop.STOPS), "not even while they start"
-    assert not Signals()[0][1].intersection(stop.STOPS)
+    assert list(SignalSafeLoader(Signals(), [0], workers=1, pin=False)) == []
+    assert begun[0][1].issuperset(signals.STOPS), "not even while they start"
+    assert not Signals()[0][1].intersection(signals.STOPS)
 
 
 @pytest.mark.parametrize("end", ["\n", "\x1c", "\u2028", ". "])

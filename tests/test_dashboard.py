@@ -24,11 +24,12 @@ from PIL import Image
 
 import extract_features
 import train
-from captioning import dashboard, visdom_server
-from captioning.dashboard import Follower, Sender, compared, read_log, windows
-from captioning.pictures import Entry, draw_card
-from command_line import parse
-from config import DASHBOARD_URL, Dashboard, ExtractFeatures, Train, UserError
+from captioning.errors import UserError
+from captioning.runtime.command_line import parse
+from captioning.viewing import dashboard, visdom_server
+from captioning.viewing.attention_plots import Entry, draw_card
+from captioning.viewing.dashboard import LogTailer, Sender, compared, read_log, windows
+from config import DASHBOARD_URL, Dashboard, ExtractFeatures, Train
 from tests.small import make_small_data
 
 HOUSE = Path(__file__).parents[1]
@@ -40,13 +41,31 @@ def a_log(epochs=2, steps=3, caption=CAPTION, picture=None):
     events = [{"event": "start", "time": "now", "versions": {"torch": "2"}, "config": {"run": "att", "seed": EVIL}}]
     for epoch in range(1, epochs + 1):
         events += [
-            {"event": "step", "epoch": epoch, "step": step, "of": steps, "loss": 5 / epoch,
-             "captions_per_second": 100.0, "waiting": 0.01} for step in range(1, steps + 1)
-        ]  # fmt: skip
+            {
+                "event": "step",
+                "epoch": epoch,
+                "step": step,
+                "of": steps,
+                "loss": 5 / epoch,
+                "captions_per_second": 100.0,
+                "waiting": 0.01,
+            }
+            for step in range(1, steps + 1)
+        ]
         entry = {"id": "1.jpg", "caption": caption, "references": [EVIL, "一匹马"], "picture": picture}
-        events.append({"event": "epoch", "epoch": epoch, "learning_rate": 4e-4, "train_loss": 5 / epoch,
-                       "val_loss": 3.0, "top5": 0.5, "BLEU-4": 10.0, "CIDEr-D": 30.0 + epoch,
-                       "panel": [entry]})  # fmt: skip
+        events.append(
+            {
+                "event": "epoch",
+                "epoch": epoch,
+                "learning_rate": 4e-4,
+                "train_loss": 5 / epoch,
+                "val_loss": 3.0,
+                "top5": 0.5,
+                "BLEU-4": 10.0,
+                "CIDEr-D": 30.0 + epoch,
+                "panel": [entry],
+            }
+        )
     return events
 
 
@@ -200,11 +219,16 @@ class Server:
 
     def __init__(self, port, folder, host="127.0.0.1"):
         self.url = f"http://127.0.0.1:{port}"
-        code = (
-            f"import pathlib, captioning.visdom_server as s; s.serve({host!r}, {port}, pathlib.Path({str(folder)!r}))"
+        code = f"import pathlib, captioning.viewing.visdom_server as s\n"
+            f"s.serve({host!r}, {port}, pathlib.Path({str(folder)!r}))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=HOUSE,
+            text=True,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "HOME": str(folder)},
         )
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=HOUSE, text=True, stderr=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, env={**os.environ, "HOME": str(folder)})  # fmt: skip
         self.said = ""
         while "Ctrl-C ends it" not in self.said:
             line = self.process.stdout.readline()
@@ -249,8 +273,11 @@ def test_a_replayed_run_is_read_back_from_the_server_whole(server, tmp_path, cap
     back = server.windows("att")
     for name, window in windows(a_log(), tmp_path).items():
         content = back[name]["content"]
-        assert content == (window["data"][0]["content"] if back[name]["type"] == "text" else
-                           {"data": window["data"], "layout": window["layout"]})  # fmt: skip
+        assert content == (
+            window["data"][0]["content"]
+            if back[name]["type"] == "text"
+            else {"data": window["data"], "layout": window["layout"]}
+        )
     assert CAPTION in back["photo 1"]["content"]
     assert (tmp_path / "visdom" / "att.json").exists(), "the environment is kept"
 
@@ -294,8 +321,10 @@ def test_a_server_that_dies_in_the_middle_of_a_run_and_returns_empty_is_whole_ag
     assert back["loss"]["content"]["data"][1]["x"] == [1, 2, 3, 4, 5, 6]
     assert "data:image/png;base64," in back["photo 1"]["content"] and "a white square" in back["photo 1"]["content"]
     train.main(Train(Path("data/small"), "alone", epochs=6, **TINY))
-    losses = [[event["val_loss"] for event in read_log(Path("checkpoints") / run) if event["event"] == "epoch"]
-              for run in ("watched", "alone")]  # fmt: skip
+    losses = [
+        [event["val_loss"] for event in read_log(Path("checkpoints") / run) if event["event"] == "epoch"]
+        for run in ("watched", "alone")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -314,7 +343,7 @@ def test_a_server_that_never_answers_holds_nobody_up(tmp_path, monkeypatch):
     write_log(tmp_path / "run", a_log())
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         began = time.monotonic()
-        with Follower(tmp_path / "run", f"http://127.0.0.1:{deaf.getsockname()[1]}"):
+        with LogTailer(tmp_path / "run", f"http://127.0.0.1:{deaf.getsockname()[1]}"):
             looked = time.monotonic() - began
             time.sleep(0.3)
         assert looked < 1.0 and time.monotonic() - began < 20
@@ -356,8 +385,14 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     offline = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                     "--window-size=1400,1300", offline):  # fmt: skip
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1300",
+        offline,
+    ):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service(driver))
     yield driver

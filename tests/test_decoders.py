@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from captioning.decoders import DECODERS, build_decoder
+from captioning.decoders import DECODERS
+from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
-from captioning.grid import Grid, grid_pooling
+from captioning.encoders.grid import Grid, grid_pooling
 
 SIZES = {
     "vocabulary_size": 11,
@@ -23,8 +24,11 @@ PHOTO = torch.tensor([1, 0, 2, 1, 0])  # whose caption each is
 
 
 VARIANTS = [
-    *DECODERS, "lstm --cell gru", "lstm --cell rnn --layers 2", "lstm --layers 3 --photo_norm none",
-]  # fmt: skip
+    *DECODERS,
+    "lstm --cell gru",
+    "lstm --cell rnn --layers 2",
+    "lstm --layers 3 --photo_norm none",
+]
 
 
 def make(variant, seed=0):
@@ -52,7 +56,7 @@ def attend(d, f14, words, looks=lambda attention: attention):
         z = torch.sigmoid(wg @ h + bg) * (looks(attention)[:, None] * f14).sum(0)
         x = torch.cat([d.embedding(word), z])
         h, m = (s[0] for s in torch.lstm_cell(x[None], (h[None], m[None]), from_x, wr, d.word_gates.bias, br))
-        scores.append(d.vocabulary(h))
+        scores.append(d.output_layer(h))
         attentions.append(attention)
     return torch.stack(scores), torch.stack(attentions)
 
@@ -61,7 +65,7 @@ def read_photo_first(d, f14, words):
     """Vinyals et al. 2015, one caption of a decoder in eval mode: the photo, then the words, a layer at a time."""
     r = d.recurrent
     step = {nn.LSTM: torch.lstm_cell, nn.GRU: torch.gru_cell, nn.RNN: torch.rnn_tanh_cell}[type(r)]
-    xs = torch.cat([d.norm(d.photo(f14.mean(0))[None]), d.embedding(words)])
+    xs = torch.cat([d.norm(d.photo_projection(f14.mean(0))[None]), d.embedding(words)])
     for layer in range(r.num_layers):
         weights = [getattr(r, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         h, outputs = torch.zeros(1, r.hidden_size).double(), []
@@ -70,7 +74,7 @@ def read_photo_first(d, f14, words):
             memory = step(x[None], memory, *weights)
             outputs.append(memory[0][0] if step is torch.lstm_cell else memory[0])
         xs = torch.stack(outputs)
-    return d.vocabulary(xs[1:]), None
+    return d.output_layer(xs[1:]), None
 
 
 def look_when_needed(d, f14, words):
@@ -91,7 +95,7 @@ def look_when_needed(d, f14, words):
         z_s = torch.tanh(d.sentinel_key(s) + d.query(h[0])) @ d.score.weight[0]
         alpha, beta = z.softmax(0), torch.cat([z, z_s[None]]).softmax(0)[-1]
         c = beta * s + (1 - beta) * (alpha @ v)
-        scores.append(d.vocabulary(c + h[0]))
+        scores.append(d.output_layer(c + h[0]))
         attentions.append((1 - beta) * alpha)
     return torch.stack(scores), torch.stack(attentions)
 
@@ -102,13 +106,13 @@ PLAIN = {"attention": attend, "hard-attention": attend, "lstm": read_photo_first
 def plain_scores(variant, decoder, f14, words, packed):
     """The equations, caption by caption -> scores packed as the decoder's, and coverage (R, P)."""
     first_of_step = torch.cat([torch.zeros(1, dtype=torch.long), packed.batch_sizes.cumsum(0)[:-1]])
-    scores, coverage = [None] * sum(LENGTHS), []
+    scores, attention_sum = [None] * sum(LENGTHS), []
     for row, length in enumerate(LENGTHS):
         plain, attention = PLAIN[variant.split(" ")[0]](decoder, f14[PHOTO[row]], words[row, :length])
         for place, values in zip((first_of_step[:length] + row).tolist(), plain, strict=True):
             scores[place] = values
-        coverage.append(None if attention is None else attention.sum(0))
-    return torch.stack(scores), torch.stack(coverage) if decoder.covers else None
+        attention_sum.append(None if attention is None else attention.sum(0))
+    return torch.stack(scores), torch.stack(attention_sum) if decoder.uses_coverage else None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -117,12 +121,12 @@ def test_scores_and_gradients_equal_those_of_the_equations_a_word_at_a_time(vari
     decoder.eval()
     upstream = torch.randn(sum(LENGTHS), 11, dtype=torch.float64)
     gradients, found = [], []
-    for scores, coverage in (decoder(grid, packed, PHOTO)[:2], plain_scores(variant, decoder, f14, words, packed)):
+    for scores, attention_sum in (decoder(grid, packed, PHOTO)[:2], plain_scores(variant, decoder, f14, words, packed)):
         decoder.zero_grad()
-        total = (scores * upstream).sum() + (0 if coverage is None else (1 - coverage).square().mean())
+        total = (scores * upstream).sum() + (0 if attention_sum is None else (1 - attention_sum).square().mean())
         total.backward()
         gradients.append([parameter.grad for parameter in decoder.parameters()])
-        found.append((scores, coverage))
+        found.append((scores, attention_sum))
     for ours, plain in zip(*found, strict=True):
         if ours is not None:
             torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
@@ -141,7 +145,7 @@ def test_gradients_equal_finite_differences(variant):
         taught = torch.func.functional_call(
             decoder, dict(zip(names, parameters, strict=True)), (Grid(cells, grid.pooling), packed, PHOTO)
         )
-        return taught.scores
+        return taught.logits
 
     inputs = grid.cells.requires_grad_(), *decoder.parameters()
     assert torch.autograd.gradcheck(scores, inputs, fast_mode=True)
@@ -155,7 +159,7 @@ def test_hard_attention_sees_the_likeliest_cell_or_the_expectation_when_it_capti
     assert (expectation - argmax).abs().max() > 1e-3
     for sees, expected in (("expectation", expectation), ("argmax", argmax)):
         decoder.sees = sees
-        state = decoder.begin(grid.select(torch.tensor([0])))
+        state = decoder.init_state(grid.select(torch.tensor([0])))
         for word, scores in zip(words[0], expected, strict=True):
             log_probabilities, _, state, choices = decoder.step(word[None], state)
             torch.testing.assert_close(log_probabilities[0], scores.log_softmax(0))
@@ -165,7 +169,9 @@ def test_hard_attention_sees_the_likeliest_cell_or_the_expectation_when_it_capti
 def test_hard_attention_draws_one_cell_a_word_in_training_for_half_of_the_photos(monkeypatch):
     decoder, grid, _, _, packed = make("hard-attention")
     seen = []
-    monkeypatch.setattr(Grid, "look", lambda grid, weights, look=Grid.look: seen.append(weights) or look(grid, weights))
+    monkeypatch.setattr(
+        Grid, "attend", lambda grid, weights, attend=Grid.attend: seen.append(weights) or attend(grid, weights)
+    )
     decoder.train()
     drawn = []
     for _ in range(40):
@@ -186,7 +192,7 @@ def test_steps_equal_teacher_forcing(name):
     decoder, grid, _, words, packed = make(name)
     decoder.eval()
     scores, *_ = decoder(grid, packed, PHOTO)
-    state = decoder.begin(grid.select(PHOTO))
+    state = decoder.init_state(grid.select(PHOTO))
     first = 0
     for t, rows in enumerate(packed.batch_sizes.tolist()):
         step = decoder.step(words[:, t], state)
@@ -199,22 +205,24 @@ def test_steps_equal_teacher_forcing(name):
 def test_beams_side_by_side_equal_photos_one_by_one(name):
     decoder, grid, _, words, _ = make(name)
     decoder.eval()
-    together = decoder.begin(grid)
+    together = decoder.init_state(grid)
     together = together.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # two beams a photo
     step = decoder.step(words[:, 0].repeat(2)[:6], together)
     for row in range(6):
-        alone = decoder.step(words[:, 0].repeat(2)[row : row + 1], decoder.begin(grid.select(torch.tensor([row // 2]))))
+        alone = decoder.step(
+            words[:, 0].repeat(2)[row : row + 1], decoder.init_state(grid.select(torch.tensor([row // 2])))
+        )
         torch.testing.assert_close(step.log_probabilities[row], alone.log_probabilities[0], rtol=1e-5, atol=1e-6)
         if step.attention is not None:
             torch.testing.assert_close(step.attention[row], alone.attention[0])
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if DECODERS[name].sees_cells])
+@pytest.mark.parametrize("name", [name for name in DECODERS if DECODERS[name].uses_attention])
 def test_the_attention_of_each_word_is_the_equations(name):
     decoder, grid, f14, words, _ = make(name)
     decoder.eval()
     _, expected = PLAIN[name](decoder, f14[2], words[0])
-    state = decoder.begin(grid.select(torch.tensor([2])))
+    state = decoder.init_state(grid.select(torch.tensor([2])))
     for word, attention in zip(words[0], expected, strict=True):
         _, found, state, _ = decoder.step(word[None], state)
         torch.testing.assert_close(found[0], attention)

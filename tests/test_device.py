@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from captioning import device
+from captioning.runtime import device
 
 CPU = torch.device("cpu")
 

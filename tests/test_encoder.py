@@ -8,11 +8,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchvision import models
 
-from captioning.checkpoint import read_checkpoint, save_checkpoint, state_sha256
-from captioning.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
-from captioning.images import Transform
-from captioning.meter import most_resident
-from config import UserError
+from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
+from captioning.encoders.images import Transform
+from captioning.errors import UserError
+from captioning.runtime.checkpoint import read_checkpoint, save_checkpoint, state_sha256
+from captioning.runtime.meter import most_resident
 
 
 def photos(count=2, size=64):
@@ -144,7 +144,7 @@ def test_unfreezing_starts_at_the_second_block_and_batch_norm_stays_put():
         "layer3",
         "layer4",
     }
-    encoder.tune(batch_norm=False)
+    encoder.train_mode(batch_norm=False)
     before = encoder.body.bn1.running_mean.clone()
     encoder(photos())
     assert torch.equal(encoder.body.bn1.running_mean, before)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from captioning.beam_search import beam_search
 from captioning.decoders import DECODERS
-from captioning.ensemble import Ensemble
-from config import Search
+from captioning.decoders.ensemble import Ensemble
+from captioning.search.beam_search import beam_search
+from captioning.search.options import SearchOptions
 from preprocess.vocabulary import START
 from tests.test_beam_search import WORDS, Table, best, grid_of, log_probability, same, seeds
 from tests.test_decoders import make
@@ -42,8 +42,8 @@ def test_an_ensemble_finds_the_caption_whose_words_are_likeliest_in_the_mean(see
 def test_each_member_goes_on_in_a_state_of_its_own():
     members = [make(name, seed)[0].eval() for seed, name in enumerate(DECODERS)]
     grid = make("lstm")[1]
-    together, alone = Ensemble(members), [member.begin(grid) for member in members]
-    state, words = together.begin(grid), torch.full((len(grid),), START)
+    together, alone = Ensemble(members), [member.init_state(grid) for member in members]
+    state, words = together.init_state(grid), torch.full((len(grid),), START)
     for _ in range(3):
         step = together.step(words, state)
         steps = [member.step(words, own) for member, own in zip(members, alone, strict=True)]
@@ -57,7 +57,7 @@ def test_each_member_goes_on_in_a_state_of_its_own():
 def test_an_ensemble_of_equals_is_each_of_them_also_after_photos_have_left_the_batch():
     decoder, grid, *_ = make("attention")
     decoder = decoder.eval()
-    search = Search(beam_size=3, max_length=6, captions=2)
+    search = SearchOptions(beam_size=3, max_length=6, num_captions=2)
     alone, together = (beam_search(who, grid, search) for who in (decoder, Ensemble([decoder] * 3)))
     for one, other in zip(alone, together, strict=True):
         for expected, found in zip(one, other, strict=True):

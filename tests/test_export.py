@@ -15,16 +15,18 @@ from torch.torch_version import TorchVersion
 
 from captioning import export
 from captioning.captioner import Captioner
-from captioning.checkpoint import save_checkpoint
-from captioning.decoders import build_decoder
 from captioning.decoders.attention import AttentionDecoder
+from captioning.decoders.factory import build_decoder
 from captioning.decoders.protocol import State
-from captioning.encoder import Encoder, load_encoder
-from captioning.images import Transform
-from config import Export, Search, UserError
+from captioning.encoders.encoder import Encoder, load_encoder
+from captioning.encoders.images import Transform
+from captioning.errors import UserError
+from captioning.runtime.checkpoint import save_checkpoint
+from captioning.search.options import SearchOptions
+from config import Export
 from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
-GREEDY, PACKAGES = Search(beam_size=1, max_length=8), ("onnx", "onnxscript", "onnxruntime")
+GREEDY, PACKAGES = SearchOptions(beam_size=1, max_length=8), ("onnx", "onnxscript", "onnxruntime")
 IN_ONNX, IN_TORCH = ["lstm", "gru", "attention", "hard-attention", "adaptive"], ["rnn", "attention", "adaptive"]
 # run -> decoder, what is special about it, and a seed with which no word is nearly as likely as the likeliest: by 0.009
 # in log-probability, so that rounding changes no caption.
@@ -39,11 +41,19 @@ RUNS = {
 EXAMPLE = Path(__file__).with_name("caption_with_onnxruntime.py")
 
 
-def write_run(folder: Path, encoder: Encoder, vocabulary: Vocabulary, decoder: str, special: dict, seed: int,
-              others: int) -> Path:  # fmt: skip
+def write_run(
+    folder: Path, encoder: Encoder, vocabulary: Vocabulary, decoder: str, special: dict, seed: int, others: int
+) -> Path:
     """A run that was never trained, but whose weights are so large that photos get different captions."""
-    sizes = {"vocabulary_size": len(vocabulary), "channels": encoder.output_shape()[2], "embedding_size": 16,
-             "attention_size": 16, "hidden_size": 24, "dropout": 0.5, **special}  # fmt: skip
+    sizes = {
+        "vocabulary_size": len(vocabulary),
+        "channels": encoder.output_shape()[2],
+        "embedding_size": 16,
+        "attention_size": 16,
+        "hidden_size": 24,
+        "dropout": 0.5,
+        **special,
+    }
     torch.manual_seed(seed)
     model = build_decoder(decoder, sizes)
     larger = {"vocabulary": 20, "embedding": 1, "photo": 3, "initial": 3, "value": 3, "whole": 3, "key": 3}
@@ -51,8 +61,16 @@ def write_run(folder: Path, encoder: Encoder, vocabulary: Vocabulary, decoder: s
         for name, weights in model.named_parameters():
             weights *= larger.get(name.partition(".")[0], others)
     saved = {"name": decoder, "sizes": sizes, "state": model.state_dict()}
-    save_checkpoint(folder / "best.pt", {"config": {}, "vocabulary": vocabulary.to_dict(), "progress": {},
-                                         "encoder": encoder.to_checkpoint(), "decoder": saved})  # fmt: skip
+    save_checkpoint(
+        folder / "best.pt",
+        {
+            "config": {},
+            "vocabulary": vocabulary.to_dict(),
+            "progress": {},
+            "encoder": encoder.to_checkpoint(),
+            "decoder": saved,
+        },
+    )
     return folder
 
 
@@ -116,8 +134,9 @@ def reader(folder, format="onnx"):
     class TorchReader(Reader):
         def __init__(self, folder):
             self.about = json.loads((folder / "description.json").read_text("utf-8"))
-            self.parts = {name: torch.export.load(folder / part["file"]).module()
-                          for name, part in self.about["parts"].items()}  # fmt: skip
+            self.parts = {
+                name: torch.export.load(folder / part["file"]).module() for name, part in self.about["parts"].items()
+            }
 
         def run(self, name, **inputs):
             part = self.about["parts"][name]
@@ -153,9 +172,9 @@ def gap_where_they_part(captioner, photo, one, other):
     rows = [[START, *captioner.vocabulary.encode(text.split()), END] for text in (one, other)]
     common = next(place for place, (a, b) in enumerate(zip(*rows, strict=False)) if a != b)
     transform = captioner.encoder.transform
-    pixels = transform.squash(transform.open(photo))[None]  # (1, 3, S, S) uint8
+    pixels = transform.resize(transform.open(photo))[None]  # (1, 3, S, S) uint8
     with torch.no_grad():
-        state = captioner.decoder.begin(captioner.encoder(pixels))
+        state = captioner.decoder.init_state(captioner.encoder(pixels))
         for word in rows[0][:common]:
             said, _, state, _ = captioner.decoder.step(torch.tensor([word]), state)
     return abs(said[0, rows[0][common]] - said[0, rows[1][common]]).item()
@@ -181,8 +200,11 @@ def test_any_number_of_photos_goes_in_and_several_captions_of_each(run, format, 
     for photos, captions in ((1, 1), (1, 4), (3, 1), (3, 5)):
         cells = program.run("encoder", photos=np.stack([program.open(path) for path in paths[:photos]]))
         state = program.run("begin", **cells)
-        rows = {name: random.normal(size=(photos * captions, *value.shape[1:])).astype(np.float32)
-                for name, value in state.items() if name.startswith("row_")}  # fmt: skip
+        rows = {
+            name: random.normal(size=(photos * captions, *value.shape[1:])).astype(np.float32)
+            for name, value in state.items()
+            if name.startswith("row_")
+        }
         fixed = {name: value for name, value in state.items() if name.startswith("photo_")}
         words = random.integers(0, len(program.about["words"]), photos * captions)
         repeated = {name: value.repeat(captions, 0) for name, value in fixed.items()}
@@ -190,8 +212,11 @@ def test_any_number_of_photos_goes_in_and_several_captions_of_each(run, format, 
         tensors = (tuple(map(torch.from_numpy, values.values())) for values in (fixed, rows))
         with torch.no_grad():
             said, attention, after, _ = decoder.step(torch.from_numpy(words), State(*tensors))
-        expected = {"log_probabilities": said, "attention": attention,
-                    **{f"next_row_{i}": row for i, row in enumerate(after.rows)}}  # fmt: skip
+        expected = {
+            "log_probabilities": said,
+            "attention": attention,
+            **{f"next_row_{i}": row for i, row in enumerate(after.per_caption)},
+        }
         expected = {name: value for name, value in expected.items() if value is not None}
         assert found.keys() == expected.keys()
         for name, value in expected.items():
@@ -210,8 +235,10 @@ def test_the_description_says_what_goes_in_and_comes_out(run, exported):
 
 def test_the_example_runs_without_kantu_and_without_torch(exported, small_data, runs, tmp_path):
     photos = photos_of(small_data)[:3]
-    code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-            "assert not {'torch', 'captioning', 'preprocess', 'config'} & sys.modules.keys()")  # fmt: skip
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "assert not {'torch', 'captioning', 'preprocess', 'config'} & sys.modules.keys()"
+    )
     command = [sys.executable, "-c", code, str(EXAMPLE), str(exported("attention")), *photos]
     said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert said.returncode == 0, said.stderr

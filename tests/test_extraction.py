@@ -18,10 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import extract_features
-from captioning.encoder import encoder_from_checkpoint, saved_encoder
-from captioning.feature_cache import FeatureReader, FeatureWriter
-from captioning.images import PhotoError
-from config import ExtractFeatures, UserError
+from captioning.encoders.encoder import encoder_from_checkpoint, saved_encoder
+from captioning.errors import PhotoError, UserError
+from captioning.features.feature_cache import FeatureReader, FeatureWriter
+from config import ExtractFeatures
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER
 from tests.test_feature_cache import IDS, attributes, write
@@ -157,8 +157,15 @@ def test_photos_that_cannot_be_read_are_listed_in_a_file(data, tmp_path):
 def test_info_tells_the_recipe_the_size_and_the_rows_done(data, capsys):
     extract(data, data / "whole.h5", info=True)
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("photos 40, of which 40 are done", "a row 14x14x128 float16, 50,176 bytes", "encoder resnet18.layer2",
-                  "weights random", "image_size 64", "grid 14", "native_grid [8, 8]"):  # fmt: skip
+    for words in (
+        "photos 40, of which 40 are done",
+        "a row 14x14x128 float16, 50,176 bytes",
+        "encoder resnet18.layer2",
+        "weights random",
+        "image_size 64",
+        "grid 14",
+        "native_grid [8, 8]",
+    ):
         assert words in said
     with pytest.raises(UserError, match="none.h5: no such file"):
         extract(data, data / "none.h5", info=True)

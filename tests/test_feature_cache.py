@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from captioning.feature_cache import FeatureReader, FeatureWriter, describe_features
-from captioning.grid import Grid, grid_pooling
-from config import UserError
+from captioning.encoders.grid import Grid, grid_pooling
+from captioning.errors import UserError
+from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
 
 IDS = [f"照片{i}" for i in range(10)]
-RECIPE = {"name": "resnet18", "weights": "random", "sha256": "ab" * 32,
-          "transform": {"image_size": 256, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}}  # fmt: skip
+RECIPE = {
+    "name": "resnet18",
+    "weights": "random",
+    "sha256": "ab" * 32,
+    "transform": {"image_size": 256, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)},
+}
 
 
 def attributes(native=(8, 8), grid="14", **changes):
@@ -36,8 +40,18 @@ def write(path, native=(8, 8), grid="14", rows=range(10), channels=6, dtype="flo
     return maps
 
 
-@pytest.mark.parametrize("native, grid", [((8, 8), "14"), ((8, 8), "native"), ((7, 7), "14"), ((10, 10), "14"),
-                                          ((10, 10), "native"), ((14, 14), "14"), ((4, 6), "14")])  # fmt: skip
+@pytest.mark.parametrize(
+    "native, grid",
+    [
+        ((8, 8), "14"),
+        ((8, 8), "native"),
+        ((7, 7), "14"),
+        ((10, 10), "14"),
+        ((10, 10), "native"),
+        ((14, 14), "14"),
+        ((4, 6), "14"),
+    ],
+)
 def test_the_reader_hands_over_the_pooled_map_whatever_is_stored(tmp_path, native, grid):
     maps = write(tmp_path / "features.h5", native, grid)
     reader = FeatureReader(tmp_path / "features.h5")
@@ -128,9 +142,15 @@ def test_processes_write_their_own_rows_of_one_file(tmp_path):
 
 @pytest.mark.parametrize(
     "change, named",
-    [({"name": "resnet50"}, "encoder"), ({"sha256": "cd" * 32}, "weights_sha256"), ({"native": (7, 7)}, "native_grid"),
-     ({"grid": "native"}, "grid"), ({"dtype": "float32"}, "dtype"), ({"ids": IDS[:-1] + ["x"]}, "another data set")],
-)  # fmt: skip
+    [
+        ({"name": "resnet50"}, "encoder"),
+        ({"sha256": "cd" * 32}, "weights_sha256"),
+        ({"native": (7, 7)}, "native_grid"),
+        ({"grid": "native"}, "grid"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"ids": IDS[:-1] + ["x"]}, "another data set"),
+    ],
+)
 def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, change, named):
     write(tmp_path / "features.h5")
     before = (tmp_path / "features.h5").read_bytes()
@@ -214,7 +234,7 @@ def test_a_row_is_called_done_only_after_it_is_synced_and_all_is_synced_at_the_e
 
     monkeypatch.setattr("os.pwrite", noted("write", os.pwrite))
     monkeypatch.setattr("os.replace", noted("rename", os.replace))
-    for name in ("os.fsync", "captioning.feature_cache.SYNC"):
+    for name in ("os.fsync", "captioning.features.feature_cache.SYNC"):
         monkeypatch.setattr(name, noted("sync", os.fsync))
     for rows in ([0, 1, 2], [3, 4, 8], [9, 5, 6, 7]):
         write(tmp_path / "f.h5", rows=rows)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.grid import Grid, grid_pooling, native_places, pooling_matrix
+from captioning.encoders.grid import Grid, grid_pooling, native_indices, pooling_matrix
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
@@ -30,20 +30,20 @@ def test_keys_context_and_mean_equal_those_of_the_pooled_map(shape):
     weight = torch.randn(5, 3)
     torch.testing.assert_close(grid.spread(grid.cells @ weight), f14 @ weight)
     attention = torch.rand(2, 4, 196).softmax(-1)
-    torch.testing.assert_close(grid.look(attention), attention @ f14)
+    torch.testing.assert_close(grid.attend(attention), attention @ f14)
     torch.testing.assert_close(grid.mean(), f14.mean(1))
 
 
 def test_the_places_of_native_cells_are_those_of_the_design():
-    assert native_places(8) == [0, 2, 4, 6, 7, 9, 11, 13]
-    assert native_places(7) == [0, 2, 4, 6, 8, 10, 12]
-    assert native_places(14) == list(range(14))
-    assert native_places(10) is None and native_places(12) is None
+    assert native_indices(8) == [0, 2, 4, 6, 7, 9, 11, 13]
+    assert native_indices(7) == [0, 2, 4, 6, 8, 10, 12]
+    assert native_indices(14) == list(range(14))
+    assert native_indices(10) is None and native_indices(12) is None
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 5, 7, 8, 14])
 def test_native_cells_stand_unchanged_in_the_pooled_map(side):
-    places = native_places(side)
+    places = native_indices(side)
     features = torch.randn(1, 3, side, side)
     f14 = F.adaptive_avg_pool2d(features, 14)
     torch.testing.assert_close(f14[:, :, places][..., places], features)
@@ -60,11 +60,11 @@ def test_a_pooling_first_needed_without_gradients_serves_in_training_too():
 def test_channels_are_dropped_in_all_cells_of_a_photo_and_the_mean_stays():
     grid = Grid(torch.rand(50, 4, 200, dtype=torch.float64) + 1, grid_pooling(2, 2).double())
     torch.manual_seed(0)
-    dropped = grid.without_channels(0.25)
+    dropped = grid.dropout_channels(0.25)
     ratio = dropped.cells / grid.cells
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
     assert {round(value, 9) for value in ratio.flatten().tolist()} == {0, round(4 / 3, 9)}
     assert (ratio[:, 0] == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
     assert not torch.equal(ratio[0], ratio[1])
     torch.testing.assert_close(dropped.mean().mean(), grid.mean().mean(), rtol=0.02, atol=0)
-    assert grid.without_channels(0.0) is grid
+    assert grid.dropout_channels(0.0) is grid

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from captioning.images import Augment, PhotoError, Transform, Unreadable, open_photo, photo_batches, to_rgb
+from captioning.encoders.images import Augment, FailureLimit, Transform, open_photo, photo_batches, to_rgb
+from captioning.errors import PhotoError
 
 
 def a_photo(width=90, height=60):
@@ -19,9 +20,15 @@ def a_photo(width=90, height=60):
 
 def test_the_transform_is_torchvisions_resize_and_normalise():
     photo, transform = a_photo(), Transform(image_size=32)
-    theirs = v2.Compose([v2.PILToTensor(), v2.Resize((32, 32), antialias=True), v2.ToDtype(torch.float32, scale=True),
-                         v2.Normalize(transform.mean, transform.std)])(photo)  # fmt: skip
-    ours = transform.normalise(transform.squash(photo)[None])[0]
+    theirs = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize((32, 32), antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(transform.mean, transform.std),
+        ]
+    )(photo)
+    ours = transform.normalise(transform.resize(photo)[None])[0]
     assert (ours - theirs).abs().max() < 0.02  # one step of 8 bits, 1/255/0.225, where the rounding differs
 
 
@@ -34,10 +41,10 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     ending = {"CMYK": "jpg", "YCbCr": "jpg", "I;16": "tif", "LA": "tif"}.get(mode, "png")
     path = tmp_path / f"photo.{ending}"
     photo.save(path)
-    opened = open_photo(path)
-    assert opened.mode == "RGB" and opened.size == (90, 60)
+    open_image = open_photo(path)
+    assert open_image.mode == "RGB" and open_image.size == (90, 60)
     if mode in ("L", "I;16"):
-        np.testing.assert_allclose(np.asarray(opened)[..., 0], np.asarray(a_photo().convert("L")), atol=1)
+        np.testing.assert_allclose(np.asarray(open_image)[..., 0], np.asarray(a_photo().convert("L")), atol=1)
 
 
 def test_a_rotated_photo_stands_upright(tmp_path):
@@ -84,7 +91,7 @@ def test_batches_keep_their_order_and_leave_out_what_cannot_be_read(tmp_path, wo
 
 
 def test_too_many_unreadable_photos_stop_the_work():
-    unreadable = Unreadable(total=100, allowed=0.01)
+    unreadable = FailureLimit(total=100, allowed=0.01)
     unreadable.add(["a.jpg: broken"])
     unreadable.add(["a.jpg: broken"])  # the same photo in the next epoch
     with pytest.raises(PhotoError, match="--allow-missing"):
@@ -130,7 +137,7 @@ def test_scaled_decoding_keeps_twice_the_square_and_hardly_changes_the_photo(tmp
     plain, scaled = Transform(96), Transform(96, scaled_decoding=True)
     sizes = {name: scaled.open(tmp_path / name).size for name in ("large.jpg", "small.jpg", "large.png")}
     assert sizes == {"large.jpg": (400, 300), "small.jpg": (90, 60), "large.png": (1600, 1200)}
-    one, other = (way.squash(way.open(tmp_path / "large.jpg")).float() for way in (plain, scaled))
+    one, other = (way.resize(way.open(tmp_path / "large.jpg")).float() for way in (plain, scaled))
     assert 0 < (one - other).abs().mean() < 1
     assert Transform.from_dict(scaled.to_dict()) == scaled != plain == Transform.from_dict({"image_size": 96})
 
@@ -139,5 +146,5 @@ def test_scaled_decoding_keeps_twice_the_square_and_hardly_changes_the_photo(tmp
 def test_scaled_decoding_keeps_to_the_colours_of_every_mode(tmp_path, mode):
     a_photo(900, 600).convert(mode).save(tmp_path / "photo.jpg", quality=95)
     plain, scaled = Transform(64), Transform(64, scaled_decoding=True)
-    one, other = (way.squash(way.open(tmp_path / "photo.jpg")).float() for way in (plain, scaled))
+    one, other = (way.resize(way.open(tmp_path / "photo.jpg")).float() for way in (plain, scaled))
     assert (one - other).abs().mean() < 2

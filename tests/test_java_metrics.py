@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from captioning import java_metrics
-from captioning.java_metrics import meteor_score, spice_score
+from captioning.evaluation import java_metrics
+from captioning.evaluation.java_metrics import meteor_score, spice_score
 
 
 def test_meteor_is_skipped_with_a_reason_where_there_is_no_java(monkeypatch):
@@ -43,8 +43,11 @@ def test_meteor_is_skipped_with_a_reason_where_java_does_not_work(script, reason
 def test_meteor_is_coco_captions_also_with_an_empty_caption():
     """The number is what pycocoevalcap 1.2.0's Meteor().compute_score gives: asking it too would take twice as long."""
     candidates = {"1": "a dog runs on grass".split(), "2": "two men ||| walk".split(), "3": []}
-    references = {"1": ["a dog is running on the grass".split(), "a dog".split()], "2": ["two men are walking".split()],
-                  "3": [["a"], ["a", "cat"]]}  # fmt: skip
+    references = {
+        "1": ["a dog is running on the grass".split(), "a dog".split()],
+        "2": ["two men are walking".split()],
+        "3": [["a"], ["a", "cat"]],
+    }
     assert meteor_score(candidates, references) == pytest.approx(27.791689426753485, abs=1e-6)
 
 
@@ -67,10 +70,14 @@ json.dump(answer, open(sys.argv[sys.argv.index("-out") + 1], "w"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the false Java is a script")
-@pytest.mark.parametrize("script, expected", [
-    (SPICE, 75.0), ("import sys; sys.exit('Exception in thread main')", "skipped: SPICE did not run (Exception in"),
-    ("", "skipped: SPICE did not run ("),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, expected",
+    [
+        (SPICE, 75.0),
+        ("import sys; sys.exit('Exception in thread main')", "skipped: SPICE did not run (Exception in"),
+        ("", "skipped: SPICE did not run ("),
+    ],
+)
 def test_spice_is_the_mean_of_what_java_answers_or_a_reason(script, expected, tmp_path, monkeypatch):
     java = tmp_path / "java"
     java.write_text(f"#!{sys.executable}\n{script}")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioning.decoders import attention, fast
-from captioning.device import autocast
-from captioning.grid import Grid
+from captioning.decoders import attention, fused_ops
+from captioning.encoders.grid import Grid
+from captioning.runtime.device import autocast
 from tests.test_decoders import LENGTHS, PHOTO, VARIANTS, make
 
 HOUSE = Path(__file__).parents[1]
@@ -23,10 +23,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def outcome(decoder, grid, packed):
     """Scores, coverage and all gradients."""
     decoder.zero_grad()
-    scores, coverage, _ = decoder(grid, packed, PHOTO.to(decoder.score.weight.device))
+    scores, attention_sum, _ = decoder(grid, packed, PHOTO.to(decoder.score.weight.device))
     upstream = torch.linspace(-1, 1, scores.numel(), device=scores.device).view_as(scores)
-    ((scores.float() * upstream).sum() + (1 - coverage).square().mean()).backward()
-    return [scores.float().detach(), coverage.detach(), *(parameter.grad for parameter in decoder.parameters())]
+    ((scores.float() * upstream).sum() + (1 - attention_sum).square().mean()).backward()
+    return [scores.float().detach(), attention_sum.detach(), *(parameter.grad for parameter in decoder.parameters())]
 
 
 def small(device="cpu"):
@@ -39,7 +39,7 @@ def small(device="cpu"):
 def watched(decoder, work):
     """-> what the work gives, and the parameters of which autograd's graph outlives it: a ring holds it.
 
-    It would hold keys for long, and tie the stream it was made on to a capture of another (see captioning/replay.py).
+    It would hold keys for long, and tie the stream it was made on to a capture of another (see cuda_graphs.py).
     """
 
     def end_of(parameter):  # where gradients arrive: autograd makes one anew when nothing holds the last
@@ -64,7 +64,7 @@ def test_no_graph_of_autograd_outlives_its_step(variant):
     decoder.train()
 
     def step():
-        decoder(grid, packed, PHOTO).scores.sum().backward()
+        decoder(grid, packed, PHOTO).logits.sum().backward()
 
     assert watched(decoder, step)[1] == []
     kept = []
@@ -108,16 +108,44 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(half, a, c, h, monkeypat
 
     from captioning.decoders import kernels
 
-    full = {"pooling", "score", "attention", "d_attention", "d_scores", "gradients", "d_score", "cell", "new_hidden",
-            "new_cell", "d_hidden", "d_cell", "d_old"}  # fmt: skip
-    sizes = {"P": 196, "N": 64, "A": a, "C": c, "H": h, "P_BLOCK": 256, "N_BLOCK": 64, "A_BLOCK": kernels.A_BLOCK,
-             "C_BLOCK": kernels.C_BLOCK, "H_BLOCK": kernels.H_BLOCK}  # fmt: skip
-    for function in (kernels._look, kernels._look_backward, kernels._keys_backward, kernels._gates,
-                     kernels._gates_backward):  # fmt: skip
+    upcast = {
+        "pooling",
+        "score",
+        "attention",
+        "d_attention",
+        "d_scores",
+        "gradients",
+        "d_score",
+        "cell",
+        "new_hidden",
+        "new_cell",
+        "d_hidden",
+        "d_cell",
+        "d_old",
+    }
+    sizes = {
+        "P": 196,
+        "N": 64,
+        "A": a,
+        "C": c,
+        "H": h,
+        "P_BLOCK": 256,
+        "N_BLOCK": 64,
+        "A_BLOCK": kernels.A_BLOCK,
+        "C_BLOCK": kernels.C_BLOCK,
+        "H_BLOCK": kernels.H_BLOCK,
+    }
+    for function in (
+        kernels._look,
+        kernels._look_backward,
+        kernels._keys_backward,
+        kernels._gates,
+        kernels._gates_backward,
+    ):
         types = {}
         for name in function.arg_names:
             number = "i32" if name == "tiles" or name.endswith("stride") else None
-            pointer = "*i64" if name in ("photo", "order", "ends") else "*fp32" if name in full else f"*{half}"
+            pointer = "*i64" if name in ("photo", "order", "ends") else "*fp32" if name in upcast else f"*{half}"
             types[name] = "constexpr" if name in sizes else number or pointer
         constants = {(i,): sizes[name] for i, name in enumerate(function.arg_names) if name in sizes}
         compiled = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", 90, 32))
@@ -125,7 +153,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(half, a, c, h, monkeypat
 
 
 def test_the_kernels_serve_where_nothing_asks_for_a_gradient_of_the_features(monkeypatch):
-    monkeypatch.setattr(fast, "_kernels", lambda device: "kernels")
+    monkeypatch.setattr(fused_ops, "_kernels", lambda device: "kernels")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     class Cells:
@@ -135,10 +163,10 @@ def test_the_kernels_serve_where_nothing_asks_for_a_gradient_of_the_features(mon
             return 2
 
     cells = Cells()
-    assert fast.kernels_for(cells) == "kernels"
+    assert fused_ops.kernels_for(cells) == "kernels"
     cells.requires_grad = True
-    assert fast.kernels_for(cells) is None
-    assert fast.kernels_for(torch.zeros(2)) is None
+    assert fused_ops.kernels_for(cells) is None
+    assert fused_ops.kernels_for(torch.zeros(2)) is None
 
 
 @needs_triton
@@ -150,7 +178,7 @@ def test_where_the_kernels_cannot_be_compiled_attention_goes_without_them_and_sa
 
     monkeypatch.setattr(kernels, "try_out", no_compiler)
     for _ in range(2):
-        assert fast._kernels(torch.device("cuda:99")) is None
+        assert fused_ops._kernels(torch.device("cuda:99")) is None
     said = capsys.readouterr().out
     assert said == "attention goes without its kernels for GPUs, which is slower: Failed to find C compiler.\n"
 
@@ -164,7 +192,7 @@ def test_the_kernels_on_a_gpu_compute_what_the_plain_decoder_does(monkeypatch, p
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     decoder, grid, packed = small("cuda")
     packed, grid = packed.to("cuda"), grid.to(torch.device("cuda"), precision)
-    assert fast.kernels_for(grid.cells), "else nothing is compared"
+    assert fused_ops.kernels_for(grid.cells), "else nothing is compared"
     with autocast(torch.device("cuda"), precision):
         ours = outcome(decoder, grid, packed)
         monkeypatch.setattr(attention, "kernels_for", lambda cells: None)

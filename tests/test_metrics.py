@@ -12,7 +12,15 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from captioning.metrics import NAMES, RESAMPLES, interval, parts_of, resampled, score, scores_of
+from captioning.evaluation.metrics import (
+    NAMES,
+    RESAMPLES,
+    aggregate,
+    bootstrap,
+    confidence_interval,
+    per_image_stats,
+    score,
+)
 
 caption = st.lists(st.sampled_from("abcde"), min_size=1, max_size=8)
 corpus = st.lists(st.tuples(caption, st.lists(caption, min_size=1, max_size=4)), min_size=1, max_size=6)
@@ -28,8 +36,11 @@ def test_scores_equal_coco_captions_scorers(pairs):
     candidates, references = split(pairs)
     theirs = {k: [" ".join(v)] for k, v in candidates.items()}
     ours = {k: [" ".join(r) for r in v] for k, v in references.items()}
-    expected = [*Bleu(4).compute_score(ours, theirs, verbose=0)[0], Rouge().compute_score(ours, theirs)[0],
-                Cider().compute_score(ours, theirs)[0]]  # fmt: skip
+    expected = [
+        *Bleu(4).compute_score(ours, theirs, verbose=0)[0],
+        Rouge().compute_score(ours, theirs)[0],
+        Cider().compute_score(ours, theirs)[0],
+    ]
     found = score(candidates, references)
     assert list(found.values()) == pytest.approx([100 * value for value in expected], abs=1e-6)
 
@@ -163,9 +174,9 @@ def test_to_say_what_a_reference_says_is_perfect_and_no_other_caption_scores_mor
 @settings(max_examples=15)
 def test_the_order_of_references_and_the_names_of_photos_do_not_matter(pairs, dice):
     candidates, references = split(pairs)
-    shuffled = {f"photo {i}": dice.sample(captions, len(captions)) for i, captions in references.items()}
+    epoch_order = {f"photo {i}": dice.sample(captions, len(captions)) for i, captions in references.items()}
     renamed = {f"photo {i}": words for i, words in candidates.items()}
-    assert score(renamed, shuffled) == pytest.approx(score(candidates, references))
+    assert score(renamed, epoch_order) == pytest.approx(score(candidates, references))
 
 
 @given(corpus)
@@ -205,9 +216,12 @@ def test_the_scores_of_every_caption_equal_coco_captions(pairs):
     candidates, references = split(pairs)
     theirs = {k: [" ".join(v)] for k, v in candidates.items()}
     ours = {k: [" ".join(r) for r in v] for k, v in references.items()}
-    expected = [*Bleu(4).compute_score(ours, theirs, verbose=0)[1], Rouge().compute_score(ours, theirs)[1],
-                Cider().compute_score(ours, theirs)[1]]  # fmt: skip
-    each = scores_of(parts_of(candidates, references)[:, None])
+    expected = [
+        *Bleu(4).compute_score(ours, theirs, verbose=0)[1],
+        Rouge().compute_score(ours, theirs)[1],
+        Cider().compute_score(ours, theirs)[1],
+    ]
+    each = aggregate(per_image_stats(candidates, references)[:, None])
     np.testing.assert_allclose(each.T, 100 * np.array(expected), atol=1e-6)
 
 
@@ -223,21 +237,21 @@ def many_pairs(photos: int, seed: int):
 def test_a_resample_scores_as_the_photos_drawn_do():
     """BLEU by coco-caption's own scorer on the photos drawn, each as often as it was; the others are means."""
     candidates, references = many_pairs(30, 0)
-    parts = parts_of(candidates, references)
+    parts = per_image_stats(candidates, references)
     drawn = [str(i) for i in np.random.default_rng(0).integers(30, size=30)]
     theirs = {k: [" ".join(candidates[photo])] for k, photo in enumerate(drawn)}
     ours = {k: [" ".join(r) for r in references[photo]] for k, photo in enumerate(drawn)}
     bleu = Bleu(4).compute_score(ours, theirs, verbose=0)[0]
     means = [100 * np.mean([parts[int(photo), column] for photo in drawn]) for column in (10, 11)]
-    np.testing.assert_allclose(resampled(parts)[0], [*(100 * value for value in bleu), *means], atol=1e-6)
+    np.testing.assert_allclose(bootstrap(parts)[0], [*(100 * value for value in bleu), *means], atol=1e-6)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
-    parts = parts_of(*many_pairs(400, 1))
-    scores = resampled(parts)
+    parts = per_image_stats(*many_pairs(400, 1))
+    scores = bootstrap(parts)
     assert scores.shape == (RESAMPLES, 6)
     for name, column in (("ROUGE-L", 10), ("CIDEr-D", 11)):
-        low, high = interval(scores)[NAMES.index(name)]
+        low, high = confidence_interval(scores)[NAMES.index(name)]
         values = 100 * parts[:, column]
         expected = values.mean() + np.array([-1.96, 1.96]) * values.std() / 20
         np.testing.assert_allclose([low, high], expected, atol=0.12 * (expected[1] - expected[0]))
@@ -245,9 +259,9 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
 
 def test_the_interval_leaves_a_fortieth_on_either_side():
     scores = np.random.default_rng(0).permutation(1001)[:, None].repeat(6, 1)
-    assert interval(scores).tolist() == [[25, 975]] * 6
+    assert confidence_interval(scores).tolist() == [[25, 975]] * 6
 
 
 def test_intervals_are_the_same_every_time():
-    parts = parts_of(*many_pairs(10, 2))
-    assert np.array_equal(resampled(parts), resampled(parts))
+    parts = per_image_stats(*many_pairs(10, 2))
+    assert np.array_equal(bootstrap(parts), bootstrap(parts))

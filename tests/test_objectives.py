@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-import captioning.objectives as module
-from captioning.cider import CiderReward
-from captioning.decoders import DECODERS, build_decoder, hard_attention
+import captioning.training.objectives as module
+from captioning.dataset.caption_dataset import CaptionDataset
+from captioning.decoders import DECODERS, hard_attention
+from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
-from captioning.grid import Grid
-from captioning.objectives import Cider, CrossEntropy, Share
-from captioning.optimizer import parameter_groups, rate_factor
-from captioning.splits import Split
+from captioning.encoders.grid import Grid
+from captioning.training.cider_reward import CiderReward
+from captioning.training.objectives import Cider, CrossEntropy, LossWeights
+from captioning.training.optimizer import learning_rate_factor, parameter_groups
 from config import Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import END, SPECIAL, START, Vocabulary
@@ -30,7 +31,7 @@ def settings(**changes):
 def batch_of(packed, photo=PHOTO, words=11):
     torch.manual_seed(3)
     targets = torch.randint(1, words, (len(packed.data),))  # <pad> is never said
-    return type("Batch", (), {"words": packed, "targets": targets, "photo": photo})
+    return type("Batch", (), {"words": packed, "targets": targets, "photo_index": photo})
 
 
 def gradients(module):
@@ -46,10 +47,10 @@ def gradients(module):
 def test_the_objective_is_cross_entropy_plus_the_doubly_stochastic_term(alpha_c, label_smoothing):
     decoder, grid, _, _, packed = make("attention")
     batch = batch_of(packed)
-    scores, coverage, _ = decoder(grid, packed, PHOTO)
-    loss = CrossEntropy(settings(alpha_c=alpha_c, label_smoothing=label_smoothing))(decoder, grid, batch, Share())
+    scores, attention_sum, _ = decoder(grid, packed, PHOTO)
+    loss = CrossEntropy(settings(alpha_c=alpha_c, label_smoothing=label_smoothing))(decoder, grid, batch, LossWeights())
     smoothed = F.cross_entropy(scores, batch.targets, label_smoothing=label_smoothing)
-    torch.testing.assert_close(loss.objective, smoothed + alpha_c * ((1 - coverage) ** 2).mean())
+    torch.testing.assert_close(loss.objective, smoothed + alpha_c * ((1 - attention_sum) ** 2).mean())
     torch.testing.assert_close(loss.value, F.cross_entropy(scores, batch.targets)), "the log has the plain one"
     assert loss.count == sum(LENGTHS)
 
@@ -57,19 +58,19 @@ def test_the_objective_is_cross_entropy_plus_the_doubly_stochastic_term(alpha_c,
 def test_scheduled_sampling_rises_from_nothing_to_its_share(monkeypatch):
     decoder, grid, _, _, packed = make("attention")
     asked = []
-    monkeypatch.setattr(module, "read_own_words", lambda d, g, w, p, own: asked.append(own) or d(g, w, p))
-    objective = CrossEntropy(settings(scheduled_sampling=0.25, sampling_rise=0.1))
+    monkeypatch.setattr(module, "scheduled_sampling_forward", lambda d, g, w, p, own: asked.append(own) or d(g, w, p))
+    objective = CrossEntropy(settings(scheduled_sampling=0.25, scheduled_sampling_step=0.1))
     for objective.epoch in range(5):
-        objective(decoder, grid, batch_of(packed), Share())
+        objective(decoder, grid, batch_of(packed), LossWeights())
     assert asked == pytest.approx([0.1, 0.2, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_decoder_learns_from_its_own_words(name):
     decoder, grid, _, _, packed = make(name)
-    objective = CrossEntropy(settings(scheduled_sampling=0.5, sampling_rise=0.5))
+    objective = CrossEntropy(settings(scheduled_sampling=0.5, scheduled_sampling_step=0.5))
     objective.epoch = 1
-    objective(decoder.train(), grid, batch_of(packed), Share()).objective.backward()
+    objective(decoder.train(), grid, batch_of(packed), LossWeights()).objective.backward()
     assert all(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in gradients(decoder))
 
 
@@ -95,19 +96,19 @@ def test_the_expected_gradient_of_hard_attention_is_that_of_the_exact_sum_over_a
     """L = sum_s p(s) log p(y | s) over all 27 paths of three looks at three cells (Xu et al. 2015, eq. 10)."""
     decoder, grid, batch = hard_of_three_cells()
     path = []
-    monkeypatch.setattr(hard_attention, "draw", lambda shares: torch.tensor([[next(path)]]))
-    objective = CrossEntropy(settings(entropy=0.0)).double()
+    monkeypatch.setattr(hard_attention, "sample_categorical", lambda shares: torch.tensor([[next(path)]]))
+    objective = CrossEntropy(settings(entropy_weight=0.0)).double()
     expected, exact = [torch.zeros_like(p) for p in decoder.parameters()], 0
     chances = []
     for cells in itertools.product(range(3), repeat=3):
         path = iter(cells)
-        scores, _, choices = decoder(grid, batch.words, batch.photo)
+        scores, _, choices = decoder(grid, batch.words, batch.photo_index)
         chance = choices.log_probability.sum().exp()
         exact = exact + chance * F.cross_entropy(scores, batch.targets)
         chance = float(chance.detach())
         path = iter(cells)
         objective.reinforce.baseline.fill_(baseline)
-        objective(decoder, grid, batch, Share()).objective.backward()
+        objective(decoder, grid, batch, LossWeights()).objective.backward()
         for total, gradient in zip(expected, gradients(decoder), strict=True):
             total += chance * gradient
         chances.append(chance)
@@ -121,18 +122,18 @@ def test_the_expected_gradient_of_hard_attention_is_that_of_the_exact_sum_over_a
 def test_the_baseline_is_a_moving_average_and_the_entropy_has_its_weight(monkeypatch):
     decoder, grid, batch = hard_of_three_cells()
     torch.manual_seed(0)
-    scores, _, choices = decoder(grid, batch.words, batch.photo)
-    plain = CrossEntropy(settings(reinforce=0.0, entropy=0.0))
-    weighted = CrossEntropy(settings(reinforce=0.0, entropy=0.5))
+    scores, _, choices = decoder(grid, batch.words, batch.photo_index)
+    plain = CrossEntropy(settings(reinforce_weight=0.0, entropy_weight=0.0))
+    weighted = CrossEntropy(settings(reinforce_weight=0.0, entropy_weight=0.5))
     losses = []
     for objective in (plain, weighted):
         torch.manual_seed(0)
-        losses.append(objective(decoder, grid, batch, Share()).objective)
+        losses.append(objective(decoder, grid, batch, LossWeights()).objective)
     torch.testing.assert_close(losses[0] - losses[1], 0.5 * choices.entropy.mean())
     mean = -float(F.cross_entropy(scores, batch.targets).detach())
     assert float(plain.reinforce.baseline) == pytest.approx(0.1 * mean)
     torch.manual_seed(0)
-    plain(decoder, grid, batch, Share())
+    plain(decoder, grid, batch, LossWeights())
     assert float(plain.reinforce.baseline) == pytest.approx(0.19 * mean)
     assert list(plain.state_dict()) == ["reinforce.baseline"], "a resumed run goes on with it"
 
@@ -141,7 +142,7 @@ def test_a_decoder_that_sees_the_expectation_learns_without_reinforce(monkeypatc
     decoder, grid, batch = hard_of_three_cells()
     monkeypatch.setattr(HardAttentionDecoder, "expected_share", 1.0)
     del decoder.expected_share
-    loss = CrossEntropy(settings(entropy=0.0))(decoder, grid, batch, Share())
+    loss = CrossEntropy(settings(entropy_weight=0.0))(decoder, grid, batch, LossWeights())
     torch.testing.assert_close(loss.objective, loss.value)
 
 
@@ -172,12 +173,14 @@ def test_the_expected_gradient_of_cider_is_that_of_the_exact_sum_over_all_captio
     sizes = dict(vocabulary_size=6, channels=3, embedding_size=2, attention_size=3, hidden_size=3, dropout=0.0)
     decoder = build_decoder(name, sizes).double().train()
     grid = Grid(torch.randn(1, 3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    objective = Cider(settings(objective="cider", start_from="run", samples=samples, baseline=baseline),
-                      CiderReward(Split(PHOTOS, VOCABULARY, 9)))  # fmt: skip
+    objective = Cider(
+        settings(objective="cider", start_from="run", samples=samples, baseline=baseline),
+        CiderReward(CaptionDataset(PHOTOS, VOCABULARY, 9)),
+    )
     captions = list(all_captions(3))
-    with module.without_chance(decoder):
-        words, targets, order = module.forced_as_drawn(torch.stack(captions))
-        scores = decoder(grid, words, torch.zeros_like(order)).scores[:, 3:]
+    with module.deterministic(decoder):
+        words, targets, order = module.pack_sampled(torch.stack(captions))
+        scores = decoder(grid, words, torch.zeros_like(order)).logits[:, 3:]
         each = (-F.cross_entropy(scores, targets - 3, reduction="none")).split(words.batch_sizes.tolist())
         log_p = torch.stack([F.pad(part, (0, len(captions) - len(part))) for part in each]).sum(0)
         log_p = log_p[order.argsort()]
@@ -191,7 +194,7 @@ def test_the_expected_gradient_of_cider_is_that_of_the_exact_sum_over_all_captio
     for chosen in itertools.product(range(len(captions)), repeat=samples):
         drawn = torch.stack([captions[i] for i in ((7,) if baseline == "greedy" else ()) + chosen])
         monkeypatch.setattr(module, "sample", lambda *_, drawn=drawn: drawn[None])
-        loss = objective(decoder, grid, batch, Share())
+        loss = objective(decoder, grid, batch, LossWeights())
         loss.objective.backward()
         assert float(loss.value) == pytest.approx(100 * float(rewards[list(chosen)].mean())) and loss.count == samples
         for total, gradient in zip(expected, gradients(decoder), strict=True):
@@ -204,14 +207,14 @@ def test_the_expected_gradient_of_cider_is_that_of_the_exact_sum_over_all_captio
 def test_cider_of_two_batches_adds_up_to_that_of_both_together(monkeypatch):
     decoder, grid, *_ = make("attention")
     captions = torch.tensor([[[4, 5, END], [5, END, 0]], [[4, END, 0], [5, 5, 4]], [[5, 4, END], [4, 4, END]]])
-    reward = CiderReward(Split(PHOTOS * 2, VOCABULARY, 9))
+    reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
     objective = Cider(settings(objective="cider", start_from="run", samples=2), reward)
     found = []
     for parts in ([[0, 1, 2]], [[0], [1, 2]]):
         for part in parts:
             monkeypatch.setattr(module, "sample", lambda *_, part=part: captions[part])
             batch = type("Batch", (), {"indices": np.array(part)})
-            share = Share(photos=len(part) / 3)
+            share = LossWeights(photos=len(part) / 3)
             objective(decoder, grid.select(torch.tensor(part)), batch, share).objective.backward()
         found.append(gradients(decoder))
     for whole, added in zip(*found, strict=True):
@@ -222,16 +225,16 @@ def test_cider_of_two_batches_adds_up_to_that_of_both_together(monkeypatch):
 
 
 def test_the_learning_rate_follows_its_schedule():
-    step, cosine = settings(decay=0.5, decay_every=3), settings(schedule="cosine", epochs=10)
-    assert [rate_factor(step, epoch, epoch + 0.1) for epoch in (0, 2.99, 3, 6)] == [1, 1, 0.5, 0.25]
-    assert [rate_factor(cosine, epoch, epoch + 0.1) for epoch in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+    step, cosine = settings(lr_decay=0.5, lr_decay_every=3), settings(schedule="cosine", epochs=10)
+    assert [learning_rate_factor(step, epoch, epoch + 0.1) for epoch in (0, 2.99, 3, 6)] == [1, 1, 0.5, 0.25]
+    assert [learning_rate_factor(cosine, epoch, epoch + 0.1) for epoch in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], 1.0), 40)
     for update in range(40):
-        assert rate_factor(cosine, update / 4, (update + 1) / 4) == pytest.approx(reference.get_last_lr()[0])
+        assert learning_rate_factor(cosine, update / 4, (update + 1) / 4) == pytest.approx(reference.get_last_lr()[0])
         reference.optimizer.step()
         reference.step()
-    warm = settings(warm_up=2.0, decay=0.5, decay_every=3)
-    assert [rate_factor(warm, time, time + 0.5) for time in (0, 1, 1.5, 2, 3)] == [0.25, 0.75, 1, 1, 0.5]
+    warm = settings(warmup_epochs=2.0, lr_decay=0.5, lr_decay_every=3)
+    assert [learning_rate_factor(warm, time, time + 0.5) for time in (0, 1, 1.5, 2, 3)] == [0.25, 0.75, 1, 1, 0.5]
 
 
 def test_weights_decay_but_biases_and_norms_do_not():
@@ -239,7 +242,11 @@ def test_weights_decay_but_biases_and_norms_do_not():
     decays, stays = parameter_groups({"learning_rate": decoder.parameters()}, 0.1)
     names = {parameter: name for name, parameter in decoder.named_parameters()}
     assert {names[p] for p in decays["params"]} == {
-        "photo.weight", "embedding.weight", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "vocabulary.weight",
-    }  # fmt: skip
+        "photo_projection.weight",
+        "embedding.weight",
+        "recurrent.weight_ih_l0",
+        "recurrent.weight_hh_l0",
+        "output_layer.weight",
+    }
     assert len(decays["params"]) + len(stays["params"]) == len(names)
     assert decays["weight_decay"] == 0.1 and stays["weight_decay"] == 0

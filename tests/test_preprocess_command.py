@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import command_line
-from config import Preprocess, UserError
+from captioning.errors import UserError
+from captioning.runtime import command_line
+from config import Preprocess
 from preprocess.__main__ import main
 from preprocess.annotations import Record
 from preprocess.captions import read_captions

@@ -20,13 +20,15 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 from torchvision import models
 
-import command_line
 import config
 import extract_features
 import generate
 import preprocess.__main__
 import train
-from captioning import dashboard, export
+from captioning import export
+from captioning.errors import UserError
+from captioning.runtime import command_line
+from captioning.viewing import dashboard
 
 HOUSE = Path(__file__).parents[1]
 PAGES = [HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md")), HOUSE / "RELIABILITY.md"]
@@ -81,8 +83,12 @@ def user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [f"{i}.jpg" for i in range(6)]
     write_aic(tmp_path, "caption_train_annotations_20170902.json", "caption_train_images_20170902", names)
-    write_aic(tmp_path, "caption_validation_annotations_20170910.json", "caption_validation_images_20170910",
-              ["v" + name for name in names[:3]])  # fmt: skip
+    write_aic(
+        tmp_path,
+        "caption_validation_annotations_20170910.json",
+        "caption_validation_images_20170910",
+        ["v" + name for name in names[:3]],
+    )
     flickr = tmp_path / "flickr8k"
     write_aic(flickr, "caption_train_annotations_zh.json", "images", names)
     write_aic(flickr, "caption_val_annotations_zh.json", "images", ["v" + name for name in names[:3]])
@@ -111,7 +117,7 @@ ROOMS = {
     "extract_features.py": (config.ExtractFeatures, extract_features.main),
     "train.py": (config.Train, train.work),
     "generate.py": (config.Generate, generate.work),
-    "-m captioning.dashboard": (config.Dashboard, dashboard.main),
+    "-m captioning.viewing.dashboard": (config.Dashboard, dashboard.main),
     "-m captioning.export": (config.Export, export.main),
 }
 
@@ -131,13 +137,13 @@ def test_every_command_of_the_readme_runs(user, monkeypatch):
     lines = [line for line in lines if line.startswith("python ")]
     try:
         export.check_onnx()
-    except config.UserError:  # what it writes is an extra, and wants a newer torch than the rest
+    except UserError:  # what it writes is an extra, and wants a newer torch than the rest
         lines = [line for line in lines if " -m captioning.export " not in line]
     monkeypatch.setattr(dashboard.Sender, "send", lambda self, shown: sent.append((self.environment, shown)))
     order = {
         "-m preprocess": 0,
         "generate.py": 2,
-        "-m captioning.dashboard": 2,
+        "-m captioning.viewing.dashboard": 2,
         "-m captioning.export": 2,
     }  # what the first blocks of the README show needs what the later ones make
     lines.sort(key=lambda line: next((place for room, place in order.items() if f" {room} " in line), 1))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioning.captioner import Captioned
-from captioning.results import read_captioned, read_photos, write_coco, write_csv, write_submission
-from config import UserError
+from captioning.caption import CaptionResult
+from captioning.errors import UserError
+from captioning.evaluation.results import read_captioned, read_photos, write_coco, write_csv, write_submission
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
@@ -20,8 +20,8 @@ def photo(id, *captions, image=None):
 
 
 PAIRS = [
-    (photo("9", "a dog"), Captioned("a dog", ["a", "dog"], -1.23456, True)),
-    (photo("b.jpg", "cats"), Captioned("", [], -2.0, False, sentinel=[])),
+    (photo("9", "a dog"), CaptionResult("a dog", ["a", "dog"], -1.23456, True)),
+    (photo("b.jpg", "cats"), CaptionResult("", [], -2.0, False, sentinel=[])),
 ]
 
 
@@ -39,8 +39,9 @@ def test_what_we_write_we_read(tmp_path):
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-said = st.builds(lambda text, sure, ended: Captioned(text, text.split(), sure, ended), text,
-                 st.floats(-99, 0), st.booleans())  # fmt: skip
+said = st.builds(
+    lambda text, sure, ended: CaptionResult(text, text.split(), sure, ended), text, st.floats(-99, 0), st.booleans()
+)
 
 
 @given(captions=st.dictionaries(text.filter(bool) | st.integers(0, 10**20).map(str), said, min_size=1, max_size=5))
@@ -56,7 +57,7 @@ def test_whatever_the_ids_and_captions_what_we_write_we_read(tmp_path_factory, c
 
 def test_a_submission_has_the_form_of_the_challenges_own_sample(tmp_path, shared):
     sample = json.loads((shared / "ai_challenger/id_to_test_caption.json").read_text("utf-8"))
-    pairs = [(photo(line["image_id"] + ".jpg"), Captioned(" ".join(line["caption"]), [])) for line in sample]
+    pairs = [(photo(line["image_id"] + ".jpg"), CaptionResult(" ".join(line["caption"]), [])) for line in sample]
     write_submission(tmp_path / "a.json", pairs)
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == sample
     photos, _, tokenizer = read_photos(shared / "ai_challenger/id_to_words.json", "val", None)
@@ -68,18 +69,25 @@ def test_a_submission_has_no_empty_caption_and_no_name_twice(tmp_path):
     write_submission(tmp_path / "a.json", PAIRS)
     assert json.loads((tmp_path / "a.json").read_text("utf-8"))[1] == {"image_id": "b", "caption": "。"}
     with pytest.raises(UserError, match="2 photos are called b there"):
-        write_submission(tmp_path / "b.json", [*PAIRS, (photo("folder/b.PNG"), Captioned("x", ["x"]))])
+        write_submission(tmp_path / "b.json", [*PAIRS, (photo("folder/b.PNG"), CaptionResult("x", ["x"]))])
     assert not (tmp_path / "b.json").exists()
 
 
 def test_a_table_opens_in_a_spreadsheet_with_its_commas_quotes_and_chinese(tmp_path):
-    pairs = [(photo('a,"b".jpg'), Captioned("狗, cat", ["狗"], -1.5, True)), (photo("c"), Captioned("x", ["x"]))]
+    pairs = [
+        (photo('a,"b".jpg'), CaptionResult("狗, cat", ["狗"], -1.5, True)),
+        (photo("c"), CaptionResult("x", ["x"])),
+    ]
     write_csv(tmp_path / "a.csv", pairs, np.arange(12).reshape(2, 6))
     assert (tmp_path / "a.csv").read_bytes().startswith(b"\xef\xbb\xbf")
     with open(tmp_path / "a.csv", encoding="utf-8-sig", newline="") as file:
         one, other = csv.DictReader(file)
     assert (one["photo"], one["caption"], one["log_probability"], one["CIDEr-D"]) == (
-        'a,"b".jpg', "狗, cat", "-1.5000", "5.00")  # fmt: skip
+        'a,"b".jpg',
+        "狗, cat",
+        "-1.5000",
+        "5.00",
+    )
     assert other["log_probability"] == other["finished"] == ""
     write_csv(tmp_path / "b.csv", pairs, None)
     assert (tmp_path / "b.csv").read_text("utf-8-sig").splitlines()[0] == "photo,caption,log_probability,finished"
@@ -97,13 +105,20 @@ def test_a_photo_may_be_called_by_its_id_or_by_the_name_of_its_file_where_that_i
         read_captioned(written(tmp_path / "c.json", lines), photos, "whitespace")
 
 
-@pytest.mark.parametrize("data, reason", [
-    ({"caption": "a"}, "no list of captions"), ([], "no list of captions"), (["a"], "entry 0 is not like"),
-    ([{"image_id": 9}], "entry 0"), ([{"image_id": 9, "caption": ["a"]}], "entry 0"),
-    ([{"image_id": True, "caption": "a"}], "entry 0"), ([{"image_id": 9, "caption": "a", "finished": 1}], "entry 0"),
-    ([{"image_id": 9, "caption": "a"}, {"image_id": "9", "caption": "b"}], "image_id 9 occurs twice"),
-    ([{"image_id": 7, "caption": "a"}], "image_id 7 has no references"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        ({"caption": "a"}, "no list of captions"),
+        ([], "no list of captions"),
+        (["a"], "entry 0 is not like"),
+        ([{"image_id": 9}], "entry 0"),
+        ([{"image_id": 9, "caption": ["a"]}], "entry 0"),
+        ([{"image_id": True, "caption": "a"}], "entry 0"),
+        ([{"image_id": 9, "caption": "a", "finished": 1}], "entry 0"),
+        ([{"image_id": 9, "caption": "a"}, {"image_id": "9", "caption": "b"}], "image_id 9 occurs twice"),
+        ([{"image_id": 7, "caption": "a"}], "image_id 7 has no references"),
+    ],
+)
 def test_a_file_that_is_no_list_of_captions_is_refused_in_a_line(tmp_path, data, reason):
     with pytest.raises(UserError, match=reason) as error:
         read_captioned(written(tmp_path / "a.json", data), [PAIRS[0][0]], "whitespace")

@@ -15,16 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from config import Preprocess, UserError
+from captioning.errors import UserError
+from config import Preprocess
 from preprocess import scenes
 from preprocess.__main__ import main
-from preprocess.drawing import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIDES, SIZE, Scene, Thing, draw, invent
+from preprocess.drawing import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIDES,
+    SIZE,
+    Scene,
+    SceneObject,
+    draw,
+    random_scene,
+)
 from preprocess.scenes import WORDS, draw_scenes, is_true, named_objects, parse, read_scenes
 from preprocess.tokenizers import default_tokenizer, tokenize
 
 LANGUAGES = ["zh", "en"]
-RED = Thing("circle", "red", "big", (0.1, 0.3, 0.46, 0.66))
-BLUE = Thing("star", "blue", "small", (0.7, 0.35, 0.89, 0.54))
+RED = SceneObject("circle", "red", "big", (0.1, 0.3, 0.46, 0.66))
+BLUE = SceneObject("star", "blue", "small", (0.7, 0.35, 0.89, 0.54))
 PAIR = Scene("grass", (RED, BLUE))
 
 
@@ -45,9 +57,9 @@ def files(folder: Path) -> dict[str, bytes]:
 @st.composite
 def told_scenes(draw_one) -> tuple[str, Scene, str]:
     """A language, a scene and a caption of it."""
-    language, chance = draw_one(st.sampled_from(LANGUAGES)), random.Random(draw_one(st.integers(0, 2**32)))
-    scene = invent("train", chance)
-    return language, scene, draw_one(st.sampled_from(scenes._captions(scene, language, chance)))
+    language, rng = draw_one(st.sampled_from(LANGUAGES)), random.Random(draw_one(st.integers(0, 2**32)))
+    scene = random_scene("train", rng)
+    return language, scene, draw_one(st.sampled_from(scenes._captions(scene, language, rng)))
 
 
 def changed(caption: str, kind: str, old: str, new: str, language: str) -> str:
@@ -103,31 +115,34 @@ def test_a_caption_that_repeats_its_end_is_false(told, data):
     assert not is_true(words + words[cut:], scene, language)
 
 
-@pytest.mark.parametrize("language, caption, true", [
-    ("en", "a red, big circle to the left of a blue, small star on the grass", True),
-    ("en", "A circle, ON THE GRASS.", True),  # a part of the scene is enough
-    ("en", "a blue, small star to the right of a circle on the grass", True),
-    ("en", "a star to the left of a circle on the grass", False),
-    ("en", "a circle above a star on the grass", False),
-    ("en", "a circle and a circle on the grass", False),  # there is only one
-    ("en", "three shapes on the grass, a circle and a star", False),
-    ("en", "two shapes on the grass, a circle and a star", True),
-    ("en", "a blue, big circle and a star on the grass", False),
-    ("en", "circle grass", False),
-    ("en", "a circle on the grass on the grass", False),
-    ("en", "a <unk> on the grass", False),
-    ("en", "", False),
-    ("zh", "草地上，一个红色的大圆形在一颗蓝色的小星星的左边", True),
-    ("zh", "草地上，一个圆形在一颗蓝色的小星星的左边", True),
-    ("zh", "草地上，一个圆形在一颗蓝色的小星星的", False),
-    ("zh", "草地上，一个圆形在一颗蓝色的小星星的右边", False),
-    ("zh", "草地上，一颗蓝色的小星星在一个圆形的右边", True),
-    ("zh", "草地上有一个圆形和一颗星星", True),
-    ("zh", "沙滩上有一个圆形和一颗星星", False),
-    ("zh", "草地上有一个红色的小圆形", False),
-    ("zh", "草地上有红色", False),
-    ("zh", "", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "language, caption, true",
+    [
+        ("en", "a red, big circle to the left of a blue, small star on the grass", True),
+        ("en", "A circle, ON THE GRASS.", True),  # a part of the scene is enough
+        ("en", "a blue, small star to the right of a circle on the grass", True),
+        ("en", "a star to the left of a circle on the grass", False),
+        ("en", "a circle above a star on the grass", False),
+        ("en", "a circle and a circle on the grass", False),  # there is only one
+        ("en", "three shapes on the grass, a circle and a star", False),
+        ("en", "two shapes on the grass, a circle and a star", True),
+        ("en", "a blue, big circle and a star on the grass", False),
+        ("en", "circle grass", False),
+        ("en", "a circle on the grass on the grass", False),
+        ("en", "a <unk> on the grass", False),
+        ("en", "", False),
+        ("zh", "草地上，一个红色的大圆形在一颗蓝色的小星星的左边", True),
+        ("zh", "草地上，一个圆形在一颗蓝色的小星星的左边", True),
+        ("zh", "草地上，一个圆形在一颗蓝色的小星星的", False),
+        ("zh", "草地上，一个圆形在一颗蓝色的小星星的右边", False),
+        ("zh", "草地上，一颗蓝色的小星星在一个圆形的右边", True),
+        ("zh", "草地上有一个圆形和一颗星星", True),
+        ("zh", "沙滩上有一个圆形和一颗星星", False),
+        ("zh", "草地上有一个红色的小圆形", False),
+        ("zh", "草地上有红色", False),
+        ("zh", "", False),
+    ],
+)
 def test_the_judge_says_what_a_person_would(language, caption, true):
     assert is_true(caption, PAIR, language) is true
 
@@ -186,7 +201,7 @@ def test_a_noun_that_jieba_joins_to_its_size_is_still_found():
 @pytest.mark.parametrize("size, side", SIDES.items())
 def test_a_shape_fills_its_box_and_keeps_inside(shape, size, side):
     box = (30 / SIZE, 20 / SIZE, (30 + side) / SIZE, (20 + side) / SIZE)
-    thing = Thing(shape, "red", size, box)
+    thing = SceneObject(shape, "red", size, box)
     photo, bare = (draw(Scene("night", things), random.Random(0)) for things in ((thing,), ()))
     y, x = np.nonzero(_difference(photo, bare) > 60)  # more than its shadow
     edges = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
@@ -196,7 +211,7 @@ def test_a_shape_fills_its_box_and_keeps_inside(shape, size, side):
 @settings(max_examples=60)
 @given(st.integers(0, 2**32))
 def test_every_shape_stands_out_from_its_background_in_its_own_colour(seed):
-    scene = invent("train", random.Random(seed))
+    scene = random_scene("train", random.Random(seed))
     photo, bare = (draw(Scene(scene.background, things), random.Random(seed)) for things in (scene.things, ()))
     for thing in scene.things:
         left, top, right, bottom = (round(SIZE * value) for value in thing.box)
@@ -220,7 +235,7 @@ def _within(box: tuple, margin: int) -> np.ndarray:
 @settings(max_examples=100)
 @given(st.integers(0, 2**32), st.sampled_from(["train", "val", "test"]))
 def test_things_keep_apart_lie_inside_and_differ_from_their_background(seed, split):
-    scene = invent(split, random.Random(seed))
+    scene = random_scene(split, random.Random(seed))
     inside = [value for thing in scene.things for value in thing.box]
     assert 1 <= len(scene.things) <= 2 and 0 < min(inside) and max(inside) < 1
     masks = sum(_within(thing.box, margin=-2).astype(int) for thing in scene.things)

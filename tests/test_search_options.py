@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.beam_search import beam_search
-from config import Search, UserError
+from captioning.errors import UserError
+from captioning.search.beam_search import beam_search
+from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, START, UNKNOWN
 from tests.test_beam_search import WORDS, Table, grid_of, log_probability, rank, same, seeds
 
@@ -21,14 +22,14 @@ def every_caption(table, photo, max_length, words=range(4, 4 + WORDS)):
 
 def found_by(table, photos, **options):
     widest = (WORDS + 2) ** (options["max_length"] + 1)
-    return beam_search(table, grid_of(*photos), Search(**{"beam_size": widest, **options}))
+    return beam_search(table, grid_of(*photos), SearchOptions(**{"beam_size": widest, **options}))
 
 
 @settings(max_examples=20)
 @given(seeds, st.integers(1, 6), st.sampled_from([0.0, 1.0]))
 def test_several_captions_are_the_likeliest_of_all_in_order(seed, captions, length_penalty):
     table = Table(seed, end=-1.0)
-    options = {"max_length": 2, "captions": captions, "length_penalty": length_penalty}
+    options = {"max_length": 2, "num_captions": captions, "length_penalty": length_penalty}
     for photo, found in enumerate(found_by(table, range(2), **options)):
         ranked = sorted(every_caption(table, photo, 2), key=lambda c: -rank(c[0], len(c[1]), length_penalty))
         assert [caption.words for caption in found] == [words for _, words in ranked[:captions]]
@@ -39,7 +40,7 @@ def test_several_captions_are_the_likeliest_of_all_in_order(seed, captions, leng
 @settings(max_examples=30)
 @given(seeds, st.integers(1, 5), st.integers(2, 6))
 def test_several_captions_in_a_batch_are_those_of_a_photo_alone(seed, captions, max_length):
-    table, search = Table(seed, end=-1.0), Search(beam_size=5, max_length=max_length, captions=captions)
+    table, search = Table(seed, end=-1.0), SearchOptions(beam_size=5, max_length=max_length, num_captions=captions)
     together = beam_search(table, grid_of(0, 1, 2, 3), search)
     for photo, found in enumerate(together):
         (alone,) = beam_search(table, grid_of(photo), search)
@@ -59,9 +60,11 @@ def test_where_fewer_end_the_likeliest_unfinished_ones_follow_and_are_marked():
                 row[END] = -0.1
             return row
 
-    (found,) = beam_search(EndsOnce(0), grid_of(0), Search(beam_size=3, max_length=2, captions=2))
+    (found,) = beam_search(EndsOnce(0), grid_of(0), SearchOptions(beam_size=3, max_length=2, num_captions=2))
     assert [(caption.words, caption.finished) for caption in found] == [([4], True), ([4, 4], False)]
-    (all_of_them,) = beam_search(Table(0, end=-torch.inf), grid_of(0), Search(beam_size=3, max_length=2, captions=2))
+    (all_of_them,) = beam_search(
+        Table(0, end=-torch.inf), grid_of(0), SearchOptions(beam_size=3, max_length=2, num_captions=2)
+    )
     assert [caption.finished for caption in all_of_them] == [False, False]
 
 
@@ -83,7 +86,7 @@ def repeats(words, size):
 @given(seeds, st.integers(1, 3))
 def test_no_run_of_so_many_words_comes_twice(seed, size):
     table = Table(seed, end=-2.0)
-    for photo, (found,) in enumerate(found_by(table, range(2), max_length=4, no_repeat=size)):
+    for photo, (found,) in enumerate(found_by(table, range(2), max_length=4, no_repeat_ngram=size)):
         fresh = [caption for caption in every_caption(table, photo, 4) if not repeats(caption[1], size)]
         assert found.words == max(fresh)[1]
 
@@ -92,7 +95,7 @@ def test_no_run_of_so_many_words_comes_twice(seed, size):
 @given(seeds, st.integers(1, 3), st.integers(1, 4))
 def test_a_narrow_beam_repeats_nothing_either_also_after_photos_have_left(seed, size, beam_size):
     table = Table(seed, end=-1.5)
-    search = Search(beam_size=beam_size, max_length=8, no_repeat=size)
+    search = SearchOptions(beam_size=beam_size, max_length=8, no_repeat_ngram=size)
     for photo, (found,) in enumerate(beam_search(table, grid_of(*range(5)), search)):
         assert not repeats(found.words, size)
         same(found, beam_search(table, grid_of(photo), search)[0][0])
@@ -131,7 +134,7 @@ def diverse(table, photo, beam_size, groups, diversity, max_length):
 def test_groups_are_the_papers_algorithm(seed, sizes, diversity, max_length):
     beam_size, groups = sizes
     table = Table(seed, end=-0.5)
-    search = Search(beam_size, max_length, captions=groups, groups=groups, diversity=diversity)
+    search = SearchOptions(beam_size, max_length, num_captions=groups, beam_groups=groups, diversity_penalty=diversity)
     for photo, found in enumerate(beam_search(table, grid_of(*range(4)), search)):
         expected = diverse(table, photo, beam_size, groups, diversity, max_length)
         if all(expected):
@@ -141,7 +144,7 @@ def test_groups_are_the_papers_algorithm(seed, sizes, diversity, max_length):
 
 def test_groups_that_keep_away_from_one_another_say_different_things():
     def first_words(diversity):
-        search = Search(beam_size=3, max_length=4, captions=3, groups=3, diversity=diversity)
+        search = SearchOptions(beam_size=3, max_length=4, num_captions=3, beam_groups=3, diversity_penalty=diversity)
         return {caption.words[0] for caption in beam_search(Table(1, end=-4.0), grid_of(0), search)[0]}
 
     assert len(first_words(0.0)) == 1 and len(first_words(50.0)) == 3
@@ -152,12 +155,12 @@ def test_groups_that_keep_away_from_one_another_say_different_things():
     [
         ({"beam_size": 0}, "--beam-size 0: must be 1 or more"),
         ({"min_length": 4, "max_length": 3}, "--min-length 4: must be at most --max-length, now 3"),
-        ({"captions": 6}, "--captions 6: must be at most --beam-size, now 5"),
-        ({"groups": 2}, "--groups 2: must divide --beam-size, now 5, and --captions, now 1"),
-        ({"no_repeat": -1}, "--no-repeat -1: must be 0 or more"),
-        ({"diversity": float("nan")}, "--diversity nan: must be 0 or more"),
+        ({"num_captions": 6}, "--num-captions 6: must be at most --beam-size, now 5"),
+        ({"beam_groups": 2}, "--beam-groups 2: must divide --beam-size, now 5, and --num-captions, now 1"),
+        ({"no_repeat_ngram": -1}, "--no-repeat-ngram -1: must be 0 or more"),
+        ({"diversity_penalty": float("nan")}, "--diversity-penalty nan: must be 0 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, wrong):
     with pytest.raises(UserError, match=wrong):
-        Search(**options)
+        SearchOptions(**options)

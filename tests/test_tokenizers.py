@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+from captioning.errors import UserError
 from preprocess import tokenizers
 from preprocess.tokenizers import TOKENIZERS, default_tokenizer, detect_language, tokenize, tokenize_all
 

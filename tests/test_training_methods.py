@@ -7,12 +7,13 @@ import torch
 
 import generate
 import train
-from captioning import objectives
 from captioning.captioner import Captioner
-from captioning.checkpoint import load_checkpoint
 from captioning.decoders.attention import AttentionDecoder
-from captioning.trainer import Trainer
-from config import Generate, Train, UserError
+from captioning.errors import UserError
+from captioning.runtime.checkpoint import load_checkpoint
+from captioning.training import objectives
+from captioning.training.trainer import Trainer
+from config import Generate, Train
 from tests.small import TINY, log_of, same, weights
 
 DATA = Path("data/small")
@@ -21,20 +22,30 @@ METHODS = {
     "hard-attention": {"decoder": "hard-attention"},
     "gru": {"decoder": "lstm", "cell": "gru", "layers": 2, "photo_norm": "none"},
     "feature dropout": {"feature_dropout": 0.3},
-    "scheduled sampling": {"scheduled_sampling": 0.5, "sampling_rise": 0.3},
-    "schedule": {"schedule": "cosine", "warm_up": 1.5, "weight_decay": 0.1, "label_smoothing": 0.1},
-    "tied": {"tie_words": True, "embedding_size": 24, "average": 0.9},
+    "scheduled sampling": {"scheduled_sampling": 0.5, "scheduled_sampling_step": 0.3},
+    "schedule": {"schedule": "cosine", "warmup_epochs": 1.5, "weight_decay": 0.1, "label_smoothing": 0.1},
+    "tied": {"tie_embeddings": True, "embedding_size": 24, "ema_decay": 0.9},
     "cider": CIDER,
-    "self-critical lstm": {**CIDER, "baseline": "greedy", "samples": 1, "decoder": "lstm",
-                           "start_from": Path("checkpoints/lstm")},
-    "cider, adaptive": {**CIDER, "decoder": "adaptive", "start_from": Path("checkpoints/adaptive"), "accumulate": 2},
+    "self-critical lstm": {
+        **CIDER,
+        "baseline": "greedy",
+        "samples": 1,
+        "decoder": "lstm",
+        "start_from": Path("checkpoints/lstm"),
+    },
+    "cider, adaptive": {
+        **CIDER,
+        "decoder": "adaptive",
+        "start_from": Path("checkpoints/adaptive"),
+        "grad_accumulation": 2,
+    },
     "cider, hard": {**CIDER, "decoder": "hard-attention", "start_from": Path("checkpoints/hard-attention")},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_each_method_that_was_killed_resumes_to_the_same_weights(here, method):
-    setting = {**TINY, "precision": "float32", "epochs": 2, "panel": 0, **METHODS[method], "save_every": 1e-9}
+    setting = {**TINY, "precision": "float32", "epochs": 2, "preview_photos": 0, **METHODS[method], "save_every": 1e-9}
     train.main(Train(DATA, f"{method} whole", **setting))
     learnt, plain = [], Trainer.learn
 
@@ -54,7 +65,7 @@ def test_a_run_of_each_method_that_was_killed_resumes_to_the_same_weights(here, 
 
 
 def test_cider_optimisation_raises_the_reward_of_what_is_drawn(here):
-    setting = {**TINY, "precision": "float32", "panel": 0, "patience": 99, **CIDER, "samples": 5}
+    setting = {**TINY, "precision": "float32", "preview_photos": 0, "patience": 99, **CIDER, "samples": 5}
     train.main(Train(DATA, "rewarded", epochs=30, **setting))
     lines = log_of("rewarded")
     rewards = [line["train_reward"] for line in lines]
@@ -78,7 +89,7 @@ def test_words_begin_with_their_vectors_and_stay_where_they_are_frozen(here, cap
     lines = [f"{word} {' '.join([str(number)] * 16)}" for number, word in enumerate(words) if number not in (0, 5)]
     Path("vectors.txt").write_text("\n".join(lines))
     setting = {**TINY, "epochs": 1, "word_vectors": Path("vectors.txt")}
-    train.main(Train(DATA, "frozen", freeze_words=True, **setting))
+    train.main(Train(DATA, "frozen", freeze_embeddings=True, **setting))
     assert (
         f"vectors.txt: {len(words) - 5:,} of the vocabulary's {len(words) - 4:,} words are in it"
         in capsys.readouterr().out
@@ -93,24 +104,24 @@ def test_words_begin_with_their_vectors_and_stay_where_they_are_frozen(here, cap
 
 
 def test_tied_words_are_one_matrix_in_training_and_caption_as_any(here):
-    trainer = train.make_trainer(Train(DATA, "none", tie_words=True, **{**TINY, "embedding_size": 24}))
-    assert trainer.decoder.vocabulary.weight is trainer.decoder.embedding.weight
-    train.main(Train(DATA, "tied", tie_words=True, epochs=1, **{**TINY, "embedding_size": 24}))
+    trainer = train.make_trainer(Train(DATA, "none", tie_embeddings=True, **{**TINY, "embedding_size": 24}))
+    assert trainer.decoder.output_layer.weight is trainer.decoder.embedding.weight
+    train.main(Train(DATA, "tied", tie_embeddings=True, epochs=1, **{**TINY, "embedding_size": 24}))
     decoder = Captioner.load("checkpoints/tied").decoder
-    assert torch.equal(decoder.vocabulary.weight, decoder.embedding.weight)
+    assert torch.equal(decoder.output_layer.weight, decoder.embedding.weight)
     assert not torch.equal(decoder.embedding.weight, trainer.decoder.embedding.weight)
 
 
 def test_channels_are_dropped_in_training_and_nowhere_else(here, monkeypatch):
     """The small features have no channel that is zero in a whole photo."""
-    shares, plain = {True: [], False: []}, AttentionDecoder.begin
+    shares, plain = {True: [], False: []}, AttentionDecoder.init_state
 
     def noted(self, grid):
         shares[self.training].append((grid.cells == 0).all(1).float().mean().item())
         return plain(self, grid)
 
-    monkeypatch.setattr(AttentionDecoder, "begin", noted)
-    train.main(Train(DATA, "sparse", epochs=4, panel=0, feature_dropout=0.25, **TINY))
+    monkeypatch.setattr(AttentionDecoder, "init_state", noted)
+    train.main(Train(DATA, "sparse", epochs=4, preview_photos=0, feature_dropout=0.25, **TINY))
     assert max(shares[False]) < 0.02 and min(shares[True]) > 0.1
     assert sum(shares[True]) / len(shares[True]) == pytest.approx(0.25, abs=0.04)
 
@@ -126,7 +137,11 @@ def test_hard_attention_captions_by_argmax_where_asked(here):
 
 
 def test_more_of_the_words_read_are_its_own_from_epoch_to_epoch(here, monkeypatch):
-    asked, plain = [], objectives.read_own_words
-    monkeypatch.setattr(objectives, "read_own_words", lambda *batch: asked.append(batch[-1]) or plain(*batch))
-    train.main(Train(DATA, "own", epochs=4, scheduled_sampling=0.25, sampling_rise=0.1, panel=0, **TINY))
+    asked, plain = [], objectives.scheduled_sampling_forward
+    monkeypatch.setattr(
+        objectives, "scheduled_sampling_forward", lambda *batch: asked.append(batch[-1]) or plain(*batch)
+    )
+    train.main(
+        Train(DATA, "own", epochs=4, scheduled_sampling=0.25, scheduled_sampling_step=0.1, preview_photos=0, **TINY)
+    )
     assert sorted(set(asked)) == pytest.approx([0.1, 0.2, 0.25]) and asked == sorted(asked)

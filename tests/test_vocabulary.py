@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError
+from captioning.errors import UserError
 from preprocess.vocabulary import END, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 
 words = st.sampled_from(["dog", "cat", "a", "狗", "人", *SPECIAL])

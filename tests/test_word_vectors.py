@@ -6,8 +6,8 @@ import tracemalloc
 import pytest
 import torch
 
-from captioning.word_vectors import put_word_vectors
-from config import UserError
+from captioning.decoders.word_vectors import put_word_vectors
+from captioning.errors import UserError
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
 VOCABULARY = Vocabulary("zh", "jieba", 1, (*SPECIAL, "男人", "狗", "new york", "树"))

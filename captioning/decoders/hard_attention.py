@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captioning.decoders.attention import AttentionDecoder
-from captioning.decoders.protocol import Choices, State, draw
-from captioning.grid import Grid
+from captioning.decoders.protocol import HardSamples, State, sample_categorical
+from captioning.encoders.grid import Grid
 
 
 class HardAttentionDecoder(AttentionDecoder):
@@ -24,29 +24,29 @@ class HardAttentionDecoder(AttentionDecoder):
     4.1). Outside training nothing is drawn: `sees` says what is seen.
     """
 
-    covers = False
-    sees_expectation = False
+    uses_coverage = False
+    uses_expectation = False
     sees: Literal["expectation", "argmax"] = "expectation"
     expected_share = 0.5  # of the photos, in training
 
-    def begin(self, grid: Grid) -> State:
+    def init_state(self, grid: Grid) -> State:
         """In training rows also hold which photos' cells are drawn (B,) bool."""
-        state = super().begin(grid)
+        state = super().init_state(grid)
         if not self.training:
             return state
         drawn = torch.rand(len(grid), device=grid.cells.device) >= self.expected_share
-        return State(state.photos, (*state.rows, drawn))
+        return State(state.per_photo, (*state.per_caption, drawn))
 
-    def _weights(self, attention: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Choices | None]:
+    def _weights(self, attention: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, HardSamples | None]:
         if drawn is None:
             return (attention if self.sees == "expectation" else one_hot(attention.argmax(2), attention)), None
         log_attention = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
-        cell = draw(attention.detach())  # (B, K)
+        cell = sample_categorical(attention.detach())  # (B, K)
         drawn = drawn.view(cell.shape)
         weights = torch.where(drawn[:, :, None], one_hot(cell, attention), attention)
         log_probability = log_attention.gather(2, cell[:, :, None]).squeeze(2) * drawn
         entropy = -(attention * log_attention).sum(2)
-        return weights, Choices(log_probability.flatten(), entropy.flatten())
+        return weights, HardSamples(log_probability.flatten(), entropy.flatten())
 
 
 def one_hot(cell: Tensor, attention: Tensor) -> Tensor:

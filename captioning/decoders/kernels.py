@@ -24,13 +24,13 @@ A_BLOCK, C_BLOCK, H_BLOCK = 64, 128, 256  # elements that a program reads at onc
 KEY_CELLS = 32  # cells of a tile of keys
 
 
-class AllLooks:
+class FusedAttention:
     """(query (R, A), gate (R, C)) -> sigmoid(gate) * ((a P) F) (R, C), a (R, P), for every step of a forward pass."""
 
     def __init__(self, cells: Tensor, keys: Tensor, pooling: Tensor, score: Tensor, photo: Tensor):
         """cells (B, N, C), keys (B, P, A), pooling (P, N), score, w (1, A), photo (R,): whose each row is."""
         self.cells, self.keys, self.pooling = cells.contiguous(), keys.detach().contiguous(), pooling.contiguous()
-        self.score, self.photo = score.detach(), photo
+        self.score, self.photo_index = score.detach(), photo
         self.notes: dict[int, tuple[Tensor, Tensor]] = {}  # by step: query (R, A), gradient of the scores (R, P)
         self.count = 0  # of steps
         self.parameters = _Parameters.apply(keys, score, photo, self.notes)
@@ -41,9 +41,17 @@ class AllLooks:
 
     def sizes(self) -> dict[str, int]:
         (_, n, c), (_, p, a) = self.cells.shape, self.keys.shape
-        return {"P": p, "N": n, "A": a, "C": c, "P_BLOCK": triton.next_power_of_2(p),
-                "N_BLOCK": triton.next_power_of_2(n), "A_BLOCK": A_BLOCK, "C_BLOCK": C_BLOCK,
-                "num_warps": 8}  # fmt: skip
+        return {
+            "P": p,
+            "N": n,
+            "A": a,
+            "C": c,
+            "P_BLOCK": triton.next_power_of_2(p),
+            "N_BLOCK": triton.next_power_of_2(n),
+            "A_BLOCK": A_BLOCK,
+            "C_BLOCK": C_BLOCK,
+            "num_warps": 8,
+        }
 
 
 class _Parameters(torch.autograd.Function):
@@ -67,20 +75,43 @@ class _Parameters(torch.autograd.Function):
         tiles = triton.cdiv(p, KEY_CELLS)
         d_keys, d_score = torch.empty_like(keys), torch.empty(photos * tiles, a, device=of.device)
         _keys_backward[photos * tiles, triton.cdiv(a, A_BLOCK)](
-            keys, score, queries, gradients, order, ends, d_keys, d_score, tiles, P=p, A=a, P_BLOCK=KEY_CELLS,
+            keys,
+            score,
+            queries,
+            gradients,
+            order,
+            ends,
+            d_keys,
+            d_score,
+            tiles,
+            P=p,
+            A=a,
+            P_BLOCK=KEY_CELLS,
             A_BLOCK=A_BLOCK,
-        )  # fmt: skip
+        )
         return d_keys, d_score.sum(0, keepdim=True).to(score.dtype), None, None
 
 
 class _Look(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, query: Tensor, gate: Tensor, parameters: Tensor, looks: AllLooks, number: int):
+    def forward(context: Any, query: Tensor, gate: Tensor, parameters: Tensor, looks: FusedAttention, number: int):
         rows = len(query)
         attention = torch.empty(rows, looks.keys.shape[1], device=query.device)
         seen = torch.empty(rows, looks.cells.shape[2], dtype=query.dtype, device=query.device)
-        _look[(rows,)](query, gate, looks.keys, looks.cells, looks.pooling, looks.score, looks.photo, attention, seen,
-                       query.stride(0), gate.stride(0), **looks.sizes())  # fmt: skip
+        _look[(rows,)](
+            query,
+            gate,
+            looks.keys,
+            looks.cells,
+            looks.pooling,
+            looks.score,
+            looks.photo_index,
+            attention,
+            seen,
+            query.stride(0),
+            gate.stride(0),
+            **looks.sizes(),
+        )
         context.save_for_backward(query, gate, attention)
         context.looks, context.number = looks, number
         return seen, attention
@@ -92,10 +123,23 @@ class _Look(torch.autograd.Function):
         d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         d_scores = torch.empty_like(attention)
         _look_backward[(len(query),)](
-            query, gate, looks.keys, looks.cells, looks.pooling, looks.score, looks.photo, attention,
-            d_seen.contiguous(), d_attention.contiguous(), d_query, d_gate, d_scores, query.stride(0), gate.stride(0),
+            query,
+            gate,
+            looks.keys,
+            looks.cells,
+            looks.pooling,
+            looks.score,
+            looks.photo_index,
+            attention,
+            d_seen.contiguous(),
+            d_attention.contiguous(),
+            d_query,
+            d_gate,
+            d_scores,
+            query.stride(0),
+            gate.stride(0),
             **looks.sizes(),
-        )  # fmt: skip
+        )
         looks.notes[context.number] = query, d_scores
         return d_query, d_gate, None, None, None
 
@@ -108,9 +152,27 @@ def _read(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
-def _look(query, gate, keys, cells, pooling, score, photo, attention, seen, query_stride, gate_stride,
-          P: tl.constexpr, N: tl.constexpr, A: tl.constexpr, C: tl.constexpr, P_BLOCK: tl.constexpr,
-          N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):  # fmt: skip
+def _look(
+    query,
+    gate,
+    keys,
+    cells,
+    pooling,
+    score,
+    photo,
+    attention,
+    seen,
+    query_stride,
+    gate_stride,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.load(photo + row)
     p, n = tl.arange(0, P_BLOCK), tl.arange(0, N_BLOCK)
@@ -135,10 +197,31 @@ def _look(query, gate, keys, cells, pooling, score, photo, attention, seen, quer
 
 
 @triton.jit
-def _look_backward(query, gate, keys, cells, pooling, score, photo, attention, d_seen, d_attention, d_query, d_gate,
-                   d_scores, query_stride, gate_stride,
-                   P: tl.constexpr, N: tl.constexpr, A: tl.constexpr, C: tl.constexpr, P_BLOCK: tl.constexpr,
-                   N_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):  # fmt: skip
+def _look_backward(
+    query,
+    gate,
+    keys,
+    cells,
+    pooling,
+    score,
+    photo,
+    attention,
+    d_seen,
+    d_attention,
+    d_query,
+    d_gate,
+    d_scores,
+    query_stride,
+    gate_stride,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.load(photo + row)
     p, n = tl.arange(0, P_BLOCK), tl.arange(0, N_BLOCK)
@@ -166,8 +249,21 @@ def _look_backward(query, gate, keys, cells, pooling, score, photo, attention, d
 
 
 @triton.jit
-def _keys_backward(keys, score, queries, gradients, order, ends, d_keys, d_score, tiles,
-                   P: tl.constexpr, A: tl.constexpr, P_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr):  # fmt: skip
+def _keys_backward(
+    keys,
+    score,
+    queries,
+    gradients,
+    order,
+    ends,
+    d_keys,
+    d_score,
+    tiles,
+    P: tl.constexpr,
+    A: tl.constexpr,
+    P_BLOCK: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64)
     at = place // tiles
     p, a = (place % tiles) * P_BLOCK + tl.arange(0, P_BLOCK), tl.program_id(1) * A_BLOCK + tl.arange(0, A_BLOCK)
@@ -192,8 +288,20 @@ class LstmGates(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, word: Tensor, seen: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         new_hidden, new_cell = torch.empty_like(cell), torch.empty_like(cell)
-        _gates[_grid(cell)](word, seen, hidden, cell, new_hidden, new_cell, word.stride(0), seen.stride(0),
-                            hidden.stride(0), cell.stride(0), H=cell.shape[1], H_BLOCK=H_BLOCK)  # fmt: skip
+        _gates[_grid(cell)](
+            word,
+            seen,
+            hidden,
+            cell,
+            new_hidden,
+            new_cell,
+            word.stride(0),
+            seen.stride(0),
+            hidden.stride(0),
+            cell.stride(0),
+            H=cell.shape[1],
+            H_BLOCK=H_BLOCK,
+        )
         context.save_for_backward(word, seen, hidden, cell)
         return new_hidden, new_cell
 
@@ -202,9 +310,21 @@ class LstmGates(torch.autograd.Function):
         word, seen, hidden, cell = context.saved_tensors
         d_gates, d_old = torch.empty_like(seen), torch.empty_like(cell)
         _gates_backward[_grid(cell)](
-            word, seen, hidden, cell, d_hidden.contiguous(), d_cell.contiguous(), d_gates, d_old, word.stride(0),
-            seen.stride(0), hidden.stride(0), cell.stride(0), H=cell.shape[1], H_BLOCK=H_BLOCK,
-        )  # fmt: skip
+            word,
+            seen,
+            hidden,
+            cell,
+            d_hidden.contiguous(),
+            d_cell.contiguous(),
+            d_gates,
+            d_old,
+            word.stride(0),
+            seen.stride(0),
+            hidden.stride(0),
+            cell.stride(0),
+            H=cell.shape[1],
+            H_BLOCK=H_BLOCK,
+        )
         return d_gates.to(word.dtype), d_gates, d_gates.to(hidden.dtype), d_old
 
 
@@ -231,8 +351,20 @@ def _tanh(x):
 
 
 @triton.jit
-def _gates(word, seen, hidden, cell, new_hidden, new_cell, word_stride, seen_stride, hidden_stride, cell_stride,
-           H: tl.constexpr, H_BLOCK: tl.constexpr):  # fmt: skip
+def _gates(
+    word,
+    seen,
+    hidden,
+    cell,
+    new_hidden,
+    new_cell,
+    word_stride,
+    seen_stride,
+    hidden_stride,
+    cell_stride,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
     word, seen, hidden = word + row * word_stride, seen + row * seen_stride, hidden + row * hidden_stride
@@ -244,8 +376,22 @@ def _gates(word, seen, hidden, cell, new_hidden, new_cell, word_stride, seen_str
 
 
 @triton.jit
-def _gates_backward(word, seen, hidden, cell, d_hidden, d_cell, d_gates, d_old, word_stride, seen_stride, hidden_stride,
-                    cell_stride, H: tl.constexpr, H_BLOCK: tl.constexpr):  # fmt: skip
+def _gates_backward(
+    word,
+    seen,
+    hidden,
+    cell,
+    d_hidden,
+    d_cell,
+    d_gates,
+    d_old,
+    word_stride,
+    seen_stride,
+    hidden_stride,
+    cell_stride,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
     inside = h < H

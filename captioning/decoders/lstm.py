@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.protocol import State, Step, TeacherForced, full, initialise
-from captioning.grid import Grid
-from captioning.ranks import RanksBatchNorm
+from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, upcast
+from captioning.encoders.grid import Grid
+from captioning.runtime.distributed import SyncBatchNorm1d
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
@@ -23,37 +23,44 @@ class LstmDecoder(nn.Module):
     cell: lstm, gru or rnn (tanh). photo_norm: batch, as the tutorials have it; none, as the paper.
     """
 
-    sees_cells = False  # the pooled map is all it looks at
+    uses_attention = False  # the pooled map is all it looks at
     has_sentinel = False
-    covers = False
+    uses_coverage = False
 
     def __init__(
-        self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int, dropout: float,
-        cell: str = "lstm", layers: int = 1, photo_norm: str = "batch",
-    ):  # fmt: skip
+        self,
+        vocabulary_size: int,
+        channels: int,
+        embedding_size: int,
+        hidden_size: int,
+        dropout: float,
+        cell: str = "lstm",
+        layers: int = 1,
+        photo_norm: str = "batch",
+    ):
         super().__init__()
-        self.photo = nn.Linear(channels, embedding_size)
-        self.norm = RanksBatchNorm(embedding_size, momentum=0.01) if photo_norm == "batch" else nn.Identity()
+        self.photo_projection = nn.Linear(channels, embedding_size)
+        self.norm = SyncBatchNorm1d(embedding_size, momentum=0.01) if photo_norm == "batch" else nn.Identity()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.recurrent = CELLS[cell](embedding_size, hidden_size, layers, dropout=dropout if layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
-        self.vocabulary = nn.Linear(hidden_size, vocabulary_size)
-        initialise(self.embedding, self.vocabulary)
+        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        init_weights(self.embedding, self.output_layer)
 
-    def begin(self, grid: Grid) -> State:
+    def init_state(self, grid: Grid) -> State:
         """The network has read the photo, once however many captions it has: rows hold h (B, L, H), and an LSTM's c."""
-        photo = self.norm(self.photo(grid.mean()))  # (B, E)
+        photo = self.norm(self.photo_projection(grid.mean()))  # (B, E)
         return State((), _rows(self.recurrent(photo[None])[1]))
 
     def step(self, words: Tensor, state: State) -> Step:
-        output, memory = self.recurrent(self.embedding(words)[None], _memory(state.rows))
-        scores = self.vocabulary(self.dropout(output[0]))  # (R, V)
-        return Step(F.log_softmax(full(scores), 1), None, State((), _rows(memory)))
+        output, memory = self.recurrent(self.embedding(words)[None], _memory(state.per_caption))
+        scores = self.output_layer(self.dropout(output[0]))  # (R, V)
+        return Step(F.log_softmax(upcast(scores), 1), None, State((), _rows(memory)))
 
-    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> TeacherForced:
+    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> DecoderOutput:
         packed = PackedSequence(self.embedding(words.data), words.batch_sizes)
-        output, _ = self.recurrent(packed, _memory(self.begin(grid).of_captions(photo).rows))
-        return TeacherForced(self.vocabulary(self.dropout(output.data)), None)  # (W, V)
+        output, _ = self.recurrent(packed, _memory(self.init_state(grid).expand_to_captions(photo).per_caption))
+        return DecoderOutput(self.output_layer(self.dropout(output.data)), None)  # (W, V)
 
 
 def _rows(memory: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,13 +20,43 @@ from tests.torture.annotations import FORMS
 with atheris.instrument_imports(include=["preprocess.annotations"]):
     from preprocess import annotations
 
-from config import UserError
+from captioning.errors import UserError
 
 SEEDS = [form(name, ("a dog", "")) for form in FORMS.values() for name in ("a.jpg", "图/b.png")]
-VALUES = [None, True, -1, 10**400, 1.5, "", " ", "../a", "C:\\a", "\0", "\ud800", "restval", [], {}, [[]], {"raw": "a"},
-          {"tokens": ["a", 1]}]  # fmt: skip
-KEYS = ["image_id", "caption", "images", "annotations", "id", "file_name", "filename", "filepath", "cocoid", "split",
-        "sentences", "raw", "tokens"]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    -1,
+    10**400,
+    1.5,
+    "",
+    " ",
+    "../a",
+    "C:\\a",
+    "\0",
+    "\ud800",
+    "restval",
+    [],
+    {},
+    [[]],
+    {"raw": "a"},
+    {"tokens": ["a", 1]},
+]
+KEYS = [
+    "image_id",
+    "caption",
+    "images",
+    "annotations",
+    "id",
+    "file_name",
+    "filename",
+    "filepath",
+    "cocoid",
+    "split",
+    "sentences",
+    "raw",
+    "tokens",
+]
 
 
 def read_bytes(data: bytes) -> None:

@@ -15,10 +15,10 @@ import atheris
 import torch
 from torch import _weights_only_unpickler
 
-from captioning import checkpoint
 from captioning.captioner import Captioner
-from captioning.decoders import build_decoder
-from config import UserError
+from captioning.decoders.factory import build_decoder
+from captioning.errors import UserError
+from captioning.runtime import checkpoint
 from preprocess.vocabulary import SPECIAL, Vocabulary
 from tests.fuzz import FOLDER, lay_down
 
@@ -36,11 +36,13 @@ def sound_checkpoint(name: str) -> bytes:
     """A run's checkpoint, as small as can be."""
     decoder = build_decoder(name, SIZES)
     saved = {
-        "format": checkpoint.FORMAT, "config": {}, "progress": {"epoch": 1},
+        "format": checkpoint.FORMAT,
+        "config": {},
+        "progress": {"epoch": 1},
         "vocabulary": Vocabulary("en", "whitespace", 1, (*SPECIAL, "dog")).to_dict(),
         "encoder": {"name": "resnet18", "weights": "imagenet", "sha256": "ab", "transform": {}, "state": None},
         "decoder": {"name": name, "sizes": SIZES, "state": decoder.state_dict()},
-    }  # fmt: skip
+    }
     file = io.BytesIO()
     torch.save(saved, file)
     return file.getvalue()

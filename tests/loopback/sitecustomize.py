@@ -9,8 +9,14 @@ import os
 import sys
 
 # Which of an event's arguments is the address.
-EVENTS = {"socket.connect": 1, "socket.sendto": 1, "socket.sendmsg": 1, "socket.getaddrinfo": 0,
-          "socket.gethostbyname": 0, "socket.gethostbyaddr": 0}  # fmt: skip
+EVENTS = {
+    "socket.connect": 1,
+    "socket.sendto": 1,
+    "socket.sendmsg": 1,
+    "socket.getaddrinfo": 0,
+    "socket.gethostbyname": 0,
+    "socket.gethostbyaddr": 0,
+}
 HERE = (None, "", b"", "localhost", "ip6-localhost", "localhost.localdomain")
 
 

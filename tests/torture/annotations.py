@@ -6,8 +6,10 @@ def ai_challenger(name, captions=("a dog",)):
 
 
 def coco(name, captions=("a dog",)):
-    return {"images": [{"id": 1, "file_name": name}],
-            "annotations": [{"image_id": 1, "caption": caption} for caption in captions]}  # fmt: skip
+    return {
+        "images": [{"id": 1, "file_name": name}],
+        "annotations": [{"image_id": 1, "caption": caption} for caption in captions],
+    }
 
 
 def karpathy(name, captions=("a dog",)):

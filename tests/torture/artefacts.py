@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioning.encoder import load_encoder
+from captioning.encoders.encoder import load_encoder
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.small import make_small_data
 from tests.torture.ends import end_of, stamp
 
 ENCODER = "--encoder resnet18.layer2 --image-size 64 --workers 0"
 EXTRACT = f"extract_features.py data/small {ENCODER} --weights random --precision float32"
-RECIPE = "--embedding-size 16 --attention-size 16 --hidden-size 24 --batch-size 6 --panel 0 --device cpu"
+RECIPE = "--embedding-size 16 --attention-size 16 --hidden-size 24 --batch-size 6 --preview-photos 0 --device cpu"
 TRAIN = f"train.py data/small {RECIPE} --epochs 1 --run new"
 RESUME = f"train.py data/small {RECIPE} --epochs 2 --run att --resume"
 GENERATE = "generate.py checkpoints/att --device cpu --workers 0 --precision float32"
@@ -78,8 +78,14 @@ def write_annotations() -> None:
     aic = [{"image_id": name, "caption": texts} for name in names]
     images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
     annotations = [{"image_id": i, "caption": text} for i in range(12) for text in texts]
-    karpathy = [{"filename": name, "split": "val" if name in ("3.png", "7.png") else "train",
-                 "sentences": [{"raw": text} for text in texts]} for name in names]  # fmt: skip
+    karpathy = [
+        {
+            "filename": name,
+            "split": "val" if name in ("3.png", "7.png") else "train",
+            "sentences": [{"raw": text} for text in texts],
+        }
+        for name in names
+    ]
     forms = {"aic": aic, "coco": {"images": images, "annotations": annotations}, "karpathy": {"images": karpathy}}
     for name, form in forms.items():
         Path(f"{name}.json").write_text(json.dumps(form))

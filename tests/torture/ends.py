@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import command_line
 import demo
 import extract_features
 import generate
 import preprocess.__main__
 import train
-from captioning import dashboard
+from captioning.runtime import command_line
+from captioning.viewing import dashboard
 from config import Dashboard, ExtractFeatures, Generate, Preprocess, Train
 
 COMMANDS = {
@@ -71,8 +71,10 @@ class _Header(ctypes.Structure):
 
 
 class _Rights(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in
-                ("effective", "permitted", "inheritable", "effective_2", "permitted_2", "inheritable_2")]  # fmt: skip
+    _fields_ = [
+        (name, ctypes.c_uint32)
+        for name in ("effective", "permitted", "inheritable", "effective_2", "permitted_2", "inheritable_2")
+    ]
 
 
 OVERRIDE = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH

@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captioning.checkpoint import load_checkpoint
-from stop import leave_quietly
+from captioning.runtime.checkpoint import load_checkpoint
+from captioning.runtime.signals import install_exit_handlers
 from tests.torture.artefacts import EXTRACT, GENERATE, RECIPE
 from tests.torture.ends import end_of
 
-LEARNS = f"{RECIPE.replace('--panel 0', '--panel 1')} --precision float32 --save-every 0 --epochs 2 --run new"
+DRAWING = RECIPE.replace("--preview-photos 0", "--preview-photos 1")
+LEARNS = f"{DRAWING} --precision float32 --save-every 0 --epochs 2 --run new"
 LIVE = "--fine-tune --encoder resnet18.layer1 --weights random --image-size 32 --workers 1"
 FILES = " ".join(f"--{kind} out/x.{kind}" for kind in ("json", "csv", "html", "scores"))
 WORK = {  # all that they write is below out/ and checkpoints/new/
@@ -70,7 +71,7 @@ def _become(command: str, before: Callable[[], None]) -> None:
     for stream in (1, 2):
         os.dup2(said, stream)
     tqdm.set_lock(threading.RLock())  # its own is shared by all that are forked: a kill would keep it for ever
-    leave_quietly()
+    install_exit_handlers()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     before()
     sys.stderr = open(2, "w", closefd=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioning.feature_cache import FeatureReader
+from captioning.features.feature_cache import FeatureReader
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import Vocabulary
 from tests.torture.artefacts import (
@@ -30,7 +30,7 @@ from tests.torture.artefacts import (
     TRAIN,
     does,
     make_artefacts,
-)  # fmt: skip
+)
 from tests.torture.ends import End, bound_by_permissions, contents, end_of
 
 READERS = {  # a file -> the commands that read it
@@ -40,22 +40,35 @@ READERS = {  # a file -> the commands that read it
     "data/scenes/scenes.json": [SCENES],
     "data/small/captions.jsonl": [EXTRACT, f"{EXTRACT} --verify", TRAIN, f"{GENERATE} --data data/small", SCORE],
     "data/small/vocab.json": [TRAIN, SCORE],
-    "data/small/features.h5": [EXTRACT, f"{EXTRACT} --info", f"{EXTRACT} --verify", TRAIN,
-                               f"{GENERATE} --data data/small"],
+    "data/small/features.h5": [
+        EXTRACT,
+        f"{EXTRACT} --info",
+        f"{EXTRACT} --verify",
+        TRAIN,
+        f"{GENERATE} --data data/small",
+    ],
     "data/small/features.encoder.pt": [EXTRACT, f"{EXTRACT} --verify", TRAIN],
-    "checkpoints/att/best.pt": [f"{GENERATE} data/small/photos/0.png", f"{TRAIN} --start-from checkpoints/att",
-                                f"{GENERATE} data/small/photos/0.png --ensemble checkpoints/att/best.pt",
-                                "extract_features.py data/small --workers 0 --weights checkpoints/att --out new.h5"],
+    "checkpoints/att/best.pt": [
+        f"{GENERATE} data/small/photos/0.png",
+        f"{TRAIN} --start-from checkpoints/att",
+        f"{GENERATE} data/small/photos/0.png --ensemble checkpoints/att/best.pt",
+        "extract_features.py data/small --workers 0 --weights checkpoints/att --out new.h5",
+    ],
     "checkpoints/att/last.pt": [RESUME],
-    "checkpoints/att/log.jsonl": [RESUME, f"dashboard --replay checkpoints/att {NOWHERE}",
-                                  f"dashboard --compare checkpoints/att checkpoints/att {NOWHERE}"],
+    "checkpoints/att/log.jsonl": [
+        RESUME,
+        f"dashboard --replay checkpoints/att {NOWHERE}",
+        f"dashboard --compare checkpoints/att checkpoints/att {NOWHERE}",
+    ],
     "results.json": [SCORE],
     "vectors.vec": [f"{TRAIN} --word-vectors vectors.vec"],
     "vectors.vec.gz": [f"{TRAIN} --word-vectors vectors.vec.gz"],
-    "weights.pth": [f"extract_features.py data/small {ENCODER} --weights weights.pth --out new.h5",
-                    f"{TRAIN} --fine-tune {ENCODER} --weights weights.pth"],
+    "weights.pth": [
+        f"extract_features.py data/small {ENCODER} --weights weights.pth --out new.h5",
+        f"{TRAIN} --fine-tune {ENCODER} --weights weights.pth",
+    ],
     "data/small/photos/0.png": [f"{EXTRACT} --out new.h5", f"{GENERATE} data/small/photos/0.png"],
-}  # fmt: skip
+}
 LITTER = (".tmp", ".lock", ".draft")
 
 
@@ -249,18 +262,29 @@ def other(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("file, commands, words", [
-    ("data/small/captions.jsonl", [EXTRACT], "features.h5: holds the photos of another data set (0 of its 24"),
-    ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
-    ("data/small/vocab.json", [TRAIN], "vocab.json: does not know 100% of the words in captions.jsonl"),
-    ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
-    ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
-    ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: holds the photos of another data set"),
-    ("data/small/features.encoder.pt", [TRAIN, f"{EXTRACT} --verify"], "features.encoder.pt: is not the encoder of"),
-    ("checkpoints/att/best.pt", [f"{TRAIN} --start-from checkpoints/att"], "checkpoints/att: was trained with another"),
-    ("checkpoints/att/last.pt", [RESUME], "checkpoints/att: was trained with another vocabulary (6 words; data"),
-    ("results.json", [SCORE], "results.json: image_id xphoto5 has no references"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, commands, words",
+    [
+        ("data/small/captions.jsonl", [EXTRACT], "features.h5: holds the photos of another data set (0 of its 24"),
+        ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
+        ("data/small/vocab.json", [TRAIN], "vocab.json: does not know 100% of the words in captions.jsonl"),
+        ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
+        ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
+        ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: holds the photos of another data set"),
+        (
+            "data/small/features.encoder.pt",
+            [TRAIN, f"{EXTRACT} --verify"],
+            "features.encoder.pt: is not the encoder of",
+        ),
+        (
+            "checkpoints/att/best.pt",
+            [f"{TRAIN} --start-from checkpoints/att"],
+            "checkpoints/att: was trained with another",
+        ),
+        ("checkpoints/att/last.pt", [RESUME], "checkpoints/att: was trained with another vocabulary (6 words; data"),
+        ("results.json", [SCORE], "results.json: image_id xphoto5 has no references"),
+    ],
+)
 def test_a_file_of_another_data_set_is_one_line(whole, other, file, commands, words, tally):
     shutil.copy(other / file, file)
     for command in commands:

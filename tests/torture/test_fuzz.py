@@ -14,9 +14,18 @@ MEMORY = 2000  # MB, the most in one piece; the whole would count what the proce
 
 def fuzz(target, corpus, seconds):
     """Run a target from its first inputs on -> how many inputs it tried. Fails with what the target said."""
-    command = [sys.executable, "-m", f"tests.fuzz.{target}", corpus, f"-max_total_time={seconds}", "-timeout=20",
-               f"-malloc_limit_mb={MEMORY}", "-rss_limit_mb=0", "-print_final_stats=1",
-               f"-artifact_prefix={corpus}/crash-"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        f"tests.fuzz.{target}",
+        corpus,
+        f"-max_total_time={seconds}",
+        "-timeout=20",
+        f"-malloc_limit_mb={MEMORY}",
+        "-rss_limit_mb=0",
+        "-print_final_stats=1",
+        f"-artifact_prefix={corpus}/crash-",
+    ]
     done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr[-3000:]
     return int(re.search(r"stat::number_of_executed_units: *(\d+)", done.stderr)[1])

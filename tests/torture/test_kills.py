@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from captioning.images import quiet_worker
-from stop import STOPPED
+from captioning.encoders.images import quiet_worker
+from captioning.runtime.signals import STOPPED
 from tests.torture.artefacts import does
 from tests.torture.processes import (
     STOPS,
@@ -37,7 +37,7 @@ from tests.torture.processes import (
     started,
     worked,
     written,
-)  # fmt: skip
+)
 
 HOUSE = Path(__file__).parents[2]
 SCRIPTS = {"preprocess": ["-m", "preprocess"]}
@@ -180,8 +180,12 @@ def saves_what_there_is(what: str, begun: bool) -> bool:
 
 def is_quiet(text: str) -> bool:
     lines = text.splitlines()  # the bars of tqdm are lines, too
-    return bool(lines) and lines[-1].endswith(STOPPED) and text.count(STOPPED) == 1 and not re.search(
-        "Traceback|Exception|Error", text)  # fmt: skip
+    return (
+        bool(lines)
+        and lines[-1].endswith(STOPPED)
+        and text.count(STOPPED) == 1
+        and not re.search("Traceback|Exception|Error", text)
+    )
 
 
 @pytest.mark.parametrize("what", WORK)
@@ -216,9 +220,12 @@ def popen(command: str) -> subprocess.Popen:
     name, *words = shlex.split(command)
     code = SCRIPTS.get(name, [str(HOUSE / name)])
     return subprocess.Popen(  # whose stderr fits in a pipe
-        [sys.executable, *code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *code, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), os.environ["PYTHONPATH"]])},
-    )  # fmt: skip
+    )
 
 
 def real_end(command: str, moment: float, number: int) -> tuple[int, str]:

@@ -40,8 +40,17 @@ def test_a_photo_is_a_few_hundred_bytes_to_an_extraction_and_to_a_trainer(tmp_pa
         monkeypatch.chdir(folder)
         memory.make_data(folder, photos)
         tracemalloc.start()
-        extract_features.main(ExtractFeatures(Path("."), workers=0, image_size=32, grid="native", device="cpu",
-                                              encoder="resnet18.layer1", weights="random"))  # fmt: skip
+        extract_features.main(
+            ExtractFeatures(
+                Path("."),
+                workers=0,
+                image_size=32,
+                grid="native",
+                device="cpu",
+                encoder="resnet18.layer1",
+                weights="random",
+            )
+        )
         tracemalloc.start()
         trainer = train.make_trainer(Train(Path("."), "none", **{**TINY, "device": "cpu"}))
         look()

@@ -46,7 +46,14 @@ def test_this_machine_may_be_called():
     with socket.create_server(("127.0.0.1", 0)) as server:
         for host in ("127.0.0.1", "localhost"):
             socket.create_connection((host, server.getsockname()[1])).close()
-    here = [("127.8.8.8", 1), ("::1", 1, 0, 0), "/tmp/a.socket", b"\0abstract", (None, 80), ("localhost", 80),
-            ("0.0.0.0", 1)]  # fmt: skip
+    here = [
+        ("127.8.8.8", 1),
+        ("::1", 1, 0, 0),
+        "/tmp/a.socket",
+        b"\0abstract",
+        (None, 80),
+        ("localhost", 80),
+        ("0.0.0.0", 1),
+    ]
     there = [(ELSEWHERE, 80), ("::2", 1, 0, 0), ("10.0.0.1", 1), ("kantu.example", 1)]
     assert all(map(is_here, here)) and not any(map(is_here, there))

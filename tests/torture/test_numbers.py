@@ -13,12 +13,13 @@ from PIL import Image
 import extract_features
 import generate
 import train
-from captioning.checkpoint import load_checkpoint
 from captioning.decoders import DECODERS
-from captioning.feature_cache import FeatureReader
-from captioning.metrics import NAMES
-from captioning.trainer import Trainer
-from config import ExtractFeatures, Generate, Preprocess, Train, UserError
+from captioning.errors import UserError
+from captioning.evaluation.metrics import NAMES
+from captioning.features.feature_cache import FeatureReader
+from captioning.runtime.checkpoint import load_checkpoint
+from captioning.training.trainer import Trainer
+from config import ExtractFeatures, Generate, Preprocess, Train
 from preprocess.__main__ import main as preprocess
 from tests.small import TINY, log_of
 from tests.torture.annotations import ai_challenger
@@ -67,8 +68,16 @@ def splits():
 def test_features_that_are_not_finite_stop_training_and_are_named(broken_features, decoder, objective, value, tally):
     id = splits()["train"][3]
     start = {"objective": objective, "start_from": Path("checkpoints") / decoder} if objective == "cider" else {}
-    config = Train(DATA, "broken", decoder=decoder, features=broken_features(value, id), precision="float32", epochs=1,
-                   **start, **TINY)  # fmt: skip
+    config = Train(
+        DATA,
+        "broken",
+        decoder=decoder,
+        features=broken_features(value, id),
+        precision="float32",
+        epochs=1,
+        **start,
+        **TINY,
+    )
     text = refusal(train.main, config)
     assert id in text and "--verify" in text
     assert not list(Path("checkpoints/broken").glob("*.pt"))
@@ -78,8 +87,16 @@ def test_features_that_are_not_finite_stop_training_and_are_named(broken_feature
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_features_of_validation_that_are_not_finite_choose_no_checkpoint(broken_features, decoder, tally):
     id = splits()["val"][0]
-    config = Train(DATA, "broken", decoder=decoder, features=broken_features(np.nan, id), precision="float32", epochs=1,
-                   best="loss", **TINY)  # fmt: skip
+    config = Train(
+        DATA,
+        "broken",
+        decoder=decoder,
+        features=broken_features(np.nan, id),
+        precision="float32",
+        epochs=1,
+        best_metric="loss",
+        **TINY,
+    )
     text = refusal(train.main, config)
     assert id in text and "--verify" in text
     assert not Path("checkpoints/broken/best.pt").exists()
@@ -90,8 +107,14 @@ def test_features_of_validation_that_are_not_finite_choose_no_checkpoint(broken_
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_captions_are_not_written_from_features_that_are_not_finite(broken_features, tmp_path, decoder, value, tally):
     id = splits()["val"][1]
-    config = Generate(Path("checkpoints") / decoder, data=DATA, features=broken_features(value, id), workers=0,
-                      precision="float32", json=tmp_path / "a.json")  # fmt: skip
+    config = Generate(
+        Path("checkpoints") / decoder,
+        data=DATA,
+        features=broken_features(value, id),
+        workers=0,
+        precision="float32",
+        json=tmp_path / "a.json",
+    )
     text = refusal(generate.main, config)
     assert id in text and "--verify" in text and not (tmp_path / "a.json").exists()
     tally("features that are not finite")
@@ -144,8 +167,10 @@ def test_what_is_not_finite_is_never_saved_and_resume_goes_on_from_the_last_good
         assert all(bool(weights.isfinite().all()) for weights in state.values())
     train.main(Train(DATA, "sabotaged", epochs=3, resume=True, **setting))
     train.main(Train(DATA, "undisturbed", epochs=3, overwrite=True, **setting))
-    ours, theirs = (load_checkpoint(Path("checkpoints") / run / "last.pt")["decoder"]["state"]
-                    for run in ("sabotaged", "undisturbed"))  # fmt: skip
+    ours, theirs = (
+        load_checkpoint(Path("checkpoints") / run / "last.pt")["decoder"]["state"]
+        for run in ("sabotaged", "undisturbed")
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     tally("losses and weights that are not finite")
 
@@ -201,14 +226,16 @@ def data_set(folder, photos, captions):
 @pytest.mark.parametrize("case", SETS)
 def test_a_data_set_at_the_ends_goes_the_whole_way(tmp_path, monkeypatch, case, times, tally):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("captioning.scores.meteor_score", lambda *_: "skipped: Java takes seconds to start")
+    monkeypatch.setattr(
+        "captioning.evaluation.score_report.meteor_score", lambda *_: "skipped: Java takes seconds to start"
+    )
     training, validation, captions, longest = SETS[case]
     if captions is many_words and times(True, False):
         training = 2  # of 10,000 words each
     data = data_set(tmp_path, {"train": range(training), "val": range(training, training + validation)}, captions)
     first = list(SETS).index(case) % len(DECODERS)
     for decoder in [*DECODERS, *DECODERS][first : first + times(1, 4)]:
-        setting = dict(decoder=decoder, epochs=1, max_length=longest, precision="float32", panel=1, **TINY)
+        setting = dict(decoder=decoder, epochs=1, max_length=longest, precision="float32", preview_photos=1, **TINY)
         train.main(Train(data, decoder, **setting))
         start = {"objective": "cider", "start_from": Path("checkpoints") / decoder}
         train.main(Train(data, f"{decoder}-cider", **start, **setting))

@@ -17,23 +17,41 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageFile
 
 import generate
-from captioning.captioner import Captioned
-from captioning.checkpoint import save_checkpoint
-from captioning.dashboard import compared, windows
-from captioning.feature_cache import FORMAT, FeatureWriter
-from captioning.images import PhotoError, Transform, open_photo, read_photos
-from captioning.page import extremes, write_page
-from captioning.pictures import Entry, draw_card
+from captioning.caption import CaptionResult
+from captioning.encoders.images import Transform, open_photo, read_photos
+from captioning.errors import PhotoError
+from captioning.features.feature_cache import FORMAT, FeatureWriter
+from captioning.runtime.checkpoint import save_checkpoint
+from captioning.viewing.attention_plots import Entry, draw_card
+from captioning.viewing.dashboard import compared, windows
+from captioning.viewing.html_report import extremes, write_page
 from preprocess.captions import Photo, write_captions
 
 # ---- pages
 
-marks = st.sampled_from([
-    "<script>alert(1)</script>", "</b><img src=x onerror=alert(1)>", '" onload="x', "&lt;", "'", "狗", "javascript:x",
-    "-->", "]]>", "<!--", "{title}", "&#60;", "\u202e", "</article></body>",
-])  # fmt: skip
-text = st.lists(marks | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=5),
-                min_size=1, max_size=3).map("".join)  # fmt: skip
+marks = st.sampled_from(
+    [
+        "<script>alert(1)</script>",
+        "</b><img src=x onerror=alert(1)>",
+        '" onload="x',
+        "&lt;",
+        "'",
+        "狗",
+        "javascript:x",
+        "-->",
+        "]]>",
+        "<!--",
+        "{title}",
+        "&#60;",
+        "\u202e",
+        "</article></body>",
+    ]
+)
+text = st.lists(
+    marks | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=5),
+    min_size=1,
+    max_size=3,
+).map("".join)
 words = st.lists(text.filter(str.strip), min_size=1, max_size=3)
 PAGE_TAGS = set("html meta title style h1 h2 label input article div img b ul li".split())
 CARD_TAGS = set("p b ul li img table tr td".split())
@@ -63,20 +81,34 @@ class Page(HTMLParser):
     def is_harmless(self, tags):
         names = {name for name, _ in self.attributes}
         sources = [value for name, value in self.attributes if name in ("src", "href")]
-        return (self.tags <= tags and not self.others and not any(name.startswith("on") for name in names)
-                and all(value.startswith("data:image/") for value in sources))  # fmt: skip
+        return (
+            self.tags <= tags
+            and not self.others
+            and not any(name.startswith("on") for name in names)
+            and all(value.startswith("data:image/") for value in sources)
+        )
 
 
 @settings(max_examples=60)
-@given(title=text, heading=text, id=text, image=text, caption=words, references=st.lists(words, min_size=1, max_size=2),
-       attends=st.booleans())  # fmt: skip
+@given(
+    title=text,
+    heading=text,
+    id=text,
+    image=text,
+    caption=words,
+    references=st.lists(words, min_size=1, max_size=2),
+    attends=st.booleans(),
+)
 def test_a_page_is_only_text_whatever_captions_ids_and_paths_say(
     tmp_path_factory, title, heading, id, image, caption, references, attends
 ):
     path = tmp_path_factory.mktemp("page") / "page.html"
     attention = torch.rand(len(caption), 4) if attends else None
-    card = (Photo(image, id, "val", tuple(map(tuple, references))),
-            Captioned(" ".join(caption), caption, -1.0, False, attention, grid=(2, 2)), 1.5)  # fmt: skip
+    card = (
+        Photo(image, id, "val", tuple(map(tuple, references))),
+        CaptionResult(" ".join(caption), caption, -1.0, False, attention, grid=(2, 2)),
+        1.5,
+    )
     write_page(path, title, "en", [(heading, [card]), *extremes([card, card])])
     page = Page(path.read_bytes().decode())
     assert page.is_harmless(PAGE_TAGS)
@@ -86,8 +118,10 @@ def test_a_page_is_only_text_whatever_captions_ids_and_paths_say(
 
 def a_log(caption, references, setting):
     panel = [{"id": caption, "caption": caption, "references": references, "picture": None}]
-    return [{"event": "start", "config": {setting: setting}, "versions": {}, "device": setting, "commit": setting},
-            {"event": "epoch", "epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "panel": panel}]  # fmt: skip
+    return [
+        {"event": "start", "config": {setting: setting}, "versions": {}, "device": setting, "commit": setting},
+        {"event": "epoch", "epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "panel": panel},
+    ]
 
 
 @settings(max_examples=60)
@@ -122,7 +156,7 @@ def test_a_picture_lies_in_its_folder_whatever_the_id_says(id):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "open_photo", lambda path: None)
         patch.setattr(generate, "draw_attention", lambda *arguments: drawn.append(arguments[4]))
-        generate.draw_picture(config, Photo("a.jpg", id, "val", ()), Captioned("", [], attention=torch.ones(0, 4)))
+        generate.draw_picture(config, Photo("a.jpg", id, "val", ()), CaptionResult("", [], attention=torch.ones(0, 4)))
     (path,) = drawn
     assert path.parent == config.pictures and path.suffix == ".png" and path.stem
     assert not set(path.name) & set("/\\\0:") and not path.name.startswith(".")
@@ -140,8 +174,15 @@ def png(side):
 
 
 def gif(side):
-    return (b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0" + bytes(6) + b"," +
-            struct.pack("<HHHH", 0, 0, side, side) + b"\0\x02\x02\x4c\x01\0;")  # fmt: skip
+    return (
+        b"GIF89a"
+        + struct.pack("<HH", side, side)
+        + b"\x80\0\0"
+        + bytes(6)
+        + b","
+        + struct.pack("<HHHH", 0, 0, side, side)
+        + b"\0\x02\x02\x4c\x01\0;"
+    )
 
 
 def tiff(side):
@@ -194,8 +235,14 @@ def test_text_beside_a_picture_cannot_fill_the_memory_either(tmp_path):
         open_photo(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(trace) (w) file\n%%EOF\n",
-                                     b"\xd7\xcd\xc6\x9a" + bytes(40), b"8BPS\0\1" + bytes(40)])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(trace) (w) file\n%%EOF\n",
+        b"\xd7\xcd\xc6\x9a" + bytes(40),
+        b"8BPS\0\1" + bytes(40),
+    ],
+)
 def test_a_photo_that_is_a_program_or_an_exotic_form_is_no_photo(tmp_path, monkeypatch, content):
     """Pillow would hand PostScript to Ghostscript, whatever the file is called."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("executed"))
@@ -214,8 +261,15 @@ def test_photos_of_two_pictures_as_telephones_make_them_are_read(tmp_path):
 
 
 def write_features(path):
-    attributes = {"grid": "native", "native_grid": [1, 1], "format": "x", "encoder": "e", "weights": "w",
-                  "weights_sha256": "s", "precision": "float32"}  # fmt: skip
+    attributes = {
+        "grid": "native",
+        "native_grid": [1, 1],
+        "format": "x",
+        "encoder": "e",
+        "weights": "w",
+        "weights_sha256": "s",
+        "precision": "float32",
+    }
     FeatureWriter(path, ["a"], attributes | {"format": FORMAT}, 2, "float16", overwrite=False).close()
 
 

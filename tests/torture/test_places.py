@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.checkpoint import load_checkpoint
+from captioning.runtime.checkpoint import load_checkpoint
 from tests.small import ENCODER as SMALL_ENCODER
 from tests.small import make_small_data, same
 from tests.torture.artefacts import EXTRACT, GENERATE, NOWHERE, RESUME, SCORE, TRAIN, does
@@ -156,12 +156,21 @@ def test_a_folder_where_nobody_may_write_is_one_line_and_the_same_command_goes_o
     tally("folders where nobody may write")
 
 
-@pytest.mark.parametrize("folder, command", [
-    ("data/small/photos", WRITES["data"]), ("data/small", EXTRACT), ("data/small", TRAIN), ("data/small", SPLIT),
-    ("data/small/photos", f"{GENERATE} data/small/photos"), ("checkpoints", f"{GENERATE} data/small/photos/0.png"),
-    ("checkpoints/att", RESUME), ("checkpoints/att", f"dashboard --replay checkpoints/att {NOWHERE}"),
-    ("data/small", SCORE), ("data/scenes", "preprocess data/scenes --scenes 20 --overwrite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder, command",
+    [
+        ("data/small/photos", WRITES["data"]),
+        ("data/small", EXTRACT),
+        ("data/small", TRAIN),
+        ("data/small", SPLIT),
+        ("data/small/photos", f"{GENERATE} data/small/photos"),
+        ("checkpoints", f"{GENERATE} data/small/photos/0.png"),
+        ("checkpoints/att", RESUME),
+        ("checkpoints/att", f"dashboard --replay checkpoints/att {NOWHERE}"),
+        ("data/small", SCORE),
+        ("data/scenes", "preprocess data/scenes --scenes 20 --overwrite"),
+    ],
+)
 def test_a_folder_that_nobody_may_enter_is_one_line(here, folder, command, tally):
     Path(folder).chmod(0)
     with bound_by_permissions():
@@ -177,7 +186,7 @@ NAMES = ["with space", "照片", "🐶", "new\nline", "quo'te\"", "% {x} $HOME `
 ALL_AT_ONCE = "a b 照片 🐶\n' \" % {x} $HOME <b>&"
 
 
-class Texts(html.parser.HTMLParser):
+class StringArray(html.parser.HTMLParser):
     """The text of a page."""
 
     def __init__(self, page: str):
@@ -231,7 +240,7 @@ def test_names_of_all_kinds_go_through_all_commands(tmp_path, monkeypatch, name,
     assert [line["image_id"] for line in json.loads(outputs["json"].read_text())] == list(val)
     with open(outputs["csv"], encoding="utf-8-sig", newline="") as file:
         assert [line["photo"] for line in csv.DictReader(file)] == list(val)
-    text = Texts(outputs["html"].read_text("utf-8")).found
+    text = StringArray(outputs["html"].read_text("utf-8")).found
     assert all(id in text for id in val) and text.count("CIDEr-D") == len(val)
     assert len(list((base / f"{name} drawn").iterdir())) == len(val)
     told = does(more, "--", run, base / "photos").splitlines()

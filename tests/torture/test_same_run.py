@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.checkpoint import load_checkpoint
+from captioning.runtime.checkpoint import load_checkpoint
 from tests.small import make_small_data, same
 from tests.torture.artefacts import RECIPE, does
 
@@ -36,8 +36,9 @@ def files(folder: Path) -> dict[str, object]:
     """What every file below the folder says; of a log, what does not depend on the clock."""
     return {
         str(path.relative_to(folder)): told(path) if path.name == "log.jsonl" else path.read_bytes()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def told(log: Path) -> list[dict]:

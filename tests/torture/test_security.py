@@ -22,23 +22,34 @@ import extract_features
 import generate
 import train
 from captioning.captioner import Captioner
-from captioning.checkpoint import FORMAT, load_checkpoint
-from captioning.encoder import load_encoder
-from captioning.feature_cache import FORMAT as FEATURES_FORMAT
-from captioning.feature_cache import FeatureReader
-from config import ExtractFeatures, Generate, Preprocess, Train, UserError
+from captioning.encoders.encoder import load_encoder
+from captioning.errors import UserError
+from captioning.features.feature_cache import FORMAT as FEATURES_FORMAT
+from captioning.features.feature_cache import FeatureReader
+from captioning.runtime.checkpoint import FORMAT, load_checkpoint
+from config import ExtractFeatures, Generate, Preprocess, Train
 from preprocess import tokenizers
 from preprocess.__main__ import main as preprocess
 from preprocess.annotations import read_annotations
 from tests.small import ENCODER, TINY
-from tests.test_house import SOURCES
+from tests.test_architecture import SOURCES
 from tests.torture.annotations import FORMS
 
 # ---- code: nothing in the house can execute what it reads
 
 MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "imp", "code", "runpy"}
-NAMES = {"eval", "exec", "compile", "__import__", "system", "popen", "getoutput", "extractall", "unpack_archive",
-         "load_state_dict_from_url"}  # fmt: skip
+NAMES = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "system",
+    "popen",
+    "getoutput",
+    "extractall",
+    "unpack_archive",
+    "load_state_dict_from_url",
+}
 METHODS = {"eval", "compile"}  # of a torch module, or of re: other things than the functions of those names
 LOADERS = ("jit.load", "hub.load", "package.PackageImporter", "np.load", "numpy.load")
 
@@ -67,12 +78,25 @@ def test_nothing_in_the_house_can_run_what_it_reads(module):
     assert list(dangers(ast.parse(SOURCES[module].read_text("utf-8")))) == []
 
 
-@pytest.mark.parametrize("code", [
-    "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "import pickle",
-    "from pickle import loads", "import torch, yaml", "eval(text)", "exec(text)", "os.system(text)",
-    "torch.jit.load(path)", "subprocess.run(text, shell=True)", "np.load(path)", "archive.extractall(folder)",
-    "torch.hub.load('a', 'b')",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "import pickle",
+        "from pickle import loads",
+        "import torch, yaml",
+        "eval(text)",
+        "exec(text)",
+        "os.system(text)",
+        "torch.jit.load(path)",
+        "subprocess.run(text, shell=True)",
+        "np.load(path)",
+        "archive.extractall(folder)",
+        "torch.hub.load('a', 'b')",
+    ],
+)
 def test_what_could_run_it_is_recognised(code):
     assert len(list(dangers(ast.parse(code)))) == 1
 
@@ -188,11 +212,21 @@ SECRET = b"a line of a private file\n" * 200
 
 def lay_features(path, **odd):
     """A feature file of three photos; odd: what makes one of its arrays, otherwise than usual."""
-    usual = {"features": np.ones((3, 2, 2, 4), np.float16), "pooled": np.ones((3, 4), np.float32),
-             "done": np.ones(3, np.uint8), "images": np.array(["a", "b", "c"], h5py.string_dtype())}  # fmt: skip
+    usual = {
+        "features": np.ones((3, 2, 2, 4), np.float16),
+        "pooled": np.ones((3, 4), np.float32),
+        "done": np.ones(3, np.uint8),
+        "images": np.array(["a", "b", "c"], h5py.string_dtype()),
+    }
     with h5py.File(path, "w") as file:
-        file.attrs.update(format=FEATURES_FORMAT, encoder="e", weights="w", weights_sha256="s", precision="float32",
-                          native_grid=[2, 2])  # fmt: skip
+        file.attrs.update(
+            format=FEATURES_FORMAT,
+            encoder="e",
+            weights="w",
+            weights_sha256="s",
+            precision="float32",
+            native_grid=[2, 2],
+        )
         for name, values in usual.items():
             if name in odd:
                 odd[name](file, name, values)
@@ -304,8 +338,22 @@ def test_compiled_code_is_kept_at_home_and_not_where_anyone_writes(tmp_path, mon
 
 # ---- ids never leave the image folder
 
-UNSAFE = ["../a.jpg", "..", "a/../../b.jpg", "a/..", "/etc/passwd", "//server/share/a.jpg", "\\\\server\\share\\a.jpg",
-          "C:\\x.jpg", "C:/x.jpg", "c:x.jpg", "a\\..\\b.jpg", "a\0.jpg", "\0", "\ud800.jpg"]  # fmt: skip
+UNSAFE = [
+    "../a.jpg",
+    "..",
+    "a/../../b.jpg",
+    "a/..",
+    "/etc/passwd",
+    "//server/share/a.jpg",
+    "\\\\server\\share\\a.jpg",
+    "C:\\x.jpg",
+    "C:/x.jpg",
+    "c:x.jpg",
+    "a\\..\\b.jpg",
+    "a\0.jpg",
+    "\0",
+    "\ud800.jpg",
+]
 part = st.sampled_from(["..", ".", "", "a", "b.jpg", "C:", "\\", "\\\\", "~", "\0", "图", " ", "...", "\n"])
 
 
@@ -324,8 +372,11 @@ def test_an_id_that_leaves_the_image_folder_is_refused(tmp_path, form, name, tal
     tally("ids that leave the image folder")
 
 
-@given(parts=st.lists(part, min_size=1, max_size=6), between=st.sampled_from(["/", "\\", "//", ""]),
-       form=st.sampled_from(sorted(FORMS)))  # fmt: skip
+@given(
+    parts=st.lists(part, min_size=1, max_size=6),
+    between=st.sampled_from(["/", "\\", "//", ""]),
+    form=st.sampled_from(sorted(FORMS)),
+)
 def test_whatever_an_id_is_its_photo_lies_in_the_image_folder(parts, between, form):
     folder = Path(tempfile.gettempdir()).resolve()
     with contextlib.suppress(UserError):

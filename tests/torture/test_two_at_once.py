@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
-from preprocess.files import claimed, whole
+from captioning.errors import UserError
+from captioning.runtime.files import atomic_write, locked
 from tests.torture.artefacts import does
 from tests.torture.ends import end_of
 from tests.torture.processes import (
@@ -25,10 +25,15 @@ from tests.torture.processes import (
     said,
     started,
     written,
-)  # fmt: skip
+)
 
-TWICE = {"preprocess": "out/data", "preprocess --scenes": "out/data", "extract_features.py": "out/features.h5",
-         "train.py": "checkpoints/new", "train.py --fine-tune": "checkpoints/new"}  # fmt: skip
+TWICE = {
+    "preprocess": "out/data",
+    "preprocess --scenes": "out/data",
+    "extract_features.py": "out/features.h5",
+    "train.py": "checkpoints/new",
+    "train.py --fine-tune": "checkpoints/new",
+}
 
 
 def holder(of: str) -> str:
@@ -133,16 +138,19 @@ def test_a_lock_that_its_holder_has_just_removed_is_made_anew(tmp_path, monkeypa
         return plain(*arguments)
 
     monkeypatch.setattr(fcntl, "lockf", first_without_a_name)
-    with claimed(tmp_path, lock):
+    with locked(tmp_path, lock):
         assert lock.read_text().startswith(f"{os.getpid()} on ") and len(calls) == 2
     assert not lock.exists()
 
 
 def test_of_two_that_write_one_file_the_later_one_wins_and_the_other_is_told(tmp_path):
     path = tmp_path / "captions.csv"
-    with pytest.raises(UserError, match="captions.csv: another process writes it, too; write to"), whole(path) as first:
+    with (
+        pytest.raises(UserError, match="captions.csv: another process writes it, too; write to"),
+        atomic_write(path) as first,
+    ):
         first.write(b"half a li")
-        with whole(path) as second:
+        with atomic_write(path) as second:
             second.write(b"a line")
     assert path.read_bytes() == b"a line" and list(tmp_path.iterdir()) == [path]
 
@@ -150,13 +158,13 @@ def test_of_two_that_write_one_file_the_later_one_wins_and_the_other_is_told(tmp
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".lock").symlink_to("victim")
-    with claimed(tmp_path, tmp_path / ".lock"):
+    with locked(tmp_path, tmp_path / ".lock"):
         assert (tmp_path / "victim").read_text() == "mine"
     assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_a_lock_that_is_refused_or_comes_to_nothing_leaves_no_folder(tmp_path):
-    with pytest.raises(RuntimeError), claimed(tmp_path / "a", tmp_path / "a/.lock"):
+    with pytest.raises(RuntimeError), locked(tmp_path / "a", tmp_path / "a/.lock"):
         assert (tmp_path / "a/.lock").read_text().startswith(f"{os.getpid()} on ")
         raise RuntimeError
     assert not (tmp_path / "a").exists()

@@ -1,0 +1,1 @@
+"""Captions as flat arrays, packed into batches."""

@@ -1,0 +1,1 @@
+"""A photo -> Grid: decoding, the transform, the CNN."""

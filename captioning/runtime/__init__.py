@@ -1,0 +1,1 @@
+"""What every command needs to run: devices, processes, checkpoints, logs, signals, files."""

@@ -1,0 +1,44 @@
+"""How captions are searched for or sampled, as settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from captioning.errors import UserError
+from captioning.runtime.settings import check, check_min, non_default
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of beam search and of sampling. Raises UserError for values out of range."""
+
+    beam_size: int = 5  # hypotheses per photo; 1 is greedy decoding
+    max_length: int = 30  # words per caption; a caption that does not end by then is marked as unfinished
+    min_length: int = 0  # words per caption
+    length_penalty: float = 0.0  # rank by log-probability / length^this: 0 is the sum, 1 the mean; more prefers longer
+    no_repeat_ngram: int = 0  # no n-gram of this many words occurs twice in a caption; 0 is off
+    allow_unknown: bool = False  # allow <unk> in captions
+    num_captions: int = 1  # captions per photo, all different
+    beam_groups: int = 1  # diverse beam search: groups of the beam, each of which returns its share of the captions
+    diversity_penalty: float = 0.5  # with --beam-groups: log-probability lost per earlier group that chose the word
+    temperature: float = 0.0  # sample instead of searching: 1 samples the model's distribution, less sharpens it
+    top_p: float = 1.0  # with --temperature: sample from the most likely words that hold this share of the probability
+
+    def __post_init__(self):
+        check_min(self, 1, "beam_size", "max_length", "num_captions", "beam_groups")
+        check_min(self, 0, "min_length", "length_penalty", "no_repeat_ngram", "diversity_penalty", "temperature")
+        check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
+        if self.min_length > self.max_length:
+            raise UserError(f"--min-length {self.min_length}: must be at most --max-length, now {self.max_length}")
+        if self.beam_size % self.beam_groups or self.num_captions % self.beam_groups:
+            raise UserError(
+                f"--beam-groups {self.beam_groups}: must divide --beam-size, now {self.beam_size}, and --num-captions, "
+                f"now {self.num_captions}"
+            )
+        if self.temperature:
+            if searching := non_default(self, "min_length", "length_penalty", "no_repeat_ngram", "beam_groups"):
+                raise UserError(f"{searching[0]} goes with beam search, without --temperature")
+        elif self.top_p < 1:
+            raise UserError("--top-p goes with --temperature: beam search draws nothing")
+        elif self.num_captions > self.beam_size:
+            raise UserError(f"--num-captions {self.num_captions}: must be at most --beam-size, now {self.beam_size}")

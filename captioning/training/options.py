@@ -1,0 +1,169 @@
+"""The settings of a training run, without the command line that sets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from captioning.decoders import DECODERS
+from captioning.errors import UserError
+from captioning.runtime.settings import check, check_fractions, check_min, flag, non_default
+from captioning.training import OBJECTIVES, SCHEDULES
+
+if TYPE_CHECKING:
+    DecoderName = ObjectiveName = ScheduleName = str
+else:  # the command line offers what is registered
+    DecoderName = Literal[tuple(DECODERS)]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+    ScheduleName = Literal[tuple(SCHEDULES)]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The settings of a training run. The command line of train.py is made from them: a field's comment is its help.
+
+    Raises UserError for a value out of range, and for settings that contradict one another.
+    """
+
+    data: Path  # folder made by python -m preprocess
+    run: str  # name of the run, which is written to checkpoints/RUN
+    # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look
+    decoder: DecoderName = "attention"
+    objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
+    features: Path | None = None  # cached features; data/NAME/features.h5 unless given
+    features_on: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where the cached features are held during training
+    epochs: int = 20  # at most
+    batch_size: int = 32  # captions, over all processes; all captions of a photo are in one batch
+    grad_accumulation: int = 1  # batches per update: large batches in little memory
+    embedding_size: int = 512  # of a word
+    attention_size: int = 512  # of keys and queries
+    hidden_size: int = 512  # of the recurrent state
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
+    layers: int = 1  # with --decoder lstm: recurrent layers
+    photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
+    tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
+    word_vectors: Path | None = None  # initialise the embedding from a text file of word2vec, GloVe or fastText
+    freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
+    dropout: float = 0.5  # probability, of the hidden state before the output layer
+    feature_dropout: float = 0.0  # probability that a channel of a photo's features is zeroed
+    label_smoothing: float = 0.0  # share of each target spread over the vocabulary
+    scheduled_sampling: float = 0.0  # highest probability that an input word is the decoder's own sample
+    scheduled_sampling_step: float = 0.05  # increase of that probability per epoch, from 0
+    reinforce_weight: float = 1.0  # with --decoder hard-attention: weight of the REINFORCE term
+    entropy_weight: float = 0.002  # with --decoder hard-attention: weight of the entropy of the attention
+    samples: int = 5  # with --objective cider: captions sampled per photo
+    # with --objective cider: the baseline of a reward: the mean of the photo's other samples, or its greedy caption
+    baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
+    learning_rate: float = 4e-4  # of the decoder
+    weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
+    schedule: ScheduleName = "step"  # of the learning rates; cosine: to 0 at --epochs
+    warmup_epochs: float = 0.0  # epochs of linear warm-up
+    lr_decay: float = 0.8  # with --schedule step: factor of the learning rates ...
+    lr_decay_every: int = 3  # ... every so many epochs
+    ema_decay: float = 0.0  # such as 0.999: validate and keep an exponential moving average of the weights; 0 is off
+    grad_clip: float = 5.0  # clamp every gradient element to +- this; 0 is off
+    alpha_c: float = 1.0  # with --decoder attention: weight of the doubly stochastic term
+    patience: int = 8  # stop after this many epochs without a better score
+    best_metric: Literal["cider", "bleu4", "loss"] = "cider"  # validation score that chooses best.pt
+    val_photos: int = 5000  # validation photos to caption and score each epoch; 0 is all
+    max_length: int = 52  # words per caption: longer references are truncated, and samples and validation captions end
+    fine_tune: bool = False  # train the encoder too, on the photos themselves
+    encoder: str | None = None  # with --fine-tune and no --start-from: as in extract_features.py (resnet101)
+    weights: str | None = None  # with --fine-tune and no --start-from: as in extract_features.py (imagenet)
+    image_size: int | None = None  # with --fine-tune and no --start-from: pixels (256)
+    unfreeze_from: str | None = None  # first encoder layer to train (ResNets: layer2, others: all); a layer, or all
+    encoder_learning_rate: float = 1e-4  # of the encoder
+    checkpoint_activations: bool = False  # with --fine-tune: recompute activations of the encoder, to save memory
+    flip: bool = False  # with --fine-tune: mirror photos at random, except where a caption says left or right
+    crop: float = 1.0  # with --fine-tune: random crops keep at least this share of each side; 1 is off
+    start_from: Path | None = None  # run whose weights training starts from
+    resume: bool = False  # continue this run where it stopped
+    save_every: float = 10.0  # minutes between checkpoints within an epoch
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic; weights stay float32
+    cuda_graphs: bool = True  # on a GPU, with cached features: run each batch as one CUDA graph
+    preview_photos: int = 6  # validation photos whose captions and attention are drawn every epoch; 0 is none
+    dashboard: str | None = None  # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    workers: int | None = None  # with --fine-tune: processes that decode photos; one per core unless given
+    seed: int = 0  # of weights, data order and dropout
+    allow_missing: float = 0.01  # share of photos that may lack features or be unreadable
+    overwrite: bool = False  # replace an existing run
+
+    def __post_init__(self):
+        if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
+            raise UserError(f"--run {self.run!r}: must be a plain name, such as att (kept in checkpoints/att)")
+        check_min(
+            self,
+            1,
+            "epochs",
+            "batch_size",
+            "grad_accumulation",
+            "embedding_size",
+            "attention_size",
+            "hidden_size",
+            "layers",
+            "samples",
+            "lr_decay_every",
+            "patience",
+            "max_length",
+        )
+        check_min(
+            self,
+            0,
+            "grad_clip",
+            "alpha_c",
+            "save_every",
+            "val_photos",
+            "preview_photos",
+            "weight_decay",
+            "warmup_epochs",
+            "reinforce_weight",
+            "entropy_weight",
+            "scheduled_sampling_step",
+            "workers",
+        )
+        check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
+        check_fractions(self, "allow_missing", "label_smoothing", "scheduled_sampling")
+        for name in ("learning_rate", "encoder_learning_rate", "lr_decay"):
+            check(0 < getattr(self, name) < float("inf"), flag(name), getattr(self, name), "above 0")
+        for name in ("dropout", "feature_dropout", "ema_decay"):
+            check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
+        check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Settings that do not go with one another."""
+        live = non_default(
+            self, "encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"
+        )
+        if live and not self.fine_tune:
+            raise UserError(f"{live[0]} goes with --fine-tune; cached features fix the encoder")
+        if self.start_from and (brought := non_default(self, "encoder", "weights", "image_size")):
+            raise UserError(f"{brought[0]}: --start-from {self.start_from} already brings its encoder")
+        if self.fine_tune and (cached := non_default(self, "features_on", "features")):
+            raise UserError(f"{cached[0]} goes without --fine-tune, which reads the photos themselves")
+        if self.checkpoint_activations and self.weights == "random":
+            raise UserError("--checkpoint-activations goes without --weights random, whose BatchNorm would learn twice")
+        if self.resume and self.overwrite:
+            raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
+        if self.objective == "cider" and not (self.start_from or self.resume):
+            raise UserError("--objective cider improves a trained run: give --start-from checkpoints/RUN")
+        if self.objective == "cider" and self.baseline == "leave-one-out" and self.samples == 1:
+            raise UserError("--samples 1: leaving one out leaves none; draw 2 or more, or give --baseline greedy")
+        if self.tie_embeddings and self.embedding_size != self.hidden_size:
+            raise UserError(
+                f"--tie-embeddings: --embedding-size {self.embedding_size} must equal --hidden-size {self.hidden_size}"
+            )
+        if self.word_vectors and self.start_from:
+            raise UserError(f"--word-vectors: --start-from {self.start_from} already brings its words")
+        if self.freeze_embeddings and not self.word_vectors:
+            raise UserError("--freeze-embeddings goes with --word-vectors FILE")
+        if self.freeze_embeddings and self.tie_embeddings:
+            raise UserError("--freeze-embeddings would freeze the words it says too: leave out --tie-embeddings")
+        if self.decoder != "lstm" and (of_lstm := non_default(self, "cell", "layers", "photo_norm")):
+            raise UserError(f"{of_lstm[0]} goes with --decoder lstm")
+
+    @property
+    def folder(self) -> Path:
+        return Path("checkpoints") / self.run

@@ -1,0 +1,1 @@
+"""Captions and runs to look at: plots, HTML, the dashboard."""
