@@ -219,8 +219,10 @@ class Server:
 
     def __init__(self, port, folder, host="127.0.0.1"):
         self.url = f"http://127.0.0.1:{port}"
-        code = f"import pathlib, captioning.viewing.visdom_server as s\n"
+        code = (
+            "import pathlib, captioning.viewing.visdom_server as s\n"
             f"s.serve({host!r}, {port}, pathlib.Path({str(folder)!r}))"
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=HOUSE,
