@@ -1,7 +1,7 @@
-# Every target does its own set-up first: a virtual environment in .venv, once, and again when the versions change.
+# Every target first creates or updates the virtual environment .venv.
 
 PYTHON ?= python3
-# Not ?=: many desktops set LANGUAGE=en_US:en in the environment, for gettext.
+# Not ?=: many desktops set LANGUAGE=en_US:en in the environment for gettext.
 LANGUAGE = zh
 unexport LANGUAGE
 
@@ -12,14 +12,14 @@ SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 .PHONY: help demo test bench torture matrix lint dashboard
 
 help:
-	@echo "make demo   drawn scenes -> features -> training -> captions, in minutes (LANGUAGE=zh or en)"
-	@echo "make test   ruff and the tests (PYTEST_ARGS='-k beam' for some of them)"
-	@echo "make bench   the README's table of speed, on this machine: beside the tutorials' way"
-	@echo "make torture   the tests of RELIABILITY.md at full length"
-	@echo "make matrix   the tests on the oldest packages allowed, and on Python 3.10 and 3.13"
-	@echo "make lint   ruff alone"
+	@echo "make demo        draw scenes, extract features, train, caption, in minutes (LANGUAGE=zh or en)"
+	@echo "make test        lint and the tests (PYTEST_ARGS='-k beam' selects some)"
+	@echo "make lint        ruff check, ruff format --check, mypy on the public interface"
+	@echo "make bench       the speed table of the README, on this machine"
+	@echo "make torture     the tests of RELIABILITY.md at full length"
+	@echo "make matrix      the tests on the oldest supported packages, and on Python 3.10 and 3.13"
 	@echo "make dashboard   visdom on http://127.0.0.1:8097, for train.py --dashboard"
-	@echo "Each sets up .venv first, about 6 GB, once. Another Python: make test PYTHON=python3.12"
+	@echo "The first call creates .venv, about 6 GB. Another Python: make test PYTHON=python3.12"
 
 demo: $(PACKAGES)
 	.venv/bin/python demo.py --language $(LANGUAGE)
@@ -35,7 +35,7 @@ bench: $(PACKAGES)
 
 torture: $(PACKAGES)
 	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \
-	  echo "no atheris for this Python: the fuzz targets are skipped"
+	  echo "atheris does not support this Python; the fuzz targets are skipped"
 	.venv/bin/python -m pytest --torture tests/torture $(SHARED_OUT) $(PYTEST_ARGS)
 
 matrix: $(PACKAGES)
@@ -43,19 +43,21 @@ matrix: $(PACKAGES)
 
 lint: $(PACKAGES)
 	.venv/bin/ruff check
+	.venv/bin/ruff format --check --quiet
+	.venv/bin/mypy
 
 dashboard: $(PACKAGES)
 	.venv/bin/python -m captioning.viewing.dashboard $(DASHBOARD_ARGS)
 
-# The stamp is written last. An interrupted set-up leaves packages without some of their files, which look complete to
-# uv: the mark of the unfinished one has them all installed again.
+# The stamp is written last. An interrupted installation can leave packages that look complete to uv but lack files, so
+# the mark of an unfinished one makes the next call reinstall everything.
 $(PACKAGES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	  { echo "error: $(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12" >&2; exit 1; }
-	@.venv/bin/python -c '' 2>/dev/null || rm -rf .venv  # its Python is gone, or never came
+	  { echo "error: $(PYTHON) is not Python 3.10 or newer; give another: make PYTHON=python3.12" >&2; exit 1; }
+	@.venv/bin/python -c '' 2>/dev/null || rm -rf .venv  # its Python no longer exists
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv >/dev/null 2>&1 || \
 	  { echo "error: $(PYTHON) -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up .venv: about 6 GB, once."
+	@echo "Creating .venv: about 6 GB, once."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@again=$$([ ! -e $(UNFINISHED) ] || echo --reinstall); touch $(UNFINISHED); \
 	  .venv/bin/uv pip install $$again --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[dashboard,export,test]'
