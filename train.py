@@ -25,7 +25,7 @@ import torch
 from captioning.dataset.batches import CachedPhotos, LivePhotos
 from captioning.dataset.caption_dataset import CaptionDataset, check_none_lost, check_words_known
 from captioning.decoders import DECODERS
-from captioning.decoders.word_vectors import put_word_vectors
+from captioning.decoders.word_vectors import load_word_vectors
 from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
 from captioning.encoders.images import Augment
 from captioning.errors import UserError
@@ -91,7 +91,7 @@ def make_trainer(config: Train, saved: dict | None = None, ranks: DistributedCon
     elif start is not None:
         trainer.start_from(start, str(config.start_from))
     elif config.word_vectors:
-        found = put_word_vectors(trainer.decoder.embedding.weight.data, config.word_vectors, vocabulary)
+        found = load_word_vectors(trainer.decoder.embedding.weight.data, config.word_vectors, vocabulary)
         words = len(vocabulary) - len(SPECIAL)
         print(f"{config.word_vectors}: {found:,} of the vocabulary's {words:,} words are in it ({found / words:.1%})")
     return trainer

@@ -115,8 +115,8 @@ class TutorialAttention(nn.Module):
     @torch.no_grad()
     def take(self, ours: AttentionDecoder) -> TutorialAttention:
         """The same weights as our decoder, which keeps them in fewer, larger matrices."""
-        query, gate, gates = ours.from_hidden.weight.split(ours.parts)
-        query_bias, gate_bias, gates_bias = ours.from_hidden.bias.split(ours.parts)
+        query, gate, gates = ours.from_hidden.weight.split(ours.split_sizes)
+        query_bias, gate_bias, gates_bias = ours.from_hidden.bias.split(ours.split_sizes)
         initial_h, initial_c = ours.initial.weight.chunk(2)
         initial_h_bias, initial_c_bias = ours.initial.bias.chunk(2)
         for parameter, value in {

@@ -74,7 +74,7 @@ def plain_and_replayed(name, **settings):
 @pytest.mark.parametrize("name", REPLAYED)
 def test_a_padded_batch_has_the_loss_and_the_gradients_of_the_batch(name, settings, monkeypatch):
     hard = "captioning.decoders.hard_attention"
-    monkeypatch.setattr(f"{hard}.HardAttentionDecoder.expected_share", 0.0)  # a cell is always drawn, and ...
+    monkeypatch.setattr(f"{hard}.HardAttentionDecoder.expectation_fraction", 0.0)  # a cell is always drawn, and ...
     monkeypatch.setattr(f"{hard}.sample_categorical", lambda shares: shares.argmax(-1))  # ... chance has no part in it
     plain, replayed, captured = plain_and_replayed(name, **settings)
     batches = [made_up([7, 5, 5, 3, 2, 1], 3, seed) for seed in range(3)] + [

@@ -124,7 +124,7 @@ def close(one, other, tolerance=1e-5):
 )
 def test_two_ranks_on_half_of_each_batch_train_as_one(here, setting, monkeypatch):
     """The captions differ in length, so a mean of the two halves' means would be another loss."""
-    monkeypatch.setattr(HardAttentionDecoder, "expected_share", 1.0)  # what is drawn differs from rank to rank
+    monkeypatch.setattr(HardAttentionDecoder, "expectation_fraction", 1.0)  # what is drawn differs from rank to rank
     alone, moved, figures = weights_after_an_epoch(SINGLE, setting)
     assert len(moved) > 8
     for weights, _, together in in_ranks(weights_after_an_epoch, setting):

@@ -82,7 +82,7 @@ def hard_of_three_cells():
     torch.manual_seed(5)
     sizes = dict(vocabulary_size=7, channels=3, embedding_size=2, attention_size=3, hidden_size=3, dropout=0.0)
     decoder = build_decoder("hard-attention", sizes).double().train()
-    decoder.expected_share = 0.0
+    decoder.expectation_fraction = 0.0
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(2)
@@ -140,8 +140,8 @@ def test_the_baseline_is_a_moving_average_and_the_entropy_has_its_weight(monkeyp
 
 def test_a_decoder_that_sees_the_expectation_learns_without_reinforce(monkeypatch):
     decoder, grid, batch = hard_of_three_cells()
-    monkeypatch.setattr(HardAttentionDecoder, "expected_share", 1.0)
-    del decoder.expected_share
+    monkeypatch.setattr(HardAttentionDecoder, "expectation_fraction", 1.0)
+    del decoder.expectation_fraction
     loss = CrossEntropy(settings(entropy_weight=0.0))(decoder, grid, batch, LossWeights())
     torch.testing.assert_close(loss.objective, loss.value)
 

@@ -133,7 +133,7 @@ def test_without_chance_a_decoder_in_training_says_what_it_says_when_it_captions
     assert all(part.training for part in decoder.modules())
     with deterministic(decoder, but_dropout=True):
         assert not torch.equal(decoder(grid, packed, PHOTO).logits, expected)
-        assert decoder(grid, packed, PHOTO).choices is None, "dropout is the only chance"
+        assert decoder(grid, packed, PHOTO).samples is None, "dropout is the only chance"
         decoder.dropout.p = 0.0
         if hasattr(decoder, "recurrent"):
             decoder.recurrent.dropout = 0.0

@@ -1,10 +1,10 @@
-"""Caption decoders: one file each, one protocol (decoders/protocol.py). A new decoder is a file and an entry here."""
+"""Caption decoders. Each is one file that follows captioning/decoders/protocol.py, and one entry of DECODERS."""
 
 from __future__ import annotations
 
 from captioning.runtime.registry import Registry
 
-# name -> decoder class; its constructor names the settings it takes
+# name -> decoder class. The constructor's parameter names select the settings that the class receives.
 DECODERS = Registry(
     "--decoder",
     {

@@ -1,7 +1,7 @@
-"""Knowing When to Look (Lu et al. 2017): adaptive attention, with a visual sentinel.
+"""Adaptive attention with a visual sentinel: Lu et al. 2017, Knowing When to Look, https://arxiv.org/abs/1612.01887.
 
-Letters: B photos, R captions, K captions a photo, W words of all captions packed, N native cells, P output cells,
-C channels, A attention, E embedding, H hidden, V vocabulary.
+Legend: B photos, R captions, K captions per photo, W words of all captions packed, N native cells, P output cells,
+C channels, A attention size, E embedding size, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, all_words
-from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, upcast
+from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, attend_all_steps
+from captioning.decoders.protocol import DecoderOutput, State, Step, init_gates, init_weights, upcast
 from captioning.encoders.grid import Grid
 
 
 class AdaptiveDecoder(nn.Module):
-    """v = relu(W_a F),  v^g = relu(W_b mean(F))                           (eq. 14-15)
+    """An LSTM whose words attend to the cells of the photo and to a sentinel, which stands for the language context.
+
+    v = relu(W_a F),  v^g = relu(W_b mean(F))                              (eq. 14-15)
     x_t = [E y_t-1, v^g],  h_t, m_t = LSTM(x_t, h_t-1)                     (section 2.3)
     s_t = sigmoid(W_x x_t + W_h h_t-1) * tanh(m_t)                         the sentinel     (eq. 9-10)
     z_t = w . tanh(W_v v + W_g h_t),  z^s_t = w . tanh(W_s s_t + W_g h_t)                   (eq. 6, 12)
@@ -25,7 +27,7 @@ class AdaptiveDecoder(nn.Module):
     c_t = sum(a_t v) + beta_t s_t                                          (eq. 11: a_t is (1 - beta_t) alpha_t)
     p(y_t) = softmax(W_p (c_t + h_t))                                      (eq. 13)
 
-    A word's attention a_t sums to 1 - beta_t: what is missing to one came from language alone.
+    The attention a_t of a word sums to 1 - beta_t, where beta_t is the weight of the sentinel.
     """
 
     uses_attention = True
@@ -43,72 +45,80 @@ class AdaptiveDecoder(nn.Module):
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
-        self.value = nn.Linear(channels, hidden_size)
-        self.whole = nn.Linear(channels, embedding_size)
+        self.value = nn.Linear(channels, hidden_size)  # W_a
+        self.whole = nn.Linear(channels, embedding_size)  # W_b; checkpoints have this name
         self.key = nn.Linear(hidden_size, attention_size, bias=False)
         self.query = nn.Linear(hidden_size, attention_size)
         self.sentinel_key = nn.Linear(hidden_size, attention_size, bias=False)
         self.score = nn.Linear(attention_size, 1, bias=False)
-        # The LSTM's four gates and the sentinel's, from the word, from the photo, from the hidden state
+        # The LSTM's four gates and the sentinel's: from the word, from the photo, from the hidden state
         self.word_gates = nn.Linear(embedding_size, 5 * hidden_size)
         self.photo_gates = nn.Linear(embedding_size, 5 * hidden_size, bias=False)
         self.hidden_gates = nn.Linear(hidden_size, 5 * hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.output_layer = nn.Linear(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
-        for gates in (self.word_gates, self.photo_gates, self.hidden_gates):
-            nn.init.uniform_(gates.weight, -(hidden_size**-0.5), hidden_size**-0.5)  # as torch.nn.LSTMCell
+        init_gates(hidden_size, self.word_gates, self.photo_gates, self.hidden_gates)
 
     def init_state(self, grid: Grid) -> State:
-        """photos: values (B, P, H), keys (B, P, A), the photo's share of the gates (B, 5H); rows: h and m (B, H)."""
-        values = grid.spread(self.value(grid.cells)).relu()  # linear up to the relu: projected on the native cells
-        gates = self.photo_gates(self.whole(grid.mean()).relu())
-        nothing = values.new_zeros(values.shape[0], self.hidden_gates.in_features, dtype=upcast(gates).dtype)
-        return State((values, self.key(values), gates), (nothing, nothing))
+        """per_photo: values (B, P, H), keys (B, P, A), photo_gates (B, 5H). per_caption: h and m (B, H)."""
+        values = grid.spread(self.value(grid.cells)).relu()  # linear up to the relu: project the native cells
+        photo_gates = self.photo_gates(self.whole(grid.mean()).relu())
+        zeros = self._zeros(photo_gates, values.shape[0])
+        return State((values, self.key(values), photo_gates), (zeros, zeros))
 
     def step(self, words: Tensor, state: State) -> Step:
+        """See Decoder.step in captioning/decoders/protocol.py."""
         (values, keys, photo_gates), (hidden, memory) = state
-        captions = words.shape[0] // values.shape[0]  # of a photo; not len: torch.export would take it for a constant
-        gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions, 0)
-        hidden, memory, sentinel = self._remember(gates + self.hidden_gates(hidden), memory)
-        attention, said = self._look(values, keys, hidden, sentinel)
-        scores = self.output_layer(self.dropout(said))  # (R, V)
-        return Step(F.log_softmax(upcast(scores), 1), attention, State(state.per_photo, (hidden, memory)))
+        captions_per_photo = words.shape[0] // values.shape[0]  # not len(): torch.export would take it for a constant
+        gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
+        hidden, memory, sentinel = self.lstm_cell(gates + self.hidden_gates(hidden), memory)
+        attention, attended = self.attend(values, keys, hidden, sentinel)
+        logits = self.output_layer(self.dropout(attended))  # (R, V)
+        return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, (hidden, memory)))
 
-    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> DecoderOutput:
-        """No hidden state sees what was attended to: all of them come first, then every word looks at its photo.
+    def forward(self, grid: Grid, words: PackedSequence, photo_index: Tensor) -> DecoderOutput:
+        """See Decoder.forward in captioning/decoders/protocol.py.
 
-        Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed.
+        The LSTM does not read the attended context: compute all hidden states first, then the attention of all words.
+        Captions are packed longest first, so the batch shrinks as they end and no padding is computed.
         """
         values, keys, photo_gates = self.init_state(grid).per_photo
-        sizes = words.batch_sizes.tolist()
-        whose = torch.cat([photo[:rows] for rows in sizes])  # (W,): each word's photo
-        gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, whose)  # (W, 5H)
+        step_sizes = words.batch_sizes.tolist()
+        photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
+        gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 5H)
         from_hidden = DeferredGradLinear(self.hidden_gates)
-        hidden = memory = gates.new_zeros(len(photo), self.hidden_gates.in_features, dtype=upcast(gates).dtype)
+        hidden = memory = self._zeros(gates, len(photo_index))
         hiddens, sentinels = [], []
-        for now in gates.split(sizes):
-            hidden, memory, sentinel = self._remember(now + from_hidden(hidden[: len(now)]), memory[: len(now)])
+        for step_gates in gates.split(step_sizes):
+            rows = len(step_gates)
+            hidden, memory, sentinel = self.lstm_cell(step_gates + from_hidden(hidden[:rows]), memory[:rows])
             hiddens.append(hidden)
             sentinels.append(sentinel)
-        rows = torch.cat(hiddens), torch.cat(sentinels)  # (W, H)
-        said = all_words(lambda *both: self._look(*both)[1], (values, keys), rows, photo, sizes)
-        return DecoderOutput(self.output_layer(self.dropout(said)), None)  # (W, V): one product for all words
+        per_word = torch.cat(hiddens), torch.cat(sentinels)  # (W, H)
+        attended = attend_all_steps(
+            lambda *tensors: self.attend(*tensors)[1], (values, keys), per_word, photo_index, step_sizes
+        )
+        return DecoderOutput(self.output_layer(self.dropout(attended)), None)  # (W, V): one product for all words
 
-    def _remember(self, gates: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What all feed to the gates (R, 5H), and m_t-1 (R, H) -> h_t, m_t, s_t (R, H)."""
-        let_in, forget, candidate, let_out, let_speak = upcast(gates).chunk(5, 1)
-        memory = forget.sigmoid() * memory + let_in.sigmoid() * candidate.tanh()
-        said = memory.tanh()
-        return let_out.sigmoid() * said, memory, let_speak.sigmoid() * said
+    def _zeros(self, gates: Tensor, rows: int) -> Tensor:
+        """The initial hidden state or memory (rows, H)."""
+        return gates.new_zeros(rows, self.hidden_gates.in_features, dtype=upcast(gates).dtype)
 
-    def _look(self, values: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor) -> tuple[Tensor, Tensor]:
-        """h_t and s_t (R, H) of R = B K rows over B photos -> the cells' attention (R, P), c_t + h_t (R, H)."""
-        each = (values.shape[0], hidden.shape[0] // values.shape[0], -1)  # (B, K, ...)
+    def lstm_cell(self, gates: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """LSTM cell with a sentinel: summed gate pre-activations (R, 5H), m_t-1 (R, H) -> h_t, m_t, s_t (R, H)."""
+        input_gate, forget_gate, candidate, output_gate, sentinel_gate = upcast(gates).chunk(5, 1)
+        memory = forget_gate.sigmoid() * memory + input_gate.sigmoid() * candidate.tanh()
+        activated = memory.tanh()
+        return output_gate.sigmoid() * activated, memory, sentinel_gate.sigmoid() * activated
+
+    def attend(self, values: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor) -> tuple[Tensor, Tensor]:
+        """values (B, P, H), keys (B, P, A), h_t and s_t (R, H) of R = B K rows -> a_t (R, P), c_t + h_t (R, H)."""
+        shape = (values.shape[0], hidden.shape[0] // values.shape[0], -1)  # (B, K, ...)
         query = self.query(hidden)  # (R, A)
-        cells = ChunkedAttentionScores("tanh", keys, self.score.weight)(query.view(each))  # (B, K, P)
-        own = self.score((self.sentinel_key(sentinel) + query).tanh()).view(each)  # (B, K, 1)
-        weights = torch.cat([upcast(cells), upcast(own)], 2).softmax(2)
+        cell_scores = ChunkedAttentionScores("tanh", keys, self.score.weight)(query.view(shape))  # (B, K, P)
+        sentinel_score = self.score((self.sentinel_key(sentinel) + query).tanh()).view(shape)  # (B, K, 1)
+        weights = torch.cat([upcast(cell_scores), upcast(sentinel_score)], 2).softmax(2)
         attention, beta = weights[..., :-1], weights[..., -1:]
-        context = attention.to(values.dtype) @ values + beta * sentinel.view(each)  # (B, K, H)
+        context = attention.to(values.dtype) @ values + beta * sentinel.view(shape)  # (B, K, H)
         return attention.flatten(0, 1), context.flatten(0, 1) + hidden

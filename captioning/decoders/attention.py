@@ -1,13 +1,13 @@
-"""Show, Attend and Tell (Xu et al. 2015), soft attention.
+"""Soft attention: Xu et al. 2015, Show, Attend and Tell, https://arxiv.org/abs/1502.03044.
 
-Letters: B photos, R captions, K captions a photo, W words of all captions packed, N native cells, P output cells,
-C channels, A attention, E embedding, H hidden, V vocabulary.
+Legend: B photos, R captions, K captions per photo, W words of all captions packed, N native cells, P output cells,
+C channels, A attention size, E embedding size, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +22,43 @@ from captioning.decoders.protocol import (
     Step,
     attention_sum,
     concat_samples,
+    init_gates,
     init_weights,
     upcast,
 )
 from captioning.encoders.grid import Grid
 
+# attention (B, K, P), and what a subclass adds to the state -> weight of each cell in the context (B, K, P), samples
+WeighCells = Callable[..., tuple[Tensor, "HardSamples | None"]]
+# query (R, A), gate (R, C), and what a subclass adds to the state -> context (R, C), attention (R, P), samples (R,)
+Attend = Callable[..., tuple[Tensor, Tensor, "HardSamples | None"]]
+# gate pre-activations from word, context and hidden state (R, 4H) each, c_t-1 (R, H) -> h_t, c_t (R, H)
+LstmCell = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Operations(NamedTuple):
+    """The operations of one step: the modules themselves, or their faster equivalents in training."""
+
+    from_hidden: Layer
+    attend: Attend
+    context_gates: Layer
+    lstm_cell: LstmCell
+
 
 class AttentionDecoder(nn.Module):
-    """e_t = w . relu(W_f F + W_h h_t-1)          the score of each cell       (eq. 4)
-    a_t = softmax(e_t)                            the attention                (eq. 5)
-    z_t = sigmoid(W_b h_t-1) * sum(a_t F)         the gated context            (eq. 13, section 4.2.1)
-    h_t = LSTM([E y_t-1, z_t], h_t-1)             from W_i mean(F)             (eq. 1-3)
+    """An LSTM that attends to the cells of the photo before each word.
+
+    e_t = w . relu(W_f F + W_h h_t-1)          the score of each cell       (eq. 4)
+    a_t = softmax(e_t)                         the attention                (eq. 5)
+    z_t = sigmoid(W_b h_t-1) * sum(a_t F)      the gated context            (eq. 13, section 4.2.1)
+    h_t = LSTM([E y_t-1, z_t], h_t-1)          h_0, c_0 from W_i mean(F)    (eq. 1-3)
     p(y_t) = softmax(W_o h_t)
     """
 
     uses_attention = True
     has_sentinel = False
     uses_coverage = True
-    uses_expectation = True  # sum(a_t F), which kernels for GPUs know
+    supports_kernels = True  # the context is sum(a_t F), as in captioning/decoders/kernels.py
 
     def __init__(
         self,
@@ -55,89 +74,105 @@ class AttentionDecoder(nn.Module):
         self.key = nn.Linear(channels, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)
         self.initial = nn.Linear(channels, 2 * hidden_size)
-        # What the hidden state feeds, in one product: the query W_h (A), the gate W_b (C), the LSTM's own gates (4H)
-        self.parts = [attention_size, channels, 4 * hidden_size]
-        self.from_hidden = nn.Linear(hidden_size, sum(self.parts))
+        # One product computes all that depends on h_t-1: the query W_h (A), the gate W_b (C), the LSTM's gates (4H)
+        self.split_sizes = [attention_size, channels, 4 * hidden_size]
+        self.from_hidden = nn.Linear(hidden_size, sum(self.split_sizes))
         self.word_gates = nn.Linear(embedding_size, 4 * hidden_size)
         self.context_gates = nn.Linear(channels, 4 * hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.output_layer = nn.Linear(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
-        for gates in (self.word_gates, self.context_gates):
-            nn.init.uniform_(gates.weight, -(hidden_size**-0.5), hidden_size**-0.5)  # as torch.nn.LSTMCell
+        init_gates(hidden_size, self.word_gates, self.context_gates)
 
     def init_state(self, grid: Grid) -> State:
-        """photos: cells (B, N, C), keys (B, P, A), pooling (B, P, N); rows: h and c (B, H)."""
-        keys = grid.spread(self.key(grid.cells))  # projected once a photo, on the native cells: P (W_f F)
-        pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view: it takes no memory
-        return State((grid.cells, keys, pooling), upcast(self.initial(grid.mean())).chunk(2, 1))
+        """per_photo: cells (B, N, C), keys (B, P, A), pooling (B, P, N). per_caption: h and c (B, H)."""
+        keys = grid.spread(self.key(grid.cells))  # P (W_f F): project the N native cells, once per photo
+        pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view without memory of its own
+        hidden, cell = upcast(self.initial(grid.mean())).chunk(2, 1)
+        return State((grid.cells, keys, pooling), (hidden, cell))
 
     def step(self, words: Tensor, state: State) -> Step:
-        gates = self.word_gates(self.embedding(words))
+        """See Decoder.step in captioning/decoders/protocol.py."""
         cells, keys, pooling = state.per_photo
-        look = partial(self._look, cells, ChunkedAttentionScores("relu", keys, self.score.weight), pooling)
-        layers = self.from_hidden, self.context_gates
-        rows, attention, choices = self._advance(gates, state.per_caption, look, self._lstm, *layers)
-        scores = self.output_layer(self.dropout(rows[0]))  # (R, V)
-        return Step(F.log_softmax(upcast(scores), 1), attention, State(state.per_photo, rows), choices)
+        scores = ChunkedAttentionScores("relu", keys, self.score.weight)
+        attend = GridAttention(cells, pooling, scores, self.weigh_cells)
+        operations = Operations(self.from_hidden, attend, self.context_gates, lstm_cell)
+        word_gates = self.word_gates(self.embedding(words))
+        per_caption, attention, samples = self._advance(operations, word_gates, state.per_caption)
+        logits = self.output_layer(self.dropout(per_caption[0]))  # (R, V)
+        return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption), samples)
 
-    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> DecoderOutput:
-        """Captions run longest first, so that the batch shrinks as they end: no padded row is ever computed."""
-        (cells, keys, _), rows = self.init_state(grid)  # the pooling stays one matrix for all captions
-        if kernels := kernels_for(cells) if self.uses_expectation else None:  # they find a caption's photo themselves
-            state = State((), rows).expand_to_captions(photo)  # (R, H)
-            look = kernels.FusedAttention(cells, keys, grid.pooling, self.score.weight, photo)
-            lstm = kernels.LstmGates.apply
-        else:
-            state = State((cells,), rows).expand_to_captions(photo)  # (R, N, C); (R, H)
-            scores = ChunkedAttentionScores("relu", keys, self.score.weight, photo)
-            look, lstm = None, self._lstm
-        hiddens, attentions, chosen = [], [], []
-        word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): they wait for no hidden state
-        layers = DeferredGradLinear(self.from_hidden), DeferredGradLinear(self.context_gates)
-        for gates in word_gates.split(words.batch_sizes.tolist()):
-            photos, rows = state.truncate(len(gates))
-            look_now = look or partial(self._look, *photos, scores, grid.pooling)
-            rows, attention, choices = self._advance(gates, rows, look_now, lstm, *layers)
-            state = State(photos, rows)
-            hiddens.append(rows[0])
+    def forward(self, grid: Grid, words: PackedSequence, photo_index: Tensor) -> DecoderOutput:
+        """See Decoder.forward in captioning/decoders/protocol.py.
+
+        Captions are packed longest first, so the batch shrinks as they end and no padding is computed.
+        """
+        (cells, keys, _), per_caption = self.init_state(grid)
+        operations = self._training_operations(cells, keys, grid.pooling, photo_index)
+        state = State((), per_caption).expand_to_captions(photo_index)  # (R, H)
+        word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): independent of the hidden state
+        hiddens, attentions, samples = [], [], []
+        for step_gates in word_gates.split(words.batch_sizes.tolist()):
+            state = state.truncate(len(step_gates))
+            per_caption, attention, step_samples = self._advance(operations, step_gates, state.per_caption)
+            state = State((), per_caption)
+            hiddens.append(per_caption[0])
             attentions.append(attention)
-            chosen.append(choices)
-        scores = self.output_layer(self.dropout(torch.cat(hiddens)))  # (W, V): one product for all words
-        return DecoderOutput(scores, attention_sum(self, attentions, words), concat_samples(chosen))
+            samples.append(step_samples)
+        logits = self.output_layer(self.dropout(torch.cat(hiddens)))  # (W, V): one product for all words
+        return DecoderOutput(logits, attention_sum(self, attentions, words), concat_samples(samples))
+
+    def _training_operations(self, cells: Tensor, keys: Tensor, pooling: Tensor, photo_index: Tensor) -> Operations:
+        """The fastest operations for one forward pass over captions of the photos photo_index (R,)."""
+        from_hidden, context_gates = DeferredGradLinear(self.from_hidden), DeferredGradLinear(self.context_gates)
+        kernels = kernels_for(cells) if self.supports_kernels else None
+        if kernels is not None:
+            fused = kernels.FusedAttention(cells, keys, pooling, self.score.weight, photo_index)
+            return Operations(from_hidden, fused, context_gates, kernels.lstm_cell)
+        scores = ChunkedAttentionScores("relu", keys, self.score.weight, photo_index)
+        attend = GridAttention(cells.index_select(0, photo_index), pooling, scores, self.weigh_cells)  # (R, N, C)
+        return Operations(from_hidden, attend, context_gates, lstm_cell)
 
     def _advance(
-        self,
-        word_gates: Tensor,
-        rows: tuple[Tensor, ...],
-        look: Callable,
-        lstm: Callable,
-        from_hidden: Layer,
-        context_gates: Layer,
+        self, operations: Operations, word_gates: Tensor, per_caption: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], Tensor, HardSamples | None]:
-        """One step of R rows -> rows h (R, H), c (R, H), ...; attention (R, P); choices (R,)."""
-        hidden, cell, *others = rows
-        query, gate, hidden_gates = from_hidden(hidden).split(self.parts, 1)
-        context, attention, *choices = look(query, gate, *others)
-        hidden, cell = lstm(word_gates, context_gates(context), hidden_gates, cell)
-        return (hidden, cell, *others), attention, choices[0] if choices else None
+        """Run one step: word_gates (R, 4H), per_caption -> next per_caption, attention (R, P), samples (R,)."""
+        hidden, cell, *extra = per_caption
+        query, gate, hidden_gates = operations.from_hidden(hidden).split(self.split_sizes, 1)
+        context, attention, samples = operations.attend(query, gate, *extra)
+        hidden, cell = operations.lstm_cell(word_gates, operations.context_gates(context), hidden_gates, cell)
+        return (hidden, cell, *extra), attention, samples
 
-    def _look(
-        self, cells: Tensor, scores: Callable, pooling: Tensor, query: Tensor, gate: Tensor, *others: Tensor
-    ) -> tuple[Tensor, Tensor, HardSamples | None]:
-        """Queries (R, A) and gates (R, C) of R = B K rows over B photos -> z_t (R, C), a_t (R, P), choices (R,)."""
-        photos = cells.shape[0]  # not len: torch.export would take it for a constant
-        attention = upcast(scores(query.view(photos, -1, query.shape[1]))).softmax(2)  # (B, K, P)
-        weights, choices = self._weights(attention, *others)
-        seen = Grid(cells, pooling).attend(weights)  # (B, K, C): (a P) F
-        return gate.sigmoid() * seen.view(gate.shape), attention.flatten(0, 1), choices
-
-    def _lstm(self, word: Tensor, context: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """What word, context and hidden state give to the gates (R, 4H), and c_t-1 (R, H) -> h_t and c_t (R, H)."""
-        let_in, forget, candidate, let_out = upcast(word + context + hidden).chunk(4, 1)
-        cell = forget.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
-        return let_out.sigmoid() * cell.tanh(), cell
-
-    def _weights(self, attention: Tensor) -> tuple[Tensor, HardSamples | None]:
-        """Attention (B, K, P) -> the weight of each cell in what is seen (B, K, P): here the attention itself."""
+    def weigh_cells(self, attention: Tensor) -> tuple[Tensor, HardSamples | None]:
+        """Attention (B, K, P) -> the weight of each cell in the context (B, K, P): here the attention itself."""
         return attention, None
+
+
+class GridAttention:
+    """Attend to the cells of each photo: z_t and a_t of AttentionDecoder, for every step of one forward pass.
+
+    With a photo_index in `scores`, cells are one row per caption, and later calls may have fewer rows: captions end.
+    """
+
+    def __init__(self, cells: Tensor, pooling: Tensor, scores: ChunkedAttentionScores, weigh_cells: WeighCells):
+        """cells (B, N, C), or (R, N, C) with a photo_index in scores; pooling (P, N) or (B, P, N)."""
+        self.cells, self.pooling, self.scores, self.weigh_cells = cells, pooling, scores, weigh_cells
+
+    def __call__(self, query: Tensor, gate: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor, HardSamples | None]:
+        """query (R, A), gate (R, C) of R = B K rows -> z_t (R, C), a_t (R, P), samples (R,)."""
+        if self.scores.photo_index is not None and len(query) != len(self.cells):
+            self.cells = self.cells[: len(query)]
+        photos = self.cells.shape[0]  # not len(): torch.export would take it for a constant
+        scores = self.scores(query.view(photos, -1, query.shape[1]))  # (B, K, P)
+        attention = upcast(scores).softmax(2)
+        weights, samples = self.weigh_cells(attention, *extra)
+        context = Grid(self.cells, self.pooling).attend(weights)  # (B, K, C): (a P) F
+        return gate.sigmoid() * context.view(gate.shape), attention.flatten(0, 1), samples
+
+
+def lstm_cell(word_gates: Tensor, context_gates: Tensor, hidden_gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """LSTM cell: gate pre-activations (R, 4H) from word, context and hidden state; c_t-1 (R, H) -> h_t, c_t (R, H)."""
+    gates = upcast(word_gates + context_gates + hidden_gates)
+    input_gate, forget_gate, candidate, output_gate = gates.chunk(4, 1)
+    cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+    return output_gate.sigmoid() * cell.tanh(), cell

@@ -1,8 +1,9 @@
-"""Decoders made from settings, and filled from checkpoints."""
+"""Create decoders from settings, and load their weights from checkpoints."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -10,26 +11,34 @@ from captioning.decoders import DECODERS
 from captioning.errors import UserError
 
 
-def decoder_arguments(name: str, settings: dict) -> dict:
-    """Those of the settings that the constructor of this decoder takes."""
+def decoder_arguments(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the constructor of the decoder `name` takes."""
     parameters = inspect.signature(DECODERS[name]).parameters
     return {argument: value for argument, value in settings.items() if argument in parameters}
 
 
-def build_decoder(name: str, settings: dict) -> nn.Module:
-    """The decoder of this name with random weights. Settings that its constructor does not take are ignored."""
+def build_decoder(name: str, settings: dict[str, Any]) -> nn.Module:
+    """Create the decoder `name` with random weights. Settings that its constructor does not take are ignored.
+
+    Raises UserError for a name that is not in DECODERS.
+    """
     return DECODERS[name](**decoder_arguments(name, settings))
 
 
-def load_decoder(decoder: nn.Module, saved: dict, name: str, arguments: dict, source: str) -> None:
-    """Load the weights of a checkpoint's `decoder` into this one.
+def load_decoder(
+    decoder: nn.Module, checkpoint: dict[str, Any], name: str, arguments: dict[str, Any], source: str
+) -> None:
+    """Load the weights of a checkpoint into `decoder`, which was created as `name` with `arguments`.
 
-    Raises UserError, naming the difference, where the checkpoint holds another decoder or other sizes.
+    checkpoint: the entry "decoder" of a checkpoint file, with the keys "name", "sizes" and "state".
+    source: names the checkpoint in error messages.
+    Raises UserError, naming the difference, if the checkpoint holds another decoder or other sizes.
     """
-    if saved["name"] != name:
-        raise UserError(f"{source}: holds the decoder {saved['name']}, not {name}; give --decoder {saved['name']}")
+    found_name = checkpoint["name"]
+    if found_name != name:
+        raise UserError(f"{source}: holds the decoder {found_name}, not {name}; give --decoder {found_name}")
     for argument, value in arguments.items():
-        found = saved["sizes"].get(argument, value)
+        found = checkpoint["sizes"].get(argument, value)
         if found != value and argument != "dropout":
             raise UserError(f"{source}: has {argument} {found}, not {value}; the two must be equal")
-    decoder.load_state_dict(saved["state"])
+    decoder.load_state_dict(checkpoint["state"])

@@ -1,238 +1,295 @@
-"""Where the decoders' speed lives: ways of doing what their equations say.
+"""Faster equivalents of what the decoders' equations say: same values, same gradients.
 
-AllSteps: a linear layer that a recurrence applies at every step, with one product for its weight's gradient.
-Backpropagation through time forms dW = sum_t dy_t^T x_t term by term: many products of few rows, each as large as the
-weight itself. Here every step notes x_t and dy_t, and the sum is one product behind the last of them.
+DeferredGradLinear: a linear layer of a recurrence, whose weight gets its gradient from one product over all steps.
+ChunkedAttentionScores: attention scores that never hold their (R, P, A) activations in memory.
+attend_all_steps: attention of all words at once, for decoders whose hidden state does not depend on it.
+kernels_for: the Triton kernels of captioning/decoders/kernels.py, where they apply.
 
-AllScores: the scores of attention, without their sums in memory.
-
-all_words: attention of all words at once, where no hidden state waits for it.
-
-kernels_for: captioning/decoders/kernels.py, where it serves.
-
-Letters: B photos, K captions a photo, R rows of a step, W rows of all steps, P cells, A attention, I inputs, O outputs.
+Legend: B photos, K captions per photo, R rows of a step, W rows of all steps, P cells, A attention size, I inputs,
+O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from captioning.decoders.deferred_grad import DeferredGradient, Saved
 from captioning.decoders.protocol import upcast
+from captioning.runtime.library_errors import reason
 
-IN_CACHE = 2**18  # elements: what a core works on at once
-ACTIVATIONS = {  # f, in place; what f gave -> f', in place: 0 or 1, and 1 - tanh^2
-    "relu": (Tensor.relu_, Tensor.sign_),
-    "tanh": (  # 2 sigmoid(2 x) - 1, in less than half of torch's time for tanh, which is more exact only next to 0
-        lambda sums: sums.mul_(2).sigmoid_().mul_(2).sub_(1),
-        lambda tanh: torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1, out=tanh),
-    ),
-}
-Layer = Callable[[Tensor], Tensor]  # a linear layer itself, or AllSteps of it
+CACHE_ELEMENTS = 2**18  # elements of a chunk per thread: they stay in the cache of a core
+
+Layer = Callable[[Tensor], Tensor]  # a linear layer, or its DeferredGradLinear
 
 
 class DeferredGradLinear:
-    """y_t = W x_t + b for every step of one forward pass: values and gradients are those of the layer.
+    """y_t = W x_t + b at every step of one forward pass, with values and gradients of the layer.
 
-    Under autocast the weight is rounded once, and gradients add up in the product, not in half precision.
+    Backpropagation through time computes dW = sum_t dy_t^T x_t term by term: many products of few rows, each as large
+    as the weight. Here each step saves x_t and dy_t, and one product after the last step computes the sum. Under
+    autocast the weight is rounded once, and the sum is accumulated inside the product, not in half precision.
     """
 
     def __init__(self, layer: nn.Linear):
-        device = layer.weight.device.type
-        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
-        self.weight = layer.weight.detach().to(half)  # (O, I)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(half)
-        self.count = 0  # of steps
-        self.notes: dict[int, tuple[Tensor, Tensor]] = {}  # by step: x_t (R, I), dy_t (R, O) of the backward pass
-        self.parameters = _Parameters.apply(layer.weight, layer.bias, self.notes)
+        device_type = layer.weight.device.type
+        dtype = layer.weight.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        self.weight = layer.weight.detach().to(dtype)  # (O, I)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.deferred = DeferredGradient(_linear_gradients, layer.weight, layer.bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """(R, I) -> (R, O), in the type that autocast computes in."""
-        self.count += 1
-        return _OneStep.apply(inputs.to(self.weight.dtype), self.parameters, self, self.count)
+        """(R, I) -> (R, O), in the dtype that autocast computes in."""
+        return _LinearStep.apply(inputs.to(self.weight.dtype), self.deferred.anchor, self)
 
 
-class _Parameters(torch.autograd.Function):
-    """Stands for weight and bias in the graph: behind all steps, its backward sees the notes of every one."""
+def _linear_gradients(steps: Sequence[Saved], weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of weight and bias from x_t (R, I) and dy_t (R, O) of each step."""
+    last_first = reversed(steps)  # the order in which autograd would add them
+    inputs, gradients = (torch.cat(tensors) for tensors in zip(*last_first, strict=True))  # (W, I), (W, O)
+    bias_gradient = None if bias is None else gradients.sum(0, dtype=weight.dtype)
+    return (gradients.T @ inputs).to(weight.dtype), bias_gradient
+
+
+class _LinearStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, linear: DeferredGradLinear) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.linear, ctx.step = linear, linear.deferred.next_step()
+        return F.linear(inputs, linear.weight, linear.bias)
 
     @staticmethod
-    def forward(context: Any, weight: Tensor, bias: Tensor | None, notes: dict) -> Tensor:
-        context.notes, context.dtype = notes, weight.dtype
-        return weight.new_empty(0)
-
-    @staticmethod
-    def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradients = (
-            torch.cat(tensors) for tensors in zip(*context.notes.values(), strict=True)
-        )  # (W, I), (W, O)
-        context.notes.clear()
-        of_bias = gradients.sum(0, dtype=context.dtype) if context.needs_input_grad[1] else None
-        return (gradients.T @ inputs).to(context.dtype), of_bias, None
-
-
-class _OneStep(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, inputs: Tensor, parameters: Tensor, steps: DeferredGradLinear, number: int) -> Tensor:
-        context.save_for_backward(inputs)
-        context.steps, context.number = steps, number
-        return F.linear(inputs, steps.weight, steps.bias)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if context.needs_input_grad[1]:
-            context.steps.notes[context.number] = (*context.saved_tensors, gradient)
-        return gradient @ context.steps.weight, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.needs_input_grad[1]:
+            ctx.linear.deferred.save(ctx.step, *ctx.saved_tensors, gradient)
+        return gradient @ ctx.linear.weight, None, None
 
 
 def kernels_for(cells: Tensor) -> ModuleType | None:
-    """The kernels, for cells on an NVIDIA GPU that ask for no gradient, as those of the cache; None for others."""
-    serve = cells.is_cuda and torch.version.cuda and not cells.requires_grad and cells.element_size() <= 4
-    return _kernels(cells.device) if serve else None
+    """Return the module of Triton kernels if they apply to these cells, else None.
+
+    They apply to cells on an NVIDIA GPU that require no gradient, such as those of the feature cache.
+    """
+    applicable = (
+        cells.is_cuda and torch.version.cuda is not None and not cells.requires_grad and cells.element_size() <= 4
+    )
+    return _load_kernels(cells.device) if applicable else None
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _load_kernels(device: torch.device) -> ModuleType | None:
     try:
         from captioning.decoders import kernels
 
-        kernels.try_out(device)
-    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know: whatever it raises
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        print(f"attention goes without its kernels for GPUs, which is slower: {reason}")
+        kernels.smoke_test(device)
+    except Exception as error:  # no Triton, no C compiler for it, an unsupported GPU: each raises an error of its own
+        print(f"the attention decoder runs without its fused GPU kernels, which is slower: {reason(error)}")
         return None
     return kernels
 
 
-class ChunkedAttentionScores:
-    """The scores of attention, w . f(k_p + q) with f relu or tanh, for every step of one forward pass.
+class Activation(NamedTuple):
+    apply_: Callable[[Tensor], Tensor]  # x -> f(x), in place
+    derivative_: Callable[[Tensor], Tensor]  # f(x) -> f'(x), in place
 
-    In between are R P A sums a step: to ask for so much memory, to write it and to read it takes longer than the sums
-    themselves. So a CPU makes them in its cache, a few rows of one photo at a time and at least in float32, and anew
-    where gradients need them: those of keys and w wait for the last step, as in AllSteps.
+
+def _tanh_(x: Tensor) -> Tensor:
+    """2 sigmoid(2 x) - 1: takes less than half the time of torch.tanh, which is more exact only near 0."""
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+def _tanh_derivative_(tanh: Tensor) -> Tensor:
+    """1 - tanh^2."""
+    return torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1, out=tanh)
+
+
+ACTIVATIONS = {
+    "relu": Activation(Tensor.relu_, Tensor.sign_),  # relu(x) >= 0, so that its sign is 0 or 1
+    "tanh": Activation(_tanh_, _tanh_derivative_),
+}
+
+
+class ChunkedAttentionScores:
+    """Attention scores w . f(k_p + q), with f relu or tanh, for every step of one forward pass.
+
+    The activations f(k_p + q) are R P A numbers per step. Allocating, writing and reading them takes longer than
+    computing them. A CPU therefore computes them in chunks that fit into its cache, a few rows of one photo at a time
+    and at least in float32, and computes them again in the backward pass. The gradients of keys and w are deferred to
+    the end of the backward pass. Other devices, and exported graphs, compute all activations of a step at once.
     """
 
-    def __init__(self, activation: str, keys: Tensor, weight: Tensor, photo: Tensor | None = None):
-        """keys (B, P, A), weight (1, A); photo (R,) int64: whose each row is; without it there are K rows a photo."""
-        self.activation, self.keys, self.weight, self.photo_index = activation, keys, weight, photo
-        self.in_parts = keys.device.type == "cpu" and not torch.compiler.is_compiling()  # no loops in exported graphs
-        if self.in_parts:
+    def __init__(self, activation: str, keys: Tensor, weight: Tensor, photo_index: Tensor | None = None):
+        """keys (B, P, A); weight (1, A), w; photo_index (R,) int64, the photo of each row.
+
+        Without photo_index, each call has K adjacent rows per photo.
+        """
+        self.activation, self.photo_index = activation, photo_index
+        self.chunked = keys.device.type == "cpu" and not torch.compiler.is_compiling()  # no loops in exported graphs
+        if self.chunked:
             self.keys, self.weight = upcast(keys.detach()), upcast(weight.detach())
-            self.count, self.notes = 0, {}  # by step: queries (R, A), gradients of the scores (R, P), photos (R,)
-            self.parameters = _Keys.apply(keys, weight, activation, self.notes)
-        elif photo is not None:
-            self.keys = keys.index_select(0, photo)
+            self.deferred = DeferredGradient(partial(_score_gradients, activation), keys, weight)
+        else:
+            self.keys = keys if photo_index is None else keys.index_select(0, photo_index)
+            self.weight = weight
 
     def __call__(self, query: Tensor) -> Tensor:
-        """(B, K, A) -> (B, K, P); where each row has its photo, the first rows' alone: (R, 1, A) -> (R, 1, P)."""
-        photos, rows = self.keys.shape[0], query.shape[0] * query.shape[1]
-        if not self.in_parts:
-            self.keys = self.keys if self.photo_index is None or rows == photos else self.keys[:rows]
-            activated = getattr(torch, f"{self.activation}_")(self.keys[:, None] + query[:, :, None])  # (B, K, P, A)
-            return F.linear(activated, self.weight).squeeze(3)
-        photo = (
-            torch.arange(photos).repeat_interleave(rows // photos)
-            if self.photo_index is None
-            else self.photo_index[:rows]
-        )
-        self.count += 1
-        scores = _Scores.apply(upcast(query).flatten(0, 1), self.parameters, self, photo, self.count)
-        return scores.view(*query.shape[:2], -1)
+        """(B, K, A) -> (B, K, P); with photo_index, the first R' rows only: (R', 1, A) -> (R', 1, P)."""
+        return self._in_chunks(query) if self.chunked else self._at_once(query)
+
+    def _at_once(self, query: Tensor) -> Tensor:
+        if self.photo_index is not None and query.shape[0] != self.keys.shape[0]:
+            self.keys = self.keys[: query.shape[0]]  # captions have ended
+        activate = torch.relu_ if self.activation == "relu" else torch.tanh_
+        activations = activate(self.keys[:, None] + query[:, :, None])  # (B, K, P, A)
+        return F.linear(activations, self.weight).squeeze(3)
+
+    def _in_chunks(self, query: Tensor) -> Tensor:
+        photos, captions_per_photo, _ = query.shape
+        if self.photo_index is None:
+            photo_index = torch.arange(photos).repeat_interleave(captions_per_photo)
+        else:
+            photo_index = self.photo_index[:photos]
+        scores = _ScoresStep.apply(upcast(query).flatten(0, 1), self.deferred.anchor, self, photo_index)  # (B K, P)
+        return scores.view(photos, captions_per_photo, -1)
 
 
-class _Keys(torch.autograd.Function):
-    """Stands for keys and w in the graph: behind all steps, its backward sees the notes of every one."""
+def _score_gradients(
+    activation: str, steps: Sequence[Saved], keys: Tensor, weight: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of keys and w from query (R, A), gradient of the scores (R, P) and photo_index (R,) of each step."""
+    query, gradient, photo_index = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # of W rows
+    keys_gradient, weight_gradient = upcast(torch.zeros_like(keys)), upcast(torch.zeros_like(weight[0]))
+    chunks = _Chunks(upcast(keys), photo_index)
+    for photo, scores_gradient, activations in zip(
+        chunks.photos, chunks.split(gradient), chunks.activations(activation, query), strict=True
+    ):  # scores_gradient (K, P), activations (K, P, A) of one photo
+        weight_gradient.addmv_(activations.flatten(0, 1).T, scores_gradient.view(-1))
+        derivatives = ACTIVATIONS[activation].derivative_(activations)
+        for derivative, row_gradient in zip(derivatives, scores_gradient[:, :, None], strict=True):
+            keys_gradient[photo].addcmul_(derivative, row_gradient)
+    return keys_gradient.mul_(weight).to(keys.dtype), weight_gradient[None].to(weight.dtype)
 
+
+class _ScoresStep(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, keys: Tensor, weight: Tensor, activation: str, notes: dict) -> Tensor:
-        context.save_for_backward(keys, weight)
-        context.activation, context.notes = activation, notes  # not the scores: a ring is freed late
-        return keys.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        keys, weight = context.saved_tensors
-        notes = (context.notes[number] for number in sorted(context.notes))
-        query, gradient, photo = (torch.cat(tensors) for tensors in zip(*notes, strict=True))  # of W rows
-        context.notes.clear()
-        of_keys, of_weight = upcast(torch.zeros_like(keys)), upcast(torch.zeros_like(weight[0]))
-        order, parts, sums = _in_parts(context.activation, upcast(keys), query, photo)
-        now = gradient.index_select(0, order).split([rows for _, rows in parts])  # (K, P) of each part
-        for (one, _), of_scores, activated in zip(parts, now, sums, strict=True):
-            of_weight.addmv_(activated.flatten(0, 1).T, of_scores.view(-1))
-            slopes = ACTIVATIONS[context.activation][1](activated)
-            for slope, of_score in zip(slopes, of_scores[:, :, None], strict=True):
-                of_keys[one].addcmul_(slope, of_score)
-        return of_keys.mul_(weight).to(keys.dtype), of_weight[None].to(weight.dtype), None, None
-
-
-class _Scores(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any, query: Tensor, parameters: Tensor, scores: ChunkedAttentionScores, photo: Tensor, number: int
-    ) -> Tensor:
-        context.save_for_backward(query, photo)
-        context.scores, context.number = scores, number
-        order, _, sums = _in_parts(scores.activation, scores.keys, query, photo)
-        of_rows = torch.cat([torch.mv(activated.flatten(0, 1), scores.weight[0]) for activated in sums])
-        of_rows = of_rows.view(len(query), -1)  # by photo
-        return torch.empty_like(of_rows).index_copy_(0, order, of_rows)
+    def forward(ctx: Any, query: Tensor, anchor: Tensor, scores: ChunkedAttentionScores, photo_index: Tensor) -> Tensor:
+        ctx.save_for_backward(query, photo_index)
+        ctx.scores, ctx.step = scores, scores.deferred.next_step()
+        chunks = _Chunks(scores.keys, photo_index)
+        weight = scores.weight[0]
+        by_photo = [
+            torch.mv(activations.flatten(0, 1), weight) for activations in chunks.activations(scores.activation, query)
+        ]
+        return chunks.restore_order(torch.cat(by_photo).view(len(query), -1))
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (query, photo), scores = context.saved_tensors, context.scores
-        if context.needs_input_grad[1]:
-            scores.notes[context.number] = query, gradient, photo
-        order, parts, sums = _in_parts(scores.activation, scores.keys, query, photo)
-        now = gradient.index_select(0, order)[:, None].split([rows for _, rows in parts])  # (K, 1, P) of each part
-        slopes = map(ACTIVATIONS[scores.activation][1], sums)
-        of_query = torch.cat([torch.bmm(*both) for both in zip(now, slopes, strict=True)])[:, 0].mul_(scores.weight)
-        return torch.empty_like(query).index_copy_(0, order, of_query), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (query, photo_index), scores = ctx.saved_tensors, ctx.scores
+        if ctx.needs_input_grad[1]:
+            scores.deferred.save(ctx.step, query, gradient, photo_index)
+        chunks = _Chunks(scores.keys, photo_index)
+        derivative_ = ACTIVATIONS[scores.activation].derivative_
+        by_photo = [
+            torch.bmm(scores_gradient, derivative_(activations))  # (K, 1, P) and (K, P, A) -> (K, 1, A)
+            for scores_gradient, activations in zip(
+                chunks.split(gradient[:, None]), chunks.activations(scores.activation, query), strict=True
+            )
+        ]
+        query_gradient = torch.cat(by_photo)[:, 0].mul_(scores.weight)
+        return chunks.restore_order(query_gradient), None, None, None
 
 
-def _in_parts(
-    activation: str, keys: Tensor, query: Tensor, photo: Tensor
-) -> tuple[Tensor, list[tuple[int, int]], Iterator[Tensor]]:
-    """Queries (R, A), their photos (R,) -> the rows by photo (R,); a photo, and how many of its rows, of each part;
-    f(k_p + q) of each (K, P, A), gone with the next."""
-    order, counts = photo.argsort(stable=True), enumerate(photo.bincount().tolist())
-    most = max(1, IN_CACHE * torch.get_num_threads() // keys[0].numel())
-    parts = [(one, min(most, rows - first)) for one, rows in counts for first in range(0, rows, most)]
-    space = keys.new_empty(min(most, len(query)), *keys.shape[1:])
-    queries = query.index_select(0, order)[:, None].split([rows for _, rows in parts])
-    sums = (torch.add(keys[one], some, out=space[:n]) for (one, n), some in zip(parts, queries, strict=True))
-    return order, parts, map(ACTIVATIONS[activation][0], sums)
+class _Chunks:
+    """Rows of queries in chunks of one photo each, small enough for their activations to stay in the cache."""
+
+    def __init__(self, keys: Tensor, photo_index: Tensor):
+        """keys (B, P, A); photo_index (R,) int64, the photo of each row."""
+        self.keys = keys
+        self.order = photo_index.argsort(stable=True)  # (R,): rows by photo
+        max_rows = max(1, CACHE_ELEMENTS * torch.get_num_threads() // keys[0].numel())
+        self.photos: list[int] = []  # of each chunk
+        self.sizes: list[int] = []  # rows of each chunk
+        for photo, rows in enumerate(photo_index.bincount().tolist()):
+            for start in range(0, rows, max_rows):
+                self.photos.append(photo)
+                self.sizes.append(min(max_rows, rows - start))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The rows (R, ...) of each chunk (K, ...)."""
+        return rows.index_select(0, self.order).split(self.sizes)
+
+    def activations(self, activation: str, query: Tensor) -> Iterator[Tensor]:
+        """f(k_p + q) of each chunk (K, P, A); query (R, A). All share one buffer: the next overwrites the last."""
+        apply_ = ACTIVATIONS[activation].apply_
+        buffer = self.keys.new_empty(max(self.sizes), *self.keys.shape[1:])
+        for photo, rows in zip(self.photos, self.split(query[:, None]), strict=True):
+            yield apply_(torch.add(self.keys[photo], rows, out=buffer[: len(rows)]))
+
+    def restore_order(self, by_photo: Tensor) -> Tensor:
+        """Rows by photo (R, ...) -> the rows in their original order."""
+        return torch.empty_like(by_photo).index_copy_(0, self.order, by_photo)
 
 
-def all_words(
-    look: Callable[..., Tensor], photos: tuple[Tensor, ...], rows: tuple[Tensor, ...], photo: Tensor, sizes: list[int]
+Attend = Callable[..., Tensor]  # (*per_photo (B, ...), *per_word (B K, ...)) -> (B K, ...)
+
+
+def attend_all_steps(
+    attend: Attend,
+    per_photo: tuple[Tensor, ...],
+    per_word: tuple[Tensor, ...],
+    photo_index: Tensor,
+    step_sizes: list[int],
 ) -> Tensor:
-    """look(photos (B, ...), rows of K words a photo (B K, ...)) -> (B K, ...), of all words packed (W, ...).
+    """Apply `attend` to the packed words of all steps: per_photo (B, ...), per_word (W, ...) -> (W, ...).
 
-    photo (R,) int64: whose each caption is; sizes: rows of each step. On a CPU a photo is read once, for all words of
-    its captions. On a GPU the number of these would have to be waited for: there a step's rows look together.
+    photo_index (R,) int64: the photo of each caption. step_sizes: rows of each step. A CPU reads each photo once, for
+    all words of its captions. On a GPU, the number of these words would need a device synchronisation, so it attends
+    step by step.
     """
-    return (photo_by_photo if photo.device.type == "cpu" else step_by_step)(look, photos, rows, photo, sizes)
+    strategy = photo_by_photo if photo_index.device.type == "cpu" else step_by_step
+    return strategy(attend, per_photo, per_word, photo_index, step_sizes)
 
 
-def photo_by_photo(look: Callable, photos: tuple, rows: tuple, photo: Tensor, sizes: list[int]) -> Tensor:
-    whose = torch.cat([photo[:size] for size in sizes])  # (W,)
-    order, words = whose.argsort(stable=True), whose.bincount(minlength=len(photos[0])).tolist()
-    of_photo = zip(*(tensor.split(1) for tensor in photos), strict=True)
-    of_words = zip(*(tensor.index_select(0, order).split(words) for tensor in rows), strict=True)
-    seen = torch.cat([look(*one, *some) for one, some in zip(of_photo, of_words, strict=True) if len(some[0])])
-    return torch.empty_like(seen).index_copy(0, order, seen)
+def photo_by_photo(
+    attend: Attend,
+    per_photo: tuple[Tensor, ...],
+    per_word: tuple[Tensor, ...],
+    photo_index: Tensor,
+    step_sizes: list[int],
+) -> Tensor:
+    photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
+    order = photo_of_word.argsort(stable=True)
+    words_per_photo = photo_of_word.bincount(minlength=len(per_photo[0])).tolist()
+    photos = zip(*(tensor.split(1) for tensor in per_photo), strict=True)
+    words = zip(*(tensor.index_select(0, order).split(words_per_photo) for tensor in per_word), strict=True)
+    by_photo = torch.cat(
+        [attend(*photo, *rows) for photo, rows, count in zip(photos, words, words_per_photo, strict=True) if count]
+    )
+    return torch.empty_like(by_photo).index_copy(0, order, by_photo)
 
 
-def step_by_step(look: Callable, photos: tuple, rows: tuple, photo: Tensor, sizes: list[int]) -> Tensor:
-    photos = tuple(tensor.index_select(0, photo) for tensor in photos)
-    steps = zip(*(tensor.split(sizes) for tensor in rows), strict=True)
-    return torch.cat([look(*(tensor[: len(step[0])] for tensor in photos), *step) for step in steps])
+def step_by_step(
+    attend: Attend,
+    per_photo: tuple[Tensor, ...],
+    per_word: tuple[Tensor, ...],
+    photo_index: Tensor,
+    step_sizes: list[int],
+) -> Tensor:
+    per_caption = [tensor.index_select(0, photo_index) for tensor in per_photo]  # (R, ...)
+    steps = zip(*(tensor.split(step_sizes) for tensor in per_word), strict=True)
+    return torch.cat(
+        [
+            attend(*(tensor[:size] for tensor in per_caption), *rows)
+            for size, rows in zip(step_sizes, steps, strict=True)
+        ]
+    )

@@ -1,18 +1,21 @@
-"""On an NVIDIA GPU, soft attention's step in two kernels each way, in Triton: what it sees, and the LSTM's gates.
+"""Triton kernels for NVIDIA GPUs: one step of soft attention, and the gates of an LSTM, forward and backward.
 
-The equations are those of captioning/decoders/attention.py, where they can be read. Between the products with weights
-a step there is a dozen passes over (R, P, A) and (R, C); here keys and cells are read once a row, in place, and nothing
-of that size is written. Sums are float32 in any precision.
+They compute the equations of captioning/decoders/attention.py, which is the readable form. Between the products with
+weights, a step of the plain form makes about a dozen passes over tensors of (R, P, A) and (R, C). Here a program reads
+the keys and cells of its row in place, once, and writes no tensor of that size. Sums are float32 in any precision.
 
-The gradients of the keys and of w are sums over all steps, and wait for the last of them as in fast.py: one kernel adds
-up a photo's words, in their order, so that the same batch has the same gradients.
+The gradients of the keys and of w are sums over all steps. They are deferred to the end of the backward pass, as in
+captioning/decoders/fused_ops.py: one kernel adds up the words of each photo in a fixed order, so that gradients are
+deterministic.
 
-Letters: B photos, R rows of a step, W rows of all steps, N native cells, P output cells, C channels, A attention,
-H hidden. A program is one row, or one photo's tile of keys.
+Legend: B photos, R rows of a step, W rows of all steps, N native cells, P output cells, C channels, A attention size,
+H hidden size. A program computes one row of the batch, or one tile of the keys of a photo. X_BLOCK is the number of
+elements along X that a program reads at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,148 +23,147 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-A_BLOCK, C_BLOCK, H_BLOCK = 64, 128, 256  # elements that a program reads at once
-KEY_CELLS = 32  # cells of a tile of keys
+from captioning.decoders.deferred_grad import DeferredGradient, Saved
+
+A_BLOCK, C_BLOCK, H_BLOCK = 64, 128, 256
+KEY_CELLS = 32  # cells per tile of keys
+# Fused multiply-add, which was Triton's default: Triton 3.9 warns if neither the launch nor the environment sets it.
+LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class FusedAttention:
-    """(query (R, A), gate (R, C)) -> sigmoid(gate) * ((a P) F) (R, C), a (R, P), for every step of a forward pass."""
+    """sigmoid(gate) * ((a P) F) and a = softmax(w . relu(keys + query)), for every step of one forward pass."""
 
-    def __init__(self, cells: Tensor, keys: Tensor, pooling: Tensor, score: Tensor, photo: Tensor):
-        """cells (B, N, C), keys (B, P, A), pooling (P, N), score, w (1, A), photo (R,): whose each row is."""
+    def __init__(self, cells: Tensor, keys: Tensor, pooling: Tensor, score_weight: Tensor, photo_index: Tensor):
+        """cells (B, N, C), F; keys (B, P, A); pooling (P, N), P; score_weight (1, A), w; photo_index (R,) int64."""
         self.cells, self.keys, self.pooling = cells.contiguous(), keys.detach().contiguous(), pooling.contiguous()
-        self.score, self.photo_index = score.detach(), photo
-        self.notes: dict[int, tuple[Tensor, Tensor]] = {}  # by step: query (R, A), gradient of the scores (R, P)
-        self.count = 0  # of steps
-        self.parameters = _Parameters.apply(keys, score, photo, self.notes)
+        self.score_weight, self.photo_index = score_weight.detach(), photo_index
+        self.deferred = DeferredGradient(_keys_gradients, keys, score_weight, photo_index)
 
-    def __call__(self, query: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        self.count += 1
-        return _Look.apply(query, gate, self.parameters, self, self.count)
+    def __call__(self, query: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, None]:
+        """query (R, A), gate (R, C) -> context (R, C), attention (R, P) float32, None (there are no samples)."""
+        context, attention = _AttentionStep.apply(query, gate, self.deferred.anchor, self)
+        return context, attention, None
 
-    def sizes(self) -> dict[str, int]:
-        (_, n, c), (_, p, a) = self.cells.shape, self.keys.shape
+    def launch_arguments(self) -> dict[str, Any]:
+        """The sizes and options of a launch of the two attention kernels."""
+        (_, num_native, channels), (_, num_cells, attention_size) = self.cells.shape, self.keys.shape
         return {
-            "P": p,
-            "N": n,
-            "A": a,
-            "C": c,
-            "P_BLOCK": triton.next_power_of_2(p),
-            "N_BLOCK": triton.next_power_of_2(n),
+            "P": num_cells,
+            "N": num_native,
+            "A": attention_size,
+            "C": channels,
+            "P_BLOCK": triton.next_power_of_2(num_cells),
+            "N_BLOCK": triton.next_power_of_2(num_native),
             "A_BLOCK": A_BLOCK,
             "C_BLOCK": C_BLOCK,
             "num_warps": 8,
+            **LAUNCH_OPTIONS,
         }
 
 
-class _Parameters(torch.autograd.Function):
-    """Stands for keys and w in the graph: behind all steps, its backward sees the notes of every one."""
+def _keys_gradients(
+    steps: Sequence[Saved], keys: Tensor, score_weight: Tensor, photo_index: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of keys (B, P, A) and w (1, A) from query (R, A) and gradient of the scores (R, P) of each step."""
+    keys, (num_photos, num_cells, attention_size) = keys.contiguous(), keys.shape
+    queries, d_scores = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # (W, A), (W, P)
+    photo_of_word = torch.cat([photo_index[: len(query)] for query, _ in steps])  # (W,)
+    sorted_photos, word_order = photo_of_word.sort(stable=True)
+    word_offsets = torch.searchsorted(sorted_photos, torch.arange(num_photos + 1, device=keys.device))
+    num_tiles = triton.cdiv(num_cells, KEY_CELLS)
+    d_keys = torch.empty_like(keys)
+    d_score_weight = torch.empty(num_photos * num_tiles, attention_size, device=keys.device)
+    _keys_backward_kernel[num_photos * num_tiles, triton.cdiv(attention_size, A_BLOCK)](
+        keys,
+        score_weight,
+        queries,
+        d_scores,
+        word_order,
+        word_offsets,
+        d_keys,
+        d_score_weight,
+        num_tiles,
+        P=num_cells,
+        A=attention_size,
+        P_BLOCK=KEY_CELLS,
+        A_BLOCK=A_BLOCK,
+        **LAUNCH_OPTIONS,
+    )
+    return d_keys, d_score_weight.sum(0, keepdim=True).to(score_weight.dtype), None
 
+
+class _AttentionStep(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, keys: Tensor, score: Tensor, photo: Tensor, notes: dict) -> Tensor:
-        context.save_for_backward(keys, score, photo)
-        context.notes = notes  # not the looks, which hold what stands for their keys: a ring is freed late
-        return keys.new_empty(0)
-
-    @staticmethod
-    def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        keys, score, photo = context.saved_tensors
-        keys, (photos, p, a) = keys.contiguous(), keys.shape
-        steps = [context.notes[number] for number in sorted(context.notes)]
-        context.notes.clear()
-        queries, gradients = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # (W, A), (W, P)
-        of, order = torch.cat([photo[: len(query)] for query, _ in steps]).sort(stable=True)  # words by photo
-        ends = torch.searchsorted(of, torch.arange(photos + 1, device=of.device))
-        tiles = triton.cdiv(p, KEY_CELLS)
-        d_keys, d_score = torch.empty_like(keys), torch.empty(photos * tiles, a, device=of.device)
-        _keys_backward[photos * tiles, triton.cdiv(a, A_BLOCK)](
-            keys,
-            score,
-            queries,
-            gradients,
-            order,
-            ends,
-            d_keys,
-            d_score,
-            tiles,
-            P=p,
-            A=a,
-            P_BLOCK=KEY_CELLS,
-            A_BLOCK=A_BLOCK,
-        )
-        return d_keys, d_score.sum(0, keepdim=True).to(score.dtype), None, None
-
-
-class _Look(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, query: Tensor, gate: Tensor, parameters: Tensor, looks: FusedAttention, number: int):
+    def forward(ctx: Any, query: Tensor, gate: Tensor, anchor: Tensor, fused: FusedAttention) -> tuple[Tensor, Tensor]:
         rows = len(query)
-        attention = torch.empty(rows, looks.keys.shape[1], device=query.device)
-        seen = torch.empty(rows, looks.cells.shape[2], dtype=query.dtype, device=query.device)
-        _look[(rows,)](
+        attention = torch.empty(rows, fused.keys.shape[1], device=query.device)
+        context = torch.empty(rows, fused.cells.shape[2], dtype=query.dtype, device=query.device)
+        _attention_kernel[(rows,)](
             query,
             gate,
-            looks.keys,
-            looks.cells,
-            looks.pooling,
-            looks.score,
-            looks.photo_index,
+            fused.keys,
+            fused.cells,
+            fused.pooling,
+            fused.score_weight,
+            fused.photo_index,
             attention,
-            seen,
+            context,
             query.stride(0),
             gate.stride(0),
-            **looks.sizes(),
+            **fused.launch_arguments(),
         )
-        context.save_for_backward(query, gate, attention)
-        context.looks, context.number = looks, number
-        return seen, attention
+        ctx.save_for_backward(query, gate, attention)
+        ctx.fused, ctx.step = fused, fused.deferred.next_step()
+        return context, attention
 
     @staticmethod
-    def backward(context: Any, d_seen: Tensor, d_attention: Tensor) -> tuple[Tensor | None, ...]:
-        looks, (query, gate, attention) = context.looks, context.saved_tensors
+    def backward(ctx: Any, d_context: Tensor, d_attention: Tensor) -> tuple[Tensor | None, ...]:
+        fused, (query, gate, attention) = ctx.fused, ctx.saved_tensors
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         d_scores = torch.empty_like(attention)
-        _look_backward[(len(query),)](
+        _attention_backward_kernel[(len(query),)](
             query,
             gate,
-            looks.keys,
-            looks.cells,
-            looks.pooling,
-            looks.score,
-            looks.photo_index,
+            fused.keys,
+            fused.cells,
+            fused.pooling,
+            fused.score_weight,
+            fused.photo_index,
             attention,
-            d_seen.contiguous(),
+            d_context.contiguous(),
             d_attention.contiguous(),
             d_query,
             d_gate,
             d_scores,
             query.stride(0),
             gate.stride(0),
-            **looks.sizes(),
+            **fused.launch_arguments(),
         )
-        looks.notes[context.number] = query, d_scores
-        return d_query, d_gate, None, None, None
+        if ctx.needs_input_grad[2]:
+            fused.deferred.save(ctx.step, query, d_scores)
+        return d_query, d_gate, None, None
 
 
 @triton.jit
-def _read(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
-    """Elements i, j of it, zero outside."""
+def _load_tile(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
+    """Load elements (i, j) of a matrix (rows, columns) as float32, with zeros outside of it."""
     inside = (i[:, None] < rows) & (j[None, :] < columns)
     return tl.load(matrix + i[:, None] * columns + j[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _look(
+def _attention_kernel(
     query,
     gate,
     keys,
     cells,
     pooling,
-    score,
-    photo,
+    score_weight,
+    photo_index,
     attention,
-    seen,
+    context,
     query_stride,
     gate_stride,
     P: tl.constexpr,
@@ -174,39 +176,40 @@ def _look(
     C_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.load(photo + row)
-    p, n = tl.arange(0, P_BLOCK), tl.arange(0, N_BLOCK)
-    sums = tl.zeros([P_BLOCK], tl.float32)
-    for first in range(0, A, A_BLOCK):
-        a = first + tl.arange(0, A_BLOCK)
+    photo = tl.load(photo_index + row)
+    p = tl.arange(0, P_BLOCK)
+    n = tl.arange(0, N_BLOCK)
+    scores = tl.zeros([P_BLOCK], tl.float32)
+    for start in range(0, A, A_BLOCK):
+        a = start + tl.arange(0, A_BLOCK)
         q = tl.load(query + row * query_stride + a, mask=a < A, other=0.0).to(tl.float32)
-        w = tl.load(score + a, mask=a < A, other=0.0).to(tl.float32)
-        k = _read(keys + at * P * A, p, a, P, A)
-        sums += tl.sum(tl.maximum(k + q[None, :], 0.0) * w[None, :], 1)
-    sums = tl.where(p < P, sums, -float("inf"))
-    sums = tl.exp(sums - tl.max(sums, 0))
-    share = sums / tl.sum(sums, 0)
-    tl.store(attention + row * P + p, share, mask=p < P)
-    pool = _read(pooling, p, n, P, N)
-    weight = tl.sum(share[:, None] * pool, 0)
-    for first in range(0, C, C_BLOCK):
-        c = first + tl.arange(0, C_BLOCK)
-        f = _read(cells + at * N * C, n, c, N, C)
+        w = tl.load(score_weight + a, mask=a < A, other=0.0).to(tl.float32)
+        k = _load_tile(keys + photo * P * A, p, a, P, A)
+        scores += tl.sum(tl.maximum(k + q[None, :], 0.0) * w[None, :], 1)
+    scores = tl.where(p < P, scores, -float("inf"))
+    exponentials = tl.exp(scores - tl.max(scores, 0))
+    probability = exponentials / tl.sum(exponentials, 0)
+    tl.store(attention + row * P + p, probability, mask=p < P)
+    pool = _load_tile(pooling, p, n, P, N)
+    native_weight = tl.sum(probability[:, None] * pool, 0)
+    for start in range(0, C, C_BLOCK):
+        c = start + tl.arange(0, C_BLOCK)
+        f = _load_tile(cells + photo * N * C, n, c, N, C)
         g = tl.load(gate + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(seen + row * C + c, tl.sum(weight[:, None] * f, 0) * tl.sigmoid(g), mask=c < C)
+        tl.store(context + row * C + c, tl.sum(native_weight[:, None] * f, 0) * tl.sigmoid(g), mask=c < C)
 
 
 @triton.jit
-def _look_backward(
+def _attention_backward_kernel(
     query,
     gate,
     keys,
     cells,
     pooling,
-    score,
-    photo,
+    score_weight,
+    photo_index,
     attention,
-    d_seen,
+    d_context,
     d_attention,
     d_query,
     d_gate,
@@ -223,126 +226,130 @@ def _look_backward(
     C_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.load(photo + row)
-    p, n = tl.arange(0, P_BLOCK), tl.arange(0, N_BLOCK)
-    share = tl.load(attention + row * P + p, mask=p < P, other=0.0)
-    pool = _read(pooling, p, n, P, N)
-    weight = tl.sum(share[:, None] * pool, 0)
-    d_weight = tl.zeros([N_BLOCK], tl.float32)
-    for first in range(0, C, C_BLOCK):
-        c = first + tl.arange(0, C_BLOCK)
-        f = _read(cells + at * N * C, n, c, N, C)
+    photo = tl.load(photo_index + row)
+    p = tl.arange(0, P_BLOCK)
+    n = tl.arange(0, N_BLOCK)
+    probability = tl.load(attention + row * P + p, mask=p < P, other=0.0)
+    pool = _load_tile(pooling, p, n, P, N)
+    native_weight = tl.sum(probability[:, None] * pool, 0)
+    d_native_weight = tl.zeros([N_BLOCK], tl.float32)
+    for start in range(0, C, C_BLOCK):
+        c = start + tl.arange(0, C_BLOCK)
+        f = _load_tile(cells + photo * N * C, n, c, N, C)
         g = tl.sigmoid(tl.load(gate + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32))
-        d = tl.load(d_seen + row * C + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(d_gate + row * C + c, d * tl.sum(weight[:, None] * f, 0) * g * (1 - g), mask=c < C)
-        d_weight += tl.sum(f * (d * g)[None, :], 1)
-    d_share = tl.sum(pool * d_weight[None, :], 1)
-    d_share += tl.load(d_attention + row * P + p, mask=p < P, other=0.0)
-    d = share * (d_share - tl.sum(share * d_share, 0))
-    tl.store(d_scores + row * P + p, d, mask=p < P)
-    for first in range(0, A, A_BLOCK):
-        a = first + tl.arange(0, A_BLOCK)
+        d = tl.load(d_context + row * C + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(d_gate + row * C + c, d * tl.sum(native_weight[:, None] * f, 0) * g * (1 - g), mask=c < C)
+        d_native_weight += tl.sum(f * (d * g)[None, :], 1)
+    d_probability = tl.sum(pool * d_native_weight[None, :], 1)
+    d_probability += tl.load(d_attention + row * P + p, mask=p < P, other=0.0)
+    d_score = probability * (d_probability - tl.sum(probability * d_probability, 0))  # of the softmax
+    tl.store(d_scores + row * P + p, d_score, mask=p < P)
+    for start in range(0, A, A_BLOCK):
+        a = start + tl.arange(0, A_BLOCK)
         q = tl.load(query + row * query_stride + a, mask=a < A, other=0.0).to(tl.float32)
-        w = tl.load(score + a, mask=a < A, other=0.0).to(tl.float32)
-        k = _read(keys + at * P * A, p, a, P, A)
-        tl.store(d_query + row * A + a, w * tl.sum(tl.where(k + q[None, :] > 0, d[:, None], 0.0), 0), mask=a < A)
+        w = tl.load(score_weight + a, mask=a < A, other=0.0).to(tl.float32)
+        k = _load_tile(keys + photo * P * A, p, a, P, A)
+        active = tl.where(k + q[None, :] > 0, d_score[:, None], 0.0)
+        tl.store(d_query + row * A + a, w * tl.sum(active, 0), mask=a < A)
 
 
 @triton.jit
-def _keys_backward(
+def _keys_backward_kernel(
     keys,
-    score,
+    score_weight,
     queries,
-    gradients,
-    order,
-    ends,
+    d_scores,
+    word_order,
+    word_offsets,
     d_keys,
-    d_score,
-    tiles,
+    d_score_weight,
+    num_tiles,
     P: tl.constexpr,
     A: tl.constexpr,
     P_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    at = place // tiles
-    p, a = (place % tiles) * P_BLOCK + tl.arange(0, P_BLOCK), tl.program_id(1) * A_BLOCK + tl.arange(0, A_BLOCK)
-    k = _read(keys + at * P * A, p, a, P, A)
-    total, of_score = tl.zeros([P_BLOCK, A_BLOCK], tl.float32), tl.zeros([A_BLOCK], tl.float32)
-    for number in range(tl.load(ends + at), tl.load(ends + at + 1)):
-        word = tl.load(order + number)
+    tile = tl.program_id(0).to(tl.int64)
+    photo = tile // num_tiles
+    p = (tile % num_tiles) * P_BLOCK + tl.arange(0, P_BLOCK)
+    a = tl.program_id(1) * A_BLOCK + tl.arange(0, A_BLOCK)
+    k = _load_tile(keys + photo * P * A, p, a, P, A)
+    keys_sum = tl.zeros([P_BLOCK, A_BLOCK], tl.float32)
+    weight_sum = tl.zeros([A_BLOCK], tl.float32)
+    for i in range(tl.load(word_offsets + photo), tl.load(word_offsets + photo + 1)):
+        word = tl.load(word_order + i)
         q = tl.load(queries + word * A + a, mask=a < A, other=0.0).to(tl.float32)
-        d = tl.load(gradients + word * P + p, mask=p < P, other=0.0)
+        d = tl.load(d_scores + word * P + p, mask=p < P, other=0.0)
         sums = k + q[None, :]
-        total += tl.where(sums > 0, d[:, None], 0.0)
-        of_score += tl.sum(tl.maximum(sums, 0.0) * d[:, None], 0)
-    w = tl.load(score + a, mask=a < A, other=0.0).to(tl.float32)
+        keys_sum += tl.where(sums > 0, d[:, None], 0.0)
+        weight_sum += tl.sum(tl.maximum(sums, 0.0) * d[:, None], 0)
+    w = tl.load(score_weight + a, mask=a < A, other=0.0).to(tl.float32)
     inside = (p[:, None] < P) & (a[None, :] < A)
-    tl.store(d_keys + (at * P + p[:, None]) * A + a[None, :], total * w[None, :], mask=inside)
-    tl.store(d_score + place * A + a, of_score, mask=a < A)
+    tl.store(d_keys + (photo * P + p[:, None]) * A + a[None, :], keys_sum * w[None, :], mask=inside)
+    tl.store(d_score_weight + tile * A + a, weight_sum, mask=a < A)
 
 
-class LstmGates(torch.autograd.Function):
-    """(word, context and hidden gates (R, 4H) each, c (R, H) float32) -> h, c (R, H) float32."""
+def lstm_cell(word_gates: Tensor, context_gates: Tensor, hidden_gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Like captioning.decoders.attention.lstm_cell: gates (R, 4H) each, c (R, H) float32 -> h, c (R, H) float32."""
+    return _LstmCell.apply(word_gates, context_gates, hidden_gates, cell)
 
+
+class _LstmCell(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, word: Tensor, seen: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, word_gates: Tensor, context_gates: Tensor, hidden_gates: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor]:
         new_hidden, new_cell = torch.empty_like(cell), torch.empty_like(cell)
-        _gates[_grid(cell)](
-            word,
-            seen,
-            hidden,
+        _lstm_kernel[_lstm_grid(cell)](
+            word_gates,
+            context_gates,
+            hidden_gates,
             cell,
             new_hidden,
             new_cell,
-            word.stride(0),
-            seen.stride(0),
-            hidden.stride(0),
+            word_gates.stride(0),
+            context_gates.stride(0),
+            hidden_gates.stride(0),
             cell.stride(0),
             H=cell.shape[1],
             H_BLOCK=H_BLOCK,
+            **LAUNCH_OPTIONS,
         )
-        context.save_for_backward(word, seen, hidden, cell)
+        ctx.save_for_backward(word_gates, context_gates, hidden_gates, cell)
         return new_hidden, new_cell
 
     @staticmethod
-    def backward(context: Any, d_hidden: Tensor, d_cell: Tensor) -> tuple[Tensor, ...]:
-        word, seen, hidden, cell = context.saved_tensors
-        d_gates, d_old = torch.empty_like(seen), torch.empty_like(cell)
-        _gates_backward[_grid(cell)](
-            word,
-            seen,
-            hidden,
+    def backward(ctx: Any, d_hidden: Tensor, d_cell: Tensor) -> tuple[Tensor, ...]:
+        word_gates, context_gates, hidden_gates, cell = ctx.saved_tensors
+        d_gates, d_old_cell = torch.empty_like(context_gates), torch.empty_like(cell)
+        _lstm_backward_kernel[_lstm_grid(cell)](
+            word_gates,
+            context_gates,
+            hidden_gates,
             cell,
             d_hidden.contiguous(),
             d_cell.contiguous(),
             d_gates,
-            d_old,
-            word.stride(0),
-            seen.stride(0),
-            hidden.stride(0),
+            d_old_cell,
+            word_gates.stride(0),
+            context_gates.stride(0),
+            hidden_gates.stride(0),
             cell.stride(0),
             H=cell.shape[1],
             H_BLOCK=H_BLOCK,
+            **LAUNCH_OPTIONS,
         )
-        return d_gates.to(word.dtype), d_gates, d_gates.to(hidden.dtype), d_old
+        return d_gates.to(word_gates.dtype), d_gates, d_gates.to(hidden_gates.dtype), d_old_cell
 
 
-def try_out(device: torch.device) -> None:
-    """Raises whatever Triton does where it cannot compile, or its kernels not run."""
-    LstmGates.apply(*(torch.zeros(1, 4, device=device) for _ in range(3)), torch.zeros(1, 1, device=device))
-
-
-def _grid(cell: Tensor) -> tuple[int, int]:
+def _lstm_grid(cell: Tensor) -> tuple[int, int]:
     return len(cell), triton.cdiv(cell.shape[1], H_BLOCK)
 
 
-@triton.jit
-def _gate(word, seen, hidden, place: tl.constexpr, h, H: tl.constexpr):
-    inside = h < H
-    total = tl.load(word + place * H + h, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(seen + place * H + h, mask=inside, other=0.0).to(tl.float32)
-    return total + tl.load(hidden + place * H + h, mask=inside, other=0.0).to(tl.float32)
+def smoke_test(device: torch.device) -> None:
+    """Run a small kernel. Raises the error of Triton, or of the driver, if kernels do not compile or run."""
+    gates = torch.zeros(1, 4, device=device)
+    lstm_cell(gates, gates, gates, torch.zeros(1, 1, device=device))
 
 
 @triton.jit
@@ -351,15 +358,47 @@ def _tanh(x):
 
 
 @triton.jit
-def _gates(
-    word,
-    seen,
-    hidden,
+def _sum_gates(word_gates, context_gates, hidden_gates, offset, inside):
+    """The pre-activation of a gate: the sum of its three parts, as float32."""
+    total = tl.load(word_gates + offset, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(context_gates + offset, mask=inside, other=0.0).to(tl.float32)
+    return total + tl.load(hidden_gates + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _activate_gates(
+    word_gates,
+    context_gates,
+    hidden_gates,
+    row,
+    word_stride,
+    context_stride,
+    hidden_stride,
+    h,
+    H: tl.constexpr,
+):
+    """Input gate, forget gate, candidate and output gate of elements h of a row."""
+    inside = h < H
+    word_gates += row * word_stride
+    context_gates += row * context_stride
+    hidden_gates += row * hidden_stride
+    input_gate = tl.sigmoid(_sum_gates(word_gates, context_gates, hidden_gates, h, inside))
+    forget_gate = tl.sigmoid(_sum_gates(word_gates, context_gates, hidden_gates, H + h, inside))
+    candidate = _tanh(_sum_gates(word_gates, context_gates, hidden_gates, 2 * H + h, inside))
+    output_gate = tl.sigmoid(_sum_gates(word_gates, context_gates, hidden_gates, 3 * H + h, inside))
+    return input_gate, forget_gate, candidate, output_gate
+
+
+@triton.jit
+def _lstm_kernel(
+    word_gates,
+    context_gates,
+    hidden_gates,
     cell,
     new_hidden,
     new_cell,
     word_stride,
-    seen_stride,
+    context_stride,
     hidden_stride,
     cell_stride,
     H: tl.constexpr,
@@ -367,26 +406,27 @@ def _gates(
 ):
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
-    word, seen, hidden = word + row * word_stride, seen + row * seen_stride, hidden + row * hidden_stride
-    let_in, forget = tl.sigmoid(_gate(word, seen, hidden, 0, h, H)), tl.sigmoid(_gate(word, seen, hidden, 1, h, H))
-    candidate, let_out = _tanh(_gate(word, seen, hidden, 2, h, H)), tl.sigmoid(_gate(word, seen, hidden, 3, h, H))
-    kept = forget * tl.load(cell + row * cell_stride + h, mask=h < H, other=0.0) + let_in * candidate
-    tl.store(new_cell + row * H + h, kept, mask=h < H)
-    tl.store(new_hidden + row * H + h, let_out * _tanh(kept), mask=h < H)
+    input_gate, forget_gate, candidate, output_gate = _activate_gates(
+        word_gates, context_gates, hidden_gates, row, word_stride, context_stride, hidden_stride, h, H
+    )
+    old_cell = tl.load(cell + row * cell_stride + h, mask=h < H, other=0.0)
+    updated = forget_gate * old_cell + input_gate * candidate
+    tl.store(new_cell + row * H + h, updated, mask=h < H)
+    tl.store(new_hidden + row * H + h, output_gate * _tanh(updated), mask=h < H)
 
 
 @triton.jit
-def _gates_backward(
-    word,
-    seen,
-    hidden,
+def _lstm_backward_kernel(
+    word_gates,
+    context_gates,
+    hidden_gates,
     cell,
     d_hidden,
     d_cell,
     d_gates,
-    d_old,
+    d_old_cell,
     word_stride,
-    seen_stride,
+    context_stride,
     hidden_stride,
     cell_stride,
     H: tl.constexpr,
@@ -395,16 +435,16 @@ def _gates_backward(
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
     inside = h < H
-    word, seen, hidden = word + row * word_stride, seen + row * seen_stride, hidden + row * hidden_stride
-    let_in, forget = tl.sigmoid(_gate(word, seen, hidden, 0, h, H)), tl.sigmoid(_gate(word, seen, hidden, 1, h, H))
-    candidate, let_out = _tanh(_gate(word, seen, hidden, 2, h, H)), tl.sigmoid(_gate(word, seen, hidden, 3, h, H))
-    old = tl.load(cell + row * cell_stride + h, mask=inside, other=0.0)
-    out = _tanh(forget * old + let_in * candidate)
+    input_gate, forget_gate, candidate, output_gate = _activate_gates(
+        word_gates, context_gates, hidden_gates, row, word_stride, context_stride, hidden_stride, h, H
+    )
+    old_cell = tl.load(cell + row * cell_stride + h, mask=inside, other=0.0)
+    activated = _tanh(forget_gate * old_cell + input_gate * candidate)
     d_h = tl.load(d_hidden + row * H + h, mask=inside, other=0.0)
-    d_c = tl.load(d_cell + row * H + h, mask=inside, other=0.0) + d_h * let_out * (1 - out * out)
+    d_c = tl.load(d_cell + row * H + h, mask=inside, other=0.0) + d_h * output_gate * (1 - activated * activated)
     d_gates += row * 4 * H + h
-    tl.store(d_gates, d_c * candidate * let_in * (1 - let_in), mask=inside)
-    tl.store(d_gates + H, d_c * old * forget * (1 - forget), mask=inside)
-    tl.store(d_gates + 2 * H, d_c * let_in * (1 - candidate * candidate), mask=inside)
-    tl.store(d_gates + 3 * H, d_h * out * let_out * (1 - let_out), mask=inside)
-    tl.store(d_old + row * H + h, d_c * forget, mask=inside)
+    tl.store(d_gates, d_c * candidate * input_gate * (1 - input_gate), mask=inside)
+    tl.store(d_gates + H, d_c * old_cell * forget_gate * (1 - forget_gate), mask=inside)
+    tl.store(d_gates + 2 * H, d_c * input_gate * (1 - candidate * candidate), mask=inside)
+    tl.store(d_gates + 3 * H, d_h * activated * output_gate * (1 - output_gate), mask=inside)
+    tl.store(d_old_cell + row * H + h, d_c * forget_gate, mask=inside)

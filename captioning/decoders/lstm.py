@@ -1,7 +1,9 @@
-"""Show and Tell (Vinyals et al. 2015): the photo is the first word that a recurrent network reads.
+"""Show and Tell: Vinyals et al. 2015, https://arxiv.org/abs/1411.4555.
 
-Letters: B photos, R captions, W words of all captions packed, L layers, C channels, E embedding, H hidden,
-V vocabulary.
+A recurrent network reads the photo as its first word.
+
+Legend: B photos, R captions, W words of all captions packed, L layers, C channels, E embedding size, H hidden size,
+V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,12 +20,9 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class LstmDecoder(nn.Module):
-    """x_-1 = norm(W mean(F));  x_t = E y_t;  p(y_t+1) = softmax(W_o LSTM(x_t))   (eq. 10-12)
+    """x_-1 = norm(W mean(F));  x_t = E y_t;  p(y_t+1) = softmax(W_o LSTM(x_t))   (eq. 10-12)"""
 
-    cell: lstm, gru or rnn (tanh). photo_norm: batch, as the tutorials have it; none, as the paper.
-    """
-
-    uses_attention = False  # the pooled map is all it looks at
+    uses_attention = False
     has_sentinel = False
     uses_coverage = False
 
@@ -38,6 +37,10 @@ class LstmDecoder(nn.Module):
         layers: int = 1,
         photo_norm: str = "batch",
     ):
+        """cell: "lstm", "gru" or "rnn" (tanh).
+
+        photo_norm: "batch", batch normalisation of the photo's embedding, common in tutorials; "none", as in the paper.
+        """
         super().__init__()
         self.photo_projection = nn.Linear(channels, embedding_size)
         self.norm = SyncBatchNorm1d(embedding_size, momentum=0.01) if photo_norm == "batch" else nn.Identity()
@@ -48,26 +51,32 @@ class LstmDecoder(nn.Module):
         init_weights(self.embedding, self.output_layer)
 
     def init_state(self, grid: Grid) -> State:
-        """The network has read the photo, once however many captions it has: rows hold h (B, L, H), and an LSTM's c."""
+        """The state after reading the photo, once for all its captions. per_caption: h (B, L, H), and c of an LSTM."""
         photo = self.norm(self.photo_projection(grid.mean()))  # (B, E)
-        return State((), _rows(self.recurrent(photo[None])[1]))
+        _, memory = self.recurrent(photo[None])
+        return State((), _to_per_caption(memory))
 
     def step(self, words: Tensor, state: State) -> Step:
-        output, memory = self.recurrent(self.embedding(words)[None], _memory(state.per_caption))
-        scores = self.output_layer(self.dropout(output[0]))  # (R, V)
-        return Step(F.log_softmax(upcast(scores), 1), None, State((), _rows(memory)))
+        """See Decoder.step in captioning/decoders/protocol.py."""
+        output, memory = self.recurrent(self.embedding(words)[None], _to_memory(state.per_caption))
+        logits = self.output_layer(self.dropout(output[0]))  # (R, V)
+        return Step(F.log_softmax(upcast(logits), 1), None, State((), _to_per_caption(memory)))
 
-    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> DecoderOutput:
-        packed = PackedSequence(self.embedding(words.data), words.batch_sizes)
-        output, _ = self.recurrent(packed, _memory(self.init_state(grid).expand_to_captions(photo).per_caption))
+    def forward(self, grid: Grid, words: PackedSequence, photo_index: Tensor) -> DecoderOutput:
+        """See Decoder.forward in captioning/decoders/protocol.py."""
+        embedded = PackedSequence(self.embedding(words.data), words.batch_sizes)
+        state = self.init_state(grid).expand_to_captions(photo_index)
+        output, _ = self.recurrent(embedded, _to_memory(state.per_caption))
         return DecoderOutput(self.output_layer(self.dropout(output.data)), None)  # (W, V)
 
 
-def _rows(memory: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """torch's memory, (L, R, H) or a pair of it -> a row a caption (R, L, H)."""
-    return tuple(tensor.transpose(0, 1) for tensor in (memory if isinstance(memory, tuple) else (memory,)))
+def _to_per_caption(memory: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """PyTorch's memory, h (L, R, H) or the pair (h, c) -> one row per caption, (R, L, H) each."""
+    tensors = memory if isinstance(memory, tuple) else (memory,)
+    return tuple(tensor.transpose(0, 1) for tensor in tensors)
 
 
-def _memory(rows: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    memory = tuple(tensor.transpose(0, 1).contiguous() for tensor in rows)
+def _to_memory(per_caption: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """The inverse of _to_per_caption."""
+    memory = tuple(tensor.transpose(0, 1).contiguous() for tensor in per_caption)
     return memory if len(memory) > 1 else memory[0]

@@ -1,7 +1,59 @@
-"""What every decoder promises. Beam search, greedy decoding and the commands know only this.
+"""The interface of a caption decoder. Training, search, export and the commands use a decoder only through it.
 
-Letters: B photos, R rows (captions being written: R = B x beams, the beams of a photo side by side),
-W words of all captions packed, P cells, V vocabulary.
+A decoder is an nn.Module with two ways to run the same network:
+
+    forward    teacher forcing: reads all words of all captions at once and returns the logits of their next words;
+    step       decoding: reads one word per caption and returns the log-probabilities of the next word. init_state
+               returns the State before the first word, and each Step holds the State for the next step.
+
+Both must agree: in eval mode, the log-softmax of forward's logits equals the log-probabilities that step returns for
+the same words.
+
+Legend of the shapes in this package:
+
+    B  photos                    R  captions in the batch; in a search, all beams: R = B K, those of a photo adjacent
+    K  captions per photo        W  words of all captions, packed (torch.nn.utils.rnn.PackedSequence)
+    P  output cells (14 x 14)    N  native cells of the feature map (8 x 8 for a photo of 256 pixels and ResNet)
+    C  channels of a cell        V  vocabulary size
+    E  embedding size            A  attention size              H  hidden size
+
+A minimal decoder, a GRU whose initial state is computed from the mean of the feature map:
+
+    class GruDecoder(nn.Module):
+        uses_attention = False
+        uses_coverage = False
+        has_sentinel = False
+
+        def __init__(self, vocabulary_size: int, channels: int, embedding_size: int, hidden_size: int):
+            super().__init__()
+            self.initial = nn.Linear(channels, hidden_size)
+            self.embedding = nn.Embedding(vocabulary_size, embedding_size)
+            self.gru = nn.GRU(embedding_size, hidden_size)
+            self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+            init_weights(self.embedding, self.output_layer)
+
+        def init_state(self, grid: Grid) -> State:
+            return State(per_photo=(), per_caption=(self.initial(grid.mean()),))  # h (B, H)
+
+        def step(self, words: Tensor, state: State) -> Step:
+            (hidden,) = state.per_caption  # (R, H)
+            output, hidden = self.gru(self.embedding(words)[None], hidden[None])  # (1, R, H) each
+            logits = self.output_layer(output[0])  # (R, V)
+            return Step(F.log_softmax(upcast(logits), 1), None, State((), (hidden[0],)))
+
+        def forward(self, grid: Grid, words: PackedSequence, photo_index: Tensor) -> DecoderOutput:
+            (hidden,) = self.init_state(grid).expand_to_captions(photo_index).per_caption  # (R, H)
+            embedded = PackedSequence(self.embedding(words.data), words.batch_sizes)
+            output, _ = self.gru(embedded, hidden[None])
+            return DecoderOutput(self.output_layer(output.data), None)  # (W, V)
+
+Save it as captioning/decoders/gru.py and register it in captioning/decoders/__init__.py:
+
+    "gru": "captioning.decoders.gru:GruDecoder",
+
+`python train.py DATA --decoder gru` then trains it. The constructor may take any of the settings vocabulary_size,
+channels, embedding_size, attention_size, hidden_size and dropout, and every field of TrainingOptions
+(captioning/training/options.py), by name.
 """
 
 from __future__ import annotations
@@ -17,36 +69,36 @@ from preprocess.vocabulary import PAD
 
 
 class State(NamedTuple):
-    """What a decoder carries from word to word.
+    """The tensors that a decoder carries from one step to the next.
 
-    per_photo: tensors with a row a photo (B, ...), the same at every step, such as the attention's keys;
-    per_caption: tensors with a row a caption (R, ...), such as the LSTM's hidden state. R is a multiple of B.
+    per_photo: one row per photo (B, ...), constant over the steps, such as the keys of the attention.
+    per_caption: one row per caption (R, ...), such as the hidden state of the LSTM. R is a multiple of B.
     """
 
     per_photo: tuple[Tensor, ...]
     per_caption: tuple[Tensor, ...]
 
     def reorder(self, rows: Tensor) -> State:
-        """Row i goes on from row `rows[i]` (R',) int64, of the same photo: a beam's parent."""
+        """Continue row i from row `rows[i]`, its parent beam; rows (R',) int64 must keep captions with their photo."""
         return State(self.per_photo, tuple(tensor.index_select(0, rows) for tensor in self.per_caption))
 
     def select(self, photos: Tensor, rows: Tensor) -> State:
-        """Only these photos (int64) and these rows (int64) of theirs go on; the others have finished."""
+        """Keep these photos (B',) int64 and these captions (R',) int64; drop the finished ones."""
         return State(
             tuple(tensor.index_select(0, photos) for tensor in self.per_photo),
             tuple(tensor.index_select(0, rows) for tensor in self.per_caption),
         )
 
-    def expand_to_captions(self, photo: Tensor) -> State:
-        """From a row a photo to a row a caption, in both parts: photo (R,) int64 says whose each is."""
+    def expand_to_captions(self, photo_index: Tensor) -> State:
+        """Expand both parts from one row per photo to one row per caption; photo_index (R,) int64."""
         return State(
-            tuple(tensor.index_select(0, photo) for tensor in self.per_photo),
-            tuple(tensor.index_select(0, photo) for tensor in self.per_caption),
+            tuple(tensor.index_select(0, photo_index) for tensor in self.per_photo),
+            tuple(tensor.index_select(0, photo_index) for tensor in self.per_caption),
         )
 
     def truncate(self, rows: int) -> State:
-        """Only the first captions go on: packed longest first, the others have ended."""
-        if rows == len(self.per_caption[0]):  # a slice's gradient is a whole zeroed tensor: cut only when captions end
+        """Keep the first `rows` rows of both parts: captions are packed longest first, so the others have ended."""
+        if rows == len(self.per_caption[0]):  # the gradient of a slice is a zero-filled tensor of full size: avoid it
             return self
         return State(
             tuple(tensor[:rows] for tensor in self.per_photo), tuple(tensor[:rows] for tensor in self.per_caption)
@@ -54,76 +106,102 @@ class State(NamedTuple):
 
 
 class HardSamples(NamedTuple):
-    """What a decoder drew while it read, one choice a word: what REINFORCE needs to know of it."""
+    """What a stochastic decoder sampled in training, one sample per word: the inputs of REINFORCE."""
 
-    log_probability: Tensor  # (W,) of what was drawn; zero where nothing was
-    entropy: Tensor  # (W,) natural, of the distribution
+    log_probability: Tensor  # (W,) of the sample; zero where nothing was sampled
+    entropy: Tensor  # (W,) of the distribution, in nats
 
 
 class Step(NamedTuple):
-    log_probabilities: Tensor  # (R, V) float32
-    attention: Tensor | None  # (R, P), rows sum to one, or to 1 - beta with a sentinel; None where it does not attend
-    state: State
-    choices: HardSamples | None = None  # (R,): only of a decoder that draws, in training
+    """The result of one decoding step."""
+
+    log_probabilities: Tensor  # (R, V) float32, of the next word
+    attention: Tensor | None  # (R, P), rows sum to 1, or to 1 - beta with a sentinel; None without attention
+    state: State  # for the next step
+    samples: HardSamples | None = None  # (R,), of a stochastic decoder in training
 
 
 class DecoderOutput(NamedTuple):
-    logits: Tensor  # (W, V): unnormalised, before the softmax; packed like the words
-    attention_sum: Tensor | None  # (R, P): the attention a caption gave each cell, summed over its words
-    choices: HardSamples | None = None  # (W,): only of a decoder that draws, in training
+    """The result of teacher forcing."""
+
+    logits: Tensor  # (W, V), before the softmax, packed like the words
+    attention_sum: Tensor | None  # (R, P), summed over the words of a caption; None unless uses_coverage
+    samples: HardSamples | None = None  # (W,), of a stochastic decoder in training
 
 
 class Decoder(Protocol):
-    embedding: nn.Embedding  # (V, E): of the words it reads
-    output_layer: nn.Linear  # H -> V: of the words it says
-    uses_attention: bool  # False: the pooled map is enough
-    uses_coverage: bool  # True: over a caption its attention should cover each cell about once (doubly stochastic)
-    has_sentinel: bool  # True: attention sums to 1 - beta, the share of the photo in a word
+    """What a decoder must provide, in addition to being an nn.Module. See the example at the top of this file."""
+
+    embedding: nn.Embedding  # (V, E), of the input words: --word-vectors and --tie-embeddings use it
+    output_layer: nn.Linear  # (V, H), to the logits: --tie-embeddings uses it
+    uses_attention: bool  # False: the decoder reads only the mean of the feature map, grid.mean()
+    uses_coverage: bool  # True: train with doubly stochastic attention, which covers each cell about once per caption
+    has_sentinel: bool  # True: attention sums to 1 - beta, and beta is the weight of the visual sentinel
 
     def init_state(self, grid: Grid) -> State:
-        """The state before the first word, one row a photo."""
+        """Return the state before the first word, one row per photo in both parts: R = B."""
 
     def step(self, words: Tensor, state: State) -> Step:
-        """Feed the words (R,) int64 just written, <start> at first; R may be any multiple of the photos."""
+        """Read one word per caption.
 
-    def forward(self, grid: Grid, words: PackedSequence, photo: Tensor) -> DecoderOutput:
-        """The scores of the next word after each of `words` (W,), the true ones, packed longest caption first.
+        words (R,) int64: the words written last, <start> at first. R may be any multiple of the number of photos.
+        """
 
-        photo (R,) int64: which photo of the grid each caption describes.
+    def forward(self, grid: Grid, words: PackedSequence, photo_index: Tensor) -> DecoderOutput:
+        """Compute the logits of the word after each of `words`: teacher forcing.
+
+        words: int64 (W,), the ground truth shifted by <start>, packed with the longest caption first.
+        photo_index (R,) int64: the photo in `grid` that each caption describes.
         """
 
 
 def attention_sum(decoder: Decoder, attentions: list[Tensor], words: PackedSequence) -> Tensor | None:
-    """The attention of each step (R, P), fewer rows as captions end -> its sum (R, P), where the decoder covers.
+    """Sum the attention over the words of each caption.
 
-    <pad> among the words looks at nothing.
+    attentions: per step (R_t, P), where R_t is the number of captions that have not ended. Steps whose word is <pad>
+    do not count. Returns (R, P), or None if the decoder does not use coverage.
     """
     if not decoder.uses_coverage:
         return None
-    looked = torch.cat(attentions) * (words.data != PAD)[:, None]
-    return pad_packed_sequence(PackedSequence(looked, words.batch_sizes))[0].sum(0)
+    weights = torch.cat(attentions) * (words.data != PAD)[:, None]  # (W, P)
+    return pad_packed_sequence(PackedSequence(weights, words.batch_sizes))[0].sum(0)
 
 
-def concat_samples(choices: list[HardSamples | None]) -> HardSamples | None:
-    """Those of each step (R,) -> of all words (W,)."""
-    return HardSamples(*map(torch.cat, zip(*choices, strict=True))) if choices[0] is not None else None
+def concat_samples(steps: list[HardSamples | None]) -> HardSamples | None:
+    """Concatenate the samples of each step (R_t,) to those of all words (W,); None if the decoder does not sample."""
+    samples = [step for step in steps if step is not None]
+    if not samples:
+        return None
+    return HardSamples(
+        torch.cat([step.log_probability for step in samples]), torch.cat([step.entropy for step in samples])
+    )
 
 
-def sample_categorical(shares: Tensor) -> Tensor:
-    """One of N for each row of shares (..., N), as likely as its share, int64 (...).
+def sample_categorical(probabilities: Tensor) -> Tensor:
+    """Draw one index per row of probabilities (..., N): int64 (...). Rows need not be normalised.
 
-    torch.multinomial, but for its look at the shares, for which a GPU would have to be waited for.
+    Like torch.multinomial, without its device synchronisation.
     """
-    return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
 def upcast(values: Tensor) -> Tensor:
-    """At least float32: sums, exponentials and cell states lose too much in half precision."""
+    """Convert half precision to float32: sums, exponentials and cell states need it."""
     return values.float() if values.element_size() < 4 else values
 
 
-def init_weights(embedding: nn.Embedding, vocabulary: nn.Linear) -> None:
-    """As in the published recipe: uniform in +-0.1, no bias."""
+def init_weights(embedding: nn.Embedding, output_layer: nn.Linear) -> None:
+    """Initialise uniformly in [-0.1, 0.1], with zero bias, as the published recipes of these models do."""
     nn.init.uniform_(embedding.weight, -0.1, 0.1)
-    nn.init.uniform_(vocabulary.weight, -0.1, 0.1)
-    nn.init.zeros_(vocabulary.bias)
+    nn.init.uniform_(output_layer.weight, -0.1, 0.1)
+    nn.init.zeros_(output_layer.bias)
+
+
+def init_gates(hidden_size: int, *layers: nn.Linear) -> None:
+    """Initialise the weights of gate layers uniformly in +-1/sqrt(hidden_size), as torch.nn.LSTMCell does.
+
+    nn.Linear would scale them by its own fan-in instead. Biases keep their initialisation.
+    """
+    bound = hidden_size**-0.5
+    for layer in layers:
+        nn.init.uniform_(layer.weight, -bound, bound)

@@ -122,7 +122,7 @@ def scheduled_sampling_forward(
         state = step.state
         log_probabilities.append(step.log_probabilities)
         attentions.append(step.attention)
-        choices.append(step.choices)
+        choices.append(step.samples)
     return DecoderOutput(
         torch.cat(log_probabilities), attention_sum(decoder, attentions, words), concat_samples(choices)
     )

@@ -899,7 +899,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "word vectors of another language",
         put("v.txt", "狗 " + " ".join(["1"] * 16) + "\n"),
         TRAIN + " --word-vectors v.txt",
-        "v.txt: has none of the vocabulary's words; is it of another language?",
+        "v.txt: has none of the vocabulary's words; check that it is of the same language",
     ),
     (
         "photos and --data",
