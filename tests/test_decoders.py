@@ -1,4 +1,7 @@
-"""The decoders against their papers' equations, written plainly: a word at a time, on the whole 14x14 map."""
+"""The decoders equal their papers' equations, written plainly: one word at a time, on the full 14x14 map."""
+
+import re
+import textwrap
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from captioning.decoders import DECODERS
+from captioning.decoders import DECODERS, protocol
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.encoders.grid import Grid, grid_pooling
@@ -20,9 +23,7 @@ SIZES = {
     "dropout": 0.0,
 }
 LENGTHS = [5, 4, 4, 2, 1]
-PHOTO = torch.tensor([1, 0, 2, 1, 0])  # whose caption each is
-
-
+PHOTO = torch.tensor([1, 0, 2, 1, 0])  # photo_index: the photo of each caption
 VARIANTS = [
     *DECODERS,
     "lstm --cell gru",
@@ -32,6 +33,7 @@ VARIANTS = [
 
 
 def make(variant, seed=0):
+    """A decoder in float64, the grid of 3 photos, its 14x14 map (3, 196, 6), words (5, 6), the words packed."""
     torch.manual_seed(seed)
     name, *flags = variant.split(" --")
     settings = {key: int(value) if value.isdigit() else value for key, value in map(str.split, flags)}
@@ -44,25 +46,25 @@ def make(variant, seed=0):
     return decoder, grid, f14, words, packed
 
 
-def attend(d, f14, words, looks=lambda attention: attention):
-    """Xu et al. 2015, one caption: scores (T, V) and attention (T, P)."""
-    (wq, wg, wr), (bq, bg, br) = d.from_hidden.weight.split(d.parts), d.from_hidden.bias.split(d.parts)
+def attention_equations(d, f14, words, weigh_cells=lambda attention: attention):
+    """Xu et al. 2015, one caption: logits (T, V) and attention (T, P)."""
+    (wq, wg, wr), (bq, bg, br) = d.from_hidden.weight.split(d.split_sizes), d.from_hidden.bias.split(d.split_sizes)
     from_x = torch.cat([d.word_gates.weight, d.context_gates.weight], 1)
     h, m = d.initial(f14.mean(0)).chunk(2)
-    scores, attentions = [], []
+    logits, attentions = [], []
     for word in words:
         e = torch.cat([d.score(torch.relu(d.key(cell14) + wq @ h + bq)) for cell14 in f14])
         attention = e.softmax(0)
-        z = torch.sigmoid(wg @ h + bg) * (looks(attention)[:, None] * f14).sum(0)
+        z = torch.sigmoid(wg @ h + bg) * (weigh_cells(attention)[:, None] * f14).sum(0)
         x = torch.cat([d.embedding(word), z])
         h, m = (s[0] for s in torch.lstm_cell(x[None], (h[None], m[None]), from_x, wr, d.word_gates.bias, br))
-        scores.append(d.output_layer(h))
+        logits.append(d.output_layer(h))
         attentions.append(attention)
-    return torch.stack(scores), torch.stack(attentions)
+    return torch.stack(logits), torch.stack(attentions)
 
 
-def read_photo_first(d, f14, words):
-    """Vinyals et al. 2015, one caption of a decoder in eval mode: the photo, then the words, a layer at a time."""
+def show_and_tell_equations(d, f14, words):
+    """Vinyals et al. 2015, one caption, in eval mode: logits (T, V). The photo, then the words, layer by layer."""
     r = d.recurrent
     step = {nn.LSTM: torch.lstm_cell, nn.GRU: torch.gru_cell, nn.RNN: torch.rnn_tanh_cell}[type(r)]
     xs = torch.cat([d.norm(d.photo_projection(f14.mean(0))[None]), d.embedding(words)])
@@ -77,14 +79,14 @@ def read_photo_first(d, f14, words):
     return d.output_layer(xs[1:]), None
 
 
-def look_when_needed(d, f14, words):
-    """Lu et al. 2017, one caption: scores (T, V) and (1 - beta_t) alpha_t (T, P)."""
+def adaptive_equations(d, f14, words):
+    """Lu et al. 2017, one caption: logits (T, V) and (1 - beta_t) alpha_t (T, P)."""
     size = d.hidden_gates.in_features
     from_x = torch.cat([d.word_gates.weight, d.photo_gates.weight], 1)
     bias = d.word_gates.bias
     v, v_g = torch.relu(d.value(f14)), torch.relu(d.whole(f14.mean(0)))
     h = m = torch.zeros(1, size).double()
-    scores, attentions = [], []
+    logits, attentions = [], []
     for word in words:
         x = torch.cat([d.embedding(word), v_g])
         g = torch.sigmoid(from_x[4 * size :] @ x + bias[4 * size :] + d.hidden_gates.weight[4 * size :] @ h[0])
@@ -95,44 +97,56 @@ def look_when_needed(d, f14, words):
         z_s = torch.tanh(d.sentinel_key(s) + d.query(h[0])) @ d.score.weight[0]
         alpha, beta = z.softmax(0), torch.cat([z, z_s[None]]).softmax(0)[-1]
         c = beta * s + (1 - beta) * (alpha @ v)
-        scores.append(d.output_layer(c + h[0]))
+        logits.append(d.output_layer(c + h[0]))
         attentions.append((1 - beta) * alpha)
-    return torch.stack(scores), torch.stack(attentions)
+    return torch.stack(logits), torch.stack(attentions)
 
 
-PLAIN = {"attention": attend, "hard-attention": attend, "lstm": read_photo_first, "adaptive": look_when_needed}
+EQUATIONS = {
+    "attention": attention_equations,
+    "hard-attention": attention_equations,
+    "lstm": show_and_tell_equations,
+    "adaptive": adaptive_equations,
+}
 
 
-def plain_scores(variant, decoder, f14, words, packed):
-    """The equations, caption by caption -> scores packed as the decoder's, and coverage (R, P)."""
-    first_of_step = torch.cat([torch.zeros(1, dtype=torch.long), packed.batch_sizes.cumsum(0)[:-1]])
-    scores, attention_sum = [None] * sum(LENGTHS), []
+def reference_output(variant, decoder, f14, words, packed):
+    """The equations, caption by caption: logits (W, V), packed like the decoder's, and attention_sum (R, P) or None."""
+    equations = EQUATIONS[variant.split(" ")[0]]
+    step_starts = torch.cat([torch.zeros(1, dtype=torch.long), packed.batch_sizes.cumsum(0)[:-1]])
+    logits, attention_sum = [None] * sum(LENGTHS), []
     for row, length in enumerate(LENGTHS):
-        plain, attention = PLAIN[variant.split(" ")[0]](decoder, f14[PHOTO[row]], words[row, :length])
-        for place, values in zip((first_of_step[:length] + row).tolist(), plain, strict=True):
-            scores[place] = values
+        caption_logits, attention = equations(decoder, f14[PHOTO[row]], words[row, :length])
+        for index, values in zip((step_starts[:length] + row).tolist(), caption_logits, strict=True):
+            logits[index] = values
         attention_sum.append(None if attention is None else attention.sum(0))
-    return torch.stack(scores), torch.stack(attention_sum) if decoder.uses_coverage else None
+    return torch.stack(logits), torch.stack(attention_sum) if decoder.uses_coverage else None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_scores_and_gradients_equal_those_of_the_equations_a_word_at_a_time(variant):
+def test_logits_and_gradients_equal_the_equations_word_by_word(variant):
     decoder, grid, f14, words, packed = make(variant)
     decoder.eval()
     upstream = torch.randn(sum(LENGTHS), 11, dtype=torch.float64)
-    gradients, found = [], []
-    for scores, attention_sum in (decoder(grid, packed, PHOTO)[:2], plain_scores(variant, decoder, f14, words, packed)):
+    gradients, outputs = [], []
+    for logits, attention_sum in (
+        decoder(grid, packed, PHOTO)[:2],
+        reference_output(variant, decoder, f14, words, packed),
+    ):
         decoder.zero_grad()
-        total = (scores * upstream).sum() + (0 if attention_sum is None else (1 - attention_sum).square().mean())
-        total.backward()
+        loss = (logits * upstream).sum()
+        if attention_sum is not None:
+            loss = loss + (1 - attention_sum).square().mean()
+        loss.backward()
         gradients.append([parameter.grad for parameter in decoder.parameters()])
-        found.append((scores, attention_sum))
-    for ours, plain in zip(*found, strict=True):
-        if ours is not None:
-            torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
-    for (name, _), ours, plain in zip(decoder.named_parameters(), *gradients, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10, msg=name)
-        assert ours.abs().sum() > 0, name
+        outputs.append((logits, attention_sum))
+    for output, reference in zip(*outputs, strict=True):
+        assert (output is None) == (reference is None)
+        if output is not None:
+            torch.testing.assert_close(output, reference, rtol=1e-10, atol=1e-10)
+    for (name, _), gradient, reference in zip(decoder.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10, msg=name)
+        assert gradient.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -141,104 +155,119 @@ def test_gradients_equal_finite_differences(variant):
     decoder.eval()
     names = [name for name, _ in decoder.named_parameters()]
 
-    def scores(cells, *parameters):
-        taught = torch.func.functional_call(
+    def logits(cells, *parameters):
+        output = torch.func.functional_call(
             decoder, dict(zip(names, parameters, strict=True)), (Grid(cells, grid.pooling), packed, PHOTO)
         )
-        return taught.logits
+        return output.logits
 
     inputs = grid.cells.requires_grad_(), *decoder.parameters()
-    assert torch.autograd.gradcheck(scores, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(logits, inputs, fast_mode=True)
 
 
-def test_hard_attention_sees_the_likeliest_cell_or_the_expectation_when_it_captions():
+def test_hard_attention_uses_the_likeliest_cell_or_the_expectation_outside_training():
     decoder, grid, f14, words, _ = make("hard-attention")
     decoder.eval()
-    expectation, _ = attend(decoder, f14[0], words[0])
-    argmax, _ = attend(decoder, f14[0], words[0], lambda attention: F.one_hot(attention.argmax(), 196).double())
+    expectation, _ = attention_equations(decoder, f14[0], words[0])
+    argmax, _ = attention_equations(
+        decoder, f14[0], words[0], lambda attention: F.one_hot(attention.argmax(), 196).double()
+    )
     assert (expectation - argmax).abs().max() > 1e-3
     for sees, expected in (("expectation", expectation), ("argmax", argmax)):
         decoder.sees = sees
         state = decoder.init_state(grid.select(torch.tensor([0])))
-        for word, scores in zip(words[0], expected, strict=True):
-            log_probabilities, _, state, choices = decoder.step(word[None], state)
-            torch.testing.assert_close(log_probabilities[0], scores.log_softmax(0))
-            assert choices is None
+        for word, logits in zip(words[0], expected, strict=True):
+            log_probabilities, _, state, samples = decoder.step(word[None], state)
+            torch.testing.assert_close(log_probabilities[0], logits.log_softmax(0))
+            assert samples is None
 
 
-def test_hard_attention_draws_one_cell_a_word_in_training_for_half_of_the_photos(monkeypatch):
+def test_hard_attention_samples_one_cell_per_word_for_half_of_the_photos_in_training(monkeypatch):
     decoder, grid, _, _, packed = make("hard-attention")
-    seen = []
-    monkeypatch.setattr(
-        Grid, "attend", lambda grid, weights, attend=Grid.attend: seen.append(weights) or attend(grid, weights)
-    )
+    cell_weights, attend = [], Grid.attend
+
+    def recording_attend(grid, weights):
+        cell_weights.append(weights)
+        return attend(grid, weights)
+
+    monkeypatch.setattr(Grid, "attend", recording_attend)
     decoder.train()
-    drawn = []
+    photo_of_word = torch.cat([PHOTO[:rows] for rows in packed.batch_sizes.tolist()])
+    sampled = []  # of each photo in each batch
     for _ in range(40):
-        seen.clear()
-        choices = decoder(grid, packed, PHOTO).choices
-        ones = torch.cat([weights.flatten(0, 1).amax(1) == 1 for weights in seen])  # (W,)
-        assert torch.equal(choices.log_probability < 0, ones)
-        assert (choices.entropy > 0).all() and choices.log_probability.requires_grad
-        photos = torch.cat([PHOTO[:rows] for rows in packed.batch_sizes.tolist()])
-        assert all(ones[photos == photo].unique().numel() == 1 for photo in range(3)), "a photo's words go together"
-        drawn += [bool(ones[photos == photo][0]) for photo in range(3)]
-    assert 0.3 < sum(drawn) / len(drawn) < 0.7
-    assert HardAttentionDecoder.expected_share == 0.5
+        cell_weights.clear()
+        samples = decoder(grid, packed, PHOTO).samples
+        is_one_hot = torch.cat([weights.flatten(0, 1).amax(1) == 1 for weights in cell_weights])  # (W,)
+        assert torch.equal(samples.log_probability < 0, is_one_hot)
+        assert (samples.entropy > 0).all() and samples.log_probability.requires_grad
+        by_photo = [is_one_hot[photo_of_word == photo] for photo in range(3)]
+        assert all(words.unique().numel() == 1 for words in by_photo), "all words of a photo sample, or none"
+        sampled += [bool(words[0]) for words in by_photo]
+    assert 0.3 < sum(sampled) / len(sampled) < 0.7
+    assert HardAttentionDecoder.expectation_fraction == 0.5
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_steps_equal_teacher_forcing(name):
-    decoder, grid, _, words, packed = make(name)
+def assert_steps_equal_teacher_forcing(variant):
+    decoder, grid, _, words, packed = make(variant)
     decoder.eval()
-    scores, *_ = decoder(grid, packed, PHOTO)
+    logits = decoder(grid, packed, PHOTO).logits
     state = decoder.init_state(grid.select(PHOTO))
-    first = 0
-    for t, rows in enumerate(packed.batch_sizes.tolist()):
+    step_sizes = packed.batch_sizes.tolist()
+    for t, step_logits in enumerate(logits.split(step_sizes)):
         step = decoder.step(words[:, t], state)
-        expected = scores[first : first + rows].log_softmax(1)
-        torch.testing.assert_close(step.log_probabilities[:rows], expected, rtol=1e-5, atol=1e-6)
-        state, first = step.state, first + rows
+        expected = step_logits.log_softmax(1)
+        torch.testing.assert_close(step.log_probabilities[: step_sizes[t]], expected, rtol=1e-5, atol=1e-6)
+        state = step.state
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_beams_side_by_side_equal_photos_one_by_one(name):
-    decoder, grid, _, words, _ = make(name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_teacher_forcing(variant):
+    assert_steps_equal_teacher_forcing(variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_beams_in_one_batch_equal_photos_one_by_one(variant):
+    decoder, grid, _, words, _ = make(variant)
     decoder.eval()
-    together = decoder.init_state(grid)
-    together = together.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # two beams a photo
-    step = decoder.step(words[:, 0].repeat(2)[:6], together)
+    state = decoder.init_state(grid).reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # two beams per photo
+    beam_words = words[:, 0].repeat(2)[:6]
+    step = decoder.step(beam_words, state)
     for row in range(6):
-        alone = decoder.step(
-            words[:, 0].repeat(2)[row : row + 1], decoder.init_state(grid.select(torch.tensor([row // 2])))
-        )
+        photo_state = decoder.init_state(grid.select(torch.tensor([row // 2])))
+        alone = decoder.step(beam_words[row : row + 1], photo_state)
         torch.testing.assert_close(step.log_probabilities[row], alone.log_probabilities[0], rtol=1e-5, atol=1e-6)
         if step.attention is not None:
             torch.testing.assert_close(step.attention[row], alone.attention[0])
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if DECODERS[name].uses_attention])
-def test_the_attention_of_each_word_is_the_equations(name):
+def test_the_attention_of_each_word_equals_the_equations(name):
     decoder, grid, f14, words, _ = make(name)
     decoder.eval()
-    _, expected = PLAIN[name](decoder, f14[2], words[0])
+    _, expected = EQUATIONS[name](decoder, f14[2], words[0])
     state = decoder.init_state(grid.select(torch.tensor([2])))
-    for word, attention in zip(words[0], expected, strict=True):
-        _, found, state, _ = decoder.step(word[None], state)
-        torch.testing.assert_close(found[0], attention)
+    for word, expected_attention in zip(words[0], expected, strict=True):
+        _, attention, state, _ = decoder.step(word[None], state)
+        torch.testing.assert_close(attention[0], expected_attention)
     sums = expected.sum(1)
     if name == "adaptive":
-        assert (sums < 0.999).all() and (sums > 0).all() and sums.std() > 0, (
-            "the sentinel takes its share, word by word"
-        )
+        assert (sums < 0.999).all() and (sums > 0).all() and sums.std() > 0, "each word has its sentinel weight"
     else:
         torch.testing.assert_close(sums, torch.ones(len(sums), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_batch_of_one_photo_trains(name):
-    decoder, grid, _, words, _ = make(name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_of_one_photo_trains(variant):
+    decoder, grid, _, words, _ = make(variant)
     packed = pack_padded_sequence(words[:1, :3], torch.tensor([3]), batch_first=True)
-    scores, *_ = decoder.train()(grid.select(torch.tensor([0])), packed, torch.tensor([0]))
-    scores.sum().backward()
-    assert scores.isfinite().all()
+    logits = decoder.train()(grid.select(torch.tensor([0])), packed, torch.tensor([0])).logits
+    logits.sum().backward()
+    assert logits.isfinite().all()
+
+
+def test_the_example_decoder_in_the_docstring_of_the_protocol_works(monkeypatch):
+    source = re.search(r"^    class GruDecoder.*?(?=^\S)", protocol.__doc__, re.DOTALL | re.MULTILINE).group()
+    namespace = {**vars(protocol), "F": F}
+    exec(textwrap.dedent(source), namespace)
+    monkeypatch.setitem(DECODERS._entries, "gru", namespace["GruDecoder"])
+    assert_steps_equal_teacher_forcing("gru")

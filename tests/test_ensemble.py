@@ -1,4 +1,4 @@
-"""Several decoders as one."""
+"""Ensembles: several decoders that write one caption together."""
 
 import itertools
 import math
@@ -21,16 +21,19 @@ class Member(Table):
 
 
 def mean_probability(tables, photo, words):
-    """log of the product of every word's mean probability: not the mean of the captions' probabilities."""
-    steps = [[log_probability(table, photo, words[:i], False) for i in range(len(words) + 1)] for table in tables]
-    steps = [[*step, log_probability(table, photo, words)] for step, table in zip(steps, tables, strict=True)]
-    each = [[after - before for before, after in itertools.pairwise(step)] for step in steps]
-    return sum(math.log(sum(map(math.exp, word)) / len(tables)) for word in zip(*each, strict=True))
+    """Log of the product of the words' mean probabilities, which is not the mean of the captions' probabilities."""
+    word_log_probabilities = []  # per table, of each word and <end>
+    for table in tables:
+        cumulative = [log_probability(table, photo, words[:i], finished=False) for i in range(len(words) + 1)]
+        cumulative.append(log_probability(table, photo, words))
+        word_log_probabilities.append([after - before for before, after in itertools.pairwise(cumulative)])
+    means = [sum(map(math.exp, members)) / len(tables) for members in zip(*word_log_probabilities, strict=True)]
+    return sum(map(math.log, means))
 
 
 @settings(max_examples=20)
 @given(seeds)
-def test_an_ensemble_finds_the_caption_whose_words_are_likeliest_in_the_mean(seed):
+def test_an_ensemble_finds_the_caption_with_the_highest_mean_probabilities(seed):
     tables = [Member(seed + i, end=-1.0) for i in range(3)]
     for photo, found in enumerate(best(Ensemble(tables), grid_of(0, 1), (WORDS + 1) ** 3, 2)):
         captions = [list(c) for n in range(3) for c in itertools.product(range(4, 4 + WORDS), repeat=n)]
@@ -39,26 +42,30 @@ def test_an_ensemble_finds_the_caption_whose_words_are_likeliest_in_the_mean(see
 
 
 @torch.no_grad()
-def test_each_member_goes_on_in_a_state_of_its_own():
+def test_each_member_continues_from_its_own_state():
     members = [make(name, seed)[0].eval() for seed, name in enumerate(DECODERS)]
     grid = make("lstm")[1]
-    together, alone = Ensemble(members), [member.init_state(grid) for member in members]
-    state, words = together.init_state(grid), torch.full((len(grid),), START)
+    ensemble = Ensemble(members)
+    state = ensemble.init_state(grid)
+    member_states = [member.init_state(grid) for member in members]
+    words = torch.full((len(grid),), START)
     for _ in range(3):
-        step = together.step(words, state)
-        steps = [member.step(words, own) for member, own in zip(members, alone, strict=True)]
+        ensemble_step = ensemble.step(words, state)
+        steps = [member.step(words, member_state) for member, member_state in zip(members, member_states, strict=True)]
         mean = torch.stack([step.log_probabilities.exp() for step in steps]).mean(0)
-        torch.testing.assert_close(step.log_probabilities.exp(), mean)
-        looked = [step.attention for step in steps if step.attention is not None]
-        torch.testing.assert_close(step.attention, torch.stack(looked).mean(0))
-        state, alone, words = step.state, [step.state for step in steps], mean.argmax(1)
+        torch.testing.assert_close(ensemble_step.log_probabilities.exp(), mean)
+        attentions = [step.attention for step in steps if step.attention is not None]
+        torch.testing.assert_close(ensemble_step.attention, torch.stack(attentions).mean(0))
+        state, member_states = ensemble_step.state, [step.state for step in steps]
+        words = mean.argmax(1)
 
 
-def test_an_ensemble_of_equals_is_each_of_them_also_after_photos_have_left_the_batch():
+def test_an_ensemble_of_equal_members_equals_one_member_also_after_photos_finish():
     decoder, grid, *_ = make("attention")
     decoder = decoder.eval()
     search = SearchOptions(beam_size=3, max_length=6, num_captions=2)
-    alone, together = (beam_search(who, grid, search) for who in (decoder, Ensemble([decoder] * 3)))
-    for one, other in zip(alone, together, strict=True):
-        for expected, found in zip(one, other, strict=True):
-            same(found, expected)
+    expected = beam_search(decoder, grid, search)
+    found = beam_search(Ensemble([decoder] * 3), grid, search)
+    for photo_expected, photo_found in zip(expected, found, strict=True):
+        for expected_caption, found_caption in zip(photo_expected, photo_found, strict=True):
+            same(found_caption, expected_caption)
