@@ -51,9 +51,9 @@ Save it as captioning/decoders/gru.py and register it in captioning/decoders/__i
 
     "gru": "captioning.decoders.gru:GruDecoder",
 
-`python train.py DATA --decoder gru` then trains it. The constructor may take any of the settings vocabulary_size,
-channels, embedding_size, attention_size, hidden_size and dropout, and every field of TrainingOptions
-(captioning/training/options.py), by name.
+`python train.py DATA --decoder gru` then trains it. The constructor's parameter names select its settings: it may take
+vocabulary_size, channels, and any field of TrainingOptions (captioning/training/options.py), such as
+embedding_size, attention_size, hidden_size and dropout.
 """
 
 from __future__ import annotations
