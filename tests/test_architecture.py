@@ -217,7 +217,7 @@ def test_help_explains_every_setting(command, capsys):
     ],
 )
 def test_what_only_fine_tuning_can_do_is_refused_without_it(flags):
-    with pytest.raises(UserError, match=f"{flags[0]} goes with --fine-tune"):
+    with pytest.raises(UserError, match=f"{flags[0]} requires --fine-tune"):
         command_line.parse(config.Train, ["data/x", "--run", "a", *flags])
     assert command_line.parse(config.Train, ["data/x", "--run", "a", "--fine-tune", *flags]).fine_tune
 

@@ -1,4 +1,4 @@
-"""The reward is pycocoevalcap's CIDEr-D, with <end> as a word."""
+"""The CIDEr-D reward, against pycocoevalcap's CIDEr-D with <end> as a word."""
 
 import numpy as np
 import pytest
@@ -12,70 +12,77 @@ from captioning.training.cider_reward import CiderReward
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, SPECIAL, Vocabulary
 
-KNOWN = ("a", "dog", "runs", "on", "grass", "man", "two")
-VOCABULARY = Vocabulary("en", "whitespace", 1, SPECIAL + KNOWN)
+WORDS = ("a", "dog", "runs", "on", "grass", "man", "two")
+VOCABULARY = Vocabulary("en", "whitespace", 1, SPECIAL + WORDS)
 references = st.lists(
-    st.lists(st.sampled_from([*KNOWN, "unicorn", "yak"]), min_size=1, max_size=8).map(tuple), min_size=1, max_size=4
+    st.lists(st.sampled_from([*WORDS, "unicorn", "yak"]), min_size=1, max_size=8).map(tuple), min_size=1, max_size=4
 ).map(tuple)
-candidates = st.lists(st.sampled_from(KNOWN), max_size=8)
+candidates = st.lists(st.sampled_from(WORDS), max_size=8)
 
 
-def reward_of(photos, vocabulary=VOCABULARY):
-    """photos: the captions of each."""
-    return CiderReward(CaptionDataset((Photo("", "", "train", captions) for captions in photos), vocabulary, 5))
+def reward_of(captions_by_photo, vocabulary=VOCABULARY):
+    photos = (Photo("", "", "train", captions) for captions in captions_by_photo)
+    return CiderReward(CaptionDataset(photos, vocabulary, 5))
 
 
-def padded(captions, ended=True):
-    rows = np.zeros((len(captions), max(map(len, captions)) + 1), np.int64)
-    for row, caption in zip(rows, captions, strict=True):
-        numbers = [*VOCABULARY.encode(caption), *[END] * ended]
-        row[: len(numbers)] = numbers
-    return rows
+def as_ids(captions, ended=True):
+    """(S, T) int64: word ids, <end> unless the captions are truncated, then <pad>."""
+    ids = np.zeros((len(captions), max(map(len, captions)) + 1), np.int64)
+    for row, caption in zip(ids, captions, strict=True):
+        words = VOCABULARY.encode(caption)
+        row[: len(words)] = words
+        if ended:
+            row[len(words)] = END
+    return ids
 
 
-def theirs(photos, captions):
-    ours = {i: [" ".join([*caption, "<end>"]) for caption in photo] for i, photo in enumerate(photos)}
-    return Cider().compute_score(ours, {i: [" ".join([*caption, "<end>"])] for i, caption in enumerate(captions)})[1]
+def pycocoevalcap_scores(references_by_photo, captions):
+    references = {
+        photo: [" ".join([*caption, "<end>"]) for caption in references]
+        for photo, references in enumerate(references_by_photo)
+    }
+    candidates = {photo: [" ".join([*caption, "<end>"])] for photo, caption in enumerate(captions)}
+    return Cider().compute_score(references, candidates)[1]
 
 
 @given(st.lists(st.tuples(references, candidates), min_size=1, max_size=7))
-def test_each_score_is_pycocoevalcaps(pairs):
+def test_each_score_equals_pycocoevalcaps(pairs):
     """Also with references of unknown words, empty captions, and photos with different numbers of references."""
     photos, captions = zip(*pairs, strict=True)
-    found = reward_of(photos)(np.arange(len(photos)), padded(captions))
-    np.testing.assert_allclose(found, theirs(photos, captions), rtol=1e-9, atol=1e-12)
+    scores = reward_of(photos)(np.arange(len(photos)), as_ids(captions))
+    np.testing.assert_allclose(scores, pycocoevalcap_scores(photos, captions), rtol=1e-9, atol=1e-12)
 
 
 @given(st.lists(references, min_size=2, max_size=6), st.lists(candidates, min_size=1, max_size=9), st.data())
-def test_several_captions_of_some_photos_in_any_order_score_as_alone(photos, captions, data):
-    whose = np.array(
-        data.draw(st.lists(st.integers(0, len(photos) - 1), min_size=len(captions), max_size=len(captions)))
-    )
+def test_captions_of_any_photos_in_any_order_score_the_same_together_as_alone(photos, captions, data):
+    any_photo = st.integers(0, len(photos) - 1)
+    photo_index = np.array(data.draw(st.lists(any_photo, min_size=len(captions), max_size=len(captions))))
     reward = reward_of(photos)
-    together = reward(whose, padded(captions))
-    alone = [reward(whose[i : i + 1], padded(captions[i : i + 1]))[0] for i in range(len(captions))]
+    together = reward(photo_index, as_ids(captions))
+    alone = [reward(photo_index[i : i + 1], as_ids(captions[i : i + 1]))[0] for i in range(len(captions))]
     np.testing.assert_allclose(together, alone, rtol=1e-12)
 
 
-def test_real_captions_score_as_pycocoevalcap_scores_them(small_data, monkeypatch):
+def test_real_captions_score_as_in_pycocoevalcap(small_data, monkeypatch):
     photos = list(read_captions(small_data))
     vocabulary = Vocabulary.load(small_data / "vocab.json")
     captions = [photos[(3 * i) % len(photos)].captions[0][: 4 + i % 5] for i in range(len(photos))]
-    numbers = [vocabulary.encode(caption) for caption in captions]
-    rows = np.zeros((len(photos), 12), np.int64)
-    for row, caption in zip(rows, numbers, strict=True):
+    encoded = [vocabulary.encode(caption) for caption in captions]
+    ids = np.zeros((len(photos), 12), np.int64)
+    for row, caption in zip(ids, encoded, strict=True):
         row[: len(caption) + 1] = [*caption, END]
-    words = [vocabulary.decode(caption) for caption in numbers]
-    expected = theirs([photo.captions for photo in photos], words)
+    words = [vocabulary.decode(caption) for caption in encoded]
+    expected = pycocoevalcap_scores([photo.captions for photo in photos], words)
     assert expected.max() > 1
-    for at_once in (10_000, 5):  # document frequencies are counted in parts
-        monkeypatch.setattr(module, "PHOTOS_AT_ONCE", at_once)
-        found = reward_of([photo.captions for photo in photos], vocabulary)(np.arange(len(photos)), rows)
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    for chunk_size in (10_000, 5):  # document frequencies are counted in chunks of photos
+        monkeypatch.setattr(module, "PHOTOS_PER_CHUNK", chunk_size)
+        scores = reward_of([photo.captions for photo in photos], vocabulary)(np.arange(len(photos)), ids)
+        np.testing.assert_allclose(scores, expected, rtol=1e-9)
 
 
-def test_a_caption_that_breaks_off_scores_less_than_one_that_ends():
+def test_a_truncated_caption_scores_less_than_one_that_ends():
     photos = [[("a", "dog", "runs")], [("two", "man")], [("grass",)]]
     reward = reward_of(photos)
-    whole, broken = (reward(np.array([0]), padded([("a", "dog", "runs")], ended))[0] for ended in (True, False))
-    assert whole == pytest.approx(10) and broken < 0.9 * whole
+    complete = reward(np.array([0]), as_ids([("a", "dog", "runs")]))[0]
+    truncated = reward(np.array([0]), as_ids([("a", "dog", "runs")], ended=False))[0]
+    assert complete == pytest.approx(10) and truncated < 0.9 * complete

@@ -159,7 +159,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
 
 def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_weights(here, monkeypatch):
     setting = {"epochs": 3, "precision": "float32", **TINY}
-    steps, plain = [], Trainer.learn
+    steps, plain = [], Trainer.train_step
 
     def stop_at_the_seventh(self, *batch, **last):
         steps.append(batch)
@@ -167,7 +167,7 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_weights(here, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, *batch, **last)
 
-    monkeypatch.setattr(Trainer, "learn", stop_at_the_seventh)
+    monkeypatch.setattr(Trainer, "train_step", stop_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
         train.main(Train(Path("data/small"), "stopped", **setting))
     progress = load_checkpoint(Path("checkpoints/stopped/last.pt"))["progress"]
@@ -256,7 +256,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
         batches = [
             trainer.train[photos].to(trainer.device, trainer.precision) for photos in np.split(np.arange(20), [7])
         ]
-        losses = [trainer.whole(batch, LossWeights()) for batch in batches]
+        losses = [trainer.loss_module(batch, LossWeights()) for batch in batches]
         sum(loss.objective for loss in losses).backward()
         trainer.losses = torch.stack([loss.objective.detach() for loss in losses])
     torch.testing.assert_close(live.losses, cached.losses, rtol=tolerance, atol=0)
@@ -302,8 +302,9 @@ def test_an_average_of_the_weights_is_what_is_kept_and_it_resumes(here):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_photos(here, monkeypatch):
-    plain = Trainer.learn
-    monkeypatch.setattr(Trainer, "learn", lambda *a, **k: plain(*a, **k)._replace(objective=torch.tensor(float("nan"))))
+    plain = Trainer.train_step
+    nan = torch.tensor(float("nan"))
+    monkeypatch.setattr(Trainer, "train_step", lambda *a, **k: plain(*a, **k)._replace(objective=nan))
     with pytest.raises(UserError, match="nan.*photo.*--learning-rate"):
         train.main(Train(Path("data/small"), "nan", epochs=1, **TINY))
 

@@ -95,13 +95,13 @@ def _rank(results, port, rank, size, work, arguments):
 def weights_after_an_epoch(ranks, setting):
     """Plain steps of gradient descent: the weights tell the gradients, which Adam would rescale."""
     setting = {**setting, "learning_rate": 0.1, "grad_clip": 0.0}
-    trainer = train.make_trainer(Train(Path("data/small"), "none", **setting), ranks=ranks)
-    trainer.optimizer = torch.optim.SGD([{"params": trainer.parameters, "rate": "learning_rate"}], lr=0.0)
-    before = {name: value.clone() for name, value in trainer.whole.state_dict().items()}
+    trainer = train.make_trainer(Train(Path("data/small"), "none", **setting), distributed=ranks)
+    trainer.state.optimizer = torch.optim.SGD([{"params": trainer.state.parameters, "rate": "learning_rate"}], lr=0.0)
+    before = {name: value.clone() for name, value in trainer.loss_module.state_dict().items()}
     with StopRequest() as stop:
-        figures = trainer.train_epoch(Log(trainer.config.folder, {}, None, first=False), stop)
+        figures = trainer.train_epoch(Log(trainer.options.folder, {}, None, first=False), stop)
         figures |= trainer.validate(stop)
-    after = {name: value.numpy() for name, value in trainer.whole.state_dict().items()}
+    after = {name: value.numpy() for name, value in trainer.loss_module.state_dict().items()}
     del after["objective.reinforce.baseline"]  # each rank has a moving average of its own
     moved = {name for name, value in before.items() if name in after and not np.array_equal(value.numpy(), after[name])}
     wanted = ("train_loss", "val_loss", "top5", "BLEU-4", "CIDEr-D", "panel", "scored")
@@ -312,4 +312,4 @@ def test_a_killed_rank_ends_all_with_a_message(here):
     os.kill(second, signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "error: another of the 2 processes was lost; go on with --resume" in said
+    assert "error: another of the 2 processes was lost; continue with --resume" in said

@@ -3,7 +3,6 @@
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from captioning.errors import UserError
 from captioning.features import feature_placement
 from captioning.features.feature_cache import FeatureReader
 from captioning.features.feature_placement import choose_residence, reading
-from captioning.training.trainer import Trainer
+from captioning.training.data import load_batches
 from config import Train
 from tests.small import TINY, log_of, same, weights
 from tests.test_feature_cache import write
@@ -120,9 +119,9 @@ def test_the_log_says_how_much_of_its_time_training_waited(here, monkeypatch):
 
 
 def test_for_a_gpu_batches_are_read_into_pinned_memory(tmp_path, monkeypatch):
-    loader = Trainer.loader(SimpleNamespace(encoder=None, device=GPU), {0: Pinned()}, [0])
+    loader = load_batches({0: Pinned()}, [0], GPU)
     assert list(loader) == ["pinned"]
-    assert not Trainer.loader(SimpleNamespace(encoder=None, device=CPU), {}, []).pin
+    assert not load_batches({}, [], CPU).pin
     write(tmp_path / "f.h5")
     plain, pins = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: pins.append(pin_memory) or plain(*size, **how))

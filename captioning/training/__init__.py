@@ -1,10 +1,10 @@
-"""The training loop, and what it optimises."""
+"""Training: the loop, its objectives and its learning-rate schedules."""
 
 from __future__ import annotations
 
 from captioning.runtime.registry import Registry
 
-# name -> (TrainingOptions, CaptionDataset to train on) -> Objective
+# --objective -> a factory (options: TrainingOptions, train: CaptionDataset) -> Objective (objectives.py)
 OBJECTIVES = Registry(
     "--objective",
     {
@@ -12,7 +12,7 @@ OBJECTIVES = Registry(
         "cider": "captioning.training.objectives:make_cider",
     },
 )
-# name -> (TrainingOptions, epochs before an update) -> the factor of the learning rates
+# --schedule -> a function (options: TrainingOptions, epoch: float) -> factor of the learning rates (optimizer.py)
 SCHEDULES = Registry(
     "--schedule",
     {

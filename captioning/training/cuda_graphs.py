@@ -1,14 +1,16 @@
-"""One launch a batch: what a GPU does for the gradients of a batch, captured as a CUDA graph and replayed.
+"""Forward and backward of a batch as one CUDA graph: one kernel launch per batch.
 
-A decoder that attends is thousands of short kernels a batch, and to start them one by one takes longer than to run
-them. A graph starts them all at once, but its shapes are fixed. So a batch is laid into a mould, one of few: <pad>
-fills the rest, which the objective passes over. Moulds grow with the batches that do not fit, until all do.
+A decoder with attention runs thousands of short kernels per batch, and launching them takes longer than running them.
+A CUDA graph launches them all at once, but its shapes are fixed. Each batch is therefore copied into a static batch of
+one of a few shapes, padded with <pad>, which the objective ignores. A static batch that turns out too small is replaced
+by a larger one, until all batches fit.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,105 +20,129 @@ from torch.nn.utils.rnn import PackedSequence
 from captioning.dataset.batches import Batch
 from captioning.encoders.grid import Grid
 from captioning.errors import UserError
-from captioning.runtime.checkpoint import first_sentence
+from captioning.runtime.library_errors import reason
 from captioning.training.objectives import Loss
 from preprocess.vocabulary import PAD
 
-PHOTOS, CAPTIONS, STEPS = 8, 8, 4  # sizes of a mould are multiples of these
-LEVELS = 8  # about so many different numbers of captions that still go on
+# The shape of a static batch is rounded up to multiples of these.
+PHOTO_MULTIPLE = 8
+CAPTION_MULTIPLE = 8
+STEP_MULTIPLE = 4
+BATCH_SIZE_LEVELS = 8  # about as many different batch sizes over the steps of a static batch
 
 
 class CudaGraphRunner:
-    """Batch -> Loss, its gradients added to those of the parameters."""
+    """Batch -> Loss. Adds the gradients of the batch to the `grad` of the parameters."""
 
     def __init__(
         self,
-        gradients: Callable[[Batch], Loss],
+        backward: Callable[[Batch], Loss],
         parameters: list[nn.Parameter],
         device: torch.device,
         precision: torch.dtype,
-        capture: Callable[[Callable], Callable] | None = None,
+        capture: Callable[[Callable[[], Loss]], Callable[[], Loss]] | None = None,
     ):
-        """gradients: what is captured, of a batch on the device whose cells have this precision.
+        """backward: the work to capture; called with a batch on the device whose features have this precision.
 
-        The loss it gives should be detached: the graph of autograd would be kept, with the streams it was made on.
+        The Loss it returns must be detached: an autograd graph that is kept alive also keeps its streams.
         """
-        self.gradients, self.device, self.precision = gradients, device, precision
+        self.backward = backward
+        self.device = device
+        self.precision = precision
         self.capture = capture or GraphCapture()
-        self.moulds: dict[tuple[int, int, int], StaticBatch] = {}
-        for parameter in parameters:  # a graph adds to the tensors that were there when it was captured
+        self.static_batches: dict[tuple[int, int, int], StaticBatch] = {}
+        for parameter in parameters:  # a graph adds to the gradient tensors that existed when it was captured
             parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, batch: Batch) -> Loss:
-        """batch: wherever it was read to."""
-        mould = self.mould_for(batch)
-        mould.fill(batch)
-        if mould.used:
-            mould.replay = mould.replay or self.capture(lambda: self.gradients(mould.batch))
-            loss = mould.replay()
-        else:  # as any batch is learnt from: what CUDA loads for it must not be captured
-            loss = self.gradients(mould.batch)
-            mould.used = True
-        return Loss(loss.objective.clone(), loss.value.clone(), len(batch.targets))  # the next replay writes there
+        """batch: on any device."""
+        static_batch = self.static_batch_for(batch)
+        static_batch.fill(batch)
+        if static_batch.used:
+            if static_batch.replay is None:
+                static_batch.replay = self.capture(lambda: self.backward(static_batch.batch))
+            loss = static_batch.replay()
+        else:  # run eagerly first: CUDA loads kernels on their first use, which cannot be captured
+            loss = self.backward(static_batch.batch)
+            static_batch.used = True
+        return Loss(loss.objective.clone(), loss.value.clone(), len(batch.targets))  # the next replay overwrites them
 
-    def mould_for(self, batch: Batch) -> StaticBatch:
-        sizes = batch.words.batch_sizes.numpy()
-        photos, captions = rounded(len(batch.photos), PHOTOS), rounded(sizes[0], CAPTIONS)
-        steps, level = rounded(len(sizes), STEPS), rounded(captions // LEVELS, CAPTIONS)
-        wanted = np.minimum(rounded(np.pad(sizes, (0, steps - len(sizes)), constant_values=1), level), captions)
-        mould = self.moulds.get((photos, captions, steps))
-        if mould is None or (wanted > mould.sizes).any():
-            wanted = wanted if mould is None else np.maximum(wanted, mould.sizes)
-            mould = StaticBatch(batch.photos, photos, wanted, self.device, self.precision)
-            self.moulds[photos, captions, steps] = mould
-        return mould
+    def static_batch_for(self, batch: Batch) -> StaticBatch:
+        """Return the static batch for this batch; create one, or a larger one, if none fits."""
+        batch_sizes = batch.words.batch_sizes.numpy()
+        photos = round_up(len(batch.photos), PHOTO_MULTIPLE)
+        captions = round_up(batch_sizes[0], CAPTION_MULTIPLE)
+        steps = round_up(len(batch_sizes), STEP_MULTIPLE)
+        level = round_up(captions // BATCH_SIZE_LEVELS, CAPTION_MULTIPLE)
+        padded = np.pad(batch_sizes, (0, steps - len(batch_sizes)), constant_values=1)
+        required = np.minimum(round_up(padded, level), captions)
+        static_batch = self.static_batches.get((photos, captions, steps))
+        if static_batch is None or (required > static_batch.batch_sizes).any():
+            if static_batch is not None:
+                required = np.maximum(required, static_batch.batch_sizes)
+            static_batch = StaticBatch(batch.photos, photos, required, self.device, self.precision)
+            self.static_batches[photos, captions, steps] = static_batch
+        return static_batch
 
 
 class StaticBatch:
-    """A batch whose tensors stay where they are, of so many photos, and so many captions at each step."""
+    """A batch whose tensors keep their shapes and addresses."""
 
-    def __init__(self, like: Grid, photos: int, sizes: np.ndarray, device: torch.device, precision: torch.dtype):
-        """sizes (T,) int64, none larger than the one before."""
-        self.sizes, self.words = sizes, int(sizes.sum())
-        self.numbers = torch.full((2 * self.words + int(sizes[0]),), PAD, device=device)  # all that is int64
-        read, said, photo = self.numbers.split([self.words, self.words, int(sizes[0])])
+    def __init__(self, like: Grid, photos: int, batch_sizes: np.ndarray, device: torch.device, precision: torch.dtype):
+        """like: a Grid whose shape is followed. batch_sizes (T,) int64, non-increasing: the captions of each step."""
+        self.batch_sizes = batch_sizes
+        self.num_words = int(batch_sizes.sum())
+        captions = int(batch_sizes[0])
+        # words, targets and photo_index in one tensor, which one copy fills
+        self.indices = torch.full((2 * self.num_words + captions,), PAD, device=device)
+        words, targets, photo_index = self.indices.split([self.num_words, self.num_words, captions])
         cells = torch.zeros(photos, *like.cells.shape[1:], dtype=precision, device=device)
         grid = Grid(cells, like.pooling.to(device))
-        self.batch = Batch(grid, PackedSequence(read, torch.from_numpy(sizes)), said, photo, np.arange(photos))
-        self.used, self.replay = False, None
+        packed = PackedSequence(words, torch.from_numpy(batch_sizes))
+        self.batch = Batch(grid, packed, targets, photo_index, np.arange(photos))
+        self.used = False
+        self.replay: Callable[[], Loss] | None = None
 
     def fill(self, batch: Batch) -> None:
-        sizes = batch.words.batch_sizes.numpy()
-        shift = np.cumsum(self.sizes)[: len(sizes)] - self.sizes[: len(sizes)] - (np.cumsum(sizes) - sizes)
-        places = torch.from_numpy(np.arange(len(batch.targets)) + np.repeat(shift, sizes))
-        numbers = torch.full(self.numbers.shape, PAD, pin_memory=self.numbers.is_cuda)
-        numbers[places], numbers[self.words + places] = batch.words.data, batch.targets
-        numbers[2 * self.words :][: batch.captions] = batch.photo_index
-        self.numbers.copy_(numbers, non_blocking=True)
-        # what is left of other photos behind them belongs to no word that counts
+        """Copy a batch into these tensors."""
+        positions = self._packed_positions(batch.words.batch_sizes.numpy())
+        indices = torch.full(self.indices.shape, PAD, pin_memory=self.indices.is_cuda)
+        indices[positions] = batch.words.data
+        indices[self.num_words + positions] = batch.targets
+        indices[2 * self.num_words :][: batch.captions] = batch.photo_index
+        self.indices.copy_(indices, non_blocking=True)
+        # The cells after these keep old values: only words whose target is <pad> attend to them.
         self.batch.photos.cells[: len(batch.photos)].copy_(batch.photos.cells, non_blocking=True)
+
+    def _packed_positions(self, batch_sizes: np.ndarray) -> torch.Tensor:
+        """(W,) int64: where each word of a batch packed with these batch sizes goes in this static batch's packing."""
+        sizes = self.batch_sizes[: len(batch_sizes)]
+        step_starts = np.cumsum(sizes) - sizes
+        shifts = step_starts - (np.cumsum(batch_sizes) - batch_sizes)
+        return torch.from_numpy(np.arange(batch_sizes.sum()) + np.repeat(shifts, batch_sizes))
 
 
 class GraphCapture:
-    """work -> a function that does the same on the same tensors, without starting each kernel anew.
+    """work -> a function that replays the work on the same tensors with one launch.
 
-    Raises UserError where the GPU cannot capture it.
+    Raises UserError if the GPU cannot capture it.
     """
 
     def __init__(self) -> None:
-        self.pool = None  # of memory, which graphs that never run at once can share
+        self.pool: Any = None  # one memory pool: graphs that never run at the same time can share it
 
     def __call__(self, work: Callable[[], Loss]) -> Callable[[], Loss]:
-        gc.collect()  # graphs of autograd still in a ring would tie the streams they were made on to the capture's
+        gc.collect()  # autograd graphs still in reference cycles would tie their streams to the capture's
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # another thread reads ahead
+            # thread_local: the prefetching thread may call CUDA during the capture
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 loss = work()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"a batch cannot be captured as a CUDA graph ({first_sentence(error)}); give --no-cuda-graphs"
+                f"a batch cannot be captured as a CUDA graph ({reason(error)}); give --no-cuda-graphs"
             ) from None
         self.pool = self.pool or graph.pool()
 
@@ -127,6 +153,6 @@ class GraphCapture:
         return replay
 
 
-def rounded(number, step: int):
-    """Up to a multiple of step, at least one."""
-    return np.maximum(1, -(-number // step)) * step
+def round_up(number: Any, multiple: int) -> Any:
+    """Round up to a multiple, at least one of it. number: an int or an int array."""
+    return np.maximum(1, -(-number // multiple)) * multiple

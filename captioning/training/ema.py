@@ -1,8 +1,9 @@
-"""An exponential moving average of the weights: steadier than the weights of any one update, and better captions.
+"""Exponential moving average (EMA) of the weights (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046).
 
     average <- d average + (1 - d) weights,    d = min(decay, (1 + n) / (10 + n)) after n updates
 
-so that the average soon forgets where it started (Polyak and Juditsky 1992; the warm-up is TensorFlow's).
+The averaged weights vary less from update to update and caption better. The small d of the first updates, TensorFlow's
+warm-up, lets the average forget the initial weights soon.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Follows parameters that are trained; the averages take their place while it is `in_place`."""
+    """Averages parameters while they are trained. `average_parameters()` swaps the averages in."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = parameters, decay, 0
-        self.averages: list[Tensor] = []  # from the first update on, when the weights to start from are there
+        self.parameters: list[Tensor] = list(parameters)
+        self.decay = decay
+        self.updates = 0
+        self.averages: list[Tensor] = []  # empty until the first update: weights may still be loaded until then
 
     @torch.no_grad()
     def update(self) -> None:
-        """Once after every update of the weights."""
+        """Add the current weights to the average. Call it after every update of the weights."""
         if not self.averages:
             self.averages = [parameter.detach().clone() for parameter in self.parameters]
         self.updates += 1
@@ -31,8 +34,8 @@ class EMA:
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The parameters are the averages inside this block, and themselves again after it."""
+    def average_parameters(self) -> Iterator[None]:
+        """Context manager: inside it, the parameters hold the averages."""
         self._swap()
         try:
             yield
@@ -47,6 +50,7 @@ class EMA:
         return {"updates": self.updates, "averages": self.averages}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore a state_dict, on the devices of the parameters. Raises ValueError if their numbers differ."""
         self.updates = state["updates"]
-        places = zip(self.parameters, state["averages"], strict=True)
-        self.averages = [average.to(parameter.device) for parameter, average in places]
+        pairs = zip(self.parameters, state["averages"], strict=True)
+        self.averages = [average.to(parameter.device) for parameter, average in pairs]

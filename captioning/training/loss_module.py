@@ -11,17 +11,24 @@ from captioning.training.objectives import Loss, LossWeights, Objective
 
 
 class LossModule(nn.Module):
-    """Batch -> Loss, in one forward, which is all that DistributedDataParallel follows. Only training calls it."""
+    """Batch -> Loss in one forward, since DistributedDataParallel synchronises the gradients of a forward only.
+
+    Only training calls it; validation and captioning call the encoder and the decoder.
+    """
 
     def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: Objective, feature_dropout: float):
+        """encoder: None with cached features."""
         super().__init__()
         self.encoder, self.decoder, self.objective = encoder, decoder, objective
         self.feature_dropout = feature_dropout
 
     def encode(self, batch: Batch) -> Grid:
-        """The Grid of a batch, cached or live: the decoder cannot tell which."""
-        return self.encoder(batch.photos) if self.encoder else batch.photos
+        """Return the features of a batch: the cached Grid, or the live encoder's. The decoder cannot tell which."""
+        if isinstance(batch.photos, Grid):
+            return batch.photos
+        assert self.encoder is not None, "live photos need an encoder"
+        return self.encoder(batch.photos)
 
-    def forward(self, batch: Batch, share: LossWeights) -> Loss:
+    def forward(self, batch: Batch, weights: LossWeights) -> Loss:
         grid = self.encode(batch).dropout_channels(self.feature_dropout)
-        return self.objective(self.decoder, grid, batch, share)
+        return self.objective(self.decoder, grid, batch, weights)

@@ -1,11 +1,16 @@
-"""What training minimises. An objective is a module with one method; a new one is a class and a line in OBJECTIVES.
+"""Training objectives: what training minimises.
 
-Letters: B photos, R captions, W words of all captions, P cells, V vocabulary, K captions drawn of a photo.
+To add one, write an nn.Module that implements `Objective` and a factory (options, train dataset) -> Objective, and
+register the factory in OBJECTIVES (captioning/training/__init__.py). Its settings are fields of TrainingOptions. State
+that it updates while training must be in its state_dict, so that a resumed run continues it.
+
+Letters: B photos, R captions, W words of all captions packed, P cells, V vocabulary, K captions sampled per photo,
+T words of the longest sample.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +29,16 @@ from preprocess.vocabulary import PAD
 
 
 class Loss(NamedTuple):
-    objective: Tensor  # scalar: what is minimised, this batch's share of it
-    value: Tensor  # scalar, for the log: a mean over ...
-    count: int  # ... so many words or captions
+    objective: Tensor  # scalar: minimised; the contribution of this batch to its update
+    value: Tensor  # scalar, detached, for the log: a mean over ...
+    count: int  # ... this many words or captions
 
 
 class LossWeights(NamedTuple):
-    """A batch's share of one update of the weights, which may add up several batches and several ranks.
+    """The fraction of an update's words, captions and photos that are in this batch.
 
-    The means of a loss are over the words, captions and photos of the whole update, however it is divided.
+    An update may accumulate several batches on several processes. A loss multiplies each of its means by the fraction
+    of what it averages over, so that the sum over the batches is the mean over the whole update.
     """
 
     words: float = 1.0
@@ -41,129 +47,164 @@ class LossWeights(NamedTuple):
 
 
 class Objective(Protocol):
-    measures: str  # what Loss.value is: loss or reward
-    epoch: int  # 0 in the first: some objectives change as training goes on
+    """An nn.Module: called like its forward, moved to the device and saved with state_dict."""
 
-    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: LossWeights) -> Loss:
-        """What the decoder, in training mode, makes of the photos of this grid."""
+    quantity: str  # what Loss.value is, for the log: "loss" or "reward"
+    epoch: int  # set by the trainer, from 0: some objectives change during training
+
+    def __call__(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
+        """Return the loss of a batch on the device. The decoder is in training mode; grid: the photos' features."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 class CrossEntropy(nn.Module):
-    """L = -mean log p(y_t) + alpha_c mean((1 - sum_t a_t)^2)   (Xu et al. 2015, eq. 14)
+    """L = -mean log p(y_t) + alpha_c mean((1 - sum_t a_t)^2)   (Xu et al. 2015, eq. 14, https://arxiv.org/abs/1502.03044)
 
-    The second term, doubly stochastic attention, is the mean over captions and cells: over a caption, each cell is
-    looked at about once. A decoder without attention has none. A decoder that draws has REINFORCE's instead. Where the
-    word to be said is <pad>, nothing counts.
+    The second term, doubly stochastic attention, is a mean over captions and cells: over a caption, each cell should
+    receive about one unit of attention. It is absent for a decoder without attention. A decoder that samples its
+    attention adds the REINFORCE term. Positions whose target is <pad> are ignored.
 
-    label_smoothing e: the true word's target is 1 - e, and e is spread over the vocabulary (Szegedy et al. 2016).
-    scheduled_sampling: in epoch i, from 0, min(this, i * sampling_rise) of the words that are read are the decoder's
-    own (Bengio et al. 2015).
+    label_smoothing e: the target of the true word is 1 - e, and e is spread over the vocabulary (Szegedy et al. 2016,
+    https://arxiv.org/abs/1512.00567).
+    scheduled_sampling: in epoch i, from 0, each input word is replaced by the decoder's own sample with probability
+    min(scheduled_sampling, i * scheduled_sampling_step) (Bengio et al. 2015, https://arxiv.org/abs/1506.03099).
     """
 
-    measures = "loss"
+    quantity = "loss"
 
     def __init__(self, options: TrainingOptions):
         super().__init__()
-        self.alpha_c, self.label_smoothing, self.epoch = options.alpha_c, options.label_smoothing, 0
-        self.max_sampling_prob, self.sampling_step = options.scheduled_sampling, options.scheduled_sampling_step
+        self.alpha_c = options.alpha_c
+        self.label_smoothing = options.label_smoothing
+        self.max_sampling_prob = options.scheduled_sampling
+        self.sampling_step = options.scheduled_sampling_step
+        self.epoch = 0
         self.reinforce = Reinforce(options.reinforce_weight, options.entropy_weight)
 
-    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: LossWeights) -> Loss:
-        scores, attention_sum, choices = self._read(decoder, grid, batch)
-        scores = upcast(scores)
-        objective = cross_entropy = F.cross_entropy(scores, batch.targets, ignore_index=PAD)
+    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
+        logits, attention_sum, samples = self._decode(decoder, grid, batch)
+        logits = upcast(logits)
+        objective = cross_entropy = F.cross_entropy(logits, batch.targets, ignore_index=PAD)
         if self.label_smoothing:
-            objective = F.cross_entropy(scores, batch.targets, ignore_index=PAD, label_smoothing=self.label_smoothing)
-        said = batch.targets != PAD  # (W,)
-        if choices is not None:
-            log_probabilities = -F.cross_entropy(scores.detach(), batch.targets, ignore_index=PAD, reduction="none")
-            objective = objective + self.reinforce(choices, log_probabilities, said, batch.words.batch_sizes)
-        objective = share.words * objective
+            objective = F.cross_entropy(logits, batch.targets, ignore_index=PAD, label_smoothing=self.label_smoothing)
+        mask = batch.targets != PAD  # (W,)
+        if samples is not None:
+            log_probabilities = -F.cross_entropy(logits.detach(), batch.targets, ignore_index=PAD, reduction="none")
+            objective = objective + self.reinforce(samples, log_probabilities, mask, batch.words.batch_sizes)
+        objective = weights.words * objective
         if attention_sum is not None and self.alpha_c:
-            captions = said[: len(attention_sum)]  # every caption says something at the first step
-            uneven = (1 - attention_sum).square().mean(1)
-            objective = objective + share.captions * self.alpha_c * (uneven * captions).sum() / captions.sum()
+            caption_mask = mask[: len(attention_sum)]  # the first step has a target for every real caption
+            penalty = (1 - attention_sum).square().mean(1)  # (R,)
+            mean_penalty = (penalty * caption_mask).sum() / caption_mask.sum()
+            objective = objective + weights.captions * self.alpha_c * mean_penalty
         return Loss(objective, cross_entropy.detach(), len(batch.targets))
 
-    def _read(self, decoder: nn.Module, grid: Grid, batch: Batch) -> DecoderOutput:
-        own = min(self.max_sampling_prob, self.epoch * self.sampling_step)
-        if own:
-            return scheduled_sampling_forward(decoder, grid, batch.words, batch.photo_index, own)
+    def _decode(self, decoder: nn.Module, grid: Grid, batch: Batch) -> DecoderOutput:
+        sampling_prob = min(self.max_sampling_prob, self.epoch * self.sampling_step)
+        if sampling_prob:
+            return scheduled_sampling_forward(decoder, grid, batch.words, batch.photo_index, sampling_prob)
         return decoder(grid, batch.words, batch.photo_index)
 
 
 class Reinforce(nn.Module):
-    """L_s = -mean_t[ weight (R_t - b_t) log p(s_t) + entropy_weight H(s_t) ]   (Xu et al. 2015, eq. 11-12)
+    """L_s = -mean_t[ weight (R_t - b_t) log p(s_t) + entropy_weight H(s_t) ]
 
-    R_t = sum_{u >= t} log p(y_u), of which no gradient is taken. The paper credits each choice s_t with the whole
-    caption; the words before it owe it nothing, so leaving them out keeps the expected gradient and much less chance.
-    b_t is the moving average of a word's log-probability, 0.9 old and 0.1 new, times the words left; each rank has its
-    own, since any that does not look at s_t will do.
+    (Xu et al. 2015, eq. 11-12, https://arxiv.org/abs/1502.03044). R_t = sum_{u >= t} log p(y_u), without gradient. The
+    paper rewards each sampled cell s_t with the log-probability of the whole caption. The words before t do not depend
+    on s_t, so leaving them out keeps the expected gradient and reduces its variance. b_t is an exponential moving
+    average of the log-probability of a word (0.9 old, 0.1 new) times the number of words left. Each process has its
+    own: any baseline that does not depend on s_t leaves the expected gradient unchanged.
     """
+
+    baseline: Tensor  # scalar
 
     def __init__(self, weight: float, entropy_weight: float):
         super().__init__()
-        self.weight, self.entropy_weight = weight, entropy_weight
+        self.weight = weight
+        self.entropy_weight = entropy_weight
         self.register_buffer("baseline", torch.zeros(()))
 
-    def forward(self, choices: HardSamples, log_probabilities: Tensor, said: Tensor, batch_sizes: Tensor) -> Tensor:
-        """choices, log_probabilities and said, bool (W,), packed with these batch sizes -> scalar."""
+    def forward(self, samples: HardSamples, log_probabilities: Tensor, mask: Tensor, batch_sizes: Tensor) -> Tensor:
+        """Return the loss, a scalar. samples, log_probabilities, mask (bool): (W,), packed with these batch sizes."""
+        returns = _sum_of_rest(log_probabilities, batch_sizes)
+        words_left = _sum_of_rest(mask, batch_sizes)
+        advantage = returns - self.baseline * words_left
+        mean_log_probability = log_probabilities.sum() / mask.sum()
+        self.baseline.lerp_(mean_log_probability.to(self.baseline), 0.1)
+        terms = self.weight * advantage * samples.log_probability + self.entropy_weight * samples.entropy
+        return -(terms * mask).sum() / mask.sum()
 
-        def from_here_on(values: Tensor) -> Tensor:
-            """(W,) -> (W,): the sum over what is left of each caption."""
-            padded, lengths = pad_packed_sequence(PackedSequence(values, batch_sizes))
-            return pack_padded_sequence(padded.flip(0).cumsum(0).flip(0), lengths).data
 
-        advantage = from_here_on(log_probabilities) - self.baseline * from_here_on(said)
-        self.baseline.lerp_((log_probabilities.sum() / said.sum()).to(self.baseline), 0.1)
-        chosen = self.weight * advantage * choices.log_probability + self.entropy_weight * choices.entropy
-        return -(chosen * said).sum() / said.sum()
+def _sum_of_rest(values: Tensor, batch_sizes: Tensor) -> Tensor:
+    """(W,) packed -> (W,) packed: the sum of the values from each word to the end of its caption."""
+    padded, lengths = pad_packed_sequence(PackedSequence(values, batch_sizes))
+    sums = padded.flip(0).cumsum(0).flip(0)
+    return pack_padded_sequence(sums, lengths).data
 
 
 class Cider(nn.Module):
-    """The expected CIDEr-D of captions that the decoder draws, by REINFORCE with a baseline of its own.
+    """Maximises the expected CIDEr-D of sampled captions, by REINFORCE with a baseline.
 
         gradient = -mean_k (r_k - b_k) d log p(caption k)
 
-    leave-one-out: b_k is the mean of the photo's other rewards (Luo 2020); greedy: the reward of the photo's greedy
-    caption, self-critical training (Rennie et al. 2017). The mean is over the captions drawn, log p is summed over the
-    words, <end> among them, and what may never be written is no part of p: without dropout the gradient is unbiased.
-    Captions are drawn as the decoder captions, without dropout; it learns from them with it, for else the rewards of
-    the photos it learns from rise long after those of others.
+    The baseline b_k is the mean reward of the photo's other samples (leave-one-out; Luo 2020,
+    https://arxiv.org/abs/2003.09971) or the reward of its greedy caption (greedy, self-critical sequence training;
+    Rennie et al. 2017, https://arxiv.org/abs/1612.00563). The mean is over the sampled captions; log p is summed over
+    the words, with <end>. Words that are never generated, such as <unk>, have probability 0. Without dropout, the
+    gradient is therefore unbiased.
+
+    Captions are sampled without dropout, as in captioning, but their log p is computed with it. Otherwise the reward of
+    the training photos rises long after that of others has stopped.
     """
 
-    measures = "reward"
+    quantity = "reward"
 
     def __init__(self, options: TrainingOptions, reward: CiderReward):
         super().__init__()
-        self.reward, self.samples, self.epoch = reward, options.samples, 0
+        self.reward = reward
+        self.samples = options.samples
         self.max_length = options.max_length
-        self.greedy = options.baseline == "greedy"
+        self.greedy_baseline = options.baseline == "greedy"
+        self.epoch = 0
 
-    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, share: LossWeights) -> Loss:
-        with deterministic(decoder):
-            drawn = sample(decoder, grid, self.samples, self.max_length, self.greedy)  # (B, K, T)
-            captions = drawn.flatten(0, 1).cpu().numpy()
-            rewards = self.reward(batch.indices.repeat(drawn.shape[1]), captions)
-            rewards = torch.from_numpy(rewards).to(drawn.device).view(drawn.shape[:2])  # (B, K)
-            if self.greedy:
-                drawn, baseline, rewards = drawn[:, 1:], rewards[:, :1], rewards[:, 1:]
-            else:
-                baseline = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
-        words, targets, order = pack_sampled(drawn.flatten(0, 1))
-        with deterministic(decoder, but_dropout=True):
-            scores = upcast(decoder(grid, words, order // self.samples).logits)
-        scores = scores.index_fill(1, banned_ids(scores.device), -torch.inf)
-        log_probabilities = -F.cross_entropy(scores, targets, reduction="none")  # (W,)
-        advantage = (rewards - baseline).flatten()[order].to(scores)
-        advantage = torch.cat([advantage[:rows] for rows in words.batch_sizes.tolist()])
-        objective = -share.photos * (advantage * log_probabilities).sum() / len(order)
+    def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
+        captions, rewards, baseline = self._sample(decoder, grid, batch)
+        words, targets, order = pack_sampled(captions.flatten(0, 1))
+        log_probabilities = self._log_probabilities(decoder, grid, words, targets, order // self.samples)
+        advantage = (rewards - baseline).flatten()[order].to(log_probabilities)
+        advantage = torch.cat([advantage[:size] for size in words.batch_sizes.tolist()])  # (W,)
+        objective = -weights.photos * (advantage * log_probabilities).sum() / len(order)
         return Loss(objective, 100 * rewards.mean(), len(order))
+
+    def _sample(self, decoder: nn.Module, grid: Grid, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions (B, K, T) int64, their rewards (B, K) and the baselines (B, K) or (B, 1), float64."""
+        with deterministic(decoder):
+            captions = sample(decoder, grid, self.samples, self.max_length, self.greedy_baseline)
+        photos = batch.indices.repeat(captions.shape[1])
+        scores = self.reward(photos, captions.flatten(0, 1).cpu().numpy())
+        rewards = torch.from_numpy(scores).to(captions.device).view(captions.shape[:2])
+        if self.greedy_baseline:  # the first caption of each photo is the greedy one
+            return captions[:, 1:], rewards[:, 1:], rewards[:, :1]
+        return captions, rewards, (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
+
+    def _log_probabilities(
+        self, decoder: nn.Module, grid: Grid, words: PackedSequence, targets: Tensor, photo_index: Tensor
+    ) -> Tensor:
+        """(W,) float32: log p of the target words, with dropout."""
+        with deterministic(decoder, but_dropout=True):
+            logits = upcast(decoder(grid, words, photo_index).logits)
+        logits = logits.index_fill(1, banned_ids(logits.device), -torch.inf)
+        return -F.cross_entropy(logits, targets, reduction="none")
 
 
 def make_cross_entropy(options: TrainingOptions, train: CaptionDataset) -> CrossEntropy:
+    """The factory of --objective cross-entropy, which needs nothing of the dataset."""
     return CrossEntropy(options)
 
 
 def make_cider(options: TrainingOptions, train: CaptionDataset) -> Cider:
+    """The factory of --objective cider. train: the references, and the document frequencies of their n-grams."""
     return Cider(options, CiderReward(train))

@@ -1,4 +1,10 @@
-"""The optimizer, and its learning rates: functions of where training stands, so resuming needs no memory of them."""
+"""The optimizer and its learning-rate schedules.
+
+A schedule is a function (options, epoch) -> factor. `epoch` is a float: the epochs trained before the update, so 2.5 is
+the middle of the third epoch. Both learning rates, the decoder's and the encoder's, are multiplied by the factor. A
+schedule has no state, so a resumed run continues it exactly. To add one, write the function here, register it in
+SCHEDULES (captioning/training/__init__.py), and add its settings to TrainingOptions.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,15 @@ from captioning.training.options import TrainingOptions
 
 
 def learning_rate_factor(options: TrainingOptions, epoch_start: float, epoch_end: float) -> float:
-    """The factor of the learning rates for one update: that of the schedule, times min(1, epoch_end / warmup_epochs).
+    """Return the factor of the learning rates for one update.
 
-    epoch_start, epoch_end: epochs trained before and after this update.
+    The factor is schedule(epoch_start) * min(1, epoch_end / warmup_epochs): linear warm-up. epoch_start, epoch_end:
+    epochs trained before and after this update.
     """
     factor = SCHEDULES[options.schedule](options, epoch_start)
-    return factor * min(1.0, epoch_end / options.warmup_epochs) if options.warmup_epochs else factor
+    if options.warmup_epochs:
+        factor *= min(1.0, epoch_end / options.warmup_epochs)
+    return factor
 
 
 def step_decay(options: TrainingOptions, epoch: float) -> float:
@@ -32,16 +41,20 @@ def cosine_decay(options: TrainingOptions, epoch: float) -> float:
 
 
 def parameter_groups(trained: dict[str, Iterable[nn.Parameter]], weight_decay: float) -> list[dict]:
-    """For the optimizer, a group (or two) a learning rate, by its setting's name; biases and norms do not decay."""
+    """Return the optimizer's groups: for each learning rate one with weight decay and one without (biases and norms).
+
+    trained: the name of a learning-rate setting, such as "learning_rate" -> parameters. Frozen ones are left out.
+    """
     groups = []
     for rate, parameters in trained.items():
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        for decays in (True, False):
-            some = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
-            groups.append({"params": some, "rate": rate, "weight_decay": weight_decay if decays else 0.0})
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        matrices = [parameter for parameter in trainable if parameter.ndim > 1]
+        vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+        groups.append({"params": matrices, "rate": rate, "weight_decay": weight_decay})
+        groups.append({"params": vectors, "rate": rate, "weight_decay": 0.0})
     return groups
 
 
 def make_optimizer(groups: Iterable) -> torch.optim.Optimizer:
-    """AdamW, which without weight decay is Adam; fused: each weight is read and written once an update."""
+    """Return AdamW (which is Adam without weight decay). Fused: each update reads and writes every weight once."""
     return torch.optim.AdamW(groups, lr=TrainingOptions.learning_rate, weight_decay=0.0, fused=True)

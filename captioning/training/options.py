@@ -12,7 +12,9 @@ from captioning.runtime.settings import check, check_fractions, check_min, flag,
 from captioning.training import OBJECTIVES, SCHEDULES
 
 if TYPE_CHECKING:
-    DecoderName = ObjectiveName = ScheduleName = str
+    DecoderName = str
+    ObjectiveName = str
+    ScheduleName = str
 else:  # the command line offers what is registered
     DecoderName = Literal[tuple(DECODERS)]
     ObjectiveName = Literal[tuple(OBJECTIVES)]
@@ -47,7 +49,7 @@ class TrainingOptions:
     freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
     dropout: float = 0.5  # probability, of the hidden state before the output layer
     feature_dropout: float = 0.0  # probability that a channel of a photo's features is zeroed
-    label_smoothing: float = 0.0  # share of each target spread over the vocabulary
+    label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
     scheduled_sampling: float = 0.0  # highest probability that an input word is the decoder's own sample
     scheduled_sampling_step: float = 0.05  # increase of that probability per epoch, from 0
     reinforce_weight: float = 1.0  # with --decoder hard-attention: weight of the REINFORCE term
@@ -76,7 +78,7 @@ class TrainingOptions:
     encoder_learning_rate: float = 1e-4  # of the encoder
     checkpoint_activations: bool = False  # with --fine-tune: recompute activations of the encoder, to save memory
     flip: bool = False  # with --fine-tune: mirror photos at random, except where a caption says left or right
-    crop: float = 1.0  # with --fine-tune: random crops keep at least this share of each side; 1 is off
+    crop: float = 1.0  # with --fine-tune: random crops keep at least this fraction of each side; 1 is off
     start_from: Path | None = None  # run whose weights training starts from
     resume: bool = False  # continue this run where it stopped
     save_every: float = 10.0  # minutes between checkpoints within an epoch
@@ -87,12 +89,16 @@ class TrainingOptions:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int | None = None  # with --fine-tune: processes that decode photos; one per core unless given
     seed: int = 0  # of weights, data order and dropout
-    allow_missing: float = 0.01  # share of photos that may lack features or be unreadable
+    allow_missing: float = 0.01  # fraction of photos that may lack features or be unreadable
     overwrite: bool = False  # replace an existing run
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise UserError(f"--run {self.run!r}: must be a plain name, such as att (kept in checkpoints/att)")
+        self._check_ranges()
+        self._check_together()
+
+    def _check_ranges(self) -> None:
         check_min(
             self,
             1,
@@ -130,39 +136,56 @@ class TrainingOptions:
         for name in ("dropout", "feature_dropout", "ema_decay"):
             check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
         check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
-        self._check_together()
 
     def _check_together(self) -> None:
-        """Settings that do not go with one another."""
-        live = non_default(
-            self, "encoder", "weights", "image_size", "unfreeze_from", "checkpoint_activations", "flip", "crop"
-        )
-        if live and not self.fine_tune:
-            raise UserError(f"{live[0]} goes with --fine-tune; cached features fix the encoder")
-        if self.start_from and (brought := non_default(self, "encoder", "weights", "image_size")):
-            raise UserError(f"{brought[0]}: --start-from {self.start_from} already brings its encoder")
-        if self.fine_tune and (cached := non_default(self, "features_on", "features")):
-            raise UserError(f"{cached[0]} goes without --fine-tune, which reads the photos themselves")
-        if self.checkpoint_activations and self.weights == "random":
-            raise UserError("--checkpoint-activations goes without --weights random, whose BatchNorm would learn twice")
+        """Check settings that contradict one another."""
+        self._check_fine_tuning()
+        self._check_objective()
+        self._check_embeddings()
         if self.resume and self.overwrite:
-            raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
-        if self.objective == "cider" and not (self.start_from or self.resume):
+            raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
+        lstm_flags = non_default(self, "cell", "layers", "photo_norm")
+        if lstm_flags and self.decoder != "lstm":
+            raise UserError(f"{lstm_flags[0]} requires --decoder lstm")
+
+    def _check_fine_tuning(self) -> None:
+        encoder_flags = non_default(self, "encoder", "weights", "image_size")
+        live_flags = encoder_flags + non_default(self, "unfreeze_from", "checkpoint_activations", "flip", "crop")
+        cache_flags = non_default(self, "features_on", "features")
+        if live_flags and not self.fine_tune:
+            raise UserError(f"{live_flags[0]} requires --fine-tune; cached features fix the encoder")
+        if encoder_flags and self.start_from:
+            raise UserError(
+                f"{encoder_flags[0]}: not allowed with --start-from {self.start_from}, which has an encoder"
+            )
+        if cache_flags and self.fine_tune:
+            raise UserError(f"{cache_flags[0]}: not allowed with --fine-tune, which reads the photos themselves")
+        if self.checkpoint_activations and self.weights == "random":
+            raise UserError(
+                "--checkpoint-activations: not allowed with --weights random, whose BatchNorm would be updated twice"
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective != "cider":
+            return
+        if not (self.start_from or self.resume):
             raise UserError("--objective cider improves a trained run: give --start-from checkpoints/RUN")
-        if self.objective == "cider" and self.baseline == "leave-one-out" and self.samples == 1:
-            raise UserError("--samples 1: leaving one out leaves none; draw 2 or more, or give --baseline greedy")
+        if self.baseline == "leave-one-out" and self.samples == 1:
+            raise UserError("--samples 1: must be 2 or more with --baseline leave-one-out; or give --baseline greedy")
+
+    def _check_embeddings(self) -> None:
         if self.tie_embeddings and self.embedding_size != self.hidden_size:
             raise UserError(
                 f"--tie-embeddings: --embedding-size {self.embedding_size} must equal --hidden-size {self.hidden_size}"
             )
         if self.word_vectors and self.start_from:
-            raise UserError(f"--word-vectors: --start-from {self.start_from} already brings its words")
+            raise UserError(f"--word-vectors: not allowed with --start-from {self.start_from}, which has embeddings")
         if self.freeze_embeddings and not self.word_vectors:
-            raise UserError("--freeze-embeddings goes with --word-vectors FILE")
+            raise UserError("--freeze-embeddings requires --word-vectors FILE")
         if self.freeze_embeddings and self.tie_embeddings:
-            raise UserError("--freeze-embeddings would freeze the words it says too: leave out --tie-embeddings")
-        if self.decoder != "lstm" and (of_lstm := non_default(self, "cell", "layers", "photo_norm")):
-            raise UserError(f"{of_lstm[0]} goes with --decoder lstm")
+            raise UserError(
+                "--freeze-embeddings: not allowed with --tie-embeddings, which freezes the output layer too"
+            )
 
     @property
     def folder(self) -> Path:

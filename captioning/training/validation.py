@@ -1,4 +1,4 @@
-"""How good a model is on the validation photos: what it makes of the true captions, and what it says freely."""
+"""Validation: the teacher-forced loss of the val split, and the scores of captions generated greedily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from captioning.caption import Caption
 from captioning.dataset.batches import Batch
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders.protocol import upcast
@@ -17,7 +19,7 @@ from captioning.encoders.images import FailureLimit
 from captioning.errors import UserError
 from captioning.evaluation.metrics import score
 from captioning.runtime.device import autocast
-from captioning.runtime.distributed import DistributedContext
+from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.runtime.signals import StopRequest
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
@@ -25,88 +27,113 @@ from captioning.training.loss_module import LossModule
 from captioning.viewing.preview import Preview, Watched
 from preprocess.vocabulary import Vocabulary
 
+TOP_K = 5
 
-class Part(NamedTuple):
-    """What one rank found."""
 
-    sums: list[float]  # of cross entropy and top-5 hits over the words, and the words
-    captions: dict[str, list[str]]  # of each photo
-    unreadable: list[str]
-    watched: Watched
+class ShardResult(NamedTuple):
+    """The validation results of one process."""
+
+    sums: list[float]  # cross entropy and top-5 hits, summed over the words, and the number of words
+    captions: dict[str, list[str]]  # photo id -> words
+    failures: list[str]  # photos that could not be read
+    watched: Watched  # of the photos of the preview
 
 
 class Validation:
-    """The photos of a split, and the panel that is drawn of some."""
+    """Computes the metrics of a split, and draws the preview of some of its photos."""
 
     def __init__(
         self,
         split: CaptionDataset,
         vocabulary: Vocabulary,
-        panel: Preview,
-        unreadable: FailureLimit,
-        ranks: DistributedContext,
+        preview: Preview,
+        failures: FailureLimit,
+        max_length: int,
+        distributed: DistributedContext = SINGLE,
     ):
-        self.split, self.vocabulary = split, vocabulary
-        self.panel, self.unreadable, self.ranks = panel, unreadable, ranks
+        """max_length: words per generated caption."""
+        self.split = split
+        self.vocabulary = vocabulary
+        self.preview = preview
+        self.failures = failures
+        self.search = SearchOptions(beam_size=1, max_length=max_length)
+        self.distributed = distributed
 
     def run(
-        self, whole: LossModule, precision: torch.dtype, batches: Iterable[Batch], epoch: int, stop: StopRequest
+        self, loss_module: LossModule, precision: torch.dtype, batches: Iterable[Batch], epoch: int, stop: StopRequest
     ) -> dict:
-        """Teacher-forced loss and top-5 accuracy; BLEU-4 and CIDEr-D of captions generated freely (greedily).
+        """Return the metrics of the split, on every process. Leaves the loss module in eval mode.
 
-        batches: this rank's share of the split. Every photo is scored once, by rank 0; every rank has the figures.
+        batches: this process's shard of the split. epoch: from 1, names the files of the preview.
         """
-        began = time.monotonic()
-        parts = self.ranks.all_gather(self.encode(whole.eval(), precision, batches, stop))
-        figures = self.figures(parts, epoch) if self.ranks.is_main else {}
-        return self.ranks.broadcast(figures) | {"val_seconds": time.monotonic() - began}
+        start = time.monotonic()
+        shard = self.evaluate_shard(loss_module.eval(), precision, batches, stop)
+        shards = self.distributed.all_gather(shard)
+        metrics = self.merge(shards, epoch) if self.distributed.is_main else {}
+        return self.distributed.broadcast(metrics) | {"val_seconds": time.monotonic() - start}
 
     @torch.no_grad()
-    def encode(self, whole: LossModule, precision: torch.dtype, batches: Iterable[Batch], stop: StopRequest) -> Part:
-        device = next(whole.parameters()).device
-        sums, captions, watched = torch.zeros(3, dtype=torch.float64), {}, {}
+    def evaluate_shard(
+        self, loss_module: LossModule, precision: torch.dtype, batches: Iterable[Batch], stop: StopRequest
+    ) -> ShardResult:
+        """Raises UserError if a loss is not finite, or too many photos cannot be read."""
+        device = next(loss_module.parameters()).device
+        sums = torch.zeros(3, dtype=torch.float64)
+        captions: dict[str, list[str]] = {}
+        watched: Watched = {}
         for batch in batches:
             stop.check()
-            self.unreadable.add(batch.failures)
+            self.failures.add(batch.failures)
             batch = batch.to(device, precision)
             with autocast(device, precision):
-                grid = whole.encode(batch)
-                scores = upcast(whole.decoder(grid, batch.words, batch.photo_index).logits)
-                found = [best for (best,) in beam_search(whole.decoder, grid, SearchOptions(beam_size=1))]
-            cross_entropy = F.cross_entropy(scores, batch.targets, reduction="sum")
-            if not cross_entropy.isfinite():
-                ids = ", ".join(self.split.ids[index] for index in batch.indices[:8])
-                raise UserError(
-                    f"the loss of the validation photos {ids} is {float(cross_entropy)}; go on with --resume from the "
-                    "last good weights, perhaps with --precision float32"
-                )
-            likelier = scores > scores.gather(1, batch.targets[:, None])  # (W, V): cheaper than sorting
-            hits = (likelier.sum(1) < 5).sum()
-            sums += torch.tensor([float(cross_entropy), float(hits), len(batch.targets)])
-            for index, caption in zip(batch.indices, found, strict=True):
+                grid = loss_module.encode(batch)
+                logits = upcast(loss_module.decoder(grid, batch.words, batch.photo_index).logits)
+                generated = [best for (best,) in beam_search(loss_module.decoder, grid, self.search)]
+            sums += self._sums(logits, batch)
+            for index, caption in zip(batch.indices, generated, strict=True):
                 photo = self.split.ids[index]
                 captions[photo] = self.vocabulary.decode(caption.words)
-                if photo in self.panel.ids:
-                    looked = caption.attention
-                    watched[photo] = captions[photo], None if looked is None else looked.numpy()
-        return Part(sums.tolist(), captions, list(self.unreadable.reasons), watched)
+                if photo in self.preview.ids:
+                    watched[photo] = captions[photo], _attention_array(caption)
+        return ShardResult(sums.tolist(), captions, list(self.failures.reasons), watched)
 
-    def figures(self, parts: list[Part], epoch: int) -> dict:
-        """What the ranks found -> the figures of the whole split."""
-        for part in parts:
-            self.unreadable.add(part.unreadable)
-        captions = {photo: words for part in parts for photo, words in part.captions.items()}
-        candidates = {photo: captions[photo] for photo in self.split.ids if photo in captions}
-        references = {photo: self.split.references(i) for i, photo in enumerate(self.split.ids) if photo in captions}
+    def _sums(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits (W, V) -> (3,): cross entropy, top-5 hits and words."""
+        cross_entropy = F.cross_entropy(logits, batch.targets, reduction="sum")
+        if not cross_entropy.isfinite():
+            ids = ", ".join(self.split.ids[index] for index in batch.indices[:8])
+            raise UserError(
+                f"the loss of the validation photos {ids} is {float(cross_entropy)}; continue from the last checkpoint "
+                "with --resume, perhaps with --precision float32"
+            )
+        likelier = logits > logits.gather(1, batch.targets[:, None])  # (W, V); cheaper than topk
+        hits = (likelier.sum(1) < TOP_K).sum()
+        return torch.tensor([float(cross_entropy), float(hits), len(batch.targets)])
+
+    def merge(self, shards: list[ShardResult], epoch: int) -> dict:
+        """Return the metrics of the whole split, with the log's entries of the preview."""
+        captions: dict[str, list[str]] = {}
+        watched: Watched = {}
+        for shard in shards:
+            self.failures.add(shard.failures)
+            captions |= shard.captions
+            watched |= shard.watched
+        scored = [index for index, photo in enumerate(self.split.ids) if photo in captions]
+        candidates = {self.split.ids[index]: captions[self.split.ids[index]] for index in scored}
+        references = {self.split.ids[index]: self.split.references(index) for index in scored}
         scores = score(candidates, references)
-        cross_entropy, top5, words = np.sum([part.sums for part in parts], 0).tolist()
-        watched = {photo: seen for part in parts for photo, seen in part.watched.items()}
+        cross_entropy, top5, words = np.sum([shard.sums for shard in shards], 0).tolist()
         return {
             "val_loss": cross_entropy / words,
             "top5": top5 / words,
             "BLEU-4": scores["BLEU-4"],
             "CIDEr-D": scores["CIDEr-D"],
             "scored": len(candidates),
-            "unreadable": len(self.unreadable.reasons),
-            "panel": self.panel.draw(epoch, watched, references, self.vocabulary.joined),
+            "unreadable": len(self.failures.reasons),
+            "panel": self.preview.draw(epoch, watched, references, self.vocabulary.joined),
         }
+
+
+def _attention_array(caption: Caption) -> np.ndarray | None:
+    """(T, P), or None without attention."""
+    return None if caption.attention is None else caption.attention.numpy()

@@ -1,1 +1,9 @@
 """Captions and runs to look at: plots, HTML, the dashboard."""
+
+from __future__ import annotations
+
+from captioning.runtime.registry import Registry
+
+# A training option -> a context manager class, called with (run folder: Path, the option's value), that follows a run
+# while it trains. train.py enters one for every option that is set, on the main process only.
+LOGGERS = Registry("logger", {"dashboard": "captioning.viewing.dashboard:LogTailer"})

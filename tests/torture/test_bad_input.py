@@ -823,7 +823,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "frozen words of nowhere",
         None,
         TRAIN + " --freeze-embeddings",
-        "--freeze-embeddings goes with --word-vectors FILE",
+        "--freeze-embeddings requires --word-vectors FILE",
     ),
     (
         "CIDEr from nothing",
@@ -831,24 +831,24 @@ TABLE = [  # what; how it comes about; the command; its line
         TRAIN + " --objective cider",
         "--objective cider improves a trained run: give --start-from checkpoints/RUN",
     ),
-    ("an LSTM's cell for attention", None, TRAIN + " --cell gru", "--cell goes with --decoder lstm"),
+    ("an LSTM's cell for attention", None, TRAIN + " --cell gru", "--cell requires --decoder lstm"),
     (
         "--resume with --overwrite",
         None,
         TRAIN + " --resume --overwrite",
-        "--resume goes on with a run and --overwrite starts it anew: give one of them",
+        "--resume continues a run and --overwrite replaces it: give one of them",
     ),
     (
         "--flip without --fine-tune",
         None,
         TRAIN + " --flip",
-        "--flip goes with --fine-tune; cached features fix the encoder",
+        "--flip requires --fine-tune; cached features fix the encoder",
     ),
     (
         "--features-on with --fine-tune",
         None,
         TRAIN + " --fine-tune --features-on ram",
-        "--features-on goes without --fine-tune, which reads the photos themselves",
+        "--features-on: not allowed with --fine-tune, which reads the photos themselves",
     ),
     (
         "a layer that is not there",
@@ -866,7 +866,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "more memory than there is",
         None,
         TRAIN.replace("--hidden-size 24", "--hidden-size 24 --attention-size 100000000000"),
-        "out of memory: lower --batch-size, now 6, and raise --grad-accumulation, now 1; fine-tuning, give "
+        "out of memory: lower --batch-size, now 6, and raise --grad-accumulation, now 1; when fine-tuning, give "
         "--checkpoint-activations",
     ),
     ("a negative seed", None, TRAIN + " --seed -1", "--seed -1: must be between 0 and 2^63 - 1"),

@@ -130,14 +130,14 @@ def test_verify_finds_them(broken_features, capsys):
 def sabotage(update, what):
     """After so many updates of the weights, something happens to the trainer."""
     with pytest.MonkeyPatch.context() as patch:
-        plain, seen = Trainer.learn, []
+        plain, seen = Trainer.train_step, []
 
         def learn(self, *arguments, **settings):
             loss = plain(self, *arguments, **settings)
             seen.append(1)
             return what(self, loss) if len(seen) == update else loss
 
-        patch.setattr(Trainer, "learn", learn)
+        patch.setattr(Trainer, "train_step", learn)
         yield
 
 
@@ -148,7 +148,7 @@ def nan_loss(trainer, loss):
 def nan_weights(trainer, loss):
     """As of a gradient that overflowed though its loss did not."""
     with torch.no_grad():
-        trainer.parameters[0].fill_(float("nan"))
+        trainer.state.parameters[0].fill_(float("nan"))
     return loss
 
 

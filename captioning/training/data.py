@@ -1,0 +1,113 @@
+"""The photos and captions a run trains on: cached features, or the photos themselves for a live encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from captioning.dataset.batches import Batch, CachedPhotos, LivePhotos
+from captioning.dataset.caption_dataset import CaptionDataset, check_none_lost
+from captioning.dataset.prefetch import Prefetch
+from captioning.decoders import DECODERS
+from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
+from captioning.encoders.images import Augment, SignalSafeLoader
+from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_placement import PLACES, reading
+from captioning.training.options import TrainingOptions
+
+CALIBRATION_BATCH_SIZE = 32  # photos
+
+
+class TrainingData(NamedTuple):
+    train: CachedPhotos | LivePhotos
+    val: CachedPhotos | LivePhotos
+    channels: int  # of the features
+    encoder: Encoder | None  # the live encoder; None with cached features
+    encoder_recipe: dict | None  # of the encoder of the cached features; None with a live encoder
+
+
+def cached_data(
+    options: TrainingOptions, captions: CaptionDataset, train: np.ndarray, val: np.ndarray, device: torch.device
+) -> TrainingData:
+    """Open the feature cache, and place the features of these photos on the GPU, in RAM or on disk.
+
+    train, val: (N,) int64, indices of photos in `captions`. Photos without features are left out. Raises UserError if
+    there is no feature file, if too many photos lack features (--allow-missing), or if the features do not fit.
+    """
+    reader = FeatureReader(options.features or options.data / "features.h5", pin=device.type == "cuda")
+    rows = reader.rows_of(captions.ids)  # (N,) int64, of all photos
+    if not options.features:
+        check_none_lost(rows, reader.path, len(reader.ids), options.allow_missing)
+    recipe = saved_encoder(reader.path, reader.attributes["weights_sha256"])["encoder"]
+    train = train[reader.present(rows[train], options.allow_missing, options.data)]
+    val = val[reader.present(rows[val], options.allow_missing, options.data)]
+    pooled = not DECODERS[options.decoder].uses_attention
+    read, placement = reading(reader, rows[np.concatenate([train, val])], pooled, options.features_on, device)
+    print(f"{reader.path}: read from {PLACES[placement.where]} ({placement.why})")
+    return TrainingData(
+        train=CachedPhotos(captions.subset(train), rows[train], read),
+        val=CachedPhotos(captions.subset(val), rows[val], read),
+        channels=reader.channels,
+        encoder=None,
+        encoder_recipe=recipe,
+    )
+
+
+def live_data(
+    options: TrainingOptions, train: CaptionDataset, val: CaptionDataset, saved: dict | None, start: dict | None
+) -> TrainingData:
+    """Load the encoder to fine-tune, and decode the photos for it.
+
+    saved: the checkpoint that the run resumes from; start: the checkpoint of --start-from; see `live_encoder`.
+    """
+    encoder = live_encoder(options, train.paths, saved, start)
+    augments = options.flip or options.crop < 1
+    augment = Augment(options.flip, options.crop, options.seed) if augments else None
+    return TrainingData(
+        train=LivePhotos(train, encoder.transform, augment, train.mentions_side()),
+        val=LivePhotos(val, encoder.transform),
+        channels=encoder.output_shape()[2],
+        encoder=encoder,
+        encoder_recipe=None,
+    )
+
+
+def live_encoder(options: TrainingOptions, paths: Sequence[str], saved: dict | None, start: dict | None) -> Encoder:
+    """Return the encoder of `saved` (the resumed run), else of `start` (--start-from), else a new one from the options.
+
+    paths: training photos, which calibrate the BatchNorm of an encoder with random weights.
+    """
+    if saved:
+        return encoder_from_checkpoint(saved)
+    if start:
+        encoder = encoder_from_checkpoint(start)
+    else:
+        encoder = load_encoder(options.encoder, options.weights, options.image_size, options.seed)
+    if encoder.weights == "random":
+        calibrate_on(encoder, paths, CALIBRATION_BATCH_SIZE, options.workers or 0)
+    encoder.weights = f"{encoder.weights}, fine-tuned in {options.folder}"
+    return encoder
+
+
+def load_batches(
+    photos: CachedPhotos | LivePhotos,
+    plan: Sequence[np.ndarray],
+    device: torch.device,
+    live: bool = False,
+    workers: int | None = None,
+) -> Iterable[Batch]:
+    """Load the batches of a plan ahead of their use, into pinned memory for a GPU.
+
+    plan: the photos of each batch, (B,) int64. live: photos are decoded in `workers` processes, by default one per
+    core; cached features are read in one thread.
+    """
+    pin = device.type == "cuda"
+    if not live:
+        return Prefetch(photos, plan, pin=pin)
+    if workers is None:
+        workers = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
+    return SignalSafeLoader(photos, plan, workers, pin=pin)

@@ -1,0 +1,183 @@
+"""What a run trains, and how it goes into checkpoints and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from captioning.decoders.factory import build_decoder, decoder_arguments, load_decoder
+from captioning.encoders.encoder import Encoder
+from captioning.errors import UserError
+from captioning.runtime.checkpoint import checkpoint_errors
+from captioning.runtime.device import restore_rng, rng_state
+from captioning.runtime.settings import as_plain_data
+from captioning.training.data import TrainingData
+from captioning.training.ema import EMA
+from captioning.training.loss_module import LossModule
+from captioning.training.objectives import Objective
+from captioning.training.optimizer import make_optimizer, parameter_groups
+from captioning.training.options import TrainingOptions
+from preprocess.vocabulary import Vocabulary
+
+
+@dataclass
+class Progress:
+    """How far a run is, as plain data: what --resume needs besides the weights."""
+
+    epoch: int = 0  # finished epochs, with their validation
+    step: int = 0  # updates of the weights in the current epoch
+    count: int = 0  # words or captions that the loss has averaged in the current epoch, over all processes
+    total: float = 0.0  # sum of the loss over them
+    best: float | None = None  # score of best.pt, larger is better: with --best-metric loss, the negative loss
+    epochs_without_better: int = 0
+
+    def mean(self) -> float:
+        """The mean loss of the current epoch so far."""
+        return self.total / max(1, self.count)
+
+    def update_best(self, score: float) -> bool:
+        """Return whether this score, of which larger is better, is the best so far, and record it."""
+        better = self.best is None or score > self.best
+        if better:
+            self.best = score
+            self.epochs_without_better = 0
+        else:
+            self.epochs_without_better += 1
+        return better
+
+    def finish_epoch(self) -> None:
+        self.epoch += 1
+        self.step = 0
+        self.count = 0
+        self.total = 0.0
+
+
+@dataclass
+class RunState:
+    """The trained parts of a run. `checkpoint`, `restore` and `start_from` convert them to and from a dict."""
+
+    options: TrainingOptions
+    vocabulary: Vocabulary
+    device: torch.device
+    loss_module: LossModule  # the encoder if it is trained, the decoder and the objective
+    encoder_recipe: dict | None  # of the cached features; None if the encoder is trained
+    decoder_args: dict  # of the decoder's constructor
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: EMA | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def checkpoint(self, for_resume: bool = True) -> dict:
+        """Return everything a checkpoint holds. for_resume: with the state that only --resume needs."""
+        decoder, encoder = self.loss_module.decoder, self.loss_module.encoder
+        checkpoint = {
+            "config": as_plain_data(self.options),
+            "vocabulary": self.vocabulary.to_dict(),
+            "encoder": encoder.to_checkpoint() if encoder else self.encoder_recipe,
+            "decoder": {"name": self.options.decoder, "sizes": self.decoder_args, "state": decoder.state_dict()},
+            "progress": asdict(self.progress),
+        }
+        if for_resume:
+            checkpoint |= {
+                "optimizer": self.optimizer.state_dict(),
+                "objective": self.loss_module.objective.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": rng_state(self.device),
+                "average": self.ema.state_dict() if self.ema else None,
+            }
+        return checkpoint
+
+    def restore(self, saved: dict) -> None:
+        """Continue from a checkpoint of this run. Raises UserError if it does not fit, or is damaged."""
+        self.start_from(saved, str(self.options.folder))
+        with checkpoint_errors(self.options.folder / "last.pt"):
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.loss_module.objective.load_state_dict(saved["objective"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.ema:
+                self.ema.load_state_dict(saved["average"])
+            self.progress = Progress(**saved["progress"])
+            restore_rng(saved["rng"], self.device)
+
+    def start_from(self, saved: dict, source: str) -> None:
+        """Load the decoder's weights from a checkpoint of any run.
+
+        Raises UserError if its vocabulary, encoder or sizes differ. source: the run, for messages.
+        """
+        with checkpoint_errors(source):
+            self._check_vocabulary(saved, source)
+            self._check_encoder(saved, source)
+            load_decoder(self.loss_module.decoder, saved["decoder"], self.options.decoder, self.decoder_args, source)
+
+    def _check_vocabulary(self, saved: dict, source: str) -> None:
+        found = Vocabulary.from_dict(saved["vocabulary"])
+        if found != self.vocabulary:
+            raise UserError(
+                f"{source}: was trained with another vocabulary ({len(found):,} words; {self.options.data} has "
+                f"{len(self.vocabulary):,}); start a new --run"
+            )
+
+    def _check_encoder(self, saved: dict, source: str) -> None:
+        """Cached features must come from the run's encoder."""
+        found, expected = saved["encoder"], self.encoder_recipe
+        if expected and expected["sha256"] != found["sha256"]:
+            raise UserError(
+                f"{source}: was trained on another encoder ({found['name']}, {found['weights']}) than the features "
+                f"({expected['name']}, {expected['weights']}); extract features with its encoder"
+            )
+
+
+def build_run_state(
+    options: TrainingOptions,
+    vocabulary: Vocabulary,
+    data: TrainingData,
+    objective: Objective,
+    device: torch.device,
+    precision: torch.dtype,
+) -> RunState:
+    """Build the decoder from options.seed, the optimizer and the rest of a new run, on the device.
+
+    precision: of the arithmetic; with float16 the loss is scaled.
+    """
+    torch.manual_seed(options.seed)
+    settings = {"vocabulary_size": len(vocabulary), "channels": data.channels, **as_plain_data(options)}
+    decoder_args = decoder_arguments(options.decoder, settings)
+    decoder = build_decoder(options.decoder, decoder_args)
+    if options.tie_embeddings:
+        decoder.output_layer.weight = decoder.embedding.weight
+    decoder.embedding.weight.requires_grad_(not options.freeze_embeddings)
+    loss_module = LossModule(data.encoder, decoder, objective, options.feature_dropout).to(device)
+
+    trained: dict[str, Iterable[nn.Parameter]] = {"learning_rate": decoder.parameters()}
+    if data.encoder:
+        trained["encoder_learning_rate"] = unfreeze_encoder(data.encoder, options)
+    groups = parameter_groups(trained, options.weight_decay)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return RunState(
+        options=options,
+        vocabulary=vocabulary,
+        device=device,
+        loss_module=loss_module,
+        encoder_recipe=data.encoder_recipe,
+        decoder_args=decoder_args,
+        optimizer=make_optimizer(groups),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        ema=EMA(parameters, options.ema_decay) if options.ema_decay else None,
+    )
+
+
+def unfreeze_encoder(encoder: Encoder, options: TrainingOptions) -> list[nn.Parameter]:
+    """Prepare a live encoder for training. Returns its trained parameters."""
+    default = "all" if options.weights == "random" else None
+    parameters = encoder.unfreeze(options.unfreeze_from or default)
+    if options.checkpoint_activations:
+        encoder.checkpoint_activations()
+    return parameters
