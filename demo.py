@@ -24,7 +24,7 @@ from captioning.encoders.grid import SIDE
 from captioning.encoders.images import open_photo
 from captioning.features.feature_cache import FeatureReader
 from captioning.runtime.command_line import run
-from captioning.viewing.attention_plots import Entry, contact_sheet
+from captioning.viewing.attention_plots import CaptionedImage, contact_sheet
 from preprocess.captions import Photo, read_captions
 from preprocess.scenes import is_true, named_objects, read_scenes
 
@@ -115,7 +115,9 @@ def peak_is_inside(attention: np.ndarray, boxes: list[tuple[float, float, float,
 def draw_sheet(path: Path, photos: list[Photo], captioned: list[CaptionResult], truths: list[bool]) -> None:
     """The first captions, as they come: none is chosen."""
     entries = [
-        Entry(open_photo(photo.image), caption.text, caption.words, caption.attention.numpy(), caption.grid, truth)
+        CaptionedImage(
+            open_photo(photo.image), caption.text, caption.words, caption.attention.numpy(), caption.grid, truth
+        )
         for photo, caption, truth in zip(photos[:CARDS], captioned, truths, strict=False)
     ]
     contact_sheet(entries, path, "看图说话")

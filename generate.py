@@ -1,4 +1,4 @@
-"""Captions for photos, folders and splits; scores; attention pictures.
+"""Caption photos, folders or a split of a data set; score captions; draw their attention.
 
 python generate.py checkpoints/att photo.jpg folder/
 python generate.py checkpoints/att photo.jpg --pictures attention/
@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,26 +30,31 @@ from captioning.captioner import Captioner
 from captioning.dataset.caption_dataset import check_none_lost, photos_of
 from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, in_batches, open_photo, photo_batches
 from captioning.errors import UserError
-from captioning.evaluation.metrics import NAMES
+from captioning.evaluation.metrics import METRICS
 from captioning.evaluation.results import (
-    read_captioned,
-    read_photos,
+    read_reference_photos,
+    read_results,
     write_coco,
     write_csv,
     write_json,
     write_submission,
 )
-from captioning.evaluation.score_report import Pairs, Scores, compare, format_comparison, score_captions
+from captioning.evaluation.score_report import CaptionedPhotos, Scores, compare, format_comparison, score_captions
 from captioning.features.feature_cache import FeatureReader
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
+from captioning.runtime.library_errors import reason
 from captioning.runtime.settings import as_plain_data
-from captioning.viewing.attention_plots import animate_attention, draw_attention
-from captioning.viewing.html_report import extremes, write_page
+from captioning.viewing.attention_plots import CaptionedImage, animate_attention, draw_attention
+from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page
 from config import Generate
 from preprocess.captions import Photo, read_captions
 
-FILES = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
+OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
+RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "search")  # written beside the scores
+RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
+
+CaptionedPhoto = tuple[Photo, CaptionResult]
 
 
 def main(config: Generate) -> None:
@@ -58,197 +64,250 @@ def main(config: Generate) -> None:
         caption_photos(config)
 
 
+# ---- captioning
+
+
 def caption_photos(config: Generate) -> None:
     captioner = Captioner.load(config.run, config.device, config.precision, config.hard, config.ensemble)
     torch.manual_seed(config.seed)
-    refuse_what_it_cannot_do(config, captioner)
+    check_supported(config, captioner)
+    captioned = caption_all(config, captioner)
     language, tokenizer = captioner.vocabulary.language, captioner.vocabulary.tokenizer
-    pairs, scores = captions_of_all(config, captioner), None
+    scores = None
     if config.data and (config.scores or config.csv or config.html or config.extremes):
-        scores = score_captions(pairs, language, tokenizer, java=bool(config.scores))
+        scores = score_captions(captioned, language, tokenizer, java=bool(config.scores))
     if config.scores:
         print(scores)
-    write_files(config, pairs, language, scores)
+    write_outputs(config, captioned, language, scores)
 
 
-def captions_of_all(config: Generate, captioner: Captioner) -> Pairs:
-    """Every photo that could be read with its caption, which is said or drawn at once where that was asked for."""
-    listed = list(read_captions(config.data)) if config.data else []
-    photos = photos_of(listed, config.split, config.data, config.limit) if config.data else chosen_files(config.photos)
-    reader = cached_features(config, captioner, listed) if config.data else None
-    unreadable, pairs = FailureLimit(len(photos), config.allow_missing), []
-    for photo, caption in caption_all(config, captioner, reader, photos, unreadable):
-        pairs.append((photo, caption))
+def check_supported(config: Generate, captioner: Captioner) -> None:
+    """Raises UserError if the run cannot produce a requested output."""
+    if config.pictures and not captioner.decoder.uses_attention:
+        raise UserError(
+            f"--pictures: the decoder {captioner.decoder_name} of {config.run} has no attention; leave out --pictures"
+        )
+    if config.submission and captioner.vocabulary.language != "zh":
+        raise UserError(f"--submission: AI Challenger is Chinese, but {config.run} writes English; give --json")
+
+
+def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
+    """Caption all photos. Print each caption, unless it goes to a file, and draw its picture if requested.
+
+    Photos that cannot be read are reported at the end. Raises UserError if none can be read.
+    """
+    if config.data:
+        dataset = list(read_captions(config.data))
+        photos = photos_of(dataset, config.split, config.data, config.limit)
+        reader = open_features(config, captioner, dataset)
+    else:
+        photos = find_photos(config.photos)
+        reader = None
+    failures = FailureLimit(len(photos), config.allow_missing)
+    captioned = []
+    for photo, caption in iterate_captions(config, captioner, reader, photos, failures):
+        captioned.append((photo, caption))
         if not output_files(config):
-            name = one_line(photo.id)
-            tqdm.write(f"{name}: {said(caption)}")
-            for other in caption.others:
-                tqdm.write(f"{' ' * len(name)}  {said(other)}")
+            print_caption(photo, caption)
         if config.pictures:
             draw_picture(config, photo, caption)
-    for reason in unreadable.reasons:
-        print(f"skipped: {one_line(reason)}")
-    if not pairs:
+    for failure in failures.reasons:
+        print(f"skipped: {one_line(failure)}")
+    if not captioned:
         raise UserError("none of the photos could be read; give others")
-    return pairs
+    return captioned
 
 
-def said(caption: CaptionResult) -> str:
-    return caption.text + ("" if caption.finished else " [unfinished]")
-
-
-def refuse_what_it_cannot_do(config: Generate, captioner: Captioner) -> None:
-    if config.pictures and not captioner.decoder.uses_attention:
-        raise UserError(f"--pictures: the decoder {captioner.decoder_name} of {config.run} does not attend")
-    if config.submission and captioner.vocabulary.language != "zh":
-        raise UserError(f"--submission: AI Challenger is Chinese, and {config.run} writes English; give --json")
-
-
-def score_files(config: Generate) -> None:
-    """Scores of captions that anyone made; of two files, also which is better."""
-    photos, language, tokenizer = read_photos(config.references, config.split, config.tokenizer)
-    found = [read_captioned(path, photos, tokenizer) for path in config.score]
-    if [photo.id for photo, _ in found[0]] != [photo.id for photo, _ in found[-1]]:
-        raise UserError(
-            f"{config.score[0]}, {config.score[1]}: captions of different photos; compare those of the same"
-        )
-    if len(found[0]) < len(photos):
-        print(f"{config.score[0]}: has {len(found[0]):,} of the {len(photos):,} photos; the others are left out")
-    tables = [score_captions(pairs, language, tokenizer) for pairs in found]
-    for path, table in zip(config.score, tables, strict=True):
-        print(f"{path}\n{table}\n")
-    if len(tables) == 1:
-        write_files(config, found[0], language, tables[0])
-        return
-    comparison = compare(*tables)
-    print(f"{config.score[1]} - {config.score[0]}\n{format_comparison(comparison)}")
-    if config.scores:
-        write_scores(
-            config,
-            {str(path): table.to_dict() for path, table in zip(config.score, tables, strict=True)}
-            | {"difference": comparison},
-        )
-
-
-def output_files(config: Generate) -> list[Path]:
-    return [path for name in FILES if (path := getattr(config, name))]
-
-
-def write_files(config: Generate, pairs: Pairs, language: str, scores: Scores | None) -> None:
-    """Everything that was asked for but pictures. scores: where there are references."""
-    ciders = scores.per_caption[:, NAMES.index("CIDEr-D")].tolist() if scores else [None] * len(pairs)
-    cards = [(photo, caption, cider) for (photo, caption), cider in zip(pairs, ciders, strict=True)]
-    title = " ".join(str(part) for part in (config.run, *config.score, config.data, config.references) if part)
-    if config.json:
-        write_coco(config.json, pairs)
-    if config.submission:
-        write_submission(config.submission, pairs)
-    if config.csv:
-        write_csv(config.csv, pairs, scores.per_caption if scores else None)
-    if config.html:
-        write_page(config.html, title, language, [("", cards)])
-    if config.extremes:
-        write_page(config.extremes, title, language, extremes(cards))
-    if config.scores:
-        write_scores(config, scores.to_dict())
-    for path in output_files(config):
-        print(f"{path}: {len(pairs):,} captions")
-
-
-def chosen_files(paths: tuple[Path, ...]) -> list[Photo]:
-    """The photos themselves, and those in folders, in order of their names."""
-    found = []
+def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
+    """The given photos and those in the given folders, which are sorted by path; each once."""
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS)
-            if not inside:
-                raise UserError(f"{path}: no photos in it ({' '.join(sorted(PHOTO_ENDINGS))})")
-            found += inside
+            photos = sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS)
+            if not photos:
+                raise UserError(f"{path}: contains no photos ({' '.join(sorted(PHOTO_ENDINGS))})")
+            files += photos
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise UserError(f"{path}: no such photo or folder")
-    return [Photo(str(path), str(path), split="", captions=()) for path in dict.fromkeys(found)]
+    return [Photo(str(path), str(path), split="", captions=()) for path in dict.fromkeys(files)]
 
 
-def caption_all(
-    config: Generate, captioner: Captioner, reader: FeatureReader | None, photos: list[Photo], unreadable: FailureLimit
-) -> Iterator[tuple[Photo, CaptionResult]]:
-    """Each photo once, in order: from cached features where there are any of the run's encoder, else from the photo."""
+def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) -> FeatureReader | None:
+    """Open the cached features, or return None, with a printed reason, to encode the photos instead.
+
+    dataset: all photos of captions.jsonl. Raises UserError if --features names a file of another encoder.
+    """
+    path = config.features or config.data / "features.h5"
+    if not config.features and not path.exists():
+        print(f"{path}: does not exist; encoding the photos")
+        return None
+    reader = FeatureReader(path)
+    if not config.features:
+        rows = reader.rows_of(photo.id for photo in dataset)
+        check_none_lost(rows, path, len(reader.ids), config.allow_missing)
+    if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
+        return reader
+    encoder = f"{reader.attributes['encoder']} ({reader.attributes['weights']})"
+    mismatch = f"{path}: made by {encoder}, not by the encoder of {config.run}"
+    if config.features:
+        raise UserError(f"{mismatch}; leave out --features to encode the photos")
+    print(f"{mismatch}; encoding the photos")
+    return None
+
+
+def iterate_captions(
+    config: Generate, captioner: Captioner, reader: FeatureReader | None, photos: list[Photo], failures: FailureLimit
+) -> Iterator[CaptionedPhoto]:
+    """Caption each photo once, in order, from its cached features or, without a reader, from its file."""
     if reader:
         rows = reader.rows_of(photo.id for photo in photos)
-        there = reader.present(rows, config.allow_missing, config.data)
-        photos, rows = [*compress(photos, there)], rows[there]
+        present = reader.present(rows, config.allow_missing, config.data)
+        photos = list(compress(photos, present))
+        batches = caption_from_cache(config, captioner, reader, photos, rows[present])
+    else:
+        batches = caption_from_files(config, captioner, photos, failures)
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
-        batches = (
-            from_cache(captioner, reader, photos, rows, config)
-            if reader
-            else from_files(captioner, photos, config, unreadable)
-        )
         for batch in batches:
             yield from batch
             bar.update(len(batch))
 
 
-def from_cache(captioner: Captioner, reader: FeatureReader, photos: list[Photo], rows: np.ndarray, config: Generate):
+def caption_from_cache(
+    config: Generate, captioner: Captioner, reader: FeatureReader, photos: list[Photo], rows: np.ndarray
+) -> Iterator[list[CaptionedPhoto]]:
+    """rows (N,) int64: the row of each photo in the feature file."""
     read = reader.read if captioner.decoder.uses_attention else reader.read_pooled
-    for batch, where in zip(*(in_batches(part, config.batch_size) for part in (photos, rows)), strict=True):
-        captions = captioner.caption_grid(read(where), config.search)
-        yield list(zip(batch, captions, strict=True))
+    for indices in in_batches(range(len(photos)), config.batch_size):
+        captions = captioner.caption_grid(read(rows[list(indices)]), config.search)
+        yield list(zip([photos[index] for index in indices], captions, strict=True))
 
 
-def from_files(captioner: Captioner, photos: list[Photo], config: Generate, unreadable: FailureLimit):
-    plan = in_batches(range(len(photos)), config.batch_size)
-    workers = config.workers if len(plan) > 1 else 0
-    for batch in photo_batches([photo.image for photo in photos], plan, captioner.encoder.transform, workers):
-        unreadable.add(batch.failures)
+def caption_from_files(
+    config: Generate, captioner: Captioner, photos: list[Photo], failures: FailureLimit
+) -> Iterator[list[CaptionedPhoto]]:
+    """Photos that cannot be read are left out and added to `failures`."""
+    indices = in_batches(range(len(photos)), config.batch_size)
+    workers = config.workers if len(indices) > 1 else 0
+    paths = [photo.image for photo in photos]
+    for batch in photo_batches(paths, indices, captioner.encoder.transform, workers):
+        failures.add(batch.failures)
         if batch.indices:
             captions = captioner.caption_squashed(batch.photos, config.search)
-            yield list(zip([photos[i] for i in batch.indices], captions, strict=True))
+            yield list(zip([photos[index] for index in batch.indices], captions, strict=True))
 
 
-def cached_features(config: Generate, captioner: Captioner, listed: list[Photo]) -> FeatureReader | None:
-    """The feature file, where it is of the run's encoder. One that was named must be; another is said and left.
+def print_caption(photo: Photo, caption: CaptionResult) -> None:
+    """Print the caption beside the photo's name, and further captions of the photo below."""
+    name = one_line(photo.id)
+    tqdm.write(f"{name}: {display_text(caption)}")
+    for other in caption.others:
+        tqdm.write(f"{' ' * len(name)}  {display_text(other)}")
 
-    listed: all of captions.jsonl.
-    """
-    path = config.features or config.data / "features.h5"
-    if not config.features and not path.exists():
-        print(f"{path}: not there; encoding the photos")
-        return None
-    reader = FeatureReader(path)
-    if not config.features:
-        rows = reader.rows_of(photo.id for photo in listed)
-        check_none_lost(rows, path, len(reader.ids), config.allow_missing)
-    if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
-        return reader
-    made_by = (
-        f"made by {reader.attributes['encoder']} ({reader.attributes['weights']}), not by the encoder of {config.run}"
-    )
-    if config.features:
-        raise UserError(f"{path}: {made_by}; leave out --features to encode the photos")
-    print(f"{path}: {made_by}; encoding the photos")
-    return None
+
+def display_text(caption: CaptionResult) -> str:
+    return caption.text if caption.finished else f"{caption.text} [unfinished]"
 
 
 def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None:
-    ending, draw = (".gif", animate_attention) if config.animate else (".png", draw_attention)
+    """Draw the caption's attention into the folder of --pictures. Raises UserError if that fails."""
+    suffix, draw = (".gif", animate_attention) if config.animate else (".png", draw_attention)
     name = re.sub(r"[^\w.-]+", "_", photo.id).strip("._") or "photo"
-    path = config.pictures / (name + ending)
+    path = config.pictures / (name + suffix)
     attention = caption.attention.numpy()
+    captioned = CaptionedImage(open_photo(photo.image), caption.text, caption.words, attention, caption.grid)
     try:
-        draw(open_photo(photo.image), caption.words, attention, caption.grid, path, caption.text, config.view)
-    except LookupError as error:  # no font on this machine has the caption's characters
+        draw(captioned, path, config.view)
+    except LookupError as error:  # no installed font has the caption's characters
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or draw elsewhere") from None
+        raise UserError(f"{path}: cannot be written ({reason(error)}); free space or give another folder") from None
 
 
-def write_scores(config: Generate, table: dict) -> None:
-    """The table, with the settings that made it."""
-    captioned, scored = ("run", "ensemble", "data", "split", "search"), ("score", "references", "split")
+# ---- scoring
+
+
+def score_files(config: Generate) -> None:
+    """Score one file of captions, or score two and compare them."""
+    photos, language, tokenizer = read_reference_photos(config.references, config.split, config.tokenizer)
+    captioned = [read_results(path, photos, tokenizer) for path in config.score]
+    check_same_photos(config.score, captioned)
+    num_captions = len(captioned[0])
+    if num_captions < len(photos):
+        print(f"{config.score[0]}: has {num_captions:,} of the {len(photos):,} photos; the others are not scored")
+    scores = [score_captions(pairs, language, tokenizer) for pairs in captioned]
+    for path, path_scores in zip(config.score, scores, strict=True):
+        print(f"{path}\n{path_scores}\n")
+    if len(scores) == 1:
+        write_outputs(config, captioned[0], language, scores[0])
+    else:
+        compare_files(config, *scores)
+
+
+def check_same_photos(paths: tuple[Path, ...], captioned: list[list[CaptionedPhoto]]) -> None:
+    """Raises UserError if two files caption different photos."""
+    first, last = ([photo.id for photo, _ in pairs] for pairs in (captioned[0], captioned[-1]))
+    if first != last:
+        raise UserError(
+            f"{paths[0]}, {paths[1]}: have captions of different photos; compare captions of the same photos"
+        )
+
+
+def compare_files(config: Generate, first: Scores, second: Scores) -> None:
+    """Print which of two files has the better captions, and write both scores and the comparison."""
+    comparison = compare(first, second)
+    first_path, second_path = config.score
+    print(f"{second_path} - {first_path}\n{format_comparison(comparison)}")
+    if config.scores:
+        table = {str(first_path): first.to_dict(), str(second_path): second.to_dict(), "difference": comparison}
+        write_scores(config, table)
+
+
+# ---- output files
+
+
+def output_files(config: Generate) -> list[Path]:
+    """The files that the settings ask for, without --pictures."""
+    paths = [getattr(config, name) for name in OUTPUT_SETTINGS]
+    return [path for path in paths if path]
+
+
+def write_outputs(config: Generate, captioned: CaptionedPhotos, language: str, scores: Scores | None) -> None:
+    """Write all requested files. scores: None if the photos have no references."""
+    if config.json:
+        write_coco(config.json, captioned)
+    if config.submission:
+        write_submission(config.submission, captioned)
+    if config.csv:
+        write_csv(config.csv, captioned, scores.per_caption if scores else None)
+    if config.html or config.extremes:
+        write_reports(config, captioned, language, scores)
+    if config.scores:
+        write_scores(config, scores.to_dict())
+    for path in output_files(config):
+        print(f"{path}: {len(captioned):,} captions")
+
+
+def write_reports(config: Generate, captioned: CaptionedPhotos, language: str, scores: Scores | None) -> None:
+    """Write the HTML pages of --html and --extremes."""
+    title = " ".join(str(part) for part in (config.run, *config.score, config.data, config.references) if part)
+    if scores:
+        ciders = scores.per_caption[:, METRICS.index("CIDEr-D")].tolist()
+    else:
+        ciders = [None] * len(captioned)
+    entries = [ReportEntry(photo, caption, cider) for (photo, caption), cider in zip(captioned, ciders, strict=True)]
+    if config.html:
+        write_page(config.html, title, language, [("", entries)])
+    if config.extremes:
+        write_page(config.extremes, title, language, worst_and_best(entries))
+
+
+def write_scores(config: Generate, table: dict[str, Any]) -> None:
+    """Write the table with the settings that determine it."""
     settings = as_plain_data(config)
-    write_json(config.scores, {**table, **{name: settings[name] for name in (captioned if config.run else scored)}})
+    names = RECORDED_SETTINGS if config.run else RECORDED_SCORE_SETTINGS
+    write_json(config.scores, {**table, **{name: settings[name] for name in names}})
 
 
 def work(config: Generate) -> None:

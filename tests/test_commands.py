@@ -368,7 +368,7 @@ def test_pictures_of_attention_are_drawn(here, tmp_path):
     drawn, cells, moving = (next((tmp_path / name).iterdir()) for name in ("drawn", "cells", "moving"))
     assert Image.open(drawn).width > 200 and drawn.read_bytes() != cells.read_bytes()
     assert moving.suffix == ".gif" and Image.open(moving).n_frames > 2
-    with pytest.raises(UserError, match="does not attend"):
+    with pytest.raises(UserError, match="has no attention"):
         generate.main(Generate(Path("checkpoints/lstm"), (Path("data/small/photos/0.png"),), pictures=tmp_path))
 
 
@@ -430,7 +430,7 @@ def test_captions_of_some_photos_are_scored_but_not_compared_with_those_of_other
         (tmp_path / name).write_text(json.dumps([{"image_id": id, "caption": "a red square"} for id in ids]))
     generate.main(Generate(score=(tmp_path / "some",), references=Path("data/small")))
     assert "has 1 of the 4 photos" in capsys.readouterr().out
-    with pytest.raises(UserError, match="some.*others: captions of different photos"):
+    with pytest.raises(UserError, match="some.*others: have captions of different photos"):
         generate.main(Generate(score=(tmp_path / "some", tmp_path / "others"), references=Path("data/small")))
 
 

@@ -139,7 +139,7 @@ def test_every_command_of_the_readme_runs(user, monkeypatch):
         export.check_onnx()
     except UserError:  # what it writes is an extra, and wants a newer torch than the rest
         lines = [line for line in lines if " -m captioning.export " not in line]
-    monkeypatch.setattr(dashboard.Sender, "send", lambda self, shown: sent.append((self.environment, shown)))
+    monkeypatch.setattr(dashboard.VisdomClient, "send", lambda self, windows: sent.append((self.environment, windows)))
     order = {
         "-m preprocess": 0,
         "generate.py": 2,

@@ -1,11 +1,19 @@
-"""BLEU-1..4, ROUGE-L and CIDEr-D as coco-caption defines them, on words that are already cut, with their intervals.
+"""BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of tokenized captions, as coco-caption defines them, and bootstrap intervals.
 
-The scorers are pycocoevalcap's, the Python of coco-caption itself. (nltk's corpus_bleu is not the same on short
-captions: it counts at least one n-gram in each.) All scores are times 100: corpus BLEU without smoothing, CIDEr-D with
-the document frequencies of the references given. References are the words themselves, not their <unk> version.
+The scorers are those of pycocoevalcap, the Python code of coco-caption itself. (nltk's corpus_bleu differs on short
+captions: it counts at least one n-gram per caption.) Scores are multiplied by 100. BLEU is the corpus score without
+smoothing; CIDEr-D takes its document frequencies from the references given. References are the original words, not
+their <unk> version.
 
-Every score is a function of sums over photos, so one table of what each photo adds (its parts) gives the scores of all
-photos, of one, and of photos drawn with replacement: the bootstrap (Efron 1979; for captions Koehn 2004).
+Every score is a function of sums over photos. One table of per-photo statistics therefore gives the scores of the whole
+set, of each caption alone, and of photos drawn with replacement (the bootstrap).
+
+    BLEU          Papineni et al. 2002, https://aclanthology.org/P02-1040/
+    ROUGE-L       Lin 2004, https://aclanthology.org/W04-1013/
+    CIDEr-D       Vedantam et al. 2015, https://arxiv.org/abs/1411.5726
+    coco-caption  Chen et al. 2015, https://arxiv.org/abs/1504.00325
+    bootstrap     Efron 1979, https://doi.org/10.1214/aos/1176344552;
+                  for text generation Koehn 2004, https://aclanthology.org/W04-3250/
 
 Letters: N photos, R resamples.
 """
@@ -21,95 +29,111 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 from pycocoevalcap.rouge.rouge import Rouge
 
-NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
-RESAMPLES = 1000
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
+NUM_RESAMPLES = 1000
 
-Captions = Mapping[str, Sequence[str]]
-References = Mapping[str, Sequence[Sequence[str]]]
+Captions = Mapping[str, Sequence[str]]  # photo id -> words
+References = Mapping[str, Sequence[Sequence[str]]]  # photo id -> captions in words
 
 
 def score(candidates: Captions, references: References) -> dict[str, float]:
-    """Scores times 100, of one caption (words) a photo against one or more references (words) of the same photo.
+    """Score one caption per photo against one or more references of the same photo.
 
-    Raises as `parts_of` does.
+    Returns each metric times 100. Raises the errors of `per_image_stats`.
     """
     return by_name(aggregate(per_image_stats(candidates, references)))
 
 
 def by_name(scores: np.ndarray) -> dict[str, float]:
-    """(6,) -> each score under its name."""
-    return dict(zip(NAMES, scores.tolist(), strict=True))
+    """Scores (6,) -> metric name -> score."""
+    return dict(zip(METRICS, scores.tolist(), strict=True))
 
 
 def per_image_stats(candidates: Captions, references: References) -> np.ndarray:
-    """What each photo adds to the scores, in the order of the candidates -> (N, 12) float64.
+    """Compute the statistics that each photo adds to the scores, in the order of the candidates.
 
-    Columns: the n-grams of 1 to 4 words that are right, all n-grams of 1 to 4 words, the words, those of the reference
-    nearest in length, ROUGE-L, CIDEr-D. Candidates may be empty captions. CIDEr-D's document frequencies are those of
-    all photos given. Raises ValueError without candidates, for a photo without a reference that has words, and for a
-    word with a space.
+    Returns (N, 12) float64. Columns 0-3: matching n-grams of 1 to 4 words; 4-7: all n-grams of 1 to 4 words; 8: words;
+    9: words of the reference closest in length; 10: ROUGE-L; 11: CIDEr-D, with the document frequencies of all photos
+    given. Candidates may be empty captions.
+
+    Raises ValueError if there are no candidates, if a photo has no reference with words, or if a word contains a space.
     """
-    theirs = {photo: [_joined(words)] for photo, words in candidates.items()}
-    if not theirs:
+    if not candidates:
         raise ValueError("no captions to score")
-    alone = [photo for photo in theirs if not any(references.get(photo, ()))]
-    if alone:
-        raise ValueError(f"no references for {alone[0]}")
-    ours = {photo: [_joined(words) for words in references[photo]] for photo in theirs}
-    bleu = [_counts(words, ours[photo]) for photo, (words,) in theirs.items()]
-    rouge, cider = Rouge().compute_score(ours, theirs)[1], CiderScorer()
-    cider.ctest = _Cooked(cook_test, [words for (words,) in theirs.values()])
-    cider.crefs = _Cooked(cook_refs, [*ours.values()])
-    cider.document_frequency = Counter()  # of small integers, which need no object each
-    return np.column_stack([bleu, rouge, cider.compute_score()[1]])
+    for photo in candidates:
+        if not any(references.get(photo, ())):
+            raise ValueError(f"no references for {photo}")
+    candidate_texts = {photo: _join(words) for photo, words in candidates.items()}
+    reference_texts = {photo: [_join(words) for words in references[photo]] for photo in candidates}
+    bleu = [_bleu_counts(text, reference_texts[photo]) for photo, text in candidate_texts.items()]
+    rouge = Rouge().compute_score(reference_texts, {photo: [text] for photo, text in candidate_texts.items()})[1]
+    cider = _cider_d(list(candidate_texts.values()), list(reference_texts.values()))
+    return np.column_stack([bleu, rouge, cider])
+
+
+def _bleu_counts(candidate: str, references: list[str]) -> list[int]:
+    """Columns 0-9 of `per_image_stats`. Of two references equally close in length, the shorter one counts."""
+    (counts,) = BleuScorer(candidate, references, n=4).ctest
+    closest = min((abs(length - counts["testlen"]), length) for length in counts["reflen"])[1]
+    return [*counts["correct"], *counts["guess"], counts["testlen"], closest]
+
+
+def _cider_d(candidates: list[str], references: list[list[str]]) -> np.ndarray:
+    """CIDEr-D of each photo -> (N,)."""
+    scorer = CiderScorer()
+    scorer.ctest = _LazyNGrams(cook_test, candidates)
+    scorer.crefs = _LazyNGrams(cook_refs, references)
+    scorer.document_frequency = Counter()  # holds small ints, which Python shares; the scorer's own holds floats
+    return scorer.compute_score()[1]
 
 
 @dataclass
-class _Cooked:
-    """Captions as n-grams, counted anew by each loop over them: those of 5,000 photos would take 100 MB."""
+class _LazyNGrams:
+    """N-gram counts, computed again in each loop over them: those of 5,000 photos would take 100 MB."""
 
-    cook: Callable
+    count: Callable
     captions: list
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __iter__(self) -> Iterator:
-        return map(self.cook, self.captions)
+        return map(self.count, self.captions)
 
 
-def _counts(words: str, references: list[str]) -> list[int]:
-    """What BLEU counts in a photo. Of two references as near in length, the shorter."""
-    (photo,) = BleuScorer(words, references, n=4).ctest
-    nearest = min((abs(length - photo["testlen"]), length) for length in photo["reflen"])[1]
-    return [*photo["correct"], *photo["guess"], photo["testlen"], nearest]
+def aggregate(stats: np.ndarray) -> np.ndarray:
+    """Compute the scores of a set of photos from their statistics.
 
-
-def aggregate(parts: np.ndarray) -> np.ndarray:
-    """The scores of photos taken together: parts (..., N, 12) -> (..., 6) times 100, in the order of NAMES."""
-    sums, photos = parts.sum(-2), parts.shape[-2]
-    right, all_grams, words, nearest = sums[..., :4], sums[..., 4:8], sums[..., 8:9], sums[..., 9:10]
-    precision = (right + 1e-15) / (all_grams + 1e-9)  # coco-caption's guards against a division by zero
-    brevity = np.exp(np.minimum(0, 1 - (nearest + 1e-9) / (words + 1e-15)))
-    bleu = brevity * precision.cumprod(-1) ** (1 / np.arange(1, 5))
-    return 100 * np.concatenate([bleu, sums[..., 10:] / photos], -1)
-
-
-def bootstrap(parts: np.ndarray) -> np.ndarray:
-    """The scores of 1,000 data sets of N photos drawn with replacement from these: (N, 12) -> (R, 6).
-
-    The draws depend on N alone: those of two sets of captions of the same photos are paired. Document frequencies stay.
+    stats: (..., N, 12). Returns (..., 6), times 100, in the order of METRICS.
     """
-    random, photos = np.random.default_rng(0), len(parts)
-    return np.stack([aggregate(parts[random.integers(photos, size=photos)]) for _ in range(RESAMPLES)])
+    sums = stats.sum(-2)
+    num_photos = stats.shape[-2]
+    matches, total, words, closest = sums[..., :4], sums[..., 4:8], sums[..., 8:9], sums[..., 9:10]
+    precision = (matches + 1e-15) / (total + 1e-9)  # coco-caption's guards against division by zero
+    brevity = np.exp(np.minimum(0, 1 - (closest + 1e-9) / (words + 1e-15)))
+    bleu = brevity * precision.cumprod(-1) ** (1 / np.arange(1, 5))
+    means = sums[..., 10:] / num_photos
+    return 100 * np.concatenate([bleu, means], -1)
+
+
+def bootstrap(stats: np.ndarray) -> np.ndarray:
+    """Score 1,000 resamples of N photos drawn with replacement: stats (N, 12) -> (R, 6).
+
+    The draws depend on N alone, so resamples of two sets of captions of the same photos are paired. The document
+    frequencies of CIDEr-D stay those of the original set.
+    """
+    rng = np.random.default_rng(0)
+    num_photos = len(stats)
+    draws = (rng.integers(num_photos, size=num_photos) for _ in range(NUM_RESAMPLES))
+    return np.stack([aggregate(stats[indices]) for indices in draws])
 
 
 def confidence_interval(scores: np.ndarray) -> np.ndarray:
-    """The middle 95 % of resampled scores: (R, 6) -> (6, 2), from and to."""
+    """The central 95 % of the scores of resamples: (R, 6) -> (6, 2), lower and upper bounds."""
     return np.percentile(scores, (2.5, 97.5), axis=0).T
 
 
-def _joined(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     for word in words:
         if not word or word.split() != [word]:
             raise ValueError(f"{word!r} is not one word")

@@ -1,7 +1,9 @@
-"""Captions as files: COCO's results, AI Challenger's submission, a table; and those of anyone read beside references.
+"""Files of captions: COCO results, AI Challenger submissions and CSV tables; and reading anyone's captions for scoring.
 
-COCO's results    [{"image_id": 9, "caption": "a dog"}, ...]; ours also say log_probability and finished
-a submission      [{"image_id": "8f00f3d0", "caption": "..."}, ...]: no ending, no spaces, no empty caption
+COCO results    [{"image_id": 9, "caption": "a dog"}, ...]; ours also have log_probability and finished
+submission      [{"image_id": "8f00f3d0", "caption": "..."}, ...]: no file suffix, no spaces, no empty caption
+
+The format of COCO results is that of the COCO caption server, Chen et al. 2015, https://arxiv.org/abs/1504.00325.
 """
 
 from __future__ import annotations
@@ -18,130 +20,169 @@ from captioning.caption import CaptionResult
 from captioning.dataset.caption_dataset import photos_of
 from captioning.encoders.images import PHOTO_ENDINGS
 from captioning.errors import UserError
-from captioning.evaluation.metrics import NAMES
-from captioning.evaluation.score_report import Pairs
+from captioning.evaluation.metrics import METRICS
+from captioning.evaluation.score_report import CaptionedPhotos
 from captioning.runtime.files import atomic_text
 from preprocess.annotations import read_json, read_references
 from preprocess.captions import Photo, read_captions
 from preprocess.tokenizers import default_tokenizer, detect_language, tokenize
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
+# ---- writing
+
 
 def write_json(path: Path, data: object) -> None:
+    """Raises UserError if the file cannot be written."""
     with atomic_text(path) as file:
         json.dump(data, file, ensure_ascii=False, indent=1)
 
 
-def write_coco(path: Path, pairs: Pairs) -> None:
-    """COCO's results; with a sentinel also the words, and how much of each came from language alone; with several
-    captions of a photo also the others."""
-    write_json(path, [_coco_line(photo.id, caption) for photo, caption in pairs])
+def write_coco(path: Path, captioned: CaptionedPhotos) -> None:
+    """Write COCO results. Captions need a log-probability.
+
+    A decoder with a sentinel adds the words and the fraction of each that came from the language model alone; further
+    captions of a photo are added as "others".
+    """
+    write_json(path, [_coco_entry(photo.id, caption) for photo, caption in captioned])
 
 
-def _coco_line(id: str, caption: CaptionResult) -> dict:
-    number = id.isdecimal() and str(int(id)) == id  # COCO's ids are numbers
-    line = {"image_id": int(id) if number else id, **_of(caption)}
+def _coco_entry(id: str, caption: CaptionResult) -> dict:
+    is_number = id.isdecimal() and str(int(id)) == id  # COCO's ids are numbers
+    entry = {"image_id": int(id) if is_number else id, **_caption_fields(caption)}
     if caption.sentinel is not None:
-        line |= {"words": caption.words, "sentinel": [round(beta, 4) for beta in caption.sentinel]}
+        entry["words"] = caption.words
+        entry["sentinel"] = [round(beta, 4) for beta in caption.sentinel]
     if caption.others:
-        line["others"] = [_of(other) for other in caption.others]
-    return line
+        entry["others"] = [_caption_fields(other) for other in caption.others]
+    return entry
 
 
-def _of(caption: CaptionResult) -> dict:
+def _caption_fields(caption: CaptionResult) -> dict:
+    assert caption.log_probability is not None
     return {"caption": caption.text, "log_probability": round(caption.log_probability, 4), "finished": caption.finished}
 
 
-def write_submission(path: Path, pairs: Pairs) -> None:
-    """AI Challenger's form. Raises UserError where two photos would have one name."""
-    names = [_without_ending(photo.id) for photo, _ in pairs]
-    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise UserError(f"{path}: {times} photos are called {name} there, without folder and ending; rename them")
+def write_submission(path: Path, captioned: CaptionedPhotos) -> None:
+    """Write an AI Challenger submission. Raises UserError if two photos would have the same name."""
+    names = [_photo_name(photo.id) for photo, _ in captioned]
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise UserError(f"{path}: {count} photos are named {name} without folder and suffix; rename them")
     # The challenge refuses a file with an empty caption; it drops the full stop before it scores.
-    texts = ["".join(caption.text.split()) or "。" for _, caption in pairs]
+    texts = ["".join(caption.text.split()) or "。" for _, caption in captioned]
     write_json(path, [{"image_id": name, "caption": text} for name, text in zip(names, texts, strict=True)])
 
 
-def write_csv(path: Path, pairs: Pairs, each: np.ndarray | None) -> None:
-    """A line a photo. each (N, 6): the scores of every caption by itself, where there are references."""
+def write_csv(path: Path, captioned: CaptionedPhotos, per_caption: np.ndarray | None) -> None:
+    """Write one line per photo. per_caption: scores of each caption (N, 6), if there are references."""
     with atomic_text(path) as file:
-        file.write("\ufeff")  # without it, spreadsheets show Chinese as gibberish
+        file.write("\ufeff")  # without a byte order mark, spreadsheets show Chinese as gibberish
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["photo", "caption", "log_probability", "finished", *(NAMES if each is not None else ())])
-        for number, (photo, caption) in enumerate(pairs):
-            scores = [] if each is None else [f"{value:.2f}" for value in each[number]]
-            sure = "" if caption.log_probability is None else f"{caption.log_probability:.4f}"
-            table.writerow([photo.id, caption.text, sure, caption.finished, *scores])
+        metrics = METRICS if per_caption is not None else ()
+        table.writerow(["photo", "caption", "log_probability", "finished", *metrics])
+        for index, (photo, caption) in enumerate(captioned):
+            log_probability = "" if caption.log_probability is None else f"{caption.log_probability:.4f}"
+            scores = [] if per_caption is None else [f"{score:.2f}" for score in per_caption[index]]
+            table.writerow([photo.id, caption.text, log_probability, caption.finished, *scores])
 
 
-def _without_ending(name: str) -> str:
-    """The name of a file, without its folder and the ending of a photo."""
-    path = PurePosixPath(name)
-    return path.stem if path.suffix.lower() in PHOTO_ENDINGS else path.name
+def _photo_name(path: str) -> str:
+    """The file name without its folder and, if it is that of a photo, without its suffix."""
+    file = PurePosixPath(path)
+    return file.stem if file.suffix.lower() in PHOTO_ENDINGS else file.name
 
 
-# ---- captions of anyone
+# ---- reading
 
 
-def read_photos(references: Path, split: str, tokenizer: str | None) -> tuple[list[Photo], str, str]:
-    """Photos with their references: a split of data/NAME, or an annotation file -> photos, language, tokenizer.
+def read_reference_photos(references: Path, split: str, tokenizer: str | None) -> tuple[list[Photo], str, str]:
+    """Read photos with reference captions: a split of data/NAME, or an annotation file.
 
-    tokenizer: cuts the captions of an annotation file, unless they are cut already (with spaces between Chinese words,
-    as AI Challenger's own references are).
+    tokenizer: for the captions of an annotation file, unless they are already tokenized (with spaces between Chinese
+    words, like AI Challenger's own references); None: the default of their language. Returns photos, language and
+    tokenizer. Raises UserError if the references cannot be read, or a tokenizer is given for data/NAME.
     """
     if references.is_dir():
         if tokenizer:
-            raise UserError(f"--tokenizer goes with an annotation file; the captions of {references} are cut already")
+            raise UserError(
+                f"--tokenizer requires an annotation file; the captions of {references} are already tokenized"
+            )
         vocabulary = Vocabulary.load(references / VOCABULARY_FILE)
         photos = photos_of(list(read_captions(references)), split, references)
         return photos, vocabulary.language, vocabulary.tokenizer
-    records = read_references(references, split)
+    return _read_annotation_file(references, split, tokenizer)
+
+
+def _read_annotation_file(path: Path, split: str, tokenizer: str | None) -> tuple[list[Photo], str, str]:
+    records = read_references(path, split)
     texts = [caption for record in records for caption in record.captions]
     language = detect_language(texts)
     tokenizer = tokenizer or default_tokenizer(language)
-    is_cut = language == "zh" and 2 * sum(" " in text.strip() for text in texts) > len(texts)
-    by = "whitespace" if is_cut else tokenizer
+    is_tokenized = language == "zh" and 2 * sum(" " in text.strip() for text in texts) > len(texts)
+    reference_tokenizer = "whitespace" if is_tokenized else tokenizer
     photos = []
     for record in records:
-        captions = [words for text in record.captions if (words := tuple(tokenize(text, by)))]
-        photos += [Photo(record.image, record.id, split, tuple(captions))] if captions else []
+        captions = [tuple(tokenize(text, reference_tokenizer)) for text in record.captions]
+        captions = [words for words in captions if words]
+        if captions:
+            photos.append(Photo(record.image, record.id, split, tuple(captions)))
     return photos, language, tokenizer
 
 
-def read_captioned(path: Path, photos: Sequence[Photo], tokenizer: str) -> list[tuple[Photo, CaptionResult]]:
-    """The photos that a results file or a submission has captions of, in their order, with those captions."""
-    lines, names = _read_lines(path), _names(photos)
-    strange = [name for name in lines if name not in names]
-    if strange:
-        raise UserError(f"{path}: image_id {strange[0]} has no references; give those of its data set and split")
-    found = {names[name]: line for name, line in lines.items()}
-    if len(found) < len(lines):
-        raise UserError(f"{path}: a photo occurs there under two names; keep one caption a photo")
-    return [
-        (photo, CaptionResult(line["caption"], tokenize(line["caption"], tokenizer), finished=line.get("finished")))
-        for photo in photos
-        if (line := found.get(photo.id))
-    ]
+def read_results(path: Path, photos: Sequence[Photo], tokenizer: str) -> list[tuple[Photo, CaptionResult]]:
+    """Read the captions of COCO results or of a submission.
+
+    photos: those with references. A photo is named by its id or, if that is unambiguous, by its file name. Returns the
+    photos that have a caption, in the order of `photos`, with their captions. Raises UserError if the file is damaged,
+    names a photo twice, or names a photo without references.
+    """
+    entries = _read_entries(path)
+    ids = _ids_by_name(photos)
+    unknown = [name for name in entries if name not in ids]
+    if unknown:
+        raise UserError(
+            f"{path}: image_id {unknown[0]} has no references; give the references of its data set and split"
+        )
+    entry_by_id = {ids[name]: entry for name, entry in entries.items()}
+    if len(entry_by_id) < len(entries):
+        raise UserError(f"{path}: a photo occurs under two names; keep one caption per photo")
+    captioned = []
+    for photo in photos:
+        if photo.id in entry_by_id:
+            entry = entry_by_id[photo.id]
+            words = tokenize(entry["caption"], tokenizer)
+            captioned.append((photo, CaptionResult(entry["caption"], words, finished=entry.get("finished"))))
+    return captioned
 
 
-def _read_lines(path: Path) -> dict[str, dict]:
-    """The entries of a results file by their image_id."""
-    data, lines = read_json(path), {}
-    for number, line in enumerate(data if isinstance(data, list) else []):
-        fits = isinstance(line, dict) and isinstance(line.get("caption"), str)
-        if not fits or type(line.get("image_id")) not in (int, str) or type(line.get("finished", True)) is not bool:
-            raise UserError(f"{path}: entry {number} is not like {{'image_id': 9, 'caption': 'a dog'}}; mend it")
-        if str(line["image_id"]) in lines:
-            raise UserError(f"{path}: image_id {line['image_id']} occurs twice; keep one caption a photo")
-        lines[str(line["image_id"])] = line
-    if not lines:
-        raise UserError(f"{path}: no list of captions, as COCO's results and AI Challenger's submissions are")
-    return lines
+def _read_entries(path: Path) -> dict[str, dict]:
+    """The entries of a results file by image_id. Raises UserError if the file has another form."""
+    data = read_json(path)
+    entries: dict[str, dict] = {}
+    for index, entry in enumerate(data if isinstance(data, list) else []):
+        if not _is_entry(entry):
+            raise UserError(f"{path}: entry {index} is not like {{'image_id': 9, 'caption': 'a dog'}}; fix it")
+        id = str(entry["image_id"])
+        if id in entries:
+            raise UserError(f"{path}: image_id {id} occurs twice; keep one caption per photo")
+        entries[id] = entry
+    if not entries:
+        raise UserError(f"{path}: has no list of captions; give COCO results or an AI Challenger submission")
+    return entries
 
 
-def _names(photos: Sequence[Photo]) -> dict[str, str]:
-    """What a results file may call a photo -> its id: the id itself, or a file's name that is no other photo's."""
-    short = [(_without_ending(name), photo.id) for photo in photos for name in {photo.id, photo.image}]
-    owners = Counter(name for name, _ in dict.fromkeys(short))
-    return {name: id for name, id in short if owners[name] == 1} | {photo.id: photo.id for photo in photos}
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("caption"), str)
+        and type(entry.get("image_id")) in (int, str)  # not isinstance: a bool is an int
+        and type(entry.get("finished", True)) is bool
+    )
+
+
+def _ids_by_name(photos: Sequence[Photo]) -> dict[str, str]:
+    """The names that a results file may use for a photo -> its id: the id, or a file name that no other photo has."""
+    short_names = [(_photo_name(name), photo.id) for photo in photos for name in {photo.id, photo.image}]
+    photos_per_name = Counter(name for name, _ in dict.fromkeys(short_names))
+    ids = {name: id for name, id in short_names if photos_per_name[name] == 1}
+    return ids | {photo.id: photo.id for photo in photos}

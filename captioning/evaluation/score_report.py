@@ -1,12 +1,12 @@
-"""The scores of a set of captions: how far they can be trusted, what else they show, and which of two sets is better.
+"""Scores of a set of captions with confidence intervals and statistics, and comparisons of two sets.
 
-A protocol says how captions and references are cut before they are compared; the number depends on it:
+A protocol says how captions and references are tokenized before they are compared. Scores depend on it:
 
-    word            the words as the tokenizer cut them
-    character       Chinese: every character by itself, a run of Latin letters or digits stays one
-    ai-challenger   Chinese: AI Challenger 2017's own evaluation. A caption loses its 。 and is cut by jieba's precise
-                    mode, references are as they were cut; all go through coco-caption's PTB tokenizer, which in Chinese
-                    does no more than lower the case and drop its marks (with `PTB_QUOTES`; tested on real captions)
+    word            the words of the tokenizer
+    character       Chinese: every character is a token; a run of Latin letters or digits stays one
+    ai-challenger   Chinese: the evaluation of AI Challenger 2017. The caption loses its 。 and is tokenized by jieba's
+                    precise mode; references keep their tokens. All pass through coco-caption's PTB tokenizer, which in
+                    Chinese only lowers the case and drops its punctuation and PTB_QUOTES (tested on real captions)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
@@ -22,8 +23,10 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 from captioning.caption import CaptionResult
 from captioning.evaluation.java_metrics import meteor_score, spice_score
 from captioning.evaluation.metrics import (
-    NAMES,
-    RESAMPLES,
+    METRICS,
+    NUM_RESAMPLES,
+    Captions,
+    References,
     aggregate,
     bootstrap,
     by_name,
@@ -33,11 +36,12 @@ from captioning.evaluation.metrics import (
 from preprocess.captions import Photo
 from preprocess.tokenizers import jieba_cut
 
-Pairs = Sequence[tuple[Photo, CaptionResult]]
+CaptionedPhotos = Sequence[tuple[Photo, CaptionResult]]
+Comparison = dict[str, dict[str, dict[str, Any]]]  # protocol -> metric -> difference, interval, better
 
-PTB_QUOTES = "“”‘’"  # it writes them as '' and `, which are dropped
-# Words that a caption hardly ever ends in: of Flickr8k's 35,000 captions 0.6 % in English and 0.1 % in Chinese do.
-# Words that may well end one, such as by, over or 上 (on), are not among them.
+PTB_QUOTES = "“”‘’"  # the PTB tokenizer writes them as '' and `, and drops those
+# Words that rarely end a caption: 0.6 % of Flickr8k's 35,000 English captions and 0.1 % of the Chinese ones end in one.
+# Words that may end a caption, such as by, over or 上 (on), are not included.
 FUNCTION_WORDS = {
     "en": frozenset(
         "a an the this that his their its in on at of with for to from into onto near through under and or "
@@ -51,44 +55,54 @@ FUNCTION_WORDS = {
 
 
 def by_character(words: Sequence[str]) -> list[str]:
-    """The same caption cut in characters; a run of Latin letters or digits stays one."""
+    """Tokenize a caption into characters; a run of Latin letters or digits stays one token."""
     return re.findall(r"[0-9A-Za-z]+|\S", "".join(words))
 
 
 def by_challenge(words: Sequence[str]) -> list[str]:
-    """What the PTB tokenizer leaves of a Chinese caption that is cut already."""
+    """Apply the PTB tokenizer's rules to a Chinese caption that is already tokenized."""
     text = " ".join(words).lower().translate(dict.fromkeys(map(ord, PTB_QUOTES)))
     return [word for word in text.split() if word not in PUNCTUATIONS]
 
 
-# How a caption is cut, and how a reference is.
-PROTOCOLS: dict[str, tuple[Callable[[CaptionResult], list[str]], Callable[[Sequence[str]], list[str]]]] = {
-    "word": (lambda caption: caption.words, list),
-    "character": (lambda caption: by_character(caption.words), by_character),
-    "ai-challenger": (lambda caption: by_challenge(jieba_cut(caption.text.replace("。", ""))), by_challenge),
+@dataclass(frozen=True)
+class Protocol:
+    tokenize_caption: Callable[[CaptionResult], Sequence[str]]
+    tokenize_reference: Callable[[Sequence[str]], Sequence[str]]  # from the words of the data set
+
+
+PROTOCOLS = {
+    "word": Protocol(lambda caption: caption.words, list),
+    "character": Protocol(lambda caption: by_character(caption.words), by_character),
+    "ai-challenger": Protocol(
+        lambda caption: by_challenge(jieba_cut(caption.text.replace("。", ""))),
+        by_challenge,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class CaptionStats:
-    """What a set of captions shows beside its scores; shares are of 1."""
+    """Statistics of a set of captions, beside its scores. Fractions are between 0 and 1."""
 
-    words: float  # in a caption, on average
-    vocabulary: int  # words used
-    distinct: float  # captions, each counted once however often it is there
-    repeated_words: float  # words that their caption said before
-    function_word_endings: float  # captions that break off at one: what CIDEr optimisation is known to teach
-    unfinished: float | None = None  # captions cut at the greatest length; None: not known
+    words: float  # mean number per caption
+    vocabulary: int  # number of different words
+    distinct: float  # number of different captions / number of captions
+    repeated_words: float  # fraction of words that occur earlier in their caption
+    function_word_endings: float  # fraction of captions that end in a function word, a known flaw of CIDEr optimisation
+    unfinished: float | None = None  # fraction of captions cut at the maximum length; None if unknown
 
     @classmethod
-    def of(cls, captions: Sequence[Sequence[str]], language: str, unfinished: float | None = None) -> CaptionStats:
-        total = sum(map(len, captions))
+    def compute(cls, captions: Sequence[Sequence[str]], language: str, unfinished: float | None = None) -> CaptionStats:
+        """captions: in words, at least one; language: "en" or "zh"."""
+        total = sum(len(words) for words in captions)
+        repeated = sum(len(words) - len(set(words)) for words in captions)
         endings = sum(bool(words) and words[-1] in FUNCTION_WORDS[language] for words in captions)
         return cls(
             words=total / len(captions),
             vocabulary=len({word for words in captions for word in words}),
-            distinct=len(set(map(tuple, captions))) / len(captions),
-            repeated_words=sum(len(words) - len(set(words)) for words in captions) / max(1, total),
+            distinct=len({tuple(words) for words in captions}) / len(captions),
+            repeated_words=repeated / max(1, total),
             function_word_endings=endings / len(captions),
             unfinished=unfinished,
         )
@@ -96,127 +110,167 @@ class CaptionStats:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a set of captions, by every protocol that fits its language and its tokenizer."""
+    """The scores of a set of captions, by every protocol that suits its language and tokenizer."""
 
     tokenizer: str
-    parts: dict[str, np.ndarray]  # by protocol: what each photo adds, (N, 12); see metrics
-    java: dict[str, dict[str, float | str]]  # by protocol: METEOR and SPICE, or why they were skipped
-    captions: CaptionStats
-    references: CaptionStats
+    stats: dict[str, np.ndarray]  # protocol -> per-image statistics (N, 12), see captioning.evaluation.metrics
+    java: dict[str, dict[str, float | str]]  # protocol -> METEOR and SPICE, or why they were skipped
+    caption_stats: CaptionStats
+    reference_stats: CaptionStats
 
     @functools.cached_property
-    def resamples(self) -> dict[str, np.ndarray]:
-        """By protocol, (R, 6)."""
-        return {protocol: bootstrap(parts) for protocol, parts in self.parts.items()}
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Protocol -> scores of the bootstrap resamples (R, 6)."""
+        return {protocol: bootstrap(stats) for protocol, stats in self.stats.items()}
 
     @property
     def per_caption(self) -> np.ndarray:
-        """The scores of every caption by itself, by word: (N, 6)."""
-        return aggregate(self.parts["word"][:, None])
+        """The scores of each caption alone, by the protocol word: (N, 6)."""
+        return aggregate(self.stats["word"][:, None])
 
-    def to_dict(self) -> dict:
-        """Plain data, for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """The scores as JSON-ready data."""
         intervals = {
-            protocol: dict(zip(NAMES, confidence_interval(scores).tolist(), strict=True))
-            for protocol, scores in self.resamples.items()
+            protocol: dict(zip(METRICS, confidence_interval(resampled).tolist(), strict=True))
+            for protocol, resampled in self.resampled.items()
         }
         scores = {
-            protocol: {**by_name(aggregate(parts)), **self.java[protocol]} for protocol, parts in self.parts.items()
+            protocol: {**by_name(aggregate(stats)), **self.java[protocol]} for protocol, stats in self.stats.items()
         }
-        facts = {"captions": vars(self.captions), "references": vars(self.references)}
         return {
-            "photos": len(self.per_caption),
+            "photos": len(self.stats["word"]),
             "tokenizer": self.tokenizer,
             **scores,
             "intervals": intervals,
-            "facts": facts,
+            "facts": {"captions": vars(self.caption_stats), "references": vars(self.reference_stats)},
         }
 
     def __str__(self) -> str:
-        """The table for a person, with how the numbers were made."""
-        lines, skipped = [_row("", [*NAMES, "METEOR", "SPICE"])], {}
-        for protocol, parts in self.parts.items():
-            java = self.java[protocol].values()
-            skipped |= dict.fromkeys(value for value in java if isinstance(value, str))
-            lines.append(_row(f"by {protocol}", [*map(_figure, aggregate(parts)), *map(_figure, java)]))
-            lines.append(
-                _row("95 %", [f"{low:.1f}-{high:.1f}" for low, high in confidence_interval(self.resamples[protocol])])
-            )
-        made = (
-            f"{len(self.per_caption):,} photos, words by {self.tokenizer}; times 100, corpus BLEU unsmoothed, "
-            f"references are the words themselves, not their <unk> version; intervals: {RESAMPLES:,} resamples"
+        """Tables of scores and statistics, with how they were computed."""
+        conditions = (
+            f"{len(self.stats['word']):,} photos, tokenizer {self.tokenizer}; times 100, corpus BLEU unsmoothed, "
+            f"references are the original words, not their <unk> version; intervals: {NUM_RESAMPLES:,} resamples"
         )
-        return "\n".join([*lines, made, *skipped, "", *_facts(self.captions, self.references)])
+        return "\n".join([*self._score_lines(), conditions, *self._skipped(), "", *self._stats_lines()])
+
+    def _score_lines(self) -> list[str]:
+        lines = [_row("", [*METRICS, "METEOR", "SPICE"])]
+        for protocol, stats in self.stats.items():
+            scores = [*aggregate(stats), *self.java[protocol].values()]
+            lines.append(_row(f"by {protocol}", [_format_score(score) for score in scores]))
+            intervals = confidence_interval(self.resampled[protocol])
+            lines.append(_row("95 %", [f"{low:.1f}-{high:.1f}" for low, high in intervals]))
+        return lines
+
+    def _skipped(self) -> list[str]:
+        """Why METEOR and SPICE were skipped, each reason once."""
+        scores = [score for java in self.java.values() for score in java.values()]
+        return list(dict.fromkeys(score for score in scores if isinstance(score, str)))
+
+    def _stats_lines(self) -> list[str]:
+        header = ["words", "vocabulary", "distinct", "repeated", "bad endings", "unfinished"]
+        return [
+            _row("", header),
+            _row("captions", _stats_cells(self.caption_stats)),
+            _row("references", _stats_cells(self.reference_stats)),
+        ]
 
 
-def score_captions(pairs: Pairs, language: str, tokenizer: str, java: bool = True) -> Scores:
-    """Scores of captions against the references of their photos; without `java` METEOR and SPICE are left out."""
-    protocols = ["word"] if language == "en" else ["word", "character"]
-    if language == "zh" and tokenizer == "jieba":  # the references are cut as the challenge's are
-        protocols.append("ai-challenger")
-    parts, from_java = {}, {}
-    for protocol in protocols:
-        of_caption, of_reference = PROTOCOLS[protocol]
-        candidates = {photo.id: of_caption(caption) for photo, caption in pairs}
-        references = {photo.id: [*map(of_reference, photo.captions)] for photo, _ in pairs}
-        parts[protocol] = per_image_stats(candidates, references)
-        from_java[protocol] = _java_scores(candidates, references, language, protocol) if java else {}
-    known = [caption.finished for _, caption in pairs if caption.finished is not None]
-    unfinished = 1 - sum(known) / len(known) if known else None
-    ours = CaptionStats.of([caption.words for _, caption in pairs], language, unfinished)
-    theirs = CaptionStats.of([words for photo, _ in pairs for words in photo.captions], language)
-    return Scores(tokenizer, parts, from_java, ours, theirs)
+def score_captions(captioned: CaptionedPhotos, language: str, tokenizer: str, java: bool = True) -> Scores:
+    """Score captions against the references of their photos, which are tokenized.
+
+    language: "en" or "zh"; tokenizer: the one of the references. Without `java`, METEOR and SPICE are left out. Raises
+    ValueError if there are no captions or a photo has no references.
+    """
+    stats: dict[str, np.ndarray] = {}
+    java_scores: dict[str, dict[str, float | str]] = {}
+    for name in _protocols(language, tokenizer):
+        protocol = PROTOCOLS[name]
+        candidates = {photo.id: protocol.tokenize_caption(caption) for photo, caption in captioned}
+        references = {
+            photo.id: [protocol.tokenize_reference(words) for words in photo.captions] for photo, _ in captioned
+        }
+        stats[name] = per_image_stats(candidates, references)
+        java_scores[name] = _java_scores(candidates, references, language, name) if java else {}
+    captions = [caption for _, caption in captioned]
+    caption_stats = CaptionStats.compute([caption.words for caption in captions], language, _unfinished(captions))
+    reference_stats = CaptionStats.compute([words for photo, _ in captioned for words in photo.captions], language)
+    return Scores(tokenizer, stats, java_scores, caption_stats, reference_stats)
 
 
-def _java_scores(candidates: dict, references: dict, language: str, protocol: str) -> dict[str, float | str]:
-    """The challenge lets METEOR's English setting loose on Chinese words: only equal ones match."""
-    none = "skipped: {} is for English"
-    has_meteor = language == "en" or protocol == "ai-challenger"
-    meteor = meteor_score(candidates, references) if has_meteor else none.format("METEOR")
-    spice = spice_score(candidates, references) if language == "en" else none.format("SPICE")
+def _protocols(language: str, tokenizer: str) -> list[str]:
+    if language == "en":
+        return ["word"]
+    if tokenizer == "jieba":  # references tokenized as those of the challenge
+        return ["word", "character", "ai-challenger"]
+    return ["word", "character"]
+
+
+def _unfinished(captions: Sequence[CaptionResult]) -> float | None:
+    """The fraction of captions that are unfinished, among those that are known to be finished or not."""
+    finished = [caption.finished for caption in captions if caption.finished is not None]
+    return 1 - sum(finished) / len(finished) if finished else None
+
+
+def _java_scores(candidates: Captions, references: References, language: str, protocol: str) -> dict[str, float | str]:
+    """METEOR and SPICE, or why they are skipped.
+
+    AI Challenger applies METEOR's English setting to Chinese words, where only equal words match.
+    """
+    meteor: float | str = "skipped: METEOR is for English"
+    spice: float | str = "skipped: SPICE is for English"
+    if language == "en" or protocol == "ai-challenger":
+        meteor = meteor_score(candidates, references)
+    if language == "en":
+        spice = spice_score(candidates, references)
     return {"METEOR": meteor, "SPICE": spice}
 
 
-def compare(one: Scores, other: Scores) -> dict[str, dict[str, dict]]:
-    """By protocol and score: other - one, its interval and the share of paired resamples in which other is better.
+def compare(first: Scores, second: Scores) -> Comparison:
+    """Compare two sets of captions of the same photos, in the same order.
 
-    Both of captions of the same photos in the same order.
+    Returns for each protocol and metric: "difference", the score of the second minus that of the first; "interval", its
+    95 % interval; "better", the fraction of paired resamples in which the second has the higher score.
     """
-    found = {}
-    for protocol, parts in other.parts.items():
-        difference = aggregate(parts) - aggregate(one.parts[protocol])
-        gaps = other.resamples[protocol] - one.resamples[protocol]
-        rows = zip(difference.tolist(), confidence_interval(gaps).tolist(), (gaps > 0).mean(0).tolist(), strict=True)
-        found[protocol] = {
-            name: {"difference": gap, "interval": ends, "better": share}
-            for name, (gap, ends, share) in zip(NAMES, rows, strict=True)
+    comparison: Comparison = {}
+    for protocol, stats in second.stats.items():
+        differences = aggregate(stats) - aggregate(first.stats[protocol])
+        resampled = second.resampled[protocol] - first.resampled[protocol]
+        intervals = confidence_interval(resampled)
+        better = (resampled > 0).mean(0)
+        comparison[protocol] = {
+            metric: {
+                "difference": differences[index].item(),
+                "interval": intervals[index].tolist(),
+                "better": better[index].item(),
+            }
+            for index, metric in enumerate(METRICS)
         }
-    return found
+    return comparison
 
 
-def format_comparison(found: dict[str, dict[str, dict]]) -> str:
-    """What `compare` found, for a person."""
-    lines = [_row("", NAMES)]
-    for protocol, scores in found.items():
-        lines.append(_row(f"by {protocol}", [f"{score['difference']:+.1f}" for score in scores.values()]))
-        lines.append(_row("95 %", ["{:+.1f}..{:+.1f}".format(*score["interval"]) for score in scores.values()]))
-        lines.append(_row("better in", [f"{score['better']:.1%}" for score in scores.values()]))
+def format_comparison(comparison: Comparison) -> str:
+    """The result of `compare` as a table."""
+    lines = [_row("", METRICS)]
+    for protocol, metrics in comparison.items():
+        lines.append(_row(f"by {protocol}", [f"{metric['difference']:+.1f}" for metric in metrics.values()]))
+        lines.append(_row("95 %", ["{:+.1f}..{:+.1f}".format(*metric["interval"]) for metric in metrics.values()]))
+        lines.append(_row("better in", [f"{metric['better']:.1%}" for metric in metrics.values()]))
     return "\n".join(lines)
 
 
-def _facts(captions: CaptionStats, references: CaptionStats) -> list[str]:
-    """Two rows of a table."""
-    lines = [_row("", ["words", "vocabulary", "distinct", "said before", "break off", "unfinished"])]
-    for name, facts in (("captions", captions), ("references", references)):
-        shares = (facts.distinct, facts.repeated_words, facts.function_word_endings, facts.unfinished)
-        cells = [f"{facts.words:.1f}", f"{facts.vocabulary:,}", *(f"{s:.1%}" if s is not None else "-" for s in shares)]
-        lines.append(_row(name, cells))
-    return lines
+# ---- tables
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
     return f"{name:<16}" + "".join(f" {cell:>11}" for cell in cells)
 
 
-def _figure(value: float | str) -> str:
-    return "-" if isinstance(value, str) else f"{value:.1f}"
+def _format_score(score: float | str) -> str:
+    return "-" if isinstance(score, str) else f"{score:.1f}"
+
+
+def _stats_cells(stats: CaptionStats) -> list[str]:
+    fractions = (stats.distinct, stats.repeated_words, stats.function_word_endings, stats.unfinished)
+    percentages = ["-" if fraction is None else f"{fraction:.1%}" for fraction in fractions]
+    return [f"{stats.words:.1f}", f"{stats.vocabulary:,}", *percentages]

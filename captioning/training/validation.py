@@ -24,7 +24,7 @@ from captioning.runtime.signals import StopRequest
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 from captioning.training.loss_module import LossModule
-from captioning.viewing.preview import Preview, Watched
+from captioning.viewing.preview import Preview, PreviewCaptions
 from preprocess.vocabulary import Vocabulary
 
 TOP_K = 5
@@ -36,7 +36,7 @@ class ShardResult(NamedTuple):
     sums: list[float]  # cross entropy and top-5 hits, summed over the words, and the number of words
     captions: dict[str, list[str]]  # photo id -> words
     failures: list[str]  # photos that could not be read
-    watched: Watched  # of the photos of the preview
+    preview_captions: PreviewCaptions
 
 
 class Validation:
@@ -80,7 +80,7 @@ class Validation:
         device = next(loss_module.parameters()).device
         sums = torch.zeros(3, dtype=torch.float64)
         captions: dict[str, list[str]] = {}
-        watched: Watched = {}
+        preview_captions: PreviewCaptions = {}
         for batch in batches:
             stop.check()
             self.failures.add(batch.failures)
@@ -94,8 +94,8 @@ class Validation:
                 photo = self.split.ids[index]
                 captions[photo] = self.vocabulary.decode(caption.words)
                 if photo in self.preview.ids:
-                    watched[photo] = captions[photo], _attention_array(caption)
-        return ShardResult(sums.tolist(), captions, list(self.failures.reasons), watched)
+                    preview_captions[photo] = captions[photo], _attention_array(caption)
+        return ShardResult(sums.tolist(), captions, list(self.failures.reasons), preview_captions)
 
     def _sums(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits (W, V) -> (3,): cross entropy, top-5 hits and words."""
@@ -113,11 +113,11 @@ class Validation:
     def merge(self, shards: list[ShardResult], epoch: int) -> dict:
         """Return the metrics of the whole split, with the log's entries of the preview."""
         captions: dict[str, list[str]] = {}
-        watched: Watched = {}
+        preview_captions: PreviewCaptions = {}
         for shard in shards:
             self.failures.add(shard.failures)
             captions |= shard.captions
-            watched |= shard.watched
+            preview_captions |= shard.preview_captions
         scored = [index for index, photo in enumerate(self.split.ids) if photo in captions]
         candidates = {self.split.ids[index]: captions[self.split.ids[index]] for index in scored}
         references = {self.split.ids[index]: self.split.references(index) for index in scored}
@@ -130,7 +130,7 @@ class Validation:
             "CIDEr-D": scores["CIDEr-D"],
             "scored": len(candidates),
             "unreadable": len(self.failures.reasons),
-            "panel": self.preview.draw(epoch, watched, references, self.vocabulary.joined),
+            "panel": self.preview.draw(epoch, preview_captions, references, self.vocabulary.joined),
         }
 
 

@@ -1,7 +1,7 @@
-"""Attention over photos, word by word, and a page of captioned photos. Drawn with Pillow: no display is needed.
+"""Plots of the attention over a photo, one panel per word, and contact sheets of captioned photos.
 
-Attention is a warm glow on a dimmed photo, as bright at each word's most watched place as at any other word's;
-how much of the word's attention that one cell holds is printed beside the word.
+Pillow draws them: no display is needed. Attention shows as a warm glow on a dimmed photo. The glow is scaled per word,
+so that every word's most attended position is equally bright; the attention of that cell is printed beside the word.
 
 Letters: T words, P cells (P = rows x columns of the grid).
 """
@@ -12,235 +12,277 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from captioning.runtime.files import atomic_write
-from captioning.viewing.fonts import Font, broken, find_font, fitted, load_font
+from captioning.viewing.fonts import Font, find_font, fit_text, load_font, wrap_text
 
-View = Literal["smooth", "grid"]  # attention spread smoothly over the photo, or cell by cell
+View = Literal["smooth", "grid"]  # attention interpolated over the photo, or drawn cell by cell
+Colour = tuple[int, int, int]
 
-BACKGROUND, CARD, INK, MUTED = (244, 241, 235), (255, 255, 255), (40, 37, 34), (150, 143, 134)
-GLOW = (255, 170, 60)
-MARKS = {True: (70, 150, 100), False: (208, 82, 66)}  # a true caption, a false one
-MARGIN, GAP = 56, 10  # pixels around the page; between panels
-PANEL, THUMBNAIL, PHOTO = 208, 86, 196  # pixels of the longer side
-CARD_WIDTH, PADDING = 1440, 26  # pixels
-FRAME, TYPE = 480, 26  # pixels of a moving picture's longer side, and of its caption
-PAUSE, LAST = 700, 2500  # milliseconds that a word is shown, and the last one
+BACKGROUND: Colour = (244, 241, 235)
+CARD: Colour = (255, 255, 255)
+INK: Colour = (40, 37, 34)
+MUTED: Colour = (150, 143, 134)
+GLOW: Colour = (255, 170, 60)
+MARKS: dict[bool, Colour] = {True: (70, 150, 100), False: (208, 82, 66)}  # correct captions green, wrong ones red
+
+# All sizes are in pixels; that of a photo is its longer side.
+MARGIN = 56  # around the page
+GAP = 10  # between panels
+PANEL = 208  # photo of a panel
+THUMBNAIL = 86  # photo of a panel on a card
+PHOTO = 196  # photo of a card
+CARD_WIDTH = 1440
+CARD_GAP = 24  # between cards
+PADDING = 26  # inside a card
+TITLE_SIZE, TITLE_LEADING = 28, 42
+CAPTION_SIZE, CAPTION_LEADING = 25, 38
+FRAME = 480  # photo of an animation
+FRAME_TEXT_SIZE, FRAME_LEADING = 26, 36
+
+WORD_DURATION, LAST_DURATION = 700, 2500  # milliseconds per frame of an animation, and for the last one
+MIN_BETA = 1e-3  # attention that sums to less than 1 - MIN_BETA has a sentinel
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A photo of the contact sheet. photo: an image or (H, W, 3) uint8; attention (T, P) or None; true: or unknown."""
+class CaptionedImage:
+    """An image with its caption and the attention of each word."""
 
-    photo: Image.Image | np.ndarray
-    caption: str
-    words: Sequence[str]
-    attention: np.ndarray | None
+    image: Image.Image | np.ndarray  # any mode and size; an array is (H, W, 3) uint8
+    caption: str  # the text of the caption, or another title; "" for none
+    words: Sequence[str]  # T
+    attention: np.ndarray | None  # (T, P), or None to draw no panels
     grid: tuple[int, int]  # rows and columns of the attention
-    true: bool | None = None
+    correct: bool | None = None  # None: unknown
+
+    def font(self) -> Font:
+        """Raises LookupError if no installed font has the letters."""
+        return find_font(" ".join([*self.words, self.caption]))
+
+    def attention_maps(self) -> np.ndarray:
+        """Attention (T, P) as (T, rows, columns). Raises ValueError if the shapes disagree."""
+        attention = np.asarray(self.attention)
+        rows, columns = self.grid
+        expected = (len(self.words), rows * columns)
+        if attention.shape != expected:
+            raise ValueError(
+                f"attention {attention.shape}: {len(self.words)} words on a grid of {self.grid} need {expected}"
+            )
+        return attention.reshape(len(self.words), rows, columns)
 
 
-def overlay(photo: Image.Image, attention: np.ndarray, view: View = "smooth") -> Image.Image:
-    """The photo with attention (rows, columns) as a glow; the same size."""
-    spread = Image.Resampling.BICUBIC if view == "smooth" else Image.Resampling.NEAREST
-    light = Image.fromarray(np.asarray(attention, np.float32)).resize(photo.size, spread)
-    light = np.clip(np.asarray(light) / max(np.max(light), 1e-9), 0, 1)[..., None]  # (H, W, 1)
-    bright = np.asarray(photo.convert("RGB"), np.float32)  # (H, W, 3)
+def overlay(image: Image.Image, attention: np.ndarray, view: View = "smooth") -> Image.Image:
+    """Draw attention (rows, columns) as a glow over the image. Returns an RGB image of the same size."""
+    resampling = Image.Resampling.BICUBIC if view == "smooth" else Image.Resampling.NEAREST
+    light = np.asarray(Image.fromarray(np.asarray(attention, np.float32)).resize(image.size, resampling))
+    light = np.clip(light / max(np.max(light), 1e-9), 0, 1)[..., None]  # (H, W, 1)
+    bright = np.asarray(image.convert("RGB"), np.float32)  # (H, W, 3)
     dimmed = 0.2 * bright + 0.2 * bright.mean(-1, keepdims=True)
-    seen = dimmed + light * (bright - dimmed)
-    halo = light * (1 - 0.85 * light)  # warmest around what is watched, which keeps its own colours
-    warm = seen + 0.9 * halo * (np.array(GLOW, np.float32) - seen)
+    lit = dimmed + light * (bright - dimmed)
+    halo = light * (1 - 0.85 * light)  # strongest around the attended region, which keeps its own colours
+    warm = lit + 0.9 * halo * (np.array(GLOW, np.float32) - lit)
     return Image.fromarray(warm.round().astype(np.uint8))
 
 
-def draw_attention(
-    photo: Image.Image | np.ndarray,
-    words: Sequence[str],
-    attention: np.ndarray,
-    grid: tuple[int, int],
-    path: Path,
-    title: str | None = None,
-    view: View = "smooth",
-) -> None:
-    """Save a PNG: the title, the photo, and a panel a word with what attention (T, P) saw when it was written.
+def draw_attention(captioned: CaptionedImage, path: Path, view: View = "smooth") -> None:
+    """Save a PNG: the caption as the title, the image, and one panel per word with the word's attention.
 
-    photo: an image, or (H, W, 3) uint8; grid: rows and columns. Raises ValueError where the shapes disagree,
-    LookupError where no font has the letters, OSError where the picture cannot be written.
+    Raises ValueError if the attention's shape does not fit the words and the grid, LookupError if no installed font has
+    the letters, and OSError if the file cannot be written.
     """
-    attention = _in_rows(words, attention, grid)
-    font = find_font(" ".join([*words, title or ""]))
-    photo = _shrunk(photo, PANEL)
-    step, line = PANEL + GAP, photo.height + 44  # from panel to panel
-    columns = min(10, math.ceil(math.sqrt(2 * (len(words) + 1))))
-    width = max(2 * MARGIN + columns * step - GAP, 640)
-    heading = broken(title or "", load_font(font, 28), width - 2 * MARGIN)
-    top = MARGIN + 42 * len(heading) + (22 if heading else 0)
-    page = Image.new("RGB", (width, top + math.ceil((len(words) + 1) / columns) * line + MARGIN - 30), BACKGROUND)
-    _write_lines(page, (MARGIN, MARGIN - 8), heading, load_font(font, 28), 42)
-    page.paste(_rounded(photo, BACKGROUND), (MARGIN, top))
-    for number, (word, weights) in enumerate(zip(words, attention, strict=True), start=1):
-        corner = (MARGIN + number % columns * step, top + number // columns * line)
-        _panel(page, corner, photo, word, weights, font, 19, view)
+    maps = captioned.attention_maps()
+    font = captioned.font()
+    image = _shrink(captioned.image, PANEL)
+    num_panels = len(maps) + 1  # the first one is the image itself
+    columns = min(10, math.ceil(math.sqrt(2 * num_panels)))
+    row_height = image.height + 44
+    width = max(2 * MARGIN + columns * (PANEL + GAP) - GAP, 640)
+
+    title = wrap_text(captioned.caption, load_font(font, TITLE_SIZE), width - 2 * MARGIN)
+    top = MARGIN + TITLE_LEADING * len(title) + (22 if title else 0)
+    page = Image.new("RGB", (width, top + math.ceil(num_panels / columns) * row_height + MARGIN - 30), BACKGROUND)
+    _draw_lines(page, (MARGIN, MARGIN - 8), title, load_font(font, TITLE_SIZE), TITLE_LEADING)
+    page.paste(_round_corners(image, BACKGROUND), (MARGIN, top))
+    for index, (word, weights) in enumerate(zip(captioned.words, maps, strict=True), start=1):
+        corner = (MARGIN + index % columns * (PANEL + GAP), top + index // columns * row_height)
+        page.paste(_round_corners(overlay(image, weights, view), BACKGROUND), corner)
+        _draw_label(page, corner, image.size, word, weights, font, 19)
     _save(page, path)
 
 
-def animate_attention(
-    photo: Image.Image | np.ndarray,
-    words: Sequence[str],
-    attention: np.ndarray,
-    grid: tuple[int, int],
-    path: Path,
-    title: str,
-    view: View = "smooth",
-) -> None:
-    """Save a GIF: the photo, then a frame a word with what attention (T, P) saw, its word dark in the caption below.
+def animate_attention(captioned: CaptionedImage, path: Path, view: View = "smooth") -> None:
+    """Save a GIF: the image, then one frame per word with its attention; the word is dark in the caption below.
 
-    The title is the caption as a whole. Raises as `draw_attention` does.
+    Raises the errors of `draw_attention`.
     """
-    attention = _in_rows(words, attention, grid)
-    font, photo = find_font(" ".join([*words, title])), _shrunk(photo, FRAME)
-    between = "" if title == "".join(words) else " "
-    frames = [_frame(photo, words, None, font, between)]
-    for number, weights in enumerate(attention):
-        frames.append(_frame(overlay(photo, weights, view), words, (number, 1 - weights.sum()), font, between))
-    durations = [PAUSE] * (len(frames) - 1) + [LAST]
+    maps = captioned.attention_maps()
+    font = captioned.font()
+    image = _shrink(captioned.image, FRAME)
+    separator = "" if captioned.caption == "".join(captioned.words) else " "
+    frames = [_draw_frame(image, captioned.words, font, separator)]
+    for index, weights in enumerate(maps):
+        frame = _draw_frame(overlay(image, weights, view), captioned.words, font, separator, highlighted=index)
+        _draw_frame_beta(frame, 1 - weights.sum(), font)
+        frames.append(frame)
+    durations = [WORD_DURATION] * (len(frames) - 1) + [LAST_DURATION]
     _save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def contact_sheet(entries: Sequence[Entry], path: Path, title: str) -> None:
-    """Save a PNG: a card an entry, with its photo, its caption and a strip of what each word saw.
+def contact_sheet(captioned: Sequence[CaptionedImage], path: Path, title: str) -> None:
+    """Save a PNG: one card per image, with the image, its caption and a thumbnail of each word's attention.
 
-    A card whose caption is known to be true or false has a green or a red dot. Raises as `draw_attention` does.
+    Cards of captions that are known to be correct or wrong have a green or a red dot. Raises the errors of
+    `draw_attention`.
     """
-    font = find_font(" ".join([title, *(entry.caption for entry in entries), *(w for e in entries for w in e.words)]))
-    cards = [_card(entry, font) for entry in entries]
+    words = [word for item in captioned for word in item.words]
+    font = find_font(" ".join([title, *(item.caption for item in captioned), *words]))
+    cards = [_draw_card(item, font) for item in captioned]
     top = MARGIN + 76
-    height = top + sum(card.height + 24 for card in cards) + MARGIN - 24
+    height = top + sum(card.height + CARD_GAP for card in cards) + MARGIN - CARD_GAP
     page = Image.new("RGB", (CARD_WIDTH + 2 * MARGIN, height), BACKGROUND)
-    heading, fitting = fitted(title, font, 36, CARD_WIDTH)
-    ImageDraw.Draw(page).text((MARGIN, MARGIN - 10), heading, INK, fitting)
+    line, title_font = fit_text(title, font, 36, CARD_WIDTH)
+    ImageDraw.Draw(page).text((MARGIN, MARGIN - 10), line, INK, title_font)
     for card in cards:
         page.paste(card, (MARGIN, top))
-        top += card.height + 24
+        top += card.height + CARD_GAP
     _save(page, path)
 
 
-def draw_card(entry: Entry, path: Path) -> None:
-    """Save a PNG: one card of a contact sheet. Raises as `draw_attention` does."""
-    _save(_card(entry, find_font(" ".join([entry.caption, *entry.words]))), path)
+def draw_card(captioned: CaptionedImage, path: Path) -> None:
+    """Save a PNG: one card of a contact sheet. Raises the errors of `draw_attention`."""
+    _save(_draw_card(captioned, captioned.font()), path)
 
 
-# ---- their parts
+# ---- cards and panels
 
 
-def _card(entry: Entry, font: Font) -> Image.Image:
-    """Photo on the left; caption and strip of thumbnails on the right."""
-    photo, left = _shrunk(entry.photo, PHOTO), 2 * PADDING + PHOTO
+def _draw_card(captioned: CaptionedImage, font: Font) -> Image.Image:
+    """The image on the left; the caption and the thumbnails on the right."""
+    image = _shrink(captioned.image, PHOTO)
+    thumbnail = _shrink(captioned.image, THUMBNAIL)
+    maps = () if captioned.attention is None else captioned.attention_maps()
+    left = 2 * PADDING + PHOTO
     width = CARD_WIDTH - left - PADDING
-    lines = broken(entry.caption, load_font(font, 25), width - 36)
-    strip = PADDING + 38 * len(lines) + 14
-    attention = [] if entry.attention is None else _in_rows(entry.words, entry.attention, entry.grid)
-    small, columns = _shrunk(entry.photo, THUMBNAIL), (width + GAP) // (THUMBNAIL + GAP)
-    line = small.height + 40
-    foot = strip + math.ceil(len(attention) / columns) * line
-    height = max(photo.height + 2 * PADDING, foot + PADDING - 12)
-    card = _rounded(Image.new("RGB", (CARD_WIDTH, height), CARD), BACKGROUND, 18)
-    card.paste(_rounded(photo, CARD), (PADDING + (PHOTO - photo.width) // 2, PADDING))
-    _write_lines(card, (left, PADDING - 6), lines, load_font(font, 25), 38)
-    if entry.true is not None:
-        _dot(card, (CARD_WIDTH - PADDING - 8, PADDING + 12), MARKS[entry.true])
-    for number, (word, weights) in enumerate(zip(entry.words, attention, strict=False)):
-        corner = (left + number % columns * (THUMBNAIL + GAP), strip + number // columns * line)
-        _panel(card, corner, small, word, weights, font, 16)
+    lines = wrap_text(captioned.caption, load_font(font, CAPTION_SIZE), width - 36)
+    top = PADDING + CAPTION_LEADING * len(lines) + 14  # of the thumbnails
+    columns = (width + GAP) // (THUMBNAIL + GAP)
+    row_height = thumbnail.height + 40
+    bottom = top + math.ceil(len(maps) / columns) * row_height
+    height = max(image.height + 2 * PADDING, bottom + PADDING - 12)
+
+    card = _round_corners(Image.new("RGB", (CARD_WIDTH, height), CARD), BACKGROUND, 18)
+    card.paste(_round_corners(image, CARD), (PADDING + (PHOTO - image.width) // 2, PADDING))
+    _draw_lines(card, (left, PADDING - 6), lines, load_font(font, CAPTION_SIZE), CAPTION_LEADING)
+    if captioned.correct is not None:
+        dot = _round_corners(Image.new("RGB", (16, 16), MARKS[captioned.correct]), CARD)
+        card.paste(dot, (CARD_WIDTH - PADDING - 16, PADDING + 4))
+    for index, weights in enumerate(maps):
+        corner = (left + index % columns * (THUMBNAIL + GAP), top + index // columns * row_height)
+        card.paste(_round_corners(overlay(thumbnail, weights), CARD), corner)
+        _draw_label(card, corner, thumbnail.size, captioned.words[index], weights, font, 16)
     return card
 
 
-def _panel(
+def _draw_label(
     page: Image.Image,
     corner: tuple[int, int],
-    photo: Image.Image,
+    panel_size: tuple[int, int],
     word: str,
     weights: np.ndarray,
     font: Font,
     size: int,
-    view: View = "smooth",
 ) -> None:
-    """A word's overlay, and under it the word and the share of its attention that its most watched cell holds.
+    """Write the word under its panel, and beside it the attention of the most attended cell, in percent.
 
-    Attention that sums to less than one leaves the rest to a sentinel: that share, beta, is written instead.
+    Attention that sums to less than one leaves the rest to a sentinel: that fraction, beta, is written instead.
     """
-    x, y = corner
-    page.paste(_rounded(overlay(photo, weights, view), page.getpixel((x, y))), corner)
-    pencil, foot, right = ImageDraw.Draw(page), y + photo.height + 8 + size, x + photo.width
-    beta, small = 1 - weights.sum(), load_font(font, round(0.7 * size))
-    share = f"β {beta:.2f}" if beta > 1e-3 else f"{weights.max():.0%}"
-    pencil.text((right, foot), share, MUTED, small, anchor="rs")
-    room = photo.width - pencil.textlength(share, small) - 6
-    word, fitting = fitted(word, font, size, room)
-    pencil.text((x, foot), word, INK, fitting, anchor="ls")
+    left, top = corner
+    width, height = panel_size
+    baseline = top + height + 8 + size
+    beta = 1 - weights.sum()
+    figure = f"β {beta:.2f}" if beta > MIN_BETA else f"{weights.max():.0%}"
+    figure_font = load_font(font, round(0.7 * size))
+    draw = ImageDraw.Draw(page)
+    draw.text((left + width, baseline), figure, MUTED, figure_font, anchor="rs")
+    available = width - draw.textlength(figure, figure_font) - 6
+    word, word_font = fit_text(word, font, size, available)
+    draw.text((left, baseline), word, INK, word_font, anchor="ls")
 
 
-def _frame(
-    picture: Image.Image, words: Sequence[str], said: tuple[int, float] | None, font: Font, between: str
+# ---- frames of an animation
+
+
+def _draw_frame(
+    image: Image.Image, words: Sequence[str], font: Font, separator: str, highlighted: int | None = None
 ) -> Image.Image:
-    """A picture over its caption, in which one word is dark; said: its number, and the sentinel's share of it."""
-    drawn, width = load_font(font, TYPE), FRAME - 2 * PADDING
-    places, x, y = [], 0.0, 0
+    """The image above its caption. One word is dark and the others muted; without `highlighted` all are dark."""
+    text_font = load_font(font, FRAME_TEXT_SIZE)
+    positions, text_height = _flow_words(words, text_font, separator, FRAME - 2 * PADDING)
+    frame = Image.new("RGB", (FRAME, image.height + text_height + 72), BACKGROUND)
+    frame.paste(image, ((FRAME - image.width) // 2, 0))
+    draw = ImageDraw.Draw(frame)
+    for index, (word, (x, y)) in enumerate(zip(words, positions, strict=True)):
+        colour = INK if highlighted in (None, index) else MUTED
+        draw.text((PADDING + x, image.height + 12 + y), word, colour, text_font)
+    return frame
+
+
+def _flow_words(
+    words: Sequence[str], font: ImageFont.FreeTypeFont, separator: str, width: int
+) -> tuple[list[tuple[float, int]], int]:
+    """Position (x, y) of each word in lines of at most `width` pixels, and y of the last line."""
+    positions: list[tuple[float, int]] = []
+    x, y = 0.0, 0
     for word in words:
-        length = drawn.getlength(word)
+        length = font.getlength(word)
         if x and x + length > width:
-            x, y = 0.0, y + 36
-        places.append((PADDING + x, picture.height + 12 + y))
-        x += length + drawn.getlength(between)
-    page = Image.new("RGB", (FRAME, picture.height + y + 72), BACKGROUND)
-    page.paste(picture, ((FRAME - picture.width) // 2, 0))
-    pencil = ImageDraw.Draw(page)
-    for number, (word, place) in enumerate(zip(words, places, strict=True)):
-        pencil.text(place, word, INK if said is None or number == said[0] else MUTED, drawn)
-    if said and said[1] > 1e-3:
-        pencil.text((FRAME - 8, page.height - 8), f"β {said[1]:.2f}", MUTED, load_font(font, 16), anchor="rs")
-    return page
+            x = 0.0
+            y += FRAME_LEADING
+        positions.append((x, y))
+        x += length + font.getlength(separator)
+    return positions, y
 
 
-def _in_rows(words: Sequence[str], attention: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Attention (T, P) -> (T, rows, columns)."""
-    attention, expected = np.asarray(attention), (len(words), grid[0] * grid[1])
-    if attention.shape != expected:
-        raise ValueError(f"attention {attention.shape}: {len(words)} words on a grid of {grid} need {expected}")
-    return attention.reshape(len(words), *grid)
+def _draw_frame_beta(frame: Image.Image, beta: float, font: Font) -> None:
+    """Write the sentinel's fraction of the attention in the lower right corner, if there is a sentinel."""
+    if beta > MIN_BETA:
+        corner = (FRAME - 8, frame.height - 8)
+        ImageDraw.Draw(frame).text(corner, f"β {beta:.2f}", MUTED, load_font(font, 16), anchor="rs")
 
 
-def _shrunk(photo: Image.Image | np.ndarray, side: int) -> Image.Image:
-    """The photo with its longer side `side` pixels; a thin one stays visible."""
-    photo = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
-    scale = side / max(photo.size)
-    width, height = (max(side // 4, round(length * scale)) for length in photo.size)
-    return photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+# ---- images and text
 
 
-def _rounded(picture: Image.Image, behind: tuple[int, int, int], radius: int = 8) -> Image.Image:
-    """Round its corners, smoothly: drawn four times larger, then shrunk."""
-    mask = Image.new("L", (4 * picture.width, 4 * picture.height))
+def _shrink(image: Image.Image | np.ndarray, size: int) -> Image.Image:
+    """Resize so that the longer side is `size` pixels and the shorter one at least a quarter of it."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    scale = size / max(image.size)
+    width, height = (max(size // 4, round(length * scale)) for length in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _round_corners(image: Image.Image, background: Colour, radius: int = 8) -> Image.Image:
+    """Round the corners, antialiased: the mask is drawn at four times the size."""
+    mask = Image.new("L", (4 * image.width, 4 * image.height))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), 4 * radius, fill=255)
-    return Image.composite(picture, Image.new("RGB", picture.size, behind), mask.reduce(4))
+    return Image.composite(image, Image.new("RGB", image.size, background), mask.reduce(4))
 
 
-def _dot(page: Image.Image, centre: tuple[int, int], colour: tuple[int, int, int]) -> None:
-    page.paste(_rounded(Image.new("RGB", (16, 16), colour), CARD, 8), (centre[0] - 8, centre[1] - 8))
-
-
-def _write_lines(
+def _draw_lines(
     page: Image.Image, corner: tuple[int, int], lines: Iterable[str], font: ImageFont.FreeTypeFont, leading: int
 ) -> None:
-    for number, line in enumerate(lines):
-        ImageDraw.Draw(page).text((corner[0], corner[1] + number * leading), line, INK, font)
+    left, top = corner
+    draw = ImageDraw.Draw(page)
+    for index, line in enumerate(lines):
+        draw.text((left, top + index * leading), line, INK, font)
 
 
-def _save(page: Image.Image, path: Path, **options: object) -> None:
-    """Whole or not at all, in the form that the ending names."""
+def _save(page: Image.Image, path: Path, **options: Any) -> None:
+    """Write the page atomically, in the format of the path's suffix."""
     with atomic_write(path) as file:
         page.save(file, path.suffix[1:], **options)

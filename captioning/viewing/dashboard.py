@@ -1,11 +1,12 @@
-"""A run in the browser. log.jsonl is the truth, and these windows are a function of it: live, replayed or compared.
+"""Show runs in the browser: live, replayed or compared. The windows are built from log.jsonl alone.
 
-    python -m captioning.viewing.dashboard                              starts visdom on this machine
-    python train.py data/aic --run att --dashboard              shows a run while it trains
-    python -m captioning.viewing.dashboard --replay checkpoints/att     shows it again
+    python -m captioning.viewing.dashboard                              # start visdom on this machine
+    python train.py data/aic --run att --dashboard                      # show a run while it trains
+    python -m captioning.viewing.dashboard --replay checkpoints/att     # show a run again
+    python -m captioning.viewing.dashboard --compare checkpoints/att checkpoints/show-and-tell
 
-Windows are sent whole, and only those that have changed. So nothing is lost where a server dies: when it is back, the
-next round brings all of them.
+Windows are sent complete, and only if they have changed. A server that has died and restarted gets all of them with the
+next update.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import json
 import threading
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -30,76 +32,126 @@ from captioning.viewing.visdom_server import LOOPBACK, fetch_page, serve, static
 if TYPE_CHECKING:
     from config import Dashboard
 
-POINTS = 600  # of a curve, at most: a day's run must not grow the page
-EVERY = 2.0  # seconds between two looks at the log
-PATIENCE = 5.0  # seconds for one answer
-CURVES = {  # window -> its curves: (name, event, key, factor)
-    "loss": [("train", "step", "loss", 1), ("validation", "epoch", "val_loss", 1)],
-    "reward: CIDEr-D of captions drawn": [("train", "step", "reward", 1)],
-    "scores of captions generated freely": [("BLEU-4", "epoch", "BLEU-4", 1), ("CIDEr-D", "epoch", "CIDEr-D", 1)],
-    "top-5 accuracy, %": [("validation", "epoch", "top5", 100)],
-    "captions a second": [("train", "step", "captions_per_second", 1)],
-    "waiting for data, %": [("train", "step", "waiting", 100)],
-    "learning rate": [("decoder", "epoch", "learning_rate", 1), ("encoder", "epoch", "encoder_learning_rate", 1)],
+Windows = dict[str, dict]  # name -> window, as visdom's server expects it
+
+MAX_POINTS = 600  # per curve, to bound the size of the page
+POLL_INTERVAL = 2.0  # seconds between two reads of the log
+TIMEOUT = 5.0  # seconds for one response of the server
+START_COMMAND = "python -m captioning.viewing.dashboard"
+
+
+class Source(NamedTuple):
+    """Where a curve comes from: a key of an event in log.jsonl."""
+
+    name: str
+    event: str
+    key: str
+    factor: float = 1
+
+
+class Curve(NamedTuple):
+    name: str
+    x: list[float]  # epochs, and fractions of them
+    y: list[float]
+
+
+PLOTS = {  # window -> its curves
+    "loss": [Source("train", "step", "loss"), Source("validation", "epoch", "val_loss")],
+    "reward: CIDEr-D of sampled captions": [Source("train", "step", "reward")],
+    "scores of generated captions": [Source("BLEU-4", "epoch", "BLEU-4"), Source("CIDEr-D", "epoch", "CIDEr-D")],
+    "top-5 accuracy, %": [Source("validation", "epoch", "top5", 100)],
+    "captions per second": [Source("train", "step", "captions_per_second")],
+    "waiting for data, %": [Source("train", "step", "waiting", 100)],
+    "learning rate": [
+        Source("decoder", "epoch", "learning_rate"),
+        Source("encoder", "epoch", "encoder_learning_rate"),
+    ],
 }
+SHOWN_SETTINGS = (  # keys of the start event, beside config and versions
+    "time",
+    "commit",
+    "device",
+    "processes",
+    "precision",
+    "train_photos",
+    "val_photos",
+    "vocabulary",
+    "decoder_parameters",
+)
 
 
-# ---- a run as windows ----
+# ---- building windows
 
 
-def windows(events: list[dict], folder: Path) -> dict[str, dict]:
-    """The windows of a run, by name, as visdom's server wants them."""
-    shown = {title: _plot(title, _curves(events, title)) for title in CURVES}
+def run_windows(events: list[dict], folder: Path) -> Windows:
+    """Build the windows of a run: its plots, its settings, and the preview photos of the last epoch.
+
+    events: of log.jsonl; folder: of the run, with the pictures that the events name.
+    """
+    windows = {title: _plot(title, _curves(events, title)) for title in PLOTS}
     starts = [event for event in events if event["event"] == "start"]
     if starts:
-        shown["settings"] = _text("settings", _settings(starts[-1]))
+        windows["settings"] = _text_window("settings", _settings_html(starts[-1]))
     epochs = [event for event in events if event["event"] == "epoch"]
     if epochs:
-        for place, entry in enumerate(epochs[-1].get("panel", [])):
-            shown[f"photo {place + 1}"] = _text(f"photo {place + 1}", _card(entry, folder), width=900, height=330)
-    return shown
+        for number, entry in enumerate(epochs[-1].get("panel", []), start=1):
+            title = f"photo {number}"
+            windows[title] = _text_window(title, _photo_html(entry, folder), width=900, height=330)
+    return windows
 
 
-def compared(runs: dict[str, list[dict]]) -> dict[str, dict]:
-    """The same curves of several runs (name -> events), laid over one another."""
-    return {
-        title: _plot(
-            title,
-            [(f"{name}: {curve}", x, y) for name, events in runs.items() for curve, x, y in _curves(events, title)],
-        )
-        for title in CURVES
-    }
+def comparison_windows(runs: dict[str, list[dict]]) -> Windows:
+    """Build plots with the curves of several runs. runs: name -> events."""
+    windows = {}
+    for title in PLOTS:
+        curves = [
+            curve._replace(name=f"{run}: {curve.name}")
+            for run, events in runs.items()
+            for curve in _curves(events, title)
+        ]
+        windows[title] = _plot(title, curves)
+    return windows
 
 
-def _curves(events: list[dict], title: str) -> list[tuple[str, list, list]]:
-    curves = [(name, *_points(events, kind, key, factor)) for name, kind, key, factor in CURVES[title]]
-    return [curve for curve in curves if curve[1]] or curves[:1]  # visdom wants one, if only an empty one
+def _curves(events: list[dict], title: str) -> list[Curve]:
+    """The curves of a plot that have points; if none has, the first one, since visdom needs at least one."""
+    curves = [_curve(events, source) for source in PLOTS[title]]
+    return [curve for curve in curves if curve.x] or curves[:1]
 
 
-def _points(events: list[dict], kind: str, key: str, factor: float) -> tuple[list[float], list[float]]:
-    """x: epochs, and parts of them; y. Of too many points every second, third, ... is shown, and always the last."""
+def _curve(events: list[dict], source: Source) -> Curve:
+    """Read a curve from the events, thinned to at most MAX_POINTS; the last point always stays.
+
+    Runs whose epochs take only seconds have fewer step events than epochs: they show the mean of each epoch.
+    """
+    name, kind, key, factor = source
     count = collections.Counter(event["event"] for event in events)
-    if kind == "step" and count["step"] < count["epoch"]:  # epochs of a few seconds
-        kind, key = "epoch", {"loss": "train_loss"}.get(key, key)
-    points = [
-        (event["epoch"] - 1 + event["step"] / event["of"] if kind == "step" else event["epoch"], factor * event[key])
-        for event in events
-        if event["event"] == kind and key in event
-    ]
-    points = points[:: -max(1, -(-len(points) // POINTS))][::-1]
-    return [x for x, _ in points], [y for _, y in points]
+    if kind == "step" and count["step"] < count["epoch"]:
+        kind = "epoch"
+        key = "train_loss" if key == "loss" else key
+    points = [(_position(event), factor * event[key]) for event in events if event["event"] == kind and key in event]
+    stride = max(1, -(-len(points) // MAX_POINTS))
+    points = points[::-stride][::-1]
+    return Curve(name, [x for x, _ in points], [y for _, y in points])
 
 
-def _plot(title: str, curves: list[tuple[str, list, list]]) -> dict:
+def _position(event: dict) -> float:
+    """The epochs finished at an event."""
+    if event["event"] == "step":
+        return event["epoch"] - 1 + event["step"] / event["of"]
+    return event["epoch"]
+
+
+def _plot(title: str, curves: list[Curve]) -> dict:
     data = [
         {
             "type": "scatter",
-            "mode": "lines+markers" if len(x) < 50 else "lines",
-            "name": html.escape(name),
-            "x": x,
-            "y": y,
+            "mode": "lines+markers" if len(curve.x) < 50 else "lines",
+            "name": html.escape(curve.name),
+            "x": curve.x,
+            "y": curve.y,
         }
-        for name, x, y in curves
+        for curve in curves
     ]
     layout = {
         "xaxis": {"title": "epoch"},
@@ -110,7 +162,7 @@ def _plot(title: str, curves: list[tuple[str, list, list]]) -> dict:
     return {"data": data, "layout": layout, "opts": {"title": title, "width": 440, "height": 320}}
 
 
-def _text(title: str, content: str, width: int = 440, height: int = 320) -> dict:
+def _text_window(title: str, content: str, width: int = 440, height: int = 320) -> dict:
     return {
         "data": [{"type": "text", "content": content}],
         "layout": {},
@@ -118,141 +170,151 @@ def _text(title: str, content: str, width: int = 440, height: int = 320) -> dict
     }
 
 
-def _settings(start: dict) -> str:
-    told = start.get("config", {}) | start.get("versions", {})  # what was asked for, then what it became
-    told |= {
-        key: start[key]
-        for key in (
-            "time",
-            "commit",
-            "device",
-            "processes",
-            "precision",
-            "train_photos",
-            "val_photos",
-            "vocabulary",
-            "decoder_parameters",
-        )
-        if key in start
-    }
-    rows = "".join(f"<tr><td>{_safe(key)}&nbsp;</td><td>{_safe(value)}</td></tr>" for key, value in told.items())
-    return f"<table>{rows}</table>"
+def _settings_html(start: dict) -> str:
+    """A table of the requested settings, the versions, and what the run resolved them to."""
+    settings = start.get("config", {}) | start.get("versions", {})
+    settings |= {key: start[key] for key in SHOWN_SETTINGS if key in start}
+    rows = [f"<tr><td>{_escape(key)}&nbsp;</td><td>{_escape(value)}</td></tr>" for key, value in settings.items()]
+    return f"<table>{''.join(rows)}</table>"
 
 
-def _card(entry: dict, folder: Path) -> str:
-    """The photo with the attention's strip, the caption, and the references. All text is escaped."""
-    picture = ""
-    path = folder / "pictures" / Path(entry.get("picture") or "").name  # a log that was sent to us names no other file
+def _photo_html(entry: dict, folder: Path) -> str:
+    """The preview picture, the caption and the references. All text is escaped."""
+    image = ""
+    path = folder / "pictures" / Path(entry.get("picture") or "").name  # a foreign log cannot name any other file
     if path.is_file():
         encoded = base64.b64encode(path.read_bytes()).decode("ascii")
-        picture = f'<img style="max-width:100%" src="data:image/png;base64,{encoded}">'
-    references = "".join(f"<li>{_safe(text)}</li>" for text in entry["references"])
-    return f"{picture}<p><b>{_safe(entry['caption'])}</b></p><p>References:</p><ul>{references}</ul>"
+        image = f'<img style="max-width:100%" src="data:image/png;base64,{encoded}">'
+    references = "".join(f"<li>{_escape(text)}</li>" for text in entry["references"])
+    return f"{image}<p><b>{_escape(entry['caption'])}</b></p><p>References:</p><ul>{references}</ul>"
 
 
-def _safe(value: object) -> str:
+def _escape(value: object) -> str:
     return html.escape(str(value))
 
 
-# ---- sending them ----
+# ---- sending windows
 
 
-class Sender:
-    """Sends windows to an environment of a visdom server: those that changed since the last time, or all."""
+class VisdomClient:
+    """Sends windows to an environment of a visdom server, and only those that have changed since the last time."""
 
     def __init__(self, url: str, environment: str):
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        """Raises UserError if `url` is not an HTTP URL."""
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https"):
             raise UserError(f"{url}: is no URL; give one such as http://127.0.0.1:8097")
         self.url, self.environment = url.rstrip("/"), environment
-        self.sent: dict[str, dict] = {}
-        here = urllib.parse.urlsplit(url).hostname in LOOPBACK  # where a proxy would only be in the way
-        self.opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
+        self.sent: Windows = {}
+        handlers = [urllib.request.ProxyHandler({})] if parts.hostname in LOOPBACK else []  # no proxy for this machine
+        self.opener = urllib.request.build_opener(*handlers)
 
-    def send(self, shown: dict[str, dict]) -> None:
-        """Raises OSError where the server does not answer; the next time then sends everything."""
+    def send(self, windows: Windows) -> None:
+        """Raises OSError if the server does not answer; the next call then sends all windows."""
         try:
-            if self.sent and not self._is_there(next(iter(self.sent))):
-                self.sent = {}  # a server that was started anew, and has forgotten
-            changed = {name: window for name, window in shown.items() if self.sent.get(name) != window}
-            for name, window in changed.items():
-                self._post("events", {"win": name, "eid": self.environment, **window})
-            if changed:
-                self._post("save", {"data": [self.environment]})
-            self.sent |= changed
+            self._send_changed(windows)
         except (OSError, http.client.HTTPException) as error:
             self.sent = {}
             raise OSError(str(error) or type(error).__name__) from None
 
-    def _is_there(self, window: str) -> bool:
+    def _send_changed(self, windows: Windows) -> None:
+        if self.sent and not self._exists(next(iter(self.sent))):
+            self.sent = {}  # the server has restarted and lost its windows
+        changed = {name: window for name, window in windows.items() if self.sent.get(name) != window}
+        for name, window in changed.items():
+            self._post("events", {"win": name, "eid": self.environment, **window})
+        if changed:
+            self._post("save", {"data": [self.environment]})
+        self.sent |= changed
+
+    def _exists(self, window: str) -> bool:
         return self._post("win_exists", {"win": window, "eid": self.environment}) == "true"
 
     def _post(self, path: str, message: dict) -> str:
         request = urllib.request.Request(f"{self.url}/{path}", json.dumps(message).encode("utf-8"))
-        with self.opener.open(request, timeout=PATIENCE) as answer:
-            return answer.read().decode("utf-8")
+        with self.opener.open(request, timeout=TIMEOUT) as response:
+            return response.read().decode("utf-8")
 
 
 class LogTailer(threading.Thread):
-    """Shows a run while it trains: a thread that reads the log and sends what changed, in its own time.
+    """A context manager that shows a run while it trains: a thread polls the log and sends what changed.
 
-    However slow or dead the server is, training does not wait for it; one line says so, and one when it is back.
+    Training never waits for the server. A line is printed when the server stops answering, and when it answers again.
     """
 
     def __init__(self, folder: Path, url: str):
         super().__init__(daemon=True, name="dashboard")
-        self.folder, self.sender = folder, Sender(url, folder.name)
-        self.ended, self.answers = threading.Event(), True
-        self.log_size, self.shown = -1, {}
+        self.folder = folder
+        self.client = VisdomClient(url, folder.name)
+        self.finished = threading.Event()
+        self.connected = True
+        self.log_size = -1
+        self.windows: Windows = {}
 
     def run(self) -> None:
-        while not self.ended.is_set():
-            self._round()
-            self.ended.wait(EVERY)
-        self._round()
+        while not self.finished.is_set():
+            self._update()
+            self.finished.wait(POLL_INTERVAL)
+        self._update()
 
-    def _round(self) -> None:
+    def _update(self) -> None:
         try:
-            size = (self.folder / "log.jsonl").stat().st_size
-            if size != self.log_size:
-                self.shown, self.log_size = windows(read_log(self.folder), self.folder), size
-            self.sender.send(self.shown)
+            self._read_log()
+            self.client.send(self.windows)
         except (OSError, UserError) as error:
-            if self.answers:
+            if self.connected:
                 tqdm.write(
-                    f"dashboard: {self.sender.url} does not answer ({error}); training goes on; start it with: "
-                    "make dashboard"
+                    f"dashboard: {self.client.url} does not answer ({error}); training continues; start it with: "
+                    f"{START_COMMAND}"
                 )
-            self.answers = False
+            self.connected = False
         else:
-            if not self.answers:
-                tqdm.write(f"dashboard: {self.sender.url} answers again, and shows everything")
-            self.answers = True
+            if not self.connected:
+                tqdm.write(f"dashboard: {self.client.url} answers again and shows all windows")
+            self.connected = True
+
+    def _read_log(self) -> None:
+        """Rebuild the windows if the log has grown."""
+        size = (self.folder / "log.jsonl").stat().st_size
+        if size != self.log_size:
+            self.windows = run_windows(read_log(self.folder), self.folder)
+            self.log_size = size
 
     def __enter__(self) -> LogTailer:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """One last round, for which nobody waits longer than a few seconds."""
-        self.ended.set()
-        self.join(2 * PATIENCE)
+        """Send a last update, waiting a few seconds at most."""
+        self.finished.set()
+        self.join(2 * TIMEOUT)
 
 
-def show(url: str, environment: str, shown: dict[str, dict]) -> None:
-    """Send windows once. Raises UserError where no server answers."""
+def send_once(url: str, environment: str, windows: Windows) -> None:
+    """Send windows and print the URL of their page. Raises UserError if the server does not answer."""
     try:
-        Sender(url, environment).send(shown)
+        VisdomClient(url, environment).send(windows)
     except OSError as error:
-        raise UserError(f"--url {url}: no visdom answers ({error}); start it with: make dashboard") from None
+        raise UserError(f"--url {url}: no visdom server answers ({error}); start it with: {START_COMMAND}") from None
     print(f"{url}/env/{environment}")
+
+
+def replay(folder: Path, url: str) -> None:
+    """Show a run, rebuilt from its log."""
+    send_once(url, folder.name, run_windows(read_log(folder), folder))
+
+
+def compare(folders: Iterable[Path], url: str) -> None:
+    """Show the curves of several runs in the same plots."""
+    runs = {folder.name: read_log(folder) for folder in folders}
+    send_once(url, " and ".join(runs), comparison_windows(runs))
 
 
 def main(config: Dashboard) -> None:
     if config.replay:
-        show(config.url, config.replay.name, windows(read_log(config.replay), config.replay))
+        replay(config.replay, config.url)
     elif config.compare:
-        runs = {folder.name: read_log(folder) for folder in config.compare}
-        show(config.url, " and ".join(runs), compared(runs))
+        compare(config.compare, config.url)
     else:
         fetch_page(static_folder())
         serve(config.host, config.port, config.folder)

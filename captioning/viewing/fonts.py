@@ -1,18 +1,24 @@
-"""A font of this machine that has the letters of a text, and text that fits where it is written."""
+"""Find an installed font that has the characters of a text, and fit text into a width.
+
+Fonts are searched in the system's folders, in the package mplfonts (Chinese) and in matplotlib's data folder
+(DejaVu Sans). Neither package is imported: only their files are read.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import ImageFont
 
-SMALLEST = 9  # pixels of the type; a word that is still too wide is cut short
+MIN_SIZE = 9  # pixels; a word that is still too wide at this size is truncated
 
-# Fonts that show Chinese and Latin side by side, the most pleasant first; known by how their files are called.
+# Preferred fonts, best first, by the start of their file names. All but the last have Chinese and Latin characters.
 PREFERRED = (
     "notosanscjk",
     "sourcehansans",
@@ -24,37 +30,47 @@ PREFERRED = (
     "simhei",
     "dejavusans",
 )
+EXTENSIONS = {".ttf", ".otf", ".ttc"}
+SYSTEM_FOLDERS = (  # Linux, then macOS
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.fonts",
+    "~/.local/share/fonts",
+    "/System/Library/Fonts",
+    "/Library/Fonts",
+    "~/Library/Fonts",
+)
+PACKAGE_FOLDERS = {"mplfonts": "fonts", "matplotlib": "mpl-data/fonts/ttf"}  # package -> its folder of fonts
 
 
 class Font(NamedTuple):
     path: str
-    face: int  # in a collection of fonts (.ttc); 0 in any other file
+    face: int  # index of the face in a font collection (.ttc); 0 for any other file
 
 
 def find_font(text: str) -> Font:
-    """The first of this machine's fonts, the most pleasant first, that has every character of the text.
+    """Return the most preferred installed font that has every character of the text.
 
-    Where none has, the one that lacks the fewest: an emoji or a rare character does not spoil a picture, and
-    shows as an empty box. Raises LookupError, saying what to install, when it lacks most of the letters beyond ASCII.
+    If no font has them all, return the one that lacks the fewest: an emoji or a rare character then shows as an empty
+    box. Raises LookupError, with the packages to install, if that font lacks more than half of the non-ASCII letters.
     """
-    wanted = frozenset(character for character in text if character.isprintable() and not character.isspace())
-    return _find_font(wanted)
+    return _find_font(frozenset(char for char in text if char.isprintable() and not char.isspace()))
 
 
 @functools.cache
-def _find_font(wanted: frozenset[str]) -> Font:
-    best, lacking = None, wanted
+def _find_font(characters: frozenset[str]) -> Font:
+    best, missing = None, characters
     for path in _font_files():
-        for face, characters in _faces(path):
-            missing = {character for character in wanted if ord(character) not in characters}
-            if best is None or len(missing) < len(lacking):
-                best, lacking = Font(path, face), missing
-        if best and not lacking:
+        for face, supported in _read_faces(path):
+            lacking = frozenset(char for char in characters if ord(char) not in supported)
+            if best is None or len(lacking) < len(missing):
+                best, missing = Font(path, face), lacking
+        if best and not missing:
             return best
-    letters = {character for character in wanted if character.isalpha() and not character.isascii()}
-    if best is None or 2 * len(lacking & letters) > len(letters):
+    letters = {char for char in characters if char.isalpha() and not char.isascii()}
+    if best is None or 2 * len(missing & letters) > len(letters):
         raise LookupError(
-            f"no font here has the letters {''.join(sorted(lacking & letters)[:8])}; install one that does; "
+            f"no installed font has the letters {''.join(sorted(missing & letters)[:8])}; install one that does; "
             "for Chinese: pip install mplfonts, or: apt install fonts-noto-cjk"
         )
     return best
@@ -62,59 +78,89 @@ def _find_font(wanted: frozenset[str]) -> Font:
 
 @functools.cache
 def _font_files() -> tuple[str, ...]:
-    """Font files of the system, of matplotlib and of the package mplfonts; the preferred ones first."""
-    from matplotlib import font_manager, get_data_path  # here: it takes half a second, and most runs draw nothing
+    """Paths of all installed font files, preferred ones first."""
+    files = {
+        os.path.join(folder, name)
+        for start in _font_folders()
+        for folder, _, names in os.walk(start)  # os.walk skips folders without read permission
+        for name in names
+        if Path(name).suffix.lower() in EXTENSIONS
+    }
+    # The Last Resort font claims every character but draws each as a box.
+    usable = [path for path in files if "lastresort" not in path.lower()]
+    return tuple(sorted(usable, key=lambda path: (_preference(path), path)))
 
-    files = set(font_manager.findSystemFonts()) | set(map(str, Path(get_data_path()).glob("fonts/ttf/*.ttf")))
-    if package := importlib.util.find_spec("mplfonts"):
-        files |= {str(path) for folder in package.submodule_search_locations for path in Path(folder).glob("fonts/*.*")}
-    known = [path for path in files if "lastresort" not in path.lower()]  # it has every character: as a box
-    return tuple(sorted(known, key=lambda path: (_rank(path), path)))
+
+def _font_folders() -> Iterator[str]:
+    for folder in SYSTEM_FOLDERS:
+        yield os.path.expanduser(folder)
+    for folder in os.environ.get("XDG_DATA_DIRS", "").split(":"):
+        if folder:
+            yield os.path.join(folder, "fonts")
+    for package, folder in PACKAGE_FOLDERS.items():
+        spec = importlib.util.find_spec(package)  # locates the package without importing it
+        for location in (spec.submodule_search_locations if spec else None) or ():
+            yield os.path.join(location, folder)
 
 
-def _rank(path: str) -> tuple[int, bool]:
+def _preference(path: str) -> tuple[int, bool]:
+    """Sort key: the index of the font's family in PREFERRED, then regular styles before bold and italic ones."""
     name = re.sub(r"[^a-z0-9]", "", Path(path).stem.lower())
-    family = next((rank for rank, start in enumerate(PREFERRED) if name.startswith(start)), len(PREFERRED))
+    family = next((index for index, start in enumerate(PREFERRED) if name.startswith(start)), len(PREFERRED))
     return family, bool(re.search("bold|black|heavy|thin|light|oblique|italic|condensed", name))
 
 
 @functools.cache
-def _faces(path: str) -> tuple[tuple[int, frozenset[int]], ...]:
-    """The faces in a font file with their characters, simplified Chinese first; none where it cannot be read."""
+def _read_faces(path: str) -> tuple[tuple[int, frozenset[int]], ...]:
+    """Return (face index, code points) of each face in a font file, simplified Chinese first; () if unreadable."""
     from fontTools.ttLib import TTCollection, TTFont, TTLibError
 
     try:
-        collection = Path(path).suffix.lower() in (".ttc", ".otc")
-        fonts = TTCollection(path, lazy=True).fonts if collection else [TTFont(path, lazy=True)]
+        is_collection = Path(path).suffix.lower() == ".ttc"
+        fonts = TTCollection(path, lazy=True).fonts if is_collection else [TTFont(path, lazy=True)]
         faces = sorted(enumerate(fonts), key=lambda face: " SC" not in str(face[1]["name"].getDebugName(1)))
-        return tuple((number, frozenset(font.getBestCmap() or ())) for number, font in faces)
+        return tuple((index, frozenset(font.getBestCmap() or ())) for index, font in faces)
     except (OSError, KeyError, TTLibError):
         return ()
 
 
 @functools.cache
 def load_font(font: Font, size: int) -> ImageFont.FreeTypeFont:
-    """The font at a size in pixels."""
+    """Load the font at a size in pixels."""
     return ImageFont.truetype(font.path, size, font.face)
 
 
-def fitted(text: str, font: Font, size: int, width: float) -> tuple[str, ImageFont.FreeTypeFont]:
-    """The text and a type in which it is no wider than `width`: smaller, and then cut short."""
+def fit_text(text: str, font: Font, size: int, width: float) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Fit a line into `width` pixels: shrink the font down to MIN_SIZE, then truncate the text with "...".
+
+    Returns the text and the loaded font.
+    """
     text = " ".join(text.split())
-    while size > SMALLEST and load_font(font, size).getlength(text) > width:
+    while size > MIN_SIZE and load_font(font, size).getlength(text) > width:
         size -= 1
-    kept = text
-    while kept and load_font(font, size).getlength(text if kept == text else kept + "...") > width:
-        kept = kept[:-1]
-    return text if kept == text else kept + "...", load_font(font, size)
+    loaded = load_font(font, size)
+    if not text or loaded.getlength(text) <= width:
+        return text, loaded
+    prefix = text[:-1]
+    while prefix and loaded.getlength(prefix + "...") > width:
+        prefix = prefix[:-1]
+    return prefix + "...", loaded
 
 
-def broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The text in lines, broken at its spaces, and between any two Chinese characters; a longer word anywhere."""
-    lines, line, text = [], "", " ".join(text.split())
-    for piece in re.findall(r"[\u2e80-\U0003ffff][，。、！？]*\s*|[^\s\u2e80-\U0003ffff]+\s*", text):
-        for part in [piece] if font.getlength(piece.rstrip()) <= width else piece:
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Wrap the text into lines of at most `width` pixels.
+
+    Lines break at spaces and between any two Chinese characters; a word wider than a line breaks anywhere.
+    """
+    lines: list[str] = []
+    line = ""
+    for chunk in re.findall(r"[\u2e80-\U0003ffff][，。、！？]*\s*|[^\s\u2e80-\U0003ffff]+\s*", " ".join(text.split())):
+        fits = font.getlength(chunk.rstrip()) <= width
+        for part in [chunk] if fits else chunk:
             if font.getlength((line + part).rstrip()) > width:
-                lines, line = [*lines, line.rstrip()], ""
+                lines.append(line.rstrip())
+                line = ""
             line += part
-    return [*lines, line.rstrip()] if line.strip() else lines
+    if line.strip():
+        lines.append(line.rstrip())
+    return lines

@@ -1,7 +1,9 @@
-"""A page of captioned photos: one HTML file that opens offline, without a script. Everything in it is a data URI.
+"""An HTML report of captioned photos: one file that opens offline, without scripts. All images are data URIs.
 
-Point at a word, or touch it, and the photo dims but for what attention (T, P) saw when the word was written: the map is
-a picture of one pixel a cell, which the browser spreads over the photo, smoothly or cell by cell.
+Hovering over a word, or touching it, dims the photo except where the word's attention was. Each attention map is an
+image of one pixel per cell, which the browser scales to the photo, smoothly or cell by cell.
+
+Letters: T words, P cells.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import html
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,7 +25,7 @@ from captioning.runtime.files import atomic_text
 from preprocess.captions import Photo
 
 THUMBNAIL = 256  # pixels of the longer side
-DARKEST = 0.85  # share of the light that a cell without attention loses
+MAX_SHADE = 0.85  # fraction of the light that a cell without attention loses
 HEAD = """<!doctype html>
 <html lang="{language}"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -40,36 +43,69 @@ body:has(#cells:checked) b img {{ image-rendering: pixelated }}
 </style>
 <h1>{title}</h1>
 """
-HOW_TO = 'Point at a word to see where it looked. <label><input type="checkbox" id="cells"> cell by cell</label>\n'
+INSTRUCTIONS = (
+    'Point at a word to see its attention. <label><input type="checkbox" id="cells"> show the grid cells</label>\n'
+)
 
-Card = tuple[Photo, CaptionResult, float | None]  # a photo, its caption, and the caption's CIDEr-D
+
+class ReportEntry(NamedTuple):
+    photo: Photo
+    caption: CaptionResult
+    cider: float | None  # CIDEr-D of the caption, times 100; None without references
 
 
-def write_page(path: Path, title: str, language: str, sections: Sequence[tuple[str, Sequence[Card]]]) -> None:
-    """A section has a heading (or none) and its cards. Raises UserError where the page cannot be written."""
-    attends = any(caption.attention is not None for _, cards in sections for _, caption, _ in cards)
+def write_page(path: Path, title: str, language: str, sections: Sequence[tuple[str, Sequence[ReportEntry]]]) -> None:
+    """Write a page of sections, each a heading ("" for none) and its entries.
+
+    language: "en" or "zh". A photo that cannot be read is replaced by the reason. Raises UserError if the page cannot
+    be written.
+    """
+    has_attention = any(entry.caption.attention is not None for _, entries in sections for entry in entries)
+    separator = " " if language == "en" else ""
     with atomic_text(path) as file:
-        file.write(HEAD.format(title=html.escape(title), language=language) + (HOW_TO if attends else ""))
-        for heading, cards in sections:
-            file.write(f"<h2>{html.escape(heading)}</h2>\n" if heading else "")
-            for card in cards:
-                file.write("".join(_article(*card, " " if language == "en" else "")))
+        file.write(HEAD.format(title=html.escape(title), language=language))
+        if has_attention:
+            file.write(INSTRUCTIONS)
+        for heading, entries in sections:
+            if heading:
+                file.write(f"<h2>{html.escape(heading)}</h2>\n")
+            for entry in entries:
+                file.writelines(_article(entry, separator))
 
 
-def _article(photo: Photo, caption: CaptionResult, cider: float | None, between: str) -> Iterator[str]:
+def worst_and_best(entries: Sequence[ReportEntry], count: int = 50) -> list[tuple[str, list[ReportEntry]]]:
+    """Sections with the `count` lowest and the `count` highest CIDEr-D scores, without overlap.
+
+    Of fewer than 2 * count entries, each section has half; a single entry is in both. Every entry needs a score.
+    """
+    ranked = sorted(entries, key=lambda entry: entry.cider)  # type: ignore[arg-type, return-value]
+    count = min(count, max(1, len(ranked) // 2))
+    return [(f"The {count} worst", ranked[:count]), (f"The {count} best", ranked[::-1][:count])]
+
+
+def _article(entry: ReportEntry, separator: str) -> Iterator[str]:
+    photo, caption, _ = entry
     picture, size = _thumbnail(photo)
-    yield f'<article>{picture}<div><div class="caption">{between.join(_words(caption, size))}</div>\n'
-    notes = [html.escape(photo.id)]
-    notes += [f"log-probability {caption.log_probability:.2f}"] if caption.log_probability is not None else []
-    notes += ["unfinished"] if caption.finished is False else []
-    notes += [f"CIDEr-D {cider:.1f}"] if cider is not None else []
-    yield f'<div class="note">{" · ".join(notes)}</div>\n<ul>\n'
-    yield from (f"<li>{html.escape(between.join(words))}</li>\n" for words in photo.captions)
+    yield f'<article>{picture}<div><div class="caption">{separator.join(_word_elements(caption, size))}</div>\n'
+    yield f'<div class="note">{" · ".join(_details(entry))}</div>\n<ul>\n'
+    for words in photo.captions:
+        yield f"<li>{html.escape(separator.join(words))}</li>\n"
     yield "</ul></div></article>\n"
 
 
+def _details(entry: ReportEntry) -> Iterator[str]:
+    photo, caption, cider = entry
+    yield html.escape(photo.id)
+    if caption.log_probability is not None:
+        yield f"log-probability {caption.log_probability:.2f}"
+    if caption.finished is False:
+        yield "unfinished"
+    if cider is not None:
+        yield f"CIDEr-D {cider:.1f}"
+
+
 def _thumbnail(photo: Photo) -> tuple[str, tuple[int, int]]:
-    """The photo as an element of the page, and its size there; where it cannot be read, the reason."""
+    """The photo as an HTML element and its size in pixels; an unreadable photo becomes the reason."""
     try:
         image = open_photo(photo.image)
     except PhotoError as error:
@@ -79,38 +115,34 @@ def _thumbnail(photo: Photo) -> tuple[str, tuple[int, int]]:
     return f'<div><img src="{_data_uri(image, "jpeg")}" width="{width}" height="{height}" alt=""></div>', image.size
 
 
-def _words(caption: CaptionResult, size: tuple[int, int]) -> list[str]:
-    """The words as elements: each with its map, where there is attention."""
+def _word_elements(caption: CaptionResult, size: tuple[int, int]) -> list[str]:
+    """The words as HTML elements, each with its attention map, if there is attention."""
     if caption.attention is None:
-        return [*map(html.escape, caption.words)]
-    betas = caption.sentinel or [None] * len(caption.words)
+        return [html.escape(word) for word in caption.words]
+    width, height = size
+    betas: Sequence[float | None] = caption.sentinel or [None] * len(caption.words)
     maps = np.asarray(caption.attention).reshape(-1, *caption.grid)
     return [
-        f'<b tabindex="0"{_title(beta)}>{html.escape(word)}'
-        f'<img src="{_data_uri(_shade(weights), "png")}" width="{size[0]}" height="{size[1]}" alt=""></b>'
+        f'<b tabindex="0"{_tooltip(beta)}>{html.escape(word)}'
+        f'<img src="{_data_uri(_shade(weights), "png")}" width="{width}" height="{height}" alt=""></b>'
         for word, weights, beta in zip(caption.words, maps, betas, strict=True)
     ]
 
 
-def _title(beta: float | None) -> str:
-    return "" if beta is None else f' title="&beta; {beta:.2f}: the share of this word that came from language alone"'
+def _tooltip(beta: float | None) -> str:
+    if beta is None:
+        return ""
+    return f' title="&beta; {beta:.2f}: the fraction of this word that came from the language model alone"'
 
 
 def _shade(weights: np.ndarray) -> Image.Image:
-    """Attention (rows, columns) -> black that lets light through where it is high; a pixel a cell."""
+    """Attention (rows, columns) -> a black image, one pixel per cell, transparent where attention is high."""
     light = weights / max(float(weights.max()), 1e-9)
-    alpha = np.uint8(np.round(255 * DARKEST * (1 - light)))
+    alpha = np.uint8(np.round(255 * MAX_SHADE * (1 - light)))
     return Image.fromarray(np.stack([np.zeros_like(alpha), alpha], -1), "LA")
 
 
-def _data_uri(image: Image.Image, form: str) -> str:
-    file = io.BytesIO()
-    image.save(file, form, quality=70)
-    return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def extremes(cards: Sequence[Card], count: int = 50) -> list[tuple[str, list[Card]]]:
-    """The cards of the lowest and of the highest CIDEr-D; none is in both, unless it is alone."""
-    ordered = sorted(cards, key=lambda card: card[2])
-    count = min(count, max(1, len(ordered) // 2))
-    return [(f"The {count} worst", ordered[:count]), (f"The {count} best", ordered[::-1][:count])]
+def _data_uri(image: Image.Image, image_format: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, quality=70)
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"

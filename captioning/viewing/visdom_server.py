@@ -1,7 +1,7 @@
-"""visdom's server, and the scripts of its page: they are fetched once, and never again.
+"""Run visdom's server, and download the scripts of its page once.
 
-visdom itself fetches them from five hosts at every start, waits long for each, and serves a blank page without them.
-Here they come from one CDN, or, where that does not answer within seconds, from the same packages of npm.
+visdom itself downloads them from five hosts at every start, with long timeouts, and serves a blank page without them.
+Here they come from one CDN, or, if it does not answer within seconds, from the same packages in the npm registry.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from typing import NamedTuple
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write
+from captioning.runtime.library_errors import reason
 
 CDN = "https://unpkg.com/{package}@{version}/{path}"
-PATIENCE = 4.0  # seconds for one file; the first that does not come sends us to npm
+TIMEOUT = 4.0  # seconds per file; after the first timeout all remaining packages come from npm
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Source(NamedTuple):
-    package: str  # of npm
-    version: str  # as in visdom 0.2.4's own list
-    paths: dict[str, str]  # in the package -> in visdom's static folder
+    package: str  # its name in the npm registry
+    version: str  # the one that visdom 0.2.4 uses
+    paths: dict[str, str]  # path in the package -> path in visdom's static folder
 
+
+Download = Callable[[Source], dict[str, bytes]]  # returns path in the package -> content
 
 GLYPHS = "fonts/glyphicons-halflings-regular."
 MATHJAX = (
@@ -71,93 +74,107 @@ SOURCES = (
 
 
 def static_folder() -> Path:
-    """Where the installed visdom serves its page from. Raises UserError where visdom is not installed."""
-    found = importlib.util.find_spec("visdom")
-    if found is None:
+    """Return the folder of visdom's page and scripts. Raises UserError if visdom is not installed."""
+    spec = importlib.util.find_spec("visdom")
+    if spec is None or spec.origin is None:
         raise UserError(
             "visdom is not installed; run: make dashboard, or: pip install -c constraints.txt '.[dashboard]'"
         )
-    return Path(found.origin).parent / "static"
+    return Path(spec.origin).parent / "static"
 
 
 def fetch_page(static: Path) -> None:
-    """Put what the page needs into `static`, where it is not there yet. Raises UserError where it cannot be had."""
-    wanted = [source for source in SOURCES if any(not (static / to).exists() for to in source.paths.values())]
-    if not wanted:
+    """Download the page's scripts into `static`, unless they exist. Raises UserError if they cannot be downloaded."""
+    missing = [source for source in SOURCES if not all((static / target).exists() for target in source.paths.values())]
+    if not missing:
         return
-    print("fetching the scripts of visdom's page, once")
-    ways, reasons = [_from_cdn, _from_npm], []
-    for source in wanted:
-        files = _fetch(source, ways, reasons)
-        for path, to in source.paths.items():
-            _write(static / to, files[path])
+    print("downloading the scripts of visdom's page, once")
+    downloads: list[Download] = [_download_from_cdn, _download_from_npm]
+    reasons: list[str] = []
+    for source in missing:
+        files = _fetch(source, downloads, reasons)
+        for path, target in source.paths.items():
+            _write(static / target, files[path])
 
 
-def _fetch(source: Source, ways: list[Callable[[Source], dict[str, bytes]]], reasons: list[str]) -> dict[str, bytes]:
-    """The files of a package, by the first way that works; one that has failed is not tried again."""
-    while ways:
+def _fetch(source: Source, downloads: list[Download], reasons: list[str]) -> dict[str, bytes]:
+    """Download a package by the first method that works.
+
+    A method that fails is removed from `downloads`, so that it is not tried again, and its error added to `reasons`.
+    """
+    while downloads:
         try:
-            return ways[0](source)
+            return downloads[0](source)
         except OSError as error:
             reasons.append(str(error))
-            ways.pop(0)
+            downloads.pop(0)
     raise UserError(
-        f"visdom's page needs scripts that could not be fetched ({'; '.join(reasons)}); connect this machine to the "
+        f"visdom's page needs scripts that could not be downloaded ({'; '.join(reasons)}); connect this machine to the "
         "internet once, or install npm (apt install npm) where a registry can be reached, and start again"
     )
 
 
-def _from_cdn(source: Source) -> dict[str, bytes]:
+def _download_from_cdn(source: Source) -> dict[str, bytes]:
     files = {}
     for path in source.paths:
         url = CDN.format(package=source.package, version=source.version, path=path)
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
-            files[path] = answer.read()
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            files[path] = response.read()
     return files
 
 
-def _from_npm(source: Source) -> dict[str, bytes]:
-    """The files of one package, as `npm pack` brings it. Raises OSError where it does not."""
-    npm, name = shutil.which("npm"), f"{source.package}@{source.version}"
+def _download_from_npm(source: Source) -> dict[str, bytes]:
+    """Download a package with `npm pack`. Raises OSError if npm is missing, fails, or brings another version."""
+    npm = shutil.which("npm")
     if npm is None:
         raise OSError("npm is not installed")
+    name = f"{source.package}@{source.version}"
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([npm, "pack", "--silent", name], cwd=folder, capture_output=True, text=True)
-        packed = list(Path(folder).glob("*.tgz"))
-        if done.returncode or not packed:
+        result = subprocess.run([npm, "pack", "--silent", name], cwd=folder, capture_output=True, text=True)
+        archives = list(Path(folder).glob("*.tgz"))
+        if result.returncode or not archives:
             raise OSError(f"npm pack {name} failed")
-        with tarfile.open(packed[0]) as archive:  # read, never unpacked: nothing in it chooses where it goes
-            found = json.loads(archive.extractfile("package/package.json").read())["version"]
-            if found != source.version:
-                raise OSError(f"npm pack {name} brought {found}")
-            return {path: archive.extractfile(f"package/{path}").read() for path in source.paths}
+        with tarfile.open(archives[0]) as archive:  # read in memory: the archive cannot choose where its files go
+            version = json.loads(_read_member(archive, "package.json"))["version"]
+            if version != source.version:
+                raise OSError(f"npm pack {name} brought {version}")
+            return {path: _read_member(archive, path) for path in source.paths}
+
+
+def _read_member(archive: tarfile.TarFile, path: str) -> bytes:
+    member = archive.extractfile(f"package/{path}")
+    if member is None:
+        raise OSError(f"{path} is not a file")
+    return member.read()
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a file that is there is complete."""
+    """Write atomically: a file that exists is complete."""
     try:
         with atomic_write(path) as file:
             file.write(content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); install Kantu where you may write") from None
+        raise UserError(
+            f"{path}: cannot be written ({reason(error)}); install Kantu in a folder that you may write to"
+        ) from None
 
 
 def serve(host: str, port: int, folder: Path) -> None:
-    """Run visdom until Ctrl-C; environments are kept in `folder`. Raises UserError where the port is taken."""
+    """Run visdom until Ctrl-C; its environments are stored in `folder`. Raises UserError if the port is in use."""
     static_folder()
-    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)  # it complains of a user's style sheet at each page
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)  # hides a missing user style sheet at each page
     from visdom.server.app import Application
 
-    async def forever() -> None:
+    async def run_server() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         application = Application(port=port, base_url="", env_path=str(folder))
         try:
             application.listen(port, address=host, max_buffer_size=1024**3)
         except OSError as error:
-            raise UserError(f"--port {port}: cannot listen on {host} ({error.strerror}); give another --port") from None
+            raise UserError(f"--port {port}: cannot listen on {host} ({reason(error)}); give another --port") from None
         if host not in LOOPBACK:
-            print(f"WARNING: anyone who can reach {host}:{port} can read and change these pages; no password is asked")
-        print(f"visdom: http://{host}:{port}, environments in {folder}; Ctrl-C ends it", flush=True)
+            print(f"WARNING: anyone who can reach {host}:{port} can read and change these pages without a password")
+        print(f"visdom: http://{host}:{port}, environments in {folder}; press Ctrl-C to stop", flush=True)
         await asyncio.Event().wait()
 
-    asyncio.run(forever())
+    asyncio.run(run_server())

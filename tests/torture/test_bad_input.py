@@ -495,7 +495,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "a folder without photos",
         folder("empty"),
         GENERATE + " empty",
-        "empty: no photos in it (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)",
+        "empty: contains no photos (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)",
     ),
     ("a dead link", lambda: os.symlink("nowhere", "x.png"), GENERATE + " x.png", "x.png: no such photo or folder"),
     (
@@ -760,8 +760,8 @@ TABLE = [  # what; how it comes about; the command; its line
         "no visdom",
         None,
         f"dashboard --replay checkpoints/att {NOWHERE}",
-        "--url http://127.0.0.1:9: no visdom answers (<urlopen error [Errno 111] Connection refused>); start "
-        "it with: make dashboard",
+        "--url http://127.0.0.1:9: no visdom server answers (<urlopen error [Errno 111] Connection refused>); "
+        "start it with: python -m captioning.viewing.dashboard",
     ),
     (
         "one run to compare",
@@ -942,7 +942,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "a submission in English",
         None,
         GENERATE + " --data data/small --submission s.json",
-        "--submission: AI Challenger is Chinese, and checkpoints/att writes English; give --json",
+        "--submission: AI Challenger is Chinese, but checkpoints/att writes English; give --json",
     ),
     (
         "scores without references",
@@ -969,25 +969,25 @@ TABLE = [  # what; how it comes about; the command; its line
         "results that are an object",
         put("r.json", {"a": 1}),
         SCORE_R,
-        "r.json: no list of captions, as COCO's results and AI Challenger's submissions are",
+        "r.json: has no list of captions; give COCO results or an AI Challenger submission",
     ),
     (
         "a result without a caption",
         put("r.json", [{"image_id": 1}]),
         SCORE_R,
-        "r.json: entry 0 is not like {'image_id': 9, 'caption': 'a dog'}; mend it",
+        "r.json: entry 0 is not like {'image_id': 9, 'caption': 'a dog'}; fix it",
     ),
     (
         "a photo's caption twice",
         put("r.json", [{"image_id": "photo5", "caption": "a"}] * 2),
         SCORE_R,
-        "r.json: image_id photo5 occurs twice; keep one caption a photo",
+        "r.json: image_id photo5 occurs twice; keep one caption per photo",
     ),
     (
         "--tokenizer for captions that are cut",
         None,
         SCORE + " --tokenizer jieba",
-        "--tokenizer goes with an annotation file; the captions of data/small are cut already",
+        "--tokenizer requires an annotation file; the captions of data/small are already tokenized",
     ),
     (
         "no references",
@@ -1106,7 +1106,9 @@ def test_a_font_without_the_letters_of_a_caption_is_one_line(here, monkeypatch):
     fonts._find_font.cache_clear()
     try:
         end = end_of(f"{PHOTO} --pictures drawn --max-length 3 --length-penalty 9")
-        assert end.status == 1 and end.said.startswith("error: no font here has the letters ; install one that does")
+        assert end.status == 1 and end.said.startswith(
+            "error: no installed font has the letters ; install one that does"
+        )
     finally:
         fonts._find_font.cache_clear()
 

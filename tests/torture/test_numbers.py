@@ -15,7 +15,7 @@ import generate
 import train
 from captioning.decoders import DECODERS
 from captioning.errors import UserError
-from captioning.evaluation.metrics import NAMES
+from captioning.evaluation.metrics import METRICS
 from captioning.features.feature_cache import FeatureReader
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.training.trainer import Trainer
@@ -244,6 +244,6 @@ def test_a_data_set_at_the_ends_goes_the_whole_way(tmp_path, monkeypatch, case, 
             generate.main(Generate(Path("checkpoints") / run, data=data, workers=0, **files))
             lines, scores = (json.loads(Path(name).read_text("utf-8")) for name in ("captions.json", "scores.json"))
             assert len(lines) == validation and all(np.isfinite(line["log_probability"]) for line in lines)
-            assert all(0 <= scores["word"][name] <= 1000 for name in NAMES)
+            assert all(0 <= scores["word"][name] <= 1000 for name in METRICS)
             assert all(np.isfinite(log[name]) for log in log_of(run) for name in ("val_loss", "top5", "CIDEr-D"))
         tally("data sets at their ends")

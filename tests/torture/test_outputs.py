@@ -22,9 +22,9 @@ from captioning.encoders.images import Transform, open_photo, read_photos
 from captioning.errors import PhotoError
 from captioning.features.feature_cache import FORMAT, FeatureWriter
 from captioning.runtime.checkpoint import save_checkpoint
-from captioning.viewing.attention_plots import Entry, draw_card
-from captioning.viewing.dashboard import compared, windows
-from captioning.viewing.html_report import extremes, write_page
+from captioning.viewing.attention_plots import CaptionedImage, draw_card
+from captioning.viewing.dashboard import comparison_windows, run_windows
+from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page
 from preprocess.captions import Photo, write_captions
 
 # ---- pages
@@ -104,12 +104,12 @@ def test_a_page_is_only_text_whatever_captions_ids_and_paths_say(
 ):
     path = tmp_path_factory.mktemp("page") / "page.html"
     attention = torch.rand(len(caption), 4) if attends else None
-    card = (
+    card = ReportEntry(
         Photo(image, id, "val", tuple(map(tuple, references))),
         CaptionResult(" ".join(caption), caption, -1.0, False, attention, grid=(2, 2)),
         1.5,
     )
-    write_page(path, title, "en", [(heading, [card]), *extremes([card, card])])
+    write_page(path, title, "en", [(heading, [card]), *worst_and_best([card, card])])
     page = Page(path.read_bytes().decode())
     assert page.is_harmless(PAGE_TAGS)
     for said in [title, heading, id, " ".join(caption), *map(" ".join, references)]:
@@ -128,11 +128,11 @@ def a_log(caption, references, setting):
 @given(caption=text, references=st.lists(text, max_size=2), setting=text, run=text)
 def test_the_dashboard_shows_text_as_text(tmp_path_factory, caption, references, setting, run):
     events = a_log(caption, references, setting)
-    shown = windows(events, tmp_path_factory.mktemp("run"))
+    shown = run_windows(events, tmp_path_factory.mktemp("run"))
     card, table = (Page(shown[name]["data"][0]["content"]) for name in ("photo 1", "settings"))
     assert card.is_harmless(CARD_TAGS) and table.is_harmless(CARD_TAGS)
     assert all(said in card.text for said in [caption, *references]) and table.text.count(setting) >= 3
-    for window in compared({run: events}).values():
+    for window in comparison_windows({run: events}).values():
         for curve in window["data"]:
             assert "<" not in curve["name"] and html.unescape(curve["name"]).startswith(f"{run}: ")
 
@@ -143,7 +143,7 @@ def test_a_log_shows_no_other_files_than_its_runs_pictures(tmp_path, picture):
     (tmp_path / "run/pictures").mkdir(parents=True)
     events = a_log("a dog", [], "x")
     events[1]["panel"][0]["picture"] = picture and picture.format(tmp_path)
-    assert "data:" not in windows(events, tmp_path / "run")["photo 1"]["data"][0]["content"]
+    assert "data:" not in run_windows(events, tmp_path / "run")["photo 1"]["data"][0]["content"]
 
 
 # ---- pictures
@@ -155,7 +155,7 @@ def test_a_picture_lies_in_its_folder_whatever_the_id_says(id):
     config = SimpleNamespace(pictures=Path("pictures"), animate=False, view="smooth")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "open_photo", lambda path: None)
-        patch.setattr(generate, "draw_attention", lambda *arguments: drawn.append(arguments[4]))
+        patch.setattr(generate, "draw_attention", lambda *arguments: drawn.append(arguments[1]))
         generate.draw_picture(config, Photo("a.jpg", id, "val", ()), CaptionResult("", [], attention=torch.ones(0, 4)))
     (path,) = drawn
     assert path.parent == config.pictures and path.suffix == ".png" and path.stem
@@ -276,7 +276,9 @@ def write_features(path):
 WRITERS = {
     "captions": lambda path: write_captions(path, [Photo("a.jpg", "a", "train", (("dog",),))]),
     "checkpoint": lambda path: save_checkpoint(path, {"epoch": 1}),
-    "picture": lambda path: draw_card(Entry(Image.new("RGB", (9, 9)), "a dog", ["a", "dog"], None, (1, 1)), path),
+    "picture": lambda path: draw_card(
+        CaptionedImage(Image.new("RGB", (9, 9)), "a dog", ["a", "dog"], None, (1, 1)), path
+    ),
     "features": write_features,
 }
 

@@ -247,7 +247,7 @@ def test_names_of_all_kinds_go_through_all_commands(tmp_path, monkeypatch, name,
     assert len(told) == 12, "a line a photo"
     does("generate.py --references", data, "--score", outputs["json"])
     end = end_of(f"dashboard {NOWHERE}", "--replay", run)
-    assert is_one_line(end) and "no visdom answers" in end.said
+    assert is_one_line(end) and "no visdom server answers" in end.said
     end = end_of(more, "--", run, base / "no such photo")
     assert is_one_line(end) and "no such photo" in end.said
     tally("names of all kinds")
