@@ -1,4 +1,4 @@
-"""The dashboard: windows from log.jsonl, a real visdom server that dies and comes back, and its page in a browser."""
+"""The dashboard: windows built from log.jsonl, a real visdom server that dies and restarts, its page in a browser."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ import train
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
 from captioning.viewing import dashboard, visdom_server
-from captioning.viewing.attention_plots import Entry, draw_card
-from captioning.viewing.dashboard import LogTailer, Sender, compared, read_log, windows
+from captioning.viewing.attention_plots import CaptionedImage, draw_card
+from captioning.viewing.dashboard import LogTailer, VisdomClient, comparison_windows, read_log, run_windows
 from config import DASHBOARD_URL, Dashboard, ExtractFeatures, Train
 from tests.small import make_small_data
 
-HOUSE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "batch_size": 8, "precision": "float32"}
-CAPTION, EVIL = "一个男人在骑马", "<script>alert(1)</script><img src=x onerror=alert(2)>"
+CAPTION, MALICIOUS = "一个男人在骑马", "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
-def a_log(epochs=2, steps=3, caption=CAPTION, picture=None):
-    events = [{"event": "start", "time": "now", "versions": {"torch": "2"}, "config": {"run": "att", "seed": EVIL}}]
+def make_log(epochs=2, steps=3, caption=CAPTION, picture=None):
+    """The events of a run."""
+    events = [
+        {"event": "start", "time": "now", "versions": {"torch": "2"}, "config": {"run": "att", "seed": MALICIOUS}}
+    ]
     for epoch in range(1, epochs + 1):
         events += [
             {
@@ -52,7 +55,7 @@ def a_log(epochs=2, steps=3, caption=CAPTION, picture=None):
             }
             for step in range(1, steps + 1)
         ]
-        entry = {"id": "1.jpg", "caption": caption, "references": [EVIL, "一匹马"], "picture": picture}
+        entry = {"id": "1.jpg", "caption": caption, "references": [MALICIOUS, "一匹马"], "picture": picture}
         events.append(
             {
                 "event": "epoch",
@@ -78,52 +81,55 @@ def write_log(folder, events):
 # ---- windows, without a server
 
 
-def test_every_curve_of_a_run_is_in_its_windows(tmp_path):
-    shown = windows(a_log(), tmp_path)
-    train_loss, validation = shown["loss"]["data"]
+def test_the_windows_of_a_run_show_all_its_curves(tmp_path):
+    windows = run_windows(make_log(), tmp_path)
+    train_loss, validation = windows["loss"]["data"]
     assert train_loss["x"] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2]) and train_loss["y"][-1] == 2.5
     assert validation["x"] == [1, 2] and validation["y"] == [3.0, 3.0]
-    assert shown["top-5 accuracy, %"]["data"][0]["y"] == [50.0, 50.0]
-    assert [curve["name"] for curve in shown["scores of captions generated freely"]["data"]] == ["BLEU-4", "CIDEr-D"]
-    assert [curve["name"] for curve in shown["learning rate"]["data"]] == ["decoder"]
-    tuned = [{**event, "encoder_learning_rate": 1e-4} for event in a_log()]
-    assert [curve["name"] for curve in windows(tuned, tmp_path)["learning rate"]["data"]] == ["decoder", "encoder"]
-    assert windows([], tmp_path)["loss"]["data"][0]["x"] == [], "a run that has just begun"
-    assert {"learning rate", "captions a second", "waiting for data, %", "settings", "photo 1"} <= set(shown)
+    assert windows["top-5 accuracy, %"]["data"][0]["y"] == [50.0, 50.0]
+    assert [curve["name"] for curve in windows["scores of generated captions"]["data"]] == ["BLEU-4", "CIDEr-D"]
+    assert [curve["name"] for curve in windows["learning rate"]["data"]] == ["decoder"]
+    fine_tuned = [{**event, "encoder_learning_rate": 1e-4} for event in make_log()]
+    assert [curve["name"] for curve in run_windows(fine_tuned, tmp_path)["learning rate"]["data"]] == [
+        "decoder",
+        "encoder",
+    ]
+    assert run_windows([], tmp_path)["loss"]["data"][0]["x"] == [], "a run that has just started"
+    assert {"learning rate", "captions per second", "waiting for data, %", "settings", "photo 1"} <= set(windows)
 
 
-def test_a_run_of_quick_epochs_shows_their_means(tmp_path):
+def test_a_run_with_short_epochs_shows_the_mean_loss_of_each(tmp_path):
     for steps in (0, 1):
-        events = [event for event in a_log() if event["event"] != "step"] + a_log(steps=1)[1 : 1 + steps]
-        assert windows(events, tmp_path)["loss"]["data"][0]["y"] == [5.0, 2.5]
+        events = [event for event in make_log() if event["event"] != "step"] + make_log(steps=1)[1 : 1 + steps]
+        assert run_windows(events, tmp_path)["loss"]["data"][0]["y"] == [5.0, 2.5]
 
 
 @pytest.mark.parametrize("steps", [1, 599, 600, 601, 8640, 100_000])
-def test_a_long_run_does_not_grow_the_page(tmp_path, steps):
-    curve = windows(a_log(epochs=1, steps=steps), tmp_path)["loss"]["data"][0]
-    assert min(steps, dashboard.POINTS / 2) <= len(curve["x"]) <= dashboard.POINTS
+def test_the_number_of_points_of_a_long_run_is_bounded(tmp_path, steps):
+    curve = run_windows(make_log(epochs=1, steps=steps), tmp_path)["loss"]["data"][0]
+    assert min(steps, dashboard.MAX_POINTS / 2) <= len(curve["x"]) <= dashboard.MAX_POINTS
     assert curve["x"][-1] == 1.0 and curve["x"] == sorted(curve["x"])
 
 
-def test_text_is_escaped_wherever_it_comes_from(tmp_path):
-    shown = windows(a_log(caption=EVIL), tmp_path)
+def test_text_from_the_log_is_escaped(tmp_path):
+    windows = run_windows(make_log(caption=MALICIOUS), tmp_path)
     for name in ("photo 1", "settings"):
-        content = shown[name]["data"][0]["content"]
+        content = windows[name]["data"][0]["content"]
         assert "<script" not in content and "<img src=x" not in content and "&lt;script&gt;" in content
-    names = [curve["name"] for curve in compared({"<b>": a_log(), "b": a_log()})["loss"]["data"]]
+    names = [curve["name"] for curve in comparison_windows({"<b>": make_log(), "b": make_log()})["loss"]["data"]]
     assert names == ["&lt;b&gt;: train", "&lt;b&gt;: validation", "b: train", "b: validation"]
 
 
-def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path):
-    write_log(tmp_path, a_log())
-    whole = read_log(tmp_path)
+def test_an_incomplete_last_line_of_the_log_is_ignored(tmp_path):
+    write_log(tmp_path, make_log())
+    complete = read_log(tmp_path)
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"event": "ep')
-    assert read_log(tmp_path) == whole
+    assert read_log(tmp_path) == complete
 
 
 @pytest.mark.parametrize("content", [None, "no json\n"])
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, content):
+def test_a_folder_without_a_valid_log_is_refused_in_one_line(tmp_path, content):
     if content:
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(UserError, match="log.jsonl") as error:
@@ -131,21 +137,22 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_the_flag_may_stand_alone():
-    def url(*flags):
+def test_the_dashboard_flag_has_an_optional_url():
+    def dashboard_url(*flags):
         return parse(Train, ["data/x", "--run", "a", *flags]).dashboard
 
-    assert url() is None and url("--dashboard") == url("--dashboard", "--epochs", "3") == DASHBOARD_URL
-    assert url("--dashboard", "http://there:1") == "http://there:1"
-    with pytest.raises(UserError, match="there: is no URL"):
-        Sender("there", "x")
+    assert dashboard_url() is None
+    assert dashboard_url("--dashboard") == dashboard_url("--dashboard", "--epochs", "3") == DASHBOARD_URL
+    assert dashboard_url("--dashboard", "http://host:1") == "http://host:1"
+    with pytest.raises(UserError, match="host: is no URL"):
+        VisdomClient("host", "x")
 
 
 # ---- the scripts of the page
 
 
 def fake_npm(folder, version=None):
-    """An npm that packs what SOURCES asks for, without a network."""
+    """An npm that packs the files of SOURCES without a network."""
     packed = folder / "packed"
     packed.mkdir()
     for source in visdom_server.SOURCES:
@@ -168,16 +175,16 @@ def no_network(*_, **__):
     raise OSError("no network")
 
 
-def test_the_scripts_come_from_npm_where_the_cdn_does_not_answer_and_are_fetched_once(tmp_path, monkeypatch):
-    asked = []
+def test_scripts_come_from_npm_if_the_cdn_does_not_answer_and_are_downloaded_once(tmp_path, monkeypatch):
+    requests = []
     npm = fake_npm(tmp_path)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or no_network())
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: requests.append(url) or no_network())
     monkeypatch.setattr(shutil, "which", lambda name: npm)
     visdom_server.fetch_page(tmp_path / "static")
-    assert len(asked) == 1, "a CDN that does not answer is asked once"
+    assert len(requests) == 1, "a CDN that does not answer is tried once"
     for source in visdom_server.SOURCES:
-        for path, to in source.paths.items():
-            assert (tmp_path / "static" / to).read_text() == f"{source.package} {path}"
+        for path, target in source.paths.items():
+            assert (tmp_path / "static" / target).read_text() == f"{source.package} {path}"
     monkeypatch.setattr(subprocess, "run", no_network)
     visdom_server.fetch_page(tmp_path / "static")
 
@@ -191,7 +198,7 @@ def test_a_package_of_another_version_is_not_used(tmp_path, monkeypatch):
     assert not (tmp_path / "static").exists()
 
 
-def test_without_cdn_and_npm_one_line_says_what_to_do(tmp_path, monkeypatch):
+def test_without_cdn_and_npm_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="no network; npm is not installed.*once.*start again") as error:
@@ -199,7 +206,7 @@ def test_without_cdn_and_npm_one_line_says_what_to_do(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_without_visdom_one_line_says_how_to_get_it(monkeypatch):
+def test_without_visdom_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="visdom is not installed; run: make dashboard"):
         dashboard.main(Dashboard())
@@ -208,16 +215,17 @@ def test_without_visdom_one_line_says_how_to_get_it(monkeypatch):
 # ---- a real server
 
 
-def a_free_port():
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class Server:
-    """visdom in a process of its own."""
+    """visdom in its own process."""
 
     def __init__(self, port, folder, host="127.0.0.1"):
+        self.folder = folder
         self.url = f"http://127.0.0.1:{port}"
         code = (
             "import pathlib, captioning.viewing.visdom_server as s\n"
@@ -225,17 +233,17 @@ class Server:
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
-            cwd=HOUSE,
+            cwd=ROOT,
             text=True,
             stderr=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env={**os.environ, "HOME": str(folder)},
         )
-        self.said = ""
-        while "Ctrl-C ends it" not in self.said:
+        self.output = ""
+        while "press Ctrl-C to stop" not in self.output:
             line = self.process.stdout.readline()
             assert line, "the server ended"
-            self.said += line
+            self.output += line
 
     def windows(self, environment):
         message = json.dumps({"win": None, "eid": environment}).encode()
@@ -248,17 +256,22 @@ class Server:
         self.process.stdout.close()
 
 
-@pytest.fixture
-def server(tmp_path):
+@pytest.fixture(scope="module")
+def visdom_installed():
     if importlib.util.find_spec("visdom") is None:
         pytest.skip("visdom is not installed: the extra named dashboard")
-    server = Server(a_free_port(), tmp_path / "visdom")
+
+
+@pytest.fixture(scope="module")
+def server(visdom_installed, tmp_path_factory):
+    """One server for all tests that do not stop it."""
+    server = Server(free_port(), tmp_path_factory.mktemp("visdom"))
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def small_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboard")
     make_small_data(folder)
     before = os.getcwd()
@@ -268,60 +281,62 @@ def here(tmp_path_factory):
     os.chdir(before)
 
 
-def test_a_replayed_run_is_read_back_from_the_server_whole(server, tmp_path, capsys):
-    write_log(tmp_path / "checkpoints" / "att", a_log())
+def test_the_server_returns_all_windows_of_a_replayed_run(server, tmp_path, capsys):
+    write_log(tmp_path / "checkpoints" / "att", make_log())
     dashboard.main(Dashboard(replay=tmp_path / "checkpoints" / "att", url=server.url))
     assert f"{server.url}/env/att" in capsys.readouterr().out
-    back = server.windows("att")
-    for name, window in windows(a_log(), tmp_path).items():
-        content = back[name]["content"]
-        assert content == (
-            window["data"][0]["content"]
-            if back[name]["type"] == "text"
-            else {"data": window["data"], "layout": window["layout"]}
-        )
-    assert CAPTION in back["photo 1"]["content"]
-    assert (tmp_path / "visdom" / "att.json").exists(), "the environment is kept"
+    returned = server.windows("att")
+    for name, window in run_windows(make_log(), tmp_path).items():
+        if returned[name]["type"] == "text":
+            assert returned[name]["content"] == window["data"][0]["content"]
+        else:
+            assert returned[name]["content"] == {"data": window["data"], "layout": window["layout"]}
+    assert CAPTION in returned["photo 1"]["content"]
+    assert (server.folder / "att.json").exists(), "the environment is saved"
 
 
-def test_runs_are_laid_over_one_another(server, tmp_path):
+def test_compared_runs_share_their_plots(server, tmp_path):
     for name in ("att", "lstm"):
-        write_log(tmp_path / name, a_log())
+        write_log(tmp_path / name, make_log())
     dashboard.main(Dashboard(compare=(tmp_path / "att", tmp_path / "lstm"), url=server.url))
     names = [curve["name"] for curve in server.windows("att and lstm")["loss"]["content"]["data"]]
     assert names == ["att: train", "att: validation", "lstm: train", "lstm: validation"]
 
 
-def test_a_server_that_dies_in_the_middle_of_a_run_and_returns_empty_is_whole_again(
-    server, here, tmp_path, monkeypatch, capsys
+def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(
+    visdom_installed, small_data, tmp_path, monkeypatch, capsys
 ):
-    """Training goes on undisturbed: the very same losses as a run that nobody watches."""
-    monkeypatch.setattr(dashboard, "EVERY", 0.05)
-    port = int(server.url.rpartition(":")[2])
-    epochs_of, servers = [], [server]
-    plain = train.Trainer.validate
+    """Training is not affected: the losses equal those of a run without a dashboard."""
+    monkeypatch.setattr(dashboard, "POLL_INTERVAL", 0.05)
+    port = free_port()
+    servers = [Server(port, tmp_path / "visdom")]
+    validations = 0
+    validate = train.Trainer.validate
 
-    def disturb(self, stop):
-        epochs_of.append(len(epochs_of))
-        if len(epochs_of) == 3:
-            wait_for(lambda: server.windows("watched")["loss"])
-            server.kill()
-        if len(epochs_of) == 5:
-            time.sleep(0.5)  # the thread meets the dead server
+    def validate_and_restart_server(self, stop):
+        nonlocal validations
+        validations += 1
+        if validations == 3:
+            wait_for(lambda: servers[0].windows("watched")["loss"])
+            servers[0].kill()
+        if validations == 5:
+            time.sleep(0.5)  # the thread notices the dead server
             servers.append(Server(port, tmp_path / "another"))
-        return plain(self, stop)
+        return validate(self, stop)
 
-    monkeypatch.setattr(train.Trainer, "validate", disturb)
-    train.main(Train(Path("data/small"), "watched", epochs=6, dashboard=server.url, **TINY))
-    monkeypatch.setattr(train.Trainer, "validate", plain)
+    monkeypatch.setattr(train.Trainer, "validate", validate_and_restart_server)
     try:
-        back = servers[1].windows("watched")
+        train.main(Train(Path("data/small"), "watched", epochs=6, dashboard=servers[0].url, **TINY))
+        returned = servers[1].windows("watched")
     finally:
-        servers[1].kill()
-    said = capsys.readouterr().out
-    assert said.count("does not answer") == said.count("answers again") == 1
-    assert back["loss"]["content"]["data"][1]["x"] == [1, 2, 3, 4, 5, 6]
-    assert "data:image/png;base64," in back["photo 1"]["content"] and "a white square" in back["photo 1"]["content"]
+        for server in servers:
+            server.kill()
+    monkeypatch.setattr(train.Trainer, "validate", validate)
+    output = capsys.readouterr().out
+    assert output.count("does not answer") == output.count("answers again") == 1
+    assert returned["loss"]["content"]["data"][1]["x"] == [1, 2, 3, 4, 5, 6]
+    assert "data:image/png;base64," in returned["photo 1"]["content"]
+    assert "a white square" in returned["photo 1"]["content"]
     train.main(Train(Path("data/small"), "alone", epochs=6, **TINY))
     losses = [
         [event["val_loss"] for event in read_log(Path("checkpoints") / run) if event["event"] == "epoch"]
@@ -337,32 +352,30 @@ def wait_for(condition, seconds=30):
             if condition():
                 return
         time.sleep(0.05)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"the condition is not met after {seconds} seconds")
 
 
-def test_a_server_that_never_answers_holds_nobody_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard, "PATIENCE", 1.0)
-    write_log(tmp_path / "run", a_log())
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        began = time.monotonic()
-        with LogTailer(tmp_path / "run", f"http://127.0.0.1:{deaf.getsockname()[1]}"):
-            looked = time.monotonic() - began
+def test_a_server_that_never_answers_does_not_delay_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(dashboard, "TIMEOUT", 1.0)
+    write_log(tmp_path / "run", make_log())
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        start = time.monotonic()
+        with LogTailer(tmp_path / "run", f"http://127.0.0.1:{silent_server.getsockname()[1]}"):
+            started = time.monotonic() - start
             time.sleep(0.3)
-        assert looked < 1.0 and time.monotonic() - began < 20
+        assert started < 1.0 and time.monotonic() - start < 20
     assert threading.active_count() < 20
 
 
-def test_another_host_than_this_one_is_announced_loudly(tmp_path):
-    if importlib.util.find_spec("visdom") is None:
-        pytest.skip("visdom is not installed: the extra named dashboard")
-    server = Server(a_free_port(), tmp_path, host="0.0.0.0")
+def test_listening_on_another_host_prints_a_warning(visdom_installed, tmp_path):
+    server = Server(free_port(), tmp_path, host="0.0.0.0")
     server.kill()
-    assert "WARNING" in server.said and "no password" in server.said
+    assert "WARNING" in server.output and "without a password" in server.output
 
 
-def test_by_default_it_listens_to_this_machine_alone(server):
-    assert Dashboard().host == "127.0.0.1" and "WARNING" not in server.said
-    if Path("/proc/net/tcp").exists():  # what the system says of its sockets: address:port in hexadecimal
+def test_by_default_the_server_listens_on_this_machine_only(server):
+    assert Dashboard().host == "127.0.0.1" and "WARNING" not in server.output
+    if Path("/proc/net/tcp").exists():  # the open sockets, address:port in hexadecimal
         port = f":{int(server.url.rpartition(':')[2]):04X}"
         lines = [line.split() for net in ("tcp", "tcp6") for line in open(f"/proc/net/{net}")]
         assert {line[1] for line in lines if line[1].endswith(port) and line[3] == "0A"} == {"0100007F" + port}
@@ -375,12 +388,13 @@ def test_by_default_it_listens_to_this_machine_alone(server):
 def browser():
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if not driver or not chromium:
-        pytest.skip("no chromium and chromedriver here: apt install chromium chromium-driver")
+        pytest.skip("chromium and chromedriver are not installed: apt install chromium chromium-driver")
     if importlib.util.find_spec("selenium") is None:
         pytest.skip("selenium is not installed: the extra named test")
     static = visdom_server.static_folder()
-    if not all((static / to).exists() for source in visdom_server.SOURCES for to in source.paths.values()):
-        pytest.skip("the scripts of visdom's page are not here yet: make dashboard fetches them")
+    targets = [target for source in visdom_server.SOURCES for target in source.paths.values()]
+    if not all((static / target).exists() for target in targets):
+        pytest.skip("the scripts of visdom's page are not downloaded: run make dashboard")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -401,24 +415,25 @@ def browser():
     driver.quit()
 
 
-def test_the_page_shows_the_curve_the_caption_and_the_strip_offline(server, browser, tmp_path):
+def test_the_page_shows_curves_captions_and_attention_offline(server, browser, tmp_path):
     from selenium.common.exceptions import NoAlertPresentException
 
     words, run = ["一个", "男人", "骑马"], tmp_path / "att"
     attention = np.eye(196, dtype=np.float32)[[20, 80, 150]]
-    draw_card(Entry(Image.new("RGB", (90, 60), "green"), CAPTION, words, attention, (14, 14)), run / "pictures/1.png")
-    write_log(run, a_log(caption=CAPTION + EVIL, picture="pictures/1.png"))
+    item = CaptionedImage(Image.new("RGB", (90, 60), "green"), CAPTION, words, attention, (14, 14))
+    draw_card(item, run / "pictures/1.png")
+    write_log(run, make_log(caption=CAPTION + MALICIOUS, picture="pictures/1.png"))
     dashboard.main(Dashboard(replay=run, url=server.url))
     browser.get(f"{server.url}/env/att")
-    look = browser.execute_script
-    wait_for(lambda: look("return document.querySelectorAll('.window .scatterlayer .trace').length") >= 2)
-    wait_for(lambda: CAPTION in look("return document.body.innerText"))
+    evaluate = browser.execute_script
+    wait_for(lambda: evaluate("return document.querySelectorAll('.window .scatterlayer .trace').length") >= 2)
+    wait_for(lambda: CAPTION in evaluate("return document.body.innerText"))
     wait_for(
-        lambda: look(
+        lambda: evaluate(
             "return [...document.images].some(i => i.src.startsWith('data:image/png') && i.naturalWidth > 900)"
         )
     )
-    assert EVIL in look("return document.body.innerText"), "shown, not run"
+    assert MALICIOUS in evaluate("return document.body.innerText"), "shown as text, not run"
     with pytest.raises(NoAlertPresentException):
         browser.switch_to.alert.accept()
     assert browser.save_screenshot(str(tmp_path / "page.png")) and Image.open(tmp_path / "page.png").width > 1000

@@ -1,4 +1,4 @@
-"""Scores equal coco-caption's, and the formulae of their papers written out; intervals equal a brute bootstrap."""
+"""Scores equal those of coco-caption and of their papers' formulas; intervals equal those of a plain bootstrap."""
 
 import math
 from collections import Counter
@@ -13,8 +13,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from captioning.evaluation.metrics import (
-    NAMES,
-    RESAMPLES,
+    METRICS,
+    NUM_RESAMPLES,
     aggregate,
     bootstrap,
     confidence_interval,
@@ -26,44 +26,53 @@ caption = st.lists(st.sampled_from("abcde"), min_size=1, max_size=8)
 corpus = st.lists(st.tuples(caption, st.lists(caption, min_size=1, max_size=4)), min_size=1, max_size=6)
 
 
-def split(pairs):
-    return {str(i): c for i, (c, _) in enumerate(pairs)}, {str(i): r for i, (_, r) in enumerate(pairs)}
+def by_id(pairs):
+    """(candidate, references) of each photo -> candidates and references by photo id."""
+    candidates = {str(i): candidate for i, (candidate, _) in enumerate(pairs)}
+    references = {str(i): captions for i, (_, captions) in enumerate(pairs)}
+    return candidates, references
+
+
+def as_text(candidates, references):
+    """The same captions as pycocoevalcap expects them: references, candidates."""
+    reference_texts = {photo: [" ".join(words) for words in captions] for photo, captions in references.items()}
+    return reference_texts, {photo: [" ".join(words)] for photo, words in candidates.items()}
 
 
 @settings(max_examples=40)
 @given(corpus)
-def test_scores_equal_coco_captions_scorers(pairs):
-    candidates, references = split(pairs)
-    theirs = {k: [" ".join(v)] for k, v in candidates.items()}
-    ours = {k: [" ".join(r) for r in v] for k, v in references.items()}
+def test_scores_equal_those_of_coco_caption(pairs):
+    candidates, references = by_id(pairs)
+    texts = as_text(candidates, references)
     expected = [
-        *Bleu(4).compute_score(ours, theirs, verbose=0)[0],
-        Rouge().compute_score(ours, theirs)[0],
-        Cider().compute_score(ours, theirs)[0],
+        *Bleu(4).compute_score(*texts, verbose=0)[0],
+        Rouge().compute_score(*texts)[0],
+        Cider().compute_score(*texts)[0],
     ]
     found = score(candidates, references)
     assert list(found.values()) == pytest.approx([100 * value for value in expected], abs=1e-6)
 
 
-def grams(words, n):
+def ngrams(words, n):
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def plain_cider_d(candidates, references):
-    """Vedantam et al. 2015, CIDEr-D: clipped tf-idf cosine with a Gaussian penalty of the length, times 10."""
+    """CIDEr-D, Vedantam et al. 2015, https://arxiv.org/abs/1411.5726: the cosine of clipped tf-idf vectors with a
+    Gaussian length penalty, times 10."""
     frequency = Counter(
-        g for refs in references.values() for g in {g for r in refs for n in range(1, 5) for g in grams(r, n)}
+        g for refs in references.values() for g in {g for r in refs for n in range(1, 5) for g in ngrams(r, n)}
     )
     log_photos = math.log(len(references))
 
     def vector(words, n):
-        return {g: count * (log_photos - math.log(max(1, frequency[g]))) for g, count in grams(words, n).items()}
+        return {g: count * (log_photos - math.log(max(1, frequency[g]))) for g, count in ngrams(words, n).items()}
 
     def similarity(c, r, n):
         a, b = vector(c, n), vector(r, n)
         norm = math.sqrt(sum(v * v for v in a.values())) * math.sqrt(sum(v * v for v in b.values()))
         dot = sum(min(v, b.get(g, 0)) * b.get(g, 0) for g, v in a.items())
-        # coco-caption takes the length from the bigrams
+        # coco-caption measures the length in bigrams
         gap = max(0, len(c) - 1) - max(0, len(r) - 1)
         return (dot / norm if norm else 0) * math.exp(-(gap**2) / (2 * 6.0**2))
 
@@ -76,53 +85,59 @@ def plain_cider_d(candidates, references):
 
 @settings(max_examples=30)
 @given(corpus)
-def test_cider_d_is_the_papers_formula(pairs):
-    candidates, references = split(pairs)
+def test_cider_d_equals_the_formula_of_its_paper(pairs):
+    candidates, references = by_id(pairs)
     found = score(candidates, references)["CIDEr-D"]
     assert found == pytest.approx(100 * plain_cider_d(candidates, references), abs=1e-6)
 
 
 def plain_bleu(candidates, references, order):
-    """Papineni et al. 2002, over the corpus; the reference nearest in length, the shorter of two. 1e-15 and 1e-9 are
-    coco-caption's guards against a division by zero: they show where no n-gram matches, or none is there."""
-    logs, length, nearest = 0.0, 0, 0
+    """Corpus BLEU, Papineni et al. 2002, https://aclanthology.org/P02-1040/.
+
+    The reference closest in length counts, the shorter of two. 1e-15 and 1e-9 are coco-caption's guards against
+    division by zero: they matter if no n-gram matches, or a caption has none.
+    """
+    logs, length, closest = 0.0, 0, 0
     for n in range(1, order + 1):
-        right = total = 0
+        matches = total = 0
         for photo, words in candidates.items():
-            most = Counter()
+            max_counts = Counter()
             for reference in references[photo]:
-                most |= grams(reference, n)
-            right += (grams(words, n) & most).total()
+                max_counts |= ngrams(reference, n)
+            matches += (ngrams(words, n) & max_counts).total()
             total += max(0, len(words) - n + 1)
-        logs += math.log((right + 1e-15) / (total + 1e-9))
+        logs += math.log((matches + 1e-15) / (total + 1e-9))
     for photo, words in candidates.items():
         length += len(words)
-        nearest += min((abs(len(r) - len(words)), len(r)) for r in references[photo])[1]
-    return math.exp(logs / order + min(0, 1 - nearest / length))
+        closest += min((abs(len(r) - len(words)), len(r)) for r in references[photo])[1]
+    return math.exp(logs / order + min(0, 1 - closest / length))
 
 
 def plain_rouge_l(candidates, references):
-    """Lin 2004 with beta 1.2: the best precision and the best recall, even of different references."""
+    """ROUGE-L, Lin 2004, https://aclanthology.org/W04-1013/, with beta 1.2.
 
-    def common(a, b):
+    It combines the best precision and the best recall, even of different references.
+    """
+
+    def longest_common_subsequence(a, b):
         if not a or not b:
             return 0
         if a[0] == b[0]:
-            return 1 + common(a[1:], b[1:])
-        return max(common(a[1:], b), common(a, b[1:]))
+            return 1 + longest_common_subsequence(a[1:], b[1:])
+        return max(longest_common_subsequence(a[1:], b), longest_common_subsequence(a, b[1:]))
 
     values = []
     for photo, words in candidates.items():
-        precision = max(common(words, r) / len(words) for r in references[photo])
-        recall = max(common(words, r) / len(r) for r in references[photo])
+        precision = max(longest_common_subsequence(words, r) / len(words) for r in references[photo])
+        recall = max(longest_common_subsequence(words, r) / len(r) for r in references[photo])
         values.append(2.44 * precision * recall / (recall + 1.44 * precision) if precision else 0)
     return sum(values) / len(values)
 
 
 @settings(max_examples=30)
 @given(corpus)
-def test_bleu_is_the_papers_formula_also_on_short_captions(pairs):
-    candidates, references = split(pairs)
+def test_bleu_equals_the_formula_of_its_paper_also_on_short_captions(pairs):
+    candidates, references = by_id(pairs)
     found = score(candidates, references)
     for order in (1, 2, 3, 4):
         assert found[f"BLEU-{order}"] == pytest.approx(100 * plain_bleu(candidates, references, order), abs=1e-5)
@@ -130,8 +145,8 @@ def test_bleu_is_the_papers_formula_also_on_short_captions(pairs):
 
 @settings(max_examples=30)
 @given(corpus)
-def test_rouge_l_is_the_papers_formula(pairs):
-    candidates, references = split(pairs)
+def test_rouge_l_equals_the_formula_of_its_paper(pairs):
+    candidates, references = by_id(pairs)
     found = score(candidates, references)["ROUGE-L"]
     assert found == pytest.approx(100 * plain_rouge_l(candidates, references), abs=1e-6)
 
@@ -142,11 +157,11 @@ long_caption = st.lists(st.sampled_from("ab"), min_size=4, max_size=9)
 @settings(max_examples=30)
 @given(st.lists(st.tuples(long_caption, st.lists(long_caption, min_size=1, max_size=3)), min_size=3, max_size=6))
 def test_bleu_equals_nltks_on_captions_of_four_words_or_more(pairs):
-    candidates, references = split(pairs)
+    candidates, references = by_id(pairs)
     found = score(candidates, references)
     for n, weights in ((1, (1,)), (2, (0.5, 0.5))):
-        theirs = corpus_bleu(list(references.values()), list(candidates.values()), weights)
-        assert found[f"BLEU-{n}"] == pytest.approx(100 * theirs, abs=1e-4)
+        expected = corpus_bleu(list(references.values()), list(candidates.values()), weights)
+        assert found[f"BLEU-{n}"] == pytest.approx(100 * expected, abs=1e-4)
 
 
 def test_a_perfect_caption_scores_a_hundred():
@@ -161,28 +176,28 @@ long_caption = st.lists(st.sampled_from("abcde"), min_size=4, max_size=8)
 
 @given(st.lists(st.lists(long_caption, min_size=1, max_size=3), min_size=1, max_size=5), st.randoms())
 @settings(max_examples=30)
-def test_to_say_what_a_reference_says_is_perfect_and_no_other_caption_scores_more(photos, dice):
+def test_a_copy_of_a_reference_has_a_perfect_score_and_no_caption_scores_more(photos, rng):
     references = {str(i): captions for i, captions in enumerate(photos)}
-    perfect = score({i: dice.choice(captions) for i, captions in references.items()}, references)
-    for name in NAMES[:5]:
+    perfect = score({i: rng.choice(captions) for i, captions in references.items()}, references)
+    for name in METRICS[:5]:
         assert perfect[name] == pytest.approx(100, abs=1e-4)
-    others = score({i: dice.choices("abcde", k=6) for i in references}, references)
-    assert all(others[name] <= 100 + 1e-4 for name in NAMES[:5]) and 0 <= others["CIDEr-D"] <= 1000 + 1e-4
+    others = score({i: rng.choices("abcde", k=6) for i in references}, references)
+    assert all(others[name] <= 100 + 1e-4 for name in METRICS[:5]) and 0 <= others["CIDEr-D"] <= 1000 + 1e-4
 
 
 @given(corpus, st.randoms())
 @settings(max_examples=15)
-def test_the_order_of_references_and_the_names_of_photos_do_not_matter(pairs, dice):
-    candidates, references = split(pairs)
-    epoch_order = {f"photo {i}": dice.sample(captions, len(captions)) for i, captions in references.items()}
+def test_the_order_of_references_and_the_names_of_photos_do_not_matter(pairs, rng):
+    candidates, references = by_id(pairs)
+    shuffled = {f"photo {i}": rng.sample(captions, len(captions)) for i, captions in references.items()}
     renamed = {f"photo {i}": words for i, words in candidates.items()}
-    assert score(renamed, epoch_order) == pytest.approx(score(candidates, references))
+    assert score(renamed, shuffled) == pytest.approx(score(candidates, references))
 
 
 @given(corpus)
 @settings(max_examples=10)
 def test_the_order_of_photos_does_not_matter(pairs):
-    candidates, references = split(pairs)
+    candidates, references = by_id(pairs)
     backwards = dict(reversed(candidates.items()))
     assert score(candidates, references) == pytest.approx(score(backwards, references))
 
@@ -199,7 +214,7 @@ def test_references_of_other_photos_do_not_count():
     assert score(candidates, more) == score(candidates, references)
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_captions_that_cannot_be_scored_are_refused():
     with pytest.raises(ValueError, match="no captions"):
         score({}, {})
     with pytest.raises(ValueError, match="photo7"):
@@ -212,56 +227,54 @@ def test_what_cannot_be_scored_is_refused():
 
 @settings(max_examples=20)
 @given(corpus)
-def test_the_scores_of_every_caption_equal_coco_captions(pairs):
-    candidates, references = split(pairs)
-    theirs = {k: [" ".join(v)] for k, v in candidates.items()}
-    ours = {k: [" ".join(r) for r in v] for k, v in references.items()}
+def test_per_caption_scores_equal_those_of_coco_caption(pairs):
+    candidates, references = by_id(pairs)
+    texts = as_text(candidates, references)
     expected = [
-        *Bleu(4).compute_score(ours, theirs, verbose=0)[1],
-        Rouge().compute_score(ours, theirs)[1],
-        Cider().compute_score(ours, theirs)[1],
+        *Bleu(4).compute_score(*texts, verbose=0)[1],
+        Rouge().compute_score(*texts)[1],
+        Cider().compute_score(*texts)[1],
     ]
-    each = aggregate(per_image_stats(candidates, references)[:, None])
-    np.testing.assert_allclose(each.T, 100 * np.array(expected), atol=1e-6)
+    per_caption = aggregate(per_image_stats(candidates, references)[:, None])
+    np.testing.assert_allclose(per_caption.T, 100 * np.array(expected), atol=1e-6)
 
 
-def many_pairs(photos: int, seed: int):
-    random = np.random.default_rng(seed)
+def random_corpus(num_photos: int, seed: int):
+    rng = np.random.default_rng(seed)
 
     def words():
-        return random.choice(list("abcdef"), random.integers(3, 9)).tolist()
+        return rng.choice(list("abcdef"), rng.integers(3, 9)).tolist()
 
-    return split([(words(), [words() for _ in range(3)]) for _ in range(photos)])
+    return by_id([(words(), [words() for _ in range(3)]) for _ in range(num_photos)])
 
 
-def test_a_resample_scores_as_the_photos_drawn_do():
-    """BLEU by coco-caption's own scorer on the photos drawn, each as often as it was; the others are means."""
-    candidates, references = many_pairs(30, 0)
-    parts = per_image_stats(candidates, references)
+def test_the_scores_of_a_resample_equal_those_of_the_photos_drawn():
+    """BLEU is computed by coco-caption on the photos drawn, with repetitions; the other scores are means."""
+    candidates, references = random_corpus(30, 0)
+    stats = per_image_stats(candidates, references)
     drawn = [str(i) for i in np.random.default_rng(0).integers(30, size=30)]
-    theirs = {k: [" ".join(candidates[photo])] for k, photo in enumerate(drawn)}
-    ours = {k: [" ".join(r) for r in references[photo]] for k, photo in enumerate(drawn)}
-    bleu = Bleu(4).compute_score(ours, theirs, verbose=0)[0]
-    means = [100 * np.mean([parts[int(photo), column] for photo in drawn]) for column in (10, 11)]
-    np.testing.assert_allclose(bootstrap(parts)[0], [*(100 * value for value in bleu), *means], atol=1e-6)
+    texts = as_text(*by_id([(candidates[photo], references[photo]) for photo in drawn]))
+    bleu = Bleu(4).compute_score(*texts, verbose=0)[0]
+    means = [100 * np.mean([stats[int(photo), column] for photo in drawn]) for column in (10, 11)]
+    np.testing.assert_allclose(bootstrap(stats)[0], [*(100 * value for value in bleu), *means], atol=1e-6)
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
-    parts = per_image_stats(*many_pairs(400, 1))
-    scores = bootstrap(parts)
-    assert scores.shape == (RESAMPLES, 6)
+def test_the_interval_of_a_mean_is_close_to_that_of_the_normal_distribution():
+    stats = per_image_stats(*random_corpus(400, 1))
+    scores = bootstrap(stats)
+    assert scores.shape == (NUM_RESAMPLES, 6)
     for name, column in (("ROUGE-L", 10), ("CIDEr-D", 11)):
-        low, high = confidence_interval(scores)[NAMES.index(name)]
-        values = 100 * parts[:, column]
+        low, high = confidence_interval(scores)[METRICS.index(name)]
+        values = 100 * stats[:, column]
         expected = values.mean() + np.array([-1.96, 1.96]) * values.std() / 20
         np.testing.assert_allclose([low, high], expected, atol=0.12 * (expected[1] - expected[0]))
 
 
-def test_the_interval_leaves_a_fortieth_on_either_side():
+def test_the_interval_excludes_the_lowest_and_highest_fortieth():
     scores = np.random.default_rng(0).permutation(1001)[:, None].repeat(6, 1)
     assert confidence_interval(scores).tolist() == [[25, 975]] * 6
 
 
-def test_intervals_are_the_same_every_time():
-    parts = per_image_stats(*many_pairs(10, 2))
-    assert np.array_equal(bootstrap(parts), bootstrap(parts))
+def test_bootstraps_of_the_same_photos_are_equal():
+    stats = per_image_stats(*random_corpus(10, 2))
+    assert np.array_equal(bootstrap(stats), bootstrap(stats))
