@@ -46,7 +46,7 @@ def main(bench: Bench) -> None:
         done = time.process_time()
         references = sum(len(photo.captions) for photo in photos)
         print(
-            f"{data}: {len(photos):,} photos, {references:,} references, {', '.join(scores.parts)}: "
+            f"{data}: {len(photos):,} photos, {references:,} references, {', '.join(scores.stats)}: "
             f"{done - started:.1f} s, of it {done - scored:.1f} s for the intervals"
         )
 

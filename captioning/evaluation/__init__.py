@@ -1,1 +1,1 @@
-"""Scores of captions, and files of captions."""
+"""Metrics of captions, score reports, and files of captions."""

@@ -40,8 +40,8 @@ def write_json(path: Path, data: object) -> None:
 def write_coco(path: Path, captioned: CaptionedPhotos) -> None:
     """Write COCO results. Captions need a log-probability.
 
-    A decoder with a sentinel adds the words and the fraction of each that came from the language model alone; further
-    captions of a photo are added as "others".
+    A decoder with a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887) adds the words and the fraction of each
+    that came from the language model alone. Further captions of a photo are added as "others".
     """
     write_json(path, [_coco_entry(photo.id, caption) for photo, caption in captioned])
 

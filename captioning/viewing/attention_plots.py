@@ -1,7 +1,8 @@
 """Plots of the attention over a photo, one panel per word, and contact sheets of captioned photos.
 
 Pillow draws them: no display is needed. Attention shows as a warm glow on a dimmed photo. The glow is scaled per word,
-so that every word's most attended position is equally bright; the attention of that cell is printed beside the word.
+so that every word's most attended position is equally bright; the attention of that cell is printed beside the word. If
+the decoder has a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887), its fraction, beta, is printed instead.
 
 Letters: T words, P cells (P = rows x columns of the grid).
 """
