@@ -1,7 +1,7 @@
-"""Every setting of every command: one small dataclass a command, which command_line.py makes into flags.
+"""The settings of every command: one dataclass per command, from which captioning/runtime/command_line.py makes flags.
 
-A field's comment is its help, with its unit. `__post_init__` checks the values in the flags' own
-words, before anything is read or written. Changing a default here changes it everywhere.
+The comment of a field is its help text and gives its unit. `__post_init__` checks the values before anything is read or
+written; its messages name the flags. A default is defined here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -18,6 +18,12 @@ from captioning.runtime.command_line import DASHBOARD_URL
 from captioning.runtime.settings import check, check_fractions, check_min, flag, non_default
 from captioning.search.options import SearchOptions
 from captioning.training.options import TrainingOptions
+from preprocess import TOKENIZERS
+
+if TYPE_CHECKING:
+    TokenizerName = str
+else:  # the command line offers what is registered
+    TokenizerName = Literal[tuple(TOKENIZERS)]
 
 
 @dataclass(frozen=True)
@@ -29,27 +35,27 @@ class Preprocess:
     python -m preprocess data/scenes --scenes 2000 --language zh
     """
 
-    data: Positional[Path]  # folder to write, for example data/aic
+    data: Positional[Path]  # folder to write, such as data/aic
     train: tuple[Path, Path] | None = None  # annotation file (AI Challenger or COCO) and image folder
-    val: tuple[Path, Path] | None = None  # the same for the validation split; without it a tenth of train
+    val: tuple[Path, Path] | None = None  # the same for the validation split; a tenth of train unless given
     test: tuple[Path, Path] | None = None  # the same for the test split
-    karpathy: tuple[Path, Path] | None = None  # Karpathy's JSON, which holds the splits, and image folder
+    karpathy: tuple[Path, Path] | None = None  # annotation file with the Karpathy splits, and image folder
     scenes: int | None = None  # draw this many scenes with captions instead of reading annotations
-    language: Literal["zh", "en"] | None = None  # of the captions; seen from the text (scenes: zh)
-    tokenizer: Literal["jieba", "whitespace", "character"] | None = None  # jieba for Chinese, else whitespace
-    min_count: int | None = None  # times a word must occur in train to enter the vocabulary (zh 2, en 5)
-    max_words: int = 10_000  # most words in the vocabulary, beside the four special ones
-    allow_missing: float = 0.01  # share of photos that may be missing on disk
-    workers: int = os.cpu_count() or 1  # processes that cut captions
+    language: Literal["zh", "en"] | None = None  # of the captions; detected unless given (with --scenes: zh)
+    tokenizer: TokenizerName | None = None  # splits captions into words; jieba for Chinese, else whitespace
+    min_count: int | None = None  # occurrences in train that a word of the vocabulary needs (zh: 2, en: 5)
+    max_words: int = 10_000  # size of the vocabulary at most, without the four special words
+    allow_missing: float = 0.01  # fraction of photos that may be missing on disk
+    workers: int = os.cpu_count() or 1  # processes that tokenize captions
     seed: int = 0  # of the drawn scenes
     overwrite: bool = False  # replace captions made with other settings
 
-    def __post_init__(self):
-        ways = [self.train is not None, self.karpathy is not None, self.scenes is not None]
-        if sum(ways) != 1:
+    def __post_init__(self) -> None:
+        sources = [self.train, self.karpathy, self.scenes]
+        if sum(source is not None for source in sources) != 1:
             raise UserError("give exactly one of --train ANN.json IMAGES, --karpathy JSON IMAGES, --scenes N")
         if (self.val or self.test) and not self.train:
-            raise UserError("--val and --test go with --train ANN.json IMAGES")
+            raise UserError("--val and --test require --train ANN.json IMAGES")
         check_min(self, 10, "scenes")
         check_min(self, 1, "min_count", "max_words", "workers")
         check_fractions(self, "allow_missing")
@@ -57,37 +63,37 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class ExtractFeatures:
-    """Stage 1b: photos -> data/NAME/features.h5, through a frozen CNN, once. Resumes where it stopped.
+    """Stage 1b: photos -> data/NAME/features.h5, by a frozen CNN. Resumes an interrupted extraction.
 
     python extract_features.py data/aic
     """
 
     data: Positional[Path]  # folder made by python -m preprocess
-    encoder: str | None = None  # torchvision classifier (resnet101); NAME.LAYER cuts earlier, as in resnet18.layer3
+    encoder: str | None = None  # torchvision classifier (resnet101); NAME.LAYER ends earlier, such as resnet18.layer3
     weights: str = "imagenet"  # imagenet (torchvision's), random, a state-dict file, or a run in checkpoints/
-    image_size: int | None = None  # pixels (256); the whole photo is squashed to this square
-    grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own (smaller, same training)
+    image_size: int | None = None  # pixels (256); photos are resized to this square
+    grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own grid (smaller; training is the same)
     dtype: Literal["float16", "float32"] = "float16"  # of the stored features
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the CNN's arithmetic
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the CNN's arithmetic
     batch_size: int = 32  # photos
     workers: int = os.cpu_count() or 1  # processes that decode photos
-    scaled_decoding: bool = False  # decode large JPEGs at a fraction of their size: faster, slightly other features
-    nvjpeg: bool = False  # decode JPEGs on the GPU: for many photos and few cores, slightly other features
-    compile: bool = False  # torch.compile the CNN first: minutes that many photos win back
+    scaled_decoding: bool = False  # decode large JPEGs at a reduced size: faster; features differ slightly
+    nvjpeg: bool = False  # decode JPEGs on the GPU: faster with few CPU cores; features differ slightly
+    compile: bool = False  # compile the CNN with torch.compile: takes minutes, worthwhile for many photos
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     out: Path | None = None  # file to write; data/NAME/features.h5 unless given
-    allow_missing: float = 0.01  # share of photos that may be missing or unreadable
+    allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
-    info: bool = False  # extract nothing: tell what the file holds
-    verify: bool = False  # extract nothing: look for damaged rows, and make some anew to compare
+    info: bool = False  # extract nothing: describe the feature file
+    verify: bool = False  # extract nothing: search the file for damaged rows, and recompute some rows to compare
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.info and self.verify:
-            raise UserError("--info tells what the file holds and --verify checks it: give one of them")
+            raise UserError("--info describes the file and --verify checks it: give one of them")
         if self.nvjpeg and self.scaled_decoding:
-            raise UserError("--scaled-decoding goes without --nvjpeg, which decodes JPEGs at their full size")
+            raise UserError("--scaled-decoding cannot be combined with --nvjpeg, which decodes JPEGs at full size")
         if self.overwrite and (self.info or self.verify):
-            raise UserError("--overwrite goes without --info and --verify, which extract nothing")
+            raise UserError("--overwrite cannot be combined with --info or --verify, which extract nothing")
         check_min(self, 32, "image_size")
         check_min(self, 1, "batch_size")
         check_min(self, 0, "workers")
@@ -100,7 +106,7 @@ class ExtractFeatures:
 
 @dataclass(frozen=True)
 class Train(TrainingOptions):
-    """Stage 2: a decoder on cached features; --fine-tune puts the live encoder back.
+    """Stage 2: train a decoder on cached features, or with --fine-tune decoder and encoder on the photos.
 
     python train.py data/aic --run att
     """
@@ -110,7 +116,7 @@ class Train(TrainingOptions):
 
 @dataclass(frozen=True)
 class Generate:
-    """Captions for photos, folders and splits; scores; attention pictures.
+    """Caption photos, folders and splits; score captions; draw attention.
 
     python generate.py checkpoints/att photo.jpg folder/
     python generate.py checkpoints/att --data data/aic --split test --scores scores.json
@@ -121,81 +127,85 @@ class Generate:
     photos: Positional[tuple[Path, ...]] = ()  # photos, and folders of photos
     data: Path | None = None  # folder made by python -m preprocess: caption a split of it
     split: Literal["train", "val", "test"] = "val"  # of --data, and of --references data/NAME
-    features: Path | None = None  # cached features of --data; data/NAME/features.h5 where it is
-    limit: int = 0  # photos of the split, from its first; 0 is all
-    search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are looked for
-    ensemble: tuple[Path, ...] = ()  # further runs, of the same vocabulary and encoder, that write each word together
-    seed: int = 0  # of captions that are drawn
-    hard: Literal["expectation", "argmax"] = "expectation"  # hard attention sees: all cells by their share, or one
-    json: Path | None = None  # write the captions here, in COCO results form
-    submission: Path | None = None  # write the captions here, in AI Challenger's form (Chinese)
-    csv: Path | None = None  # write a table here: captions, log-probabilities and, with references, scores of each
-    html: Path | None = None  # write a page here: photos, captions, references and attention; it opens offline
-    pictures: Path | None = None  # draw the attention of each word over each photo into this folder
-    view: Literal["smooth", "grid"] = "smooth"  # of --pictures: attention spread smoothly, or cell by cell
-    animate: bool = False  # with --pictures: GIFs that move from word to word, instead of PNGs
-    score: tuple[Path, ...] = ()  # caption nothing: score this file of captions, of anyone; two are also compared
+    features: Path | None = None  # with --data: cached features; data/NAME/features.h5, if it exists, unless given
+    limit: int = 0  # with --data: caption only this many photos, the first of the split; 0 is all
+    search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are searched for or sampled
+    ensemble: tuple[Path, ...] = ()  # further runs, same vocabulary and encoder: average the word probabilities of all
+    seed: int = 0  # of sampled captions
+    # with a run of --decoder hard-attention: the context is the mean of the cells, weighted by attention, or one cell
+    hard: Literal["expectation", "argmax"] = "expectation"
+    json: Path | None = None  # write the captions to this file, in the COCO results format
+    submission: Path | None = None  # write the captions to this file, in the AI Challenger format (Chinese)
+    csv: Path | None = None  # write a table to this file: captions, log-probabilities and, with references, scores
+    html: Path | None = None  # write a page that opens offline: photos, captions, references and attention
+    pictures: Path | None = None  # draw the attention of each word over each photo, one file per photo in this folder
+    view: Literal["smooth", "grid"] = "smooth"  # with --pictures: interpolate the attention, or show its cells
+    animate: bool = False  # with --pictures: GIFs that show one word after the other, instead of PNGs
+    score: tuple[Path, ...] = ()  # caption nothing: score this file of captions from any source; compare two files
     references: Path | None = None  # with --score: data/NAME, or an annotation file
-    # with --score: cuts captions, and those of an annotation file (jieba for Chinese, else whitespace)
-    tokenizer: Literal["jieba", "whitespace", "character"] | None = None
-    scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR and SPICE here (needs references)
+    # with --score: splits the captions and those of an annotation file into words; jieba for Chinese, else whitespace
+    tokenizer: TokenizerName | None = None
+    scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR and SPICE to this file (needs references)
     extremes: Path | None = None  # write a page of the 50 worst and 50 best captions by CIDEr-D (needs references)
-    batch_size: int = 32  # photos captioned at once
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # arithmetic
+    batch_size: int = 32  # photos
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int = os.cpu_count() or 1  # processes that decode photos
-    allow_missing: float = 0.01  # share of photos that may be missing or unreadable
+    allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.score:
             self._check_score()
         elif not self.run or bool(self.photos) == bool(self.data):
             raise UserError("give a run, and photos or folders to caption, or --data data/NAME; or --score FILE")
-        for name, other in (
-            ("references", "score"),
-            ("tokenizer", "score"),
-            ("features", "data"),
-            ("view", "pictures"),
-            ("animate", "pictures"),
-        ):
+        required = {
+            "references": "score",
+            "tokenizer": "score",
+            "features": "data",
+            "view": "pictures",
+            "animate": "pictures",
+        }
+        for name, other in required.items():
             if non_default(self, name) and not getattr(self, other):
-                raise UserError(f"{flag(name)} goes with {flag(other)}")
+                raise UserError(f"{flag(name)} requires {flag(other)}")
         if (self.scores or self.extremes) and not (self.data or self.score):
-            raise UserError("--scores and --extremes go with --data data/NAME, or with --score FILE --references FILE")
+            raise UserError("--scores and --extremes require --data data/NAME, or --score FILE --references FILE")
         check_min(self, 1, "batch_size")
         check_min(self, 0, "limit", "workers")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         check_fractions(self, "allow_missing")
 
     def _check_score(self) -> None:
+        """The settings that --score excludes, and those that it needs."""
         if not self.references or len(self.score) > 2:
-            raise UserError("--score takes one file of captions, or two to compare, and --references FILE or data/NAME")
+            raise UserError("--score needs one file of captions, or two to compare, and --references FILE or data/NAME")
         if self.run:
             raise UserError("--score captions nothing: leave out the run")
         captioning = non_default(self, "data", "json", "submission", "html", "pictures", "ensemble")
-        if captioning := captioning + non_default(self.search, *vars(self.search)):
+        captioning += non_default(self.search, *vars(self.search))
+        if captioning:
             raise UserError(f"--score captions nothing: leave out {captioning[0]}")
         if len(self.score) == 2 and (self.csv or self.extremes):
-            raise UserError("--csv and --extremes are of one file: give --score one")
+            raise UserError("--csv and --extremes describe one file: give one file to --score")
 
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Runs in the browser: starts visdom, or shows runs in one that is there.
+    """Show runs in the browser: start a visdom server, or send runs to a running one.
 
     python -m captioning.viewing.dashboard
     python -m captioning.viewing.dashboard --replay checkpoints/att
     python -m captioning.viewing.dashboard --compare checkpoints/att checkpoints/show-and-tell
     """
 
-    host: str = "127.0.0.1"  # address to listen on; another than this opens the pages to your network
+    host: str = "127.0.0.1"  # address to listen on; any other makes the pages visible to your network
     port: int = 8097  # to listen on
-    folder: Path = Path("checkpoints/visdom")  # where visdom keeps its environments
-    replay: Path | None = None  # run to rebuild from its log.jsonl, in the server at --url
-    compare: tuple[Path, ...] = ()  # runs to lay over one another, in the server at --url
-    url: str = DASHBOARD_URL  # of the server that --replay and --compare show runs in
+    folder: Path = Path("checkpoints/visdom")  # where visdom stores its environments
+    replay: Path | None = None  # show this run, from its log.jsonl, in the server at --url
+    compare: tuple[Path, ...] = ()  # plot these runs together, in the server at --url
+    url: str = DASHBOARD_URL  # of the server for --replay and --compare
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")
         if self.replay and self.compare:
             raise UserError("--replay shows one run and --compare several: give one of them")
@@ -205,9 +215,9 @@ class Dashboard:
 
 @dataclass(frozen=True)
 class Export:
-    """A run as files for programs without Kantu: python -m captioning.export checkpoints/att"""
+    """Export a run for programs that do not have Kantu: python -m captioning.export checkpoints/att"""
 
     run: Positional[Path]  # folder of a run, or a checkpoint file in it
-    out: Path | None = None  # folder to write; export/ beside the checkpoint unless given
-    format: Literal["onnx", "torch"] = "onnx"  # for onnxruntime and others, or for torch.export.load
-    overwrite: bool = False  # replace an export that is there
+    out: Path | None = None  # folder to write; export/ next to the checkpoint unless given
+    format: Literal["onnx", "torch"] = "onnx"  # onnx: for onnxruntime and others; torch: for torch.export.load
+    overwrite: bool = False  # replace an existing export

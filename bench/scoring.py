@@ -36,7 +36,7 @@ def main(bench: Bench) -> None:
         photos = [replace(there[number % len(there)], id=str(number)) for number in range(bench.photos)]
         said = [photo.captions[0] for photo in [*photos[1:], photos[0]]]
         pairs = [
-            (photo, CaptionResult(vocabulary.joined(words), list(words)))
+            (photo, CaptionResult(vocabulary.join(words), list(words)))
             for photo, words in zip(photos, said, strict=True)
         ]
         started = time.process_time()

@@ -119,7 +119,7 @@ class Captioner:
 
     def _in_words(self, caption: Caption) -> CaptionResult:
         words = self.vocabulary.decode(caption.words)
-        text = self.vocabulary.joined(words)
+        text = self.vocabulary.join(words)
         sentinel = (1 - caption.attention.sum(1)).tolist() if self.decoder.has_sentinel else None
         return CaptionResult(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
 

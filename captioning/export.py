@@ -125,7 +125,7 @@ def description(captioner: Captioner, parts: dict[str, Part], format: str) -> di
             name: {"file": name + ENDINGS[format], "inputs": _shapes(part.inputs), "outputs": _shapes(part.outputs)}
             for name, part in parts.items()
         },
-        "joined_by": vocabulary.joined(["", ""]),
+        "joined_by": vocabulary.join(["", ""]),
         "words": list(vocabulary.words),
     }
 

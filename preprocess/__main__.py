@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from captioning.errors import UserError
 from captioning.runtime.command_line import run
 from captioning.runtime.files import locked
+from captioning.runtime.library_errors import reason
 from config import Preprocess
 from preprocess.annotations import SPLITS, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
@@ -36,40 +37,42 @@ from preprocess.report import SplitStats, split_table, vocabulary_line
 from preprocess.tokenizers import default_tokenizer, detect_language, tokenize_all
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
-MIN_COUNT = {"zh": 2, "en": 5}
+DEFAULT_MIN_COUNT = {"zh": 2, "en": 5}
 
 
 def main(config: Preprocess) -> None:
     with locked(config.data, config.data / ".lock"):
-        make(config)
+        preprocess(config)
 
 
-def make(config: Preprocess) -> None:
+def preprocess(config: Preprocess) -> None:
     started = time.monotonic()
-    given = (config.train, config.val, config.test, config.karpathy)
-    folders = [folder for _, folder in filter(None, given)] or [config.data]
-    records, missing = _present(_records(config), folders, config.allow_missing)
-    captions = list(chain.from_iterable(record.captions for record in records))
+    records = _read_records(config)
+    existing = _existing_photos(records, _image_folders(config), config.allow_missing)
+    captions = list(chain.from_iterable(record.captions for record in existing))
     language = config.language or detect_language(captions)
     tokenizer = config.tokenizer or default_tokenizer(language)
-    tallies = {split: SplitStats() for split in SPLITS}
-    with _draft_folder(config.data) as folder:
-        with contextlib.closing(tokenize_all(captions, tokenizer, config.workers)) as cut:
-            write_captions(folder / CAPTIONS_FILE, _photos(records, cut, tallies))
-        vocabulary = _vocabulary(config, tallies["train"], language, tokenizer)
-        vocabulary.save(folder / VOCABULARY_FILE)
-        _publish(folder, config.data, config.overwrite)
+    stats = {split: SplitStats() for split in SPLITS}
+    with _draft_folder(config.data) as drafts:
+        with contextlib.closing(tokenize_all(captions, tokenizer, config.workers)) as tokenized:
+            write_captions(drafts / CAPTIONS_FILE, _tokenized_photos(existing, tokenized, stats))
+        vocabulary = _build_vocabulary(config, stats["train"], language, tokenizer)
+        vocabulary.save(drafts / VOCABULARY_FILE)
+        _publish(drafts, config.data, config.overwrite)
     print(f"{config.data}: language {language}, tokenizer {tokenizer}, {time.monotonic() - started:.1f} s")
-    print(split_table(tallies, vocabulary))
-    print(vocabulary_line(tallies["train"].words, vocabulary, config.max_words))
-    _print_left_out(records, len(captions), missing, tallies.values())
+    print(split_table(stats, vocabulary))
+    print(vocabulary_line(stats["train"].words, vocabulary, config.max_words))
+    _print_left_out(stats, len(records) - len(existing), len(existing), len(captions))
     print(f"next: python extract_features.py {config.data}")
 
 
-def _records(config: Preprocess) -> list[Record]:
-    """What the command line asks for, every id once."""
+# ---- records
+
+
+def _read_records(config: Preprocess) -> list[Record]:
+    """The records that the command line asks for, with unique ids."""
     if config.scenes:
-        from preprocess.scenes import draw_scenes  # here, because only drawing needs what it imports
+        from preprocess.scenes import draw_scenes  # numpy and Pillow are needed only here
 
         return draw_scenes(config.data, config.scenes, config.language or "zh", config.seed)
     if config.karpathy:
@@ -79,10 +82,11 @@ def _records(config: Preprocess) -> list[Record]:
         if files := getattr(config, split):
             records += read_annotations(*files, split)
     _check_ids(records)
-    return records if config.val else _hold_out(records)
+    return records if config.val else _hold_out_val(records)
 
 
 def _check_ids(records: list[Record]) -> None:
+    """Raises UserError for an id that occurs in two splits."""
     splits: dict[str, str] = {}
     for record in records:
         other = splits.setdefault(record.id, record.split)
@@ -90,10 +94,10 @@ def _check_ids(records: list[Record]) -> None:
             raise UserError(f"image {record.id!r} is in --{other} and in --{record.split}; remove it from one of them")
 
 
-def _hold_out(records: list[Record]) -> list[Record]:
-    """A tenth of train becomes val: those whose ids have the smallest hashes, and one photo at least.
+def _hold_out_val(records: list[Record]) -> list[Record]:
+    """Move a tenth of train to val: the photos whose ids have the smallest hashes, at least one.
 
-    A photo's split depends on its id, not on the order of the photos nor on those added later.
+    The split of a photo depends on its id, not on the order of the photos, nor on photos that are added later.
     """
     train = [record for record in records if record.split == "train"]
     hashes = {record.id: int(hashlib.sha256(record.id.encode()).hexdigest(), 16) for record in train}
@@ -105,81 +109,109 @@ def _hold_out(records: list[Record]) -> list[Record]:
     ]
 
 
-def _present(records: list[Record], folders: list[Path], allow_missing: float) -> tuple[list[Record], int]:
-    """The records whose photo is on disk, in one of the image folders, and the number of the others."""
+# ---- photos
+
+
+def _image_folders(config: Preprocess) -> list[Path]:
+    sources = (config.train, config.val, config.test, config.karpathy)
+    return [images for _, images in filter(None, sources)] or [config.data]  # drawn scenes are in the data folder
+
+
+def _existing_photos(records: list[Record], folders: list[Path], allow_missing: float) -> list[Record]:
+    """The records whose photo is a file in one of the image folders.
+
+    Raises UserError if more than the fraction `allow_missing` is missing, and for a link out of the folders.
+    """
     roots = tuple(map(os.path.realpath, folders))
-    files = functools.cache(functools.partial(_files, roots))
-    present, missing = [], []
+    list_files = functools.cache(functools.partial(_list_files, roots))
+    existing, missing = [], []
     for record in records:
         folder, name = os.path.split(record.image)
-        inside = files(folder).get(name)
-        if inside is False:
-            raise UserError(f"{record.image}: a link that leads out of the image folder; put the photo itself there")
-        (present if inside else missing).append(record)
+        inside = list_files(folder).get(name)
+        if inside is None:
+            missing.append(record)
+        elif inside:
+            existing.append(record)
+        else:
+            raise UserError(f"{record.image}: links to a file outside the image folder; put the photo itself there")
     if len(missing) > allow_missing * len(records):
-        share = len(missing) / len(records)
+        fraction = len(missing) / len(records)
         raise UserError(
-            f"{missing[0].image}: no such photo, and so for {len(missing):,} of {len(records):,} photos ({share:.1%}); "
-            f"check the image folder, or do without them: --allow-missing {math.ceil(100 * share) / 100}"
+            f"{missing[0].image}: no such photo; {len(missing):,} of {len(records):,} photos ({fraction:.1%}) are "
+            f"missing; check the image folder, or leave them out with --allow-missing {math.ceil(100 * fraction) / 100}"
         )
-    return present, len(missing)
+    return existing
 
 
-def _files(roots: tuple[str, ...], folder: str) -> dict[str, bool]:
-    """The names of the files in a folder, and whether each lies in one of the roots, wherever symbolic links lead.
+def _list_files(roots: tuple[str, ...], folder: str) -> dict[str, bool]:
+    """The names of the files in a folder, each with whether the file is in one of the roots, links resolved.
 
-    One look at the folder, not one at each of 240,000 photos.
+    The folder is listed once: that is faster than to ask the file system for each of up to 240,000 photos.
     """
-    here = _inside(folder or ".", roots)
+    folder_is_inside = _is_inside(folder or ".", roots)
     try:
         with os.scandir(folder or ".") as entries:
             return {
-                entry.name: _inside(entry.path, roots) if entry.is_symlink() else here
+                entry.name: _is_inside(entry.path, roots) if entry.is_symlink() else folder_is_inside
                 for entry in entries
                 if entry.is_file()
             }
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from None
 
 
-def _inside(path: str, roots: tuple[str, ...]) -> bool:
+def _is_inside(path: str, roots: tuple[str, ...]) -> bool:
     real = os.path.realpath(path)
     return any(os.path.commonpath([real, root]) == root for root in roots)
 
 
-def _photos(records: list[Record], cut: Iterator[list[str]], tallies: dict[str, SplitStats]) -> Iterator[Photo]:
-    """The records with their captions as words, counted. Captions without a word go, and photos without a caption."""
-    for record in tqdm(records, "cutting captions", unit=" photos"):
-        captions = tuple(tuple(words) for words in islice(cut, len(record.captions)) if words)
+# ---- captions and vocabulary
+
+
+def _tokenized_photos(
+    records: list[Record], tokenized: Iterator[list[str]], stats: Mapping[str, SplitStats]
+) -> Iterator[Photo]:
+    """Yield the records with tokenized captions, and add them to the statistics.
+
+    tokenized: the words of every caption of the records, in order. Captions without words, and photos without captions,
+    are left out.
+    """
+    for record in tqdm(records, "tokenizing captions", unit=" photos"):
+        captions = tuple(tuple(words) for words in islice(tokenized, len(record.captions)) if words)
         if captions:
             photo = Photo(record.image, record.id, record.split, captions)
-            tallies[record.split].add(photo)
+            stats[record.split].add(photo)
             yield photo
 
 
-def _vocabulary(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> Vocabulary:
+def _build_vocabulary(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> Vocabulary:
+    """Raises UserError where train has no photos, or no word occurs often enough."""
     if not train.photos:
         source, *_ = config.karpathy or config.train or ["--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
-    settings = dict(language=language, tokenizer=tokenizer, max_words=config.max_words)
-    min_count = config.min_count or MIN_COUNT[language]
-    vocabulary = Vocabulary.from_counts(train.words, min_count=min_count, **settings)
+    min_count = config.min_count or DEFAULT_MIN_COUNT[language]
+    vocabulary = Vocabulary.from_counts(
+        train.words, language=language, tokenizer=tokenizer, min_count=min_count, max_words=config.max_words
+    )
     if len(vocabulary) == len(SPECIAL):
         raise UserError(f"no word occurs {min_count} times in train; give a lower --min-count, or more captions")
     return vocabulary
 
 
+# ---- output
+
+
 @contextlib.contextmanager
 def _draft_folder(data: Path) -> Iterator[Path]:
-    """A folder in `data` for files that are not yet decided upon; it goes at the end, or with the next start."""
+    """A folder in `data` for files that are not final. It is removed at the end; the next start removes a leftover."""
     folder = data / ".draft"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{data}: cannot be written to ({error.strerror}); give another folder") from None
+        raise UserError(f"{data}: cannot be written to ({reason(error)}); give another folder") from None
     try:
         yield folder
     finally:
@@ -187,30 +219,35 @@ def _draft_folder(data: Path) -> Iterator[Path]:
 
 
 def _publish(drafts: Path, data: Path, overwrite: bool) -> None:
-    """Put the drafts in their places. What is there and differs is replaced only with `overwrite`.
+    """Move the files from `drafts` to `data`. Raises UserError if a file there differs and `overwrite` is off.
 
-    captions.jsonl goes first and comes last: a kill never leaves it beside a vocabulary of other captions. A vocabulary
-    alone is what a kill has left, and is no reason to ask.
+    captions.jsonl is removed first and written last, so that a kill never leaves it beside the vocabulary of other
+    captions. A vocabulary without captions.jsonl is left over from a kill and may be replaced.
     """
-    for name in (VOCABULARY_FILE, CAPTIONS_FILE) if (data / CAPTIONS_FILE).exists() else ():
-        there = data / name
-        if there.exists() and not filecmp.cmp(drafts / name, there, shallow=False):
-            if not overwrite:
-                raise UserError(f"{there}: made with other settings or annotations; replace it with --overwrite")
+    if (data / CAPTIONS_FILE).exists():
+        changed = [name for name in (VOCABULARY_FILE, CAPTIONS_FILE) if _differs(drafts / name, data / name)]
+        if changed and not overwrite:
+            raise UserError(
+                f"{data / changed[0]}: made with other settings or annotations; replace it with --overwrite"
+            )
+        if changed:
             (data / CAPTIONS_FILE).unlink()
-            break
     for name in (VOCABULARY_FILE, CAPTIONS_FILE):
         os.replace(drafts / name, data / name)
 
 
-def _print_left_out(records: list[Record], captions: int, missing: int, tallies: Iterable[SplitStats]) -> None:
-    tallies = list(tallies)
-    wordless = captions - sum(tally.lengths.total() for tally in tallies)
-    bare = len(records) - sum(tally.photos for tally in tallies)
+def _differs(draft: Path, file: Path) -> bool:
+    return file.exists() and not filecmp.cmp(draft, file, shallow=False)
+
+
+def _print_left_out(stats: Mapping[str, SplitStats], missing: int, photos: int, captions: int) -> None:
+    """missing: photos that are not on disk; photos, captions: those that were tokenized."""
+    wordless = captions - sum(split.captions for split in stats.values())
+    captionless = photos - sum(split.photos for split in stats.values())
     if missing or wordless:
         print(
-            f"left out: {missing:,} photos missing on disk; {wordless:,} captions without a word, "
-            f"and with them {bare:,} photos"
+            f"left out: {missing:,} photos missing on disk; {wordless:,} captions without words, "
+            f"and {captionless:,} photos that have no other caption"
         )
 
 

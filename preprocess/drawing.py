@@ -1,6 +1,6 @@
-"""A scene invented by chance, and its photo: shapes with smooth edges, light from above and soft shadows.
+"""Random scenes and their photos: shapes with smooth edges, lit from above, with soft shadows.
 
-Positions are whole pixels, so that a shape is painted once (`_stamp`) and pasted ever after.
+Positions are whole pixels, so that each shape is rendered once (`_render_shape`) and then pasted.
 """
 
 from __future__ import annotations
@@ -14,47 +14,50 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 128  # pixels a side
-SUPERSAMPLING = 8  # shapes are drawn this many times larger, then shrunk: smooth edges
-SIDES = {"big": 54, "small": 36}  # pixels of a shape's box; the big one first
+SUPERSAMPLING = 8  # shapes are drawn this many times larger and scaled down, for smooth edges
+SIDES = {"big": 54, "small": 36}  # pixels of a shape's box; in the order in which captions name two objects
 GAP = 6  # pixels between boxes, and from a box to the border
 
 COLOURS = {
     "red": (226, 59, 62), "yellow": (255, 205, 50), "green": (38, 168, 92),
     "blue": (44, 103, 222), "purple": (146, 74, 200), "white": (250, 248, 242),
 }  # fmt: skip
-CORNERS = {  # in the box from -1 to 1, y downwards
+CORNERS = {  # (x, y) from -1 to 1 in the shape's box, y downwards
     "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
     "triangle": ((0, -0.95), (1, 0.95), (-1, 0.95)),
     "star": tuple((r * np.sin(np.pi * k / 5), 0.1 - r * np.cos(np.pi * k / 5)) for k, r in enumerate((1.05, 0.5) * 5)),
 }
 SHAPES = ("circle", *CORNERS)
 SHADOW = (20, 24, 40)  # colour
-CLEAR = 1.6  # a caption states a relation where one distance is this many times the other
-RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first lies, (x, y)
+CLEAR_RATIO = 1.6  # captions state a relation only if one of the two distances is this many times the other
+# relation -> direction (x, y) from the second object to the first
+RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the photo's width and height
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the photo's width and height
 
 
 @dataclass(frozen=True)
 class Background:
-    top: tuple[int, int, int]  # colour, and it changes down to
-    bottom: tuple[int, int, int]
-    texture: tuple[int, int]  # rows and columns of smooth noise
-    strength: int  # of that noise
-    specks: int  # bright ones
-    hides: str  # the colour that would be hard to see on it
+    top: tuple[int, int, int]  # RGB at the upper edge; it changes linearly to `bottom`
+    bottom: tuple[int, int, int]  # RGB at the lower edge
+    noise_shape: tuple[int, int]  # rows and columns of the noise, before it is interpolated to the size of the photo
+    noise_strength: int  # standard deviation of the noise
+    bright_pixels: int  # single pixels that are brighter, such as stars
+    similar_colour: str  # the colour that would be hard to see on this background; its objects have others
 
 
 BACKGROUNDS = {
-    "grass": Background((190, 224, 130), (116, 180, 84), (14, 64), 13, 0, hides="green"),
-    "sky": Background((84, 162, 230), (160, 208, 242), (5, 4), 12, 0, hides="blue"),
-    "sand": Background((246, 226, 180), (226, 190, 134), (26, 5), 8, 60, hides="yellow"),
-    "night": Background((14, 18, 48), (52, 48, 98), (4, 4), 9, 70, hides="purple"),
+    "grass": Background((190, 224, 130), (116, 180, 84), (14, 64), 13, 0, similar_colour="green"),
+    "sky": Background((84, 162, 230), (160, 208, 242), (5, 4), 12, 0, similar_colour="blue"),
+    "sand": Background((246, 226, 180), (226, 190, 134), (26, 5), 8, 60, similar_colour="yellow"),
+    "night": Background((14, 18, 48), (52, 48, 98), (4, 4), 9, 70, similar_colour="purple"),
 }
 
 
 @dataclass(frozen=True)
 class SceneObject:
+    """One shape of a scene. shape: of SHAPES; colour: of COLOURS; size: big or small."""
+
     shape: str
     colour: str
     size: str
@@ -68,109 +71,128 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
+    """background: of BACKGROUNDS. Of two objects, the big one comes first."""
+
     background: str
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
 
 
 def random_scene(split: str, rng: random.Random) -> Scene:
-    """Scenes at random until one belongs to this split."""
+    """A random scene of this split: scenes are drawn until one belongs to it."""
     count = rng.choice((1, 2))
     while True:
         background = rng.choice(list(BACKGROUNDS))
-        things = _place(count, BACKGROUNDS[background].hides, rng)
-        if things and _may_be_in(split, scene := Scene(background, things)):
+        objects = _random_objects(count, BACKGROUNDS[background].similar_colour, rng)
+        if objects is None:
+            continue
+        scene = Scene(background, objects)
+        if _belongs_to_split(scene, split):
             return scene
 
 
-def _place(count: int, hidden: str, rng: random.Random) -> tuple[SceneObject, ...] | None:
-    """One thing, or a big one and a small one that differ in colour, keep apart and have a clear relation; or None.
+def _random_objects(count: int, avoided_colour: str, rng: random.Random) -> tuple[SceneObject, ...] | None:
+    """One object, or two: a big and a small one of different colours, apart and in a clear relation, or else None.
 
-    The big one is named first: where the order of two were chance, no decoder could know whose colour comes next.
+    The big one is first: if the order were random, no decoder could predict which colour a caption names first.
     """
-    sizes = [rng.choice(list(SIDES))] if count == 1 else SIDES
-    things = tuple(_thing(size, hidden, rng) for size in sizes)
     if count == 1:
-        return things
-    big, small = things
-    fits = big.colour != small.colour and _apart(big.box, small.box) and clear_relation(big, small)
-    return things if fits else None
+        return (_random_object(rng.choice(list(SIDES)), avoided_colour, rng),)
+    big, small = (_random_object(size, avoided_colour, rng) for size in SIDES)
+    if big.colour == small.colour or not _are_apart(big.box, small.box) or clear_relation(big, small) is None:
+        return None
+    return big, small
 
 
-def _thing(size: str, hidden: str, rng: random.Random) -> SceneObject:
-    left, top = (rng.randint(GAP, SIZE - GAP - SIDES[size]) for _ in range(2))
-    box = tuple(edge / SIZE for edge in (left, top, left + SIDES[size], top + SIDES[size]))
-    colour = rng.choice([colour for colour in COLOURS if colour != hidden])
+def _random_object(size: str, avoided_colour: str, rng: random.Random) -> SceneObject:
+    side = SIDES[size]
+    left = rng.randint(GAP, SIZE - GAP - side)
+    top = rng.randint(GAP, SIZE - GAP - side)
+    box = (left / SIZE, top / SIZE, (left + side) / SIZE, (top + side) / SIZE)
+    colour = rng.choice([colour for colour in COLOURS if colour != avoided_colour])
     return SceneObject(rng.choice(SHAPES), colour, size, box)
 
 
-def _apart(one: Box, other: Box) -> bool:
-    return max(other[0] - one[2], one[0] - other[2], other[1] - one[3], one[1] - other[3]) >= GAP / SIZE
+def _are_apart(one: Box, other: Box) -> bool:
+    distance = max(other[0] - one[2], one[0] - other[2], other[1] - one[3], one[1] - other[3])
+    return distance >= GAP / SIZE
 
 
-def _may_be_in(split: str, scene: Scene) -> bool:
-    """Of the combinations of two things a tenth is val's, a tenth test's, wherever they lie; one thing is anyone's."""
-    if len(scene.things) == 1:
+def _belongs_to_split(scene: Scene, split: str) -> bool:
+    """Whether this split may contain the scene.
+
+    A scene of one object belongs to every split. A combination of a background and two objects, wherever they are,
+    belongs to one: a tenth of the combinations to val, a tenth to test, by hash.
+    """
+    if len(scene.objects) == 1:
         return True
-    combination = scene.background, sorted((thing.shape, thing.colour, thing.size) for thing in scene.things)
-    tenth = int(hashlib.sha256(repr(combination).encode()).hexdigest(), 16) % 10
-    return {0: "val", 1: "test"}.get(tenth, "train") == split
+    attributes = sorted((object.shape, object.colour, object.size) for object in scene.objects)
+    digest = hashlib.sha256(repr((scene.background, attributes)).encode()).hexdigest()
+    return {0: "val", 1: "test"}.get(int(digest, 16) % 10, "train") == split
 
 
-def holds(relation: str, first: SceneObject, second: SceneObject, clear: float = 1) -> bool:
-    """Whether `first` lies there, seen from `second`: more than it lies to any side, `clear` times more."""
+def relation_holds(relation: str, first: SceneObject, second: SceneObject, ratio: float = 1) -> bool:
+    """Whether the first object lies in this direction from the second.
+
+    Its distance in the direction must be at least `ratio` times its distance across. Objects do not overlap, so the two
+    distances are never both zero.
+    """
     x, y = (a - b for a, b in zip(first.centre, second.centre, strict=True))
-    to_x, to_y = RELATIONS[relation]
-    forward, sideways = x * to_x + y * to_y, abs(x * to_y) + abs(y * to_x)
-    return forward >= clear * sideways  # things keep apart: never are both zero
+    direction_x, direction_y = RELATIONS[relation]
+    along = x * direction_x + y * direction_y
+    across = abs(x * direction_y) + abs(y * direction_x)
+    return along >= ratio * across
 
 
 def clear_relation(first: SceneObject, second: SceneObject) -> str | None:
-    return next((relation for relation in RELATIONS if holds(relation, first, second, CLEAR)), None)
+    """The relation of the first object to the second, if one distance is CLEAR_RATIO times the other; else None."""
+    return next((relation for relation in RELATIONS if relation_holds(relation, first, second, CLEAR_RATIO)), None)
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB photo of SIZE x SIZE pixels, with a texture by chance."""
-    photo = _background(BACKGROUNDS[scene.background], np.random.default_rng(rng.getrandbits(64)))
-    for thing in scene.things:
-        left, top = (round(SIZE * value) - GAP for value in thing.box[:2])
-        paint, shadow = _stamp(thing.shape, thing.colour, thing.size)
+    """The scene as an RGB photo of SIZE x SIZE pixels, with random background noise."""
+    photo = _render_background(BACKGROUNDS[scene.background], np.random.default_rng(rng.getrandbits(64)))
+    for object in scene.objects:
+        left, top = (round(SIZE * value) - GAP for value in object.box[:2])
+        paint, shadow = _render_shape(object.shape, object.colour, object.size)
         photo.paste(SHADOW, (left, top, left + shadow.width, top + shadow.height), shadow)
         photo.paste(paint, (left, top), paint)
     return photo
 
 
-def _background(background: Background, rng: np.random.Generator) -> Image.Image:
-    noise = Image.fromarray(rng.standard_normal(background.texture).astype(np.float32))
-    noise = np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[:, :, None]
-    down = np.linspace(0, 1, SIZE)[:, None, None]
-    pixels = (1 - down) * background.top + down * background.bottom + background.strength * noise
-    rows, columns = rng.integers(0, SIZE, (2, background.specks))
-    pixels[rows, columns] += rng.uniform(20, 150, (background.specks, 1))
+def _render_background(background: Background, rng: np.random.Generator) -> Image.Image:
+    coarse = Image.fromarray(rng.standard_normal(background.noise_shape).astype(np.float32))
+    noise = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[:, :, None]
+    depth = np.linspace(0, 1, SIZE)[:, None, None]  # 0 at the upper edge, 1 at the lower
+    pixels = (1 - depth) * background.top + depth * background.bottom + background.noise_strength * noise
+    rows, columns = rng.integers(0, SIZE, (2, background.bright_pixels))
+    pixels[rows, columns] += rng.uniform(20, 150, (background.bright_pixels, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @functools.cache
-def _stamp(shape: str, colour: str, size: str) -> tuple[Image.Image, Image.Image]:
-    """A shape lit from above (RGBA), and its shadow (L), both with GAP pixels around its box."""
-    full = SIDES[size] + 2 * GAP
-    mask = _outline(shape, SIDES[size]).resize((full, full), Image.Resampling.LANCZOS)
-    light = np.linspace(1.12, 0.86, full)[:, None, None] * np.full((full, full, 3), COLOURS[colour])
+def _render_shape(shape: str, colour: str, size: str) -> tuple[Image.Image, Image.Image]:
+    """A shape lit from above (RGBA) and its shadow (L), both with GAP pixels around the shape's box."""
+    side = SIDES[size] + 2 * GAP
+    mask = _draw_outline(shape, SIDES[size]).resize((side, side), Image.Resampling.LANCZOS)
+    light = np.linspace(1.12, 0.86, side)[:, None, None] * np.full((side, side, 3), COLOURS[colour])
     paint = Image.fromarray(light.clip(0, 255).astype(np.uint8))
     paint.putalpha(mask)
-    shadow = Image.new("L", (full, full))
+    shadow = Image.new("L", (side, side))
     shadow.paste(mask.point(lambda value: value * 0.55), (1, 2))
     return paint, shadow.filter(ImageFilter.GaussianBlur(2))
 
 
-def _outline(shape: str, side: int) -> Image.Image:
-    """The shape in white on black, SHARPER times larger, with GAP around it."""
-    full, first, last = (pixels * SUPERSAMPLING for pixels in (side + 2 * GAP, GAP, GAP + side))
+def _draw_outline(shape: str, side: int) -> Image.Image:
+    """The shape in white on black (L), SUPERSAMPLING times enlarged, with GAP around its box."""
+    first = GAP * SUPERSAMPLING
+    last = (GAP + side) * SUPERSAMPLING
+    full = (side + 2 * GAP) * SUPERSAMPLING
     mask = Image.new("L", (full, full))
-    pencil = ImageDraw.Draw(mask)
+    canvas = ImageDraw.Draw(mask)
     if shape == "circle":
-        pencil.ellipse((first, first, last - 1, last - 1), fill=255)
+        canvas.ellipse((first, first, last - 1, last - 1), fill=255)
     else:
-        middle, radius = full / 2, (last - first) / 2
-        pencil.polygon([(middle + radius * x, middle + radius * y) for x, y in CORNERS[shape]], fill=255)
-    # Blurring and cutting at one half rounds the corners, outer and inner ones alike.
+        centre, radius = full / 2, (last - first) / 2
+        canvas.polygon([(centre + radius * x, centre + radius * y) for x, y in CORNERS[shape]], fill=255)
+    # Blurring and thresholding at one half rounds convex and concave corners alike.
     return mask.filter(ImageFilter.GaussianBlur(1.2 * SUPERSAMPLING)).point(lambda value: 255 * (value > 127))

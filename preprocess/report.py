@@ -1,9 +1,9 @@
-"""What preprocessing found, counted while the captions pass by, and told in a few lines."""
+"""Statistics of the preprocessed captions, collected while they are written, and the summary that is printed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from preprocess.annotations import SPLITS
@@ -11,15 +11,20 @@ from preprocess.captions import Photo
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
 HEADINGS = ("split", "photos", "captions", "words: median", "90 %", "99 %", "max", "unknown")
+QUANTILES = (0.5, 0.9, 0.99, 1)  # of the caption lengths, in the order of the headings
 
 
 @dataclass
 class SplitStats:
-    """The counts of one split."""
+    """The statistics of one split."""
 
     photos: int = 0
     words: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)  # words of a caption -> captions
+    lengths: Counter[int] = field(default_factory=Counter)  # words per caption -> number of captions
+
+    @property
+    def captions(self) -> int:
+        return self.lengths.total()
 
     def add(self, photo: Photo) -> None:
         self.photos += 1
@@ -27,9 +32,9 @@ class SplitStats:
         for words in photo.captions:
             self.words.update(words)
 
-    def length(self, share: float) -> int:
-        """The least length that at least this share of the captions keeps within (nearest rank)."""
-        wanted = share * self.lengths.total()
+    def length_quantile(self, fraction: float) -> int:
+        """The smallest length that at least this fraction of the captions does not exceed (nearest rank)."""
+        wanted = fraction * self.captions
         covered = 0
         for length, captions in sorted(self.lengths.items()):
             covered += captions
@@ -37,38 +42,42 @@ class SplitStats:
                 return length
         return 0
 
-    def unknown(self, vocabulary: Vocabulary) -> float:
-        """The share of the words that the vocabulary does not have."""
+    def unknown_fraction(self, vocabulary: Vocabulary) -> float:
+        """The fraction of the words that are not in the vocabulary."""
         known = sum(self.words[word] for word in vocabulary.words[len(SPECIAL) :])
         return 1 - known / max(self.words.total(), 1)
 
 
-def split_table(tallies: dict[str, SplitStats], vocabulary: Vocabulary) -> str:
-    """Photos, captions, lengths and unknown words, a line a split."""
+def split_table(stats: Mapping[str, SplitStats], vocabulary: Vocabulary) -> str:
+    """Photos, captions, caption lengths and unknown words, one line per split that has photos."""
     rows = [HEADINGS]
     for split in SPLITS:
-        tally = tallies[split]
-        if tally.photos:
-            lengths = (tally.length(share) for share in (0.5, 0.9, 0.99, 1))
-            rows.append((split, *_numbers(tally.photos, tally.lengths.total(), *lengths)))
-            rows[-1] += (f"{100 * tally.unknown(vocabulary):.2f} %",)
-    return _aligned(rows)
+        if stats[split].photos:
+            rows.append(_table_row(split, stats[split], vocabulary))
+    return _align_columns(rows)
 
 
 def vocabulary_line(counts: Counter[str], vocabulary: Vocabulary, max_words: int) -> str:
-    """The vocabulary's size, and what it left out."""
+    """The size of the vocabulary, and how many words of train are not in it.
+
+    counts: word -> how often it occurs in train.
+    """
     words = len(vocabulary) - len(SPECIAL)
     rare = sum(count < vocabulary.min_count for count in counts.values())
-    line = f"vocabulary: {words:,} words; {rare:,} seen fewer than {vocabulary.min_count} times in train are left out"
-    more = len(counts) - rare - words
-    return line + (f", and {more:,} more by --max-words {max_words}" if more else "")
+    cut = len(counts) - rare - words
+    line = f"vocabulary: {words:,} words, without {rare:,} that occur fewer than {vocabulary.min_count} times in train"
+    if cut:
+        line += f" and {cut:,} beyond --max-words {max_words}"
+    return line
 
 
-def _numbers(*values: int) -> Iterable[str]:
-    return (f"{value:,}" for value in values)
+def _table_row(split: str, stats: SplitStats, vocabulary: Vocabulary) -> tuple[str, ...]:
+    lengths = [stats.length_quantile(fraction) for fraction in QUANTILES]
+    numbers = [f"{number:,}" for number in (stats.photos, stats.captions, *lengths)]
+    return (split, *numbers, f"{100 * stats.unknown_fraction(vocabulary):.2f} %")
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _align_columns(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(line) for line in lines)

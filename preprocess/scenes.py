@@ -1,8 +1,8 @@
-"""Drawn scenes with captions in Chinese and English: data that needs no download, whose captions can be judged.
+"""Drawn scenes with captions in Chinese and English: a data set without a download, whose captions can be verified.
 
-A scene is one or two shapes on a background. Its captions are made from templates, and a caption is read back
-through the same templates: `is_true` decides whether what it says holds. So a decoder can be measured by the share
-of its captions that are true, and its attention by how often it lies on the shape that a word names.
+A scene is one or two shapes on a background. Its captions are generated from templates. `parse` reads a caption with
+the same templates, so that `is_true` can decide whether the caption is true of a scene. A decoder can thus be measured
+by the fraction of its captions that are true, and its attention by how often it is on the object that a noun names.
 """
 
 from __future__ import annotations
@@ -23,29 +23,40 @@ from tqdm import tqdm
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
+from captioning.runtime.library_errors import reason
 from preprocess.annotations import Record
-from preprocess.drawing import COLOURS, SHAPES, Box, Scene, SceneObject, clear_relation, draw, holds, random_scene
+from preprocess.drawing import (
+    COLOURS,
+    SHAPES,
+    Box,
+    Scene,
+    SceneObject,
+    clear_relation,
+    draw,
+    random_scene,
+    relation_holds,
+)
 
-# What each thing is called. Captions and their judge read the same tables.
+# language -> kind of fact -> value -> the words for it. Captions are generated and parsed with the same tables.
 WORDS = {
     "zh": {
         "shape": {"circle": ("圆形",), "square": ("正方形",), "triangle": ("三角形",), "star": ("星星",)},
-        "one": {"circle": ("一个",), "square": ("一个",), "triangle": ("一个",), "star": ("一颗",)},
+        "article": {"circle": ("一个",), "square": ("一个",), "triangle": ("一个",), "star": ("一颗",)},
         "colour": {
             "red": ("红色",), "yellow": ("黄色",), "green": ("绿色",),
             "blue": ("蓝色",), "purple": ("紫色",), "white": ("白色",),
         },
         "size": {"big": ("大",), "small": ("小",)},
-        "place": {"grass": ("草地上",), "sky": ("天空里",), "sand": ("沙滩上",), "night": ("夜空里",)},
+        "background": {"grass": ("草地上",), "sky": ("天空里",), "sand": ("沙滩上",), "night": ("夜空里",)},
         "relation": {"left": ("左边",), "right": ("右边",), "above": ("上面",), "below": ("下面",)},
         "count": {"1": ("一",), "2": ("两",)},
     },
     "en": {
         "shape": {"circle": ("circle",), "square": ("square",), "triangle": ("triangle",), "star": ("star",)},
-        "one": dict.fromkeys(SHAPES, ("a",)),
+        "article": dict.fromkeys(SHAPES, ("a",)),
         "colour": {colour: (colour,) for colour in COLOURS},
         "size": {"big": ("big",), "small": ("small",)},
-        "place": {
+        "background": {
             "grass": ("on the grass",), "sky": ("in the sky",),
             "sand": ("on the sand",), "night": ("in the night sky",),
         },
@@ -55,45 +66,46 @@ WORDS = {
         "count": {"1": ("one",), "2": ("two",)},
     },
 }  # fmt: skip
-# Two choices make the shapes, the hardest words, quick to learn for soft attention, which is steered by the words
-# before the last one. Words lie between colour and noun: only so can it look for the shape of the colour just told.
-# And a noun may stand where a colour may: attention that has found the colours finds the shapes.
+# The templates of a noun phrase. Two properties help soft attention, whose query depends on the previous words, to
+# learn the shapes, which are the hardest words. Another word separates colour and noun, so that attention knows the
+# colour when it looks for the shape. And some phrases have no colour: the noun stands where others have the colour.
 PHRASES = {
-    "zh": ("{one}{colour}的{size}{shape}",) * 2 + ("{one}{shape}",),
-    "en": ("{one} {colour}, {size} {shape}",) * 2 + ("{one} {shape}",),
+    "zh": ("{article}{colour}的{size}{shape}",) * 2 + ("{article}{shape}",),
+    "en": ("{article} {colour}, {size} {shape}",) * 2 + ("{article} {shape}",),
 }
-SENTENCES = {  # {relation} is that of {a} to {b}
+SENTENCES = {  # {a} and {b} are noun phrases, {relation} is that of {a} to {b}
     "zh": (
-        "{place}有{a}", "{a}在{place}",
-        "{place}有{a}和{b}", "{place}有{count}个图形，{a}和{b}",
-        "{place}，{a}在{b}的{relation}", "{place}，{b}的{relation}有{a}",
+        "{background}有{a}", "{a}在{background}",
+        "{background}有{a}和{b}", "{background}有{count}个图形，{a}和{b}",
+        "{background}，{a}在{b}的{relation}", "{background}，{b}的{relation}有{a}",
     ),
     "en": (
-        "{a} {place}", "there is {a} {place}",
-        "{a} and {b} {place}", "{count} shapes {place}, {a} and {b}",
-        "{a} {relation} {b} {place}", "{place}, {a} is {relation} {b}",
+        "{a} {background}", "there is {a} {background}",
+        "{a} and {b} {background}", "{count} shapes {background}, {a} and {b}",
+        "{a} {relation} {b} {background}", "{background}, {a} is {relation} {b}",
     ),
 }  # fmt: skip
+OBJECT_SLOTS = ("a", "b")  # slots for noun phrases
 SPACE = {"zh": "", "en": " "}  # between words
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A thing as a caption speaks of it; None is not told; `position` is where its noun begins."""
+    """An object as a caption describes it; None for what it does not state. position: where its noun begins."""
 
     shape: str
     colour: str | None
     size: str | None
     position: int
 
-    def fits(self, thing: SceneObject) -> bool:
-        told = (self.shape, thing.shape), (self.colour, thing.colour), (self.size, thing.size)
-        return all(said in (None, real) for said, real in told)
+    def matches(self, object: SceneObject) -> bool:
+        """Whether everything that is stated is true of the object."""
+        return self.shape == object.shape and self.colour in (None, object.colour) and self.size in (None, object.size)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says: the relation is that of the first mention to the second. None is not told."""
+    """The statements of a caption; None for what it does not state. relation: of the first mention to the second."""
 
     mentions: tuple[Mention, ...]
     relation: str | None
@@ -104,175 +116,217 @@ class Claim:
 def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Record]:
     """Draw `count` scenes into folder/photos, list them in folder/scenes.json, and return them with captions.
 
-    Eight tenths are train, a tenth each val and test. A combination of background and two shapes belongs to one
-    split, so that the pairs of val were never seen in train. A scene depends on (seed, split, its number) alone,
-    and so does its file's name: the language, or more scenes, change no photo. Raises UserError.
+    A tenth each belongs to val and test, the rest to train. Each combination of a background and two objects belongs to
+    one split, so that the pairs in val do not occur in train. A scene and the name of its file depend only on (seed,
+    split, number): another language, or more scenes, change no photo.
+
+    Raises UserError for fewer than 3 scenes and for files that cannot be written.
     """
     if count < 3:
         raise UserError(f"--scenes {count}: must be 3 or more, one for each split")
-    held_out = max(1, count // 10)
-    numbers = {"train": count - 2 * held_out, "val": held_out, "test": held_out}
-    places = [(split, number) for split, total in numbers.items() for number in range(total)]
-    known = read_scenes(folder) if (folder / "scenes.json").exists() else {}  # photos of other seeds
+    existing = read_scenes(folder) if (folder / "scenes.json").exists() else {}  # drawn with other seeds
     scenes, records = {}, []
-    for split, number in tqdm(places, "drawing scenes", unit=" photos"):
+    for split, number in tqdm(_split_numbers(count), "drawing scenes", unit=" photos"):
         id = f"{split}-{seed}-{number:05}"
-        scenes[id] = random_scene(split, random.Random(f"{id} scene"))
+        scene = random_scene(split, random.Random(f"{id} scene"))
         path = folder / "photos" / f"{id}.png"
-        _save(draw(scenes[id], random.Random(f"{id} texture")), path)
-        records.append(Record(str(path), id, split, _captions(scenes[id], language, random.Random(f"{id} {language}"))))
-    _write_scenes(folder, known | scenes)
+        _save_photo(draw(scene, random.Random(f"{id} texture")), path)
+        captions = _make_captions(scene, language, random.Random(f"{id} {language}"))
+        scenes[id] = scene
+        records.append(Record(str(path), id, split, captions))
+    _write_scenes(folder, existing | scenes)
     return records
 
 
+def _split_numbers(count: int) -> list[tuple[str, int]]:
+    """The splits of `count` photos, each photo with its number in its split."""
+    held_out = max(1, count // 10)
+    sizes = {"train": count - 2 * held_out, "val": held_out, "test": held_out}
+    return [(split, number) for split, size in sizes.items() for number in range(size)]
+
+
 def read_scenes(folder: Path) -> dict[str, Scene]:
-    """The scenes drawn into this folder, by their photos' ids. Raises UserError."""
+    """Photo id -> scene, from folder/scenes.json. Raises UserError if it is missing or malformed."""
     path = folder / "scenes.json"
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        return {id: Scene(scene["background"], tuple(map(_thing, scene["things"]))) for id, scene in listed.items()}
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {id: _scene_from_dict(scene) for id, scene in data.items()}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such list; draw scenes: python -m preprocess {folder} --scenes 2000") from None
+        raise UserError(f"{path}: no such file; draw scenes: python -m preprocess {folder} --scenes 2000") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: no list of scenes ({error}); remove it and draw them again") from None
+        raise UserError(f"{path}: not a list of scenes ({error}); remove it and draw them again") from None
 
 
-def _thing(listed: dict) -> SceneObject:
-    return SceneObject(listed["shape"], listed["colour"], listed["size"], tuple(listed["box"]))
+def _scene_from_dict(data: dict) -> Scene:
+    objects = tuple(
+        SceneObject(object["shape"], object["colour"], object["size"], tuple(object["box"]))
+        for object in data["things"]
+    )
+    return Scene(data["background"], objects)
+
+
+def _scene_to_dict(scene: Scene) -> dict:
+    return {"background": scene.background, "things": [dataclasses.asdict(object) for object in scene.objects]}
 
 
 def _write_scenes(folder: Path, scenes: dict[str, Scene]) -> None:
+    lines = [f"{json.dumps(id)}: {json.dumps(_scene_to_dict(scene))}" for id, scene in scenes.items()]
     with atomic_text(folder / "scenes.json") as file:
-        lines = (f"{json.dumps(id)}: {json.dumps(dataclasses.asdict(scene))}" for id, scene in scenes.items())
         file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _save(photo: Image.Image, path: Path) -> None:
+def _save_photo(photo: Image.Image, path: Path) -> None:
+    """Write a PNG atomically, but without syncing each of thousands of files to the disk."""
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # whatever, or wherever to, it may be
+        temporary.unlink(missing_ok=True)  # a leftover, or a symbolic link to anywhere
         with open(temporary, "xb") as file:
             photo.save(file, "png", compress_level=3)  # a third of the time, a tenth larger
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the place or write elsewhere") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason(error)}); remove what is there or write elsewhere"
+        ) from error
 
 
 # ---- captions
 
 
-def _captions(scene: Scene, language: str, rng: random.Random) -> tuple[str, ...]:
-    """Two captions that differ."""
-    captions = {}  # a dict keeps the order
+def _make_captions(scene: Scene, language: str, rng: random.Random) -> tuple[str, ...]:
+    """Two different captions."""
+    captions: dict[str, None] = {}  # a set that keeps the order
     while len(captions) < 2:
-        if caption := _caption(scene, language, rng):
+        if caption := _make_caption(scene, language, rng):
             captions[caption] = None
     return tuple(captions)
 
 
-def _caption(scene: Scene, language: str, rng: random.Random) -> str | None:
-    """A sentence by chance that names all things, the big one first; None where it has not as many places for them,
-    or tells them not apart."""
-    sentence = rng.choice(SENTENCES[language])
-    slots = re.findall(r"{(\w+)}", sentence)
-    named = [slot for slot in slots if slot in "ab"]
-    if len(named) != len(scene.things):
+def _make_caption(scene: Scene, language: str, rng: random.Random) -> str | None:
+    """A random sentence that names all objects, the big one first.
+
+    None if the chosen template names another number of objects, or if its noun phrases do not tell them apart.
+    """
+    template = rng.choice(SENTENCES[language])
+    slots = re.findall(r"{(\w+)}", template)
+    object_slots = [slot for slot in slots if slot in OBJECT_SLOTS]
+    if len(object_slots) != len(scene.objects):
         return None
-    things = dict(zip(named, scene.things, strict=True))
-    words = {"place": scene.background, "count": str(len(things))}
+    objects = dict(zip(object_slots, scene.objects, strict=True))
+    facts = {"background": scene.background, "count": str(len(objects))}
     if "relation" in slots:
-        words["relation"] = clear_relation(things["a"], things["b"])
-    said = {slot: _say(slot, words[slot], language, rng) for slot in slots if slot in words}
-    phrases = {slot: _phrase(thing, language, rng) for slot, thing in things.items()}
+        facts["relation"] = clear_relation(objects["a"], objects["b"])
+    words = {slot: _choose_word(slot, facts[slot], language, rng) for slot in slots if slot in facts}
+    phrases = {slot: _make_phrase(object, language, rng) for slot, object in objects.items()}
     if len(set(phrases.values())) < len(phrases):
-        return None  # "a star is left of a star" is true of any two
-    return sentence.format(**said, **phrases)
+        return None  # "a star is to the left of a star" is true of any two
+    return template.format(**words, **phrases)
 
 
-def _phrase(thing: SceneObject, language: str, rng: random.Random) -> str:
-    words = dict(one=thing.shape, size=thing.size, colour=thing.colour, shape=thing.shape)
-    slots = {kind: _say(kind, value, language, rng) for kind, value in words.items()}
-    return rng.choice(PHRASES[language]).format(**slots)
+def _make_phrase(object: SceneObject, language: str, rng: random.Random) -> str:
+    facts = {"article": object.shape, "size": object.size, "colour": object.colour, "shape": object.shape}
+    words = {kind: _choose_word(kind, value, language, rng) for kind, value in facts.items()}
+    return rng.choice(PHRASES[language]).format(**words)
 
 
-def _say(kind: str, value: str, language: str, rng: random.Random) -> str:
+def _choose_word(kind: str, value: str, language: str, rng: random.Random) -> str:
     return rng.choice(WORDS[language][kind][value])
 
 
-# ---- judging
+# ---- parsing captions
 
 
 def parse(caption: str | Sequence[str], language: str) -> Claim | None:
-    """What a caption says, given as text or as words; None where it is no sentence of ours."""
-    text = _text(caption, language)
-    for sentence in _patterns(SENTENCES[language], language):
-        if match := sentence.fullmatch(text):
+    """The statements of a caption, given as text or as words; None if it matches no template."""
+    text = _normalize(caption, language)
+    for pattern in _compile_templates(SENTENCES[language], language):
+        if match := pattern.fullmatch(text):
             slots = match.groupdict()
-            mentions = tuple(_mention(slots[slot], match.start(slot), language) for slot in "ab" if slot in slots)
-            meanings = (_meaning(kind, slots.get(kind), language) for kind in ("relation", "place", "count"))
-            return Claim(mentions, *meanings)
+            mentions = tuple(
+                _parse_phrase(slots[slot], match.start(slot), language) for slot in OBJECT_SLOTS if slot in slots
+            )
+            facts = {kind: _parse_word(kind, slots.get(kind), language) for kind in ("relation", "background", "count")}
+            return Claim(mentions, **facts)
     return None
 
 
 def is_true(caption: str | Sequence[str], scene: Scene, language: str) -> bool:
-    """Whether the caption is a sentence, and all it says holds: each thing it names is one of the scene's own."""
+    """Whether a caption, given as text or as words, matches a template and all its statements are true of the scene.
+
+    Different mentions must be different objects of the scene. A caption need not mention every object.
+    """
     claim = parse(caption, language)
-    if not claim:
+    if claim is None:
         return False
-    if claim.background not in (None, scene.background) or claim.count not in (None, str(len(scene.things))):
+    if claim.background not in (None, scene.background) or claim.count not in (None, str(len(scene.objects))):
         return False
-    return any(
-        all(mention.fits(thing) for mention, thing in zip(claim.mentions, things, strict=True))
-        and (claim.relation is None or holds(claim.relation, *things[:2]))
-        for things in itertools.permutations(scene.things, len(claim.mentions))
-    )
+    choices = itertools.permutations(scene.objects, len(claim.mentions))
+    return any(_is_true_of_objects(claim, objects) for objects in choices)
+
+
+def _is_true_of_objects(claim: Claim, objects: Sequence[SceneObject]) -> bool:
+    """Whether the i-th mention describes the i-th object, and the relation holds."""
+    if not all(mention.matches(object) for mention, object in zip(claim.mentions, objects, strict=True)):
+        return False
+    return claim.relation is None or relation_holds(claim.relation, *objects[:2])
 
 
 def named_objects(words: Sequence[str], scene: Scene, language: str) -> list[tuple[int, list[Box]]]:
-    """For each noun of the caption that fits something: the index of its word, and the boxes of all it fits."""
+    """For each noun that matches an object: the index of its word, and the boxes of all objects that it matches.
+
+    The nouns are in the order of the caption. Empty if the caption matches no template.
+    """
     claim = parse(words, language)
-    mentions = sorted(claim.mentions, key=lambda mention: mention.position) if claim else ()
-    named = [
-        (_word_at(mention.position, words, language), [thing.box for thing in scene.things if mention.fits(thing)])
-        for mention in mentions
-    ]
-    return [(word, boxes) for word, boxes in named if boxes]
+    if claim is None:
+        return []
+    named = []
+    for mention in sorted(claim.mentions, key=lambda mention: mention.position):
+        boxes = [object.box for object in scene.objects if mention.matches(object)]
+        if boxes:
+            named.append((_word_at(mention.position, words, language), boxes))
+    return named
 
 
-def _text(caption: str | Sequence[str], language: str) -> str:
-    """Lower case without punctuation; Chinese without spaces, English with one between words."""
+def _normalize(caption: str | Sequence[str], language: str) -> str:
+    """The caption as lower-case text without punctuation, its words joined as in SPACE."""
     text = caption if isinstance(caption, str) else " ".join(caption)
     return re.sub(r"[\W_]+", SPACE[language], text.lower()).strip()
 
 
 def _word_at(position: int, words: Sequence[str], language: str) -> int:
-    """The index of the word that the character at `position` of the text belongs to."""
-    return next(i for i in range(len(words)) if len(_text(words[: i + 1], language)) > position)
+    """The index of the word that contains the character at `position` of the normalized caption."""
+    return next(i for i in range(len(words)) if len(_normalize(words[: i + 1], language)) > position)
 
 
-def _mention(phrase: str, start: int, language: str) -> Mention:
-    match = next(match for pattern in _patterns(PHRASES[language], language) if (match := pattern.fullmatch(phrase)))
+def _parse_phrase(phrase: str, start: int, language: str) -> Mention:
+    """The object that a noun phrase describes. start: the position of the phrase in the normalized caption."""
+    matches = (pattern.fullmatch(phrase) for pattern in _compile_templates(PHRASES[language], language))
+    match = next(match for match in matches if match)
     slots = match.groupdict()
-    meanings = (_meaning(kind, slots.get(kind), language) for kind in ("shape", "colour", "size"))
-    return Mention(*meanings, start + match.start("shape"))
+    facts = {kind: _parse_word(kind, slots.get(kind), language) for kind in ("shape", "colour", "size")}
+    return Mention(**facts, position=start + match.start("shape"))
 
 
-def _meaning(kind: str, word: str | None, language: str) -> str | None:
-    return next((meaning for meaning, words in WORDS[language][kind].items() if word in words), None)
+def _parse_word(kind: str, word: str | None, language: str) -> str | None:
+    """The value that a word stands for: the inverse of `_choose_word`."""
+    return next((value for value, words in WORDS[language][kind].items() if word in words), None)
 
 
 @functools.cache
-def _patterns(templates: tuple[str, ...], language: str) -> list[re.Pattern]:
-    """The templates as regular expressions over clean text, with a named group a slot."""
-    clean = [re.sub(r"[^\w{}]+", SPACE[language], template) for template in templates]
-    return [re.compile(re.sub(r"{(\w+)}", lambda slot: _group(slot[1], language), template)) for template in clean]
+def _compile_templates(templates: tuple[str, ...], language: str) -> list[re.Pattern[str]]:
+    """The templates as regular expressions for normalized captions, with a named group for each slot."""
+    normalized = [re.sub(r"[^\w{}]+", SPACE[language], template) for template in templates]
+    return [
+        re.compile(re.sub(r"{(\w+)}", lambda slot: _slot_pattern(slot[1], language), template))
+        for template in normalized
+    ]
 
 
-def _group(slot: str, language: str) -> str:
-    """A regular expression for all that may stand in a slot."""
-    if slot in "ab":
-        choices = [re.sub(r"\?P<\w+>", "?:", phrase.pattern) for phrase in _patterns(PHRASES[language], language)]
+def _slot_pattern(slot: str, language: str) -> str:
+    """A regular expression, as a named group, for all that can fill a slot."""
+    if slot in OBJECT_SLOTS:
+        phrases = _compile_templates(PHRASES[language], language)
+        choices = [re.sub(r"\?P<\w+>", "?:", phrase.pattern) for phrase in phrases]
     else:
-        choices = itertools.chain.from_iterable(WORDS[language][slot].values())
+        choices = list(itertools.chain.from_iterable(WORDS[language][slot].values()))
     return f"(?P<{slot}>{'|'.join(choices)})"

@@ -1,10 +1,11 @@
-"""A caption -> its words, by one of three tokenizers.
+"""Tokenizers: a caption -> its words.
 
-    jieba        Chinese words: jieba's precise mode with its hidden Markov model
-    character    every Chinese character by itself; a run of other letters and digits is one word, in lower case
-    whitespace   lower case, cut at spaces
+    jieba        Chinese words, by jieba's precise mode with its hidden Markov model
+    whitespace   lower case, split at whitespace
+    character    every Chinese character is a word; other runs of letters and digits are words, in lower case
 
-All drop punctuation and symbols, as the tokens of Karpathy's files do: "a man's T-shirt." -> a mans t shirt.
+All remove punctuation and symbols, like the tokens of the Karpathy splits: "a man's T-shirt." -> a mans t shirt.
+To add a tokenizer, write a function like `separate_at_whitespace` and register it in preprocess.TOKENIZERS.
 """
 
 from __future__ import annotations
@@ -16,88 +17,88 @@ import re
 import signal
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import ModuleType
 
 from captioning.errors import UserError
+from preprocess import TOKENIZERS
 
-CHUNK = 2_000  # captions that travel to a process at once
-SHARE = 20_000  # captions that are worth the start of a process: about two seconds of jieba
-SAMPLE = 2_000  # captions looked at to see their language
+CHUNK_SIZE = 2_000  # captions sent to a process at once
+CAPTIONS_PER_PROCESS = 20_000  # fewer do not repay the start of a process: about two seconds of jieba
+LANGUAGE_SAMPLE = 2_000  # captions from which the language is detected
 
 HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_han = re.compile(f"[{HAN}]")
-_character = re.compile(f"[{HAN}]|[^{HAN}\\s]+")
+HAN_CHARACTER = re.compile(f"[{HAN}]")
+HAN_CHARACTER_OR_RUN = re.compile(f"[{HAN}]|[^{HAN}\\s]+")
 
 
-class _Letters(dict):
-    """A table for `str.translate`, filled as characters are met: letters, digits and accents stay.
+class _Normalization(dict[int, str]):
+    """A table for `str.translate` that keeps letters, digits and accents. It is filled as characters occur.
 
-    An apostrophe goes and its word stays whole; every other mark, symbol or space becomes a space. Full-width
-    letters and digits become ordinary ones. What is not seen (zero-width, surrogates) goes.
+    An apostrophe is removed and does not split its word; other punctuation, symbols and whitespace become spaces.
+    Full-width letters and digits become ordinary ones. Invisible characters (zero-width, surrogates) are removed.
     """
 
     def __missing__(self, code: int) -> str:
-        self[code] = self._written(chr(code))
+        self[code] = _normalize(chr(code))
         return self[code]
 
-    def _written(self, character: str) -> str:
-        kind = unicodedata.category(character)
-        if character in "'\u2019" or unicodedata.name(character, "").startswith("VARIATION SELECTOR"):  # an emoji's
-            return ""
-        if kind[0] in "LN" or kind in ("Mn", "Mc"):
-            wide = unicodedata.decomposition(character).startswith("<wide>")
-            return unicodedata.normalize("NFKC", character) if wide else character
-        return " " if kind[0] in "PSZ" or kind == "Cc" else ""
+
+def _normalize(character: str) -> str:
+    category = unicodedata.category(character)
+    is_variation_selector = unicodedata.name(character, "").startswith("VARIATION SELECTOR")  # follows an emoji
+    if character in "'\u2019" or is_variation_selector:
+        return ""
+    if category[0] in "LN" or category in ("Mn", "Mc"):
+        is_full_width = unicodedata.decomposition(character).startswith("<wide>")
+        return unicodedata.normalize("NFKC", character) if is_full_width else character
+    return " " if category[0] in "PSZ" or category == "Cc" else ""
 
 
-_letters = _Letters()
+NORMALIZATION = _Normalization()
+
+
+# A tokenizer returns one string, not a list: a string is sent between processes many times faster.
+
+
+def separate_with_jieba(caption: str) -> str:
+    return " ".join(jieba_cut(caption.translate(NORMALIZATION)))
+
+
+def separate_at_whitespace(caption: str) -> str:
+    return caption.translate(NORMALIZATION).lower()
+
+
+def separate_characters(caption: str) -> str:
+    return " ".join(HAN_CHARACTER_OR_RUN.findall(caption.translate(NORMALIZATION).lower()))
 
 
 def jieba_cut(text: str) -> list[str]:
-    """The words of a Chinese text by jieba's precise mode; marks and spaces are words, too."""
-    return list(_jieba().cut(text))
-
-
-def _cut_with_jieba(caption: str) -> str:
-    return " ".join(jieba_cut(caption.translate(_letters)))
-
-
-def _cut_by_character(caption: str) -> str:
-    return " ".join(_character.findall(caption.translate(_letters).lower()))
-
-
-def _cut_at_whitespace(caption: str) -> str:
-    return caption.translate(_letters).lower()
-
-
-# Each writes a caption with its words apart: a plain text crosses processes many times faster than a list of words.
-TOKENIZERS: dict[str, Callable[[str], str]] = {
-    "jieba": _cut_with_jieba,
-    "whitespace": _cut_at_whitespace,
-    "character": _cut_by_character,
-}
+    """The words of a Chinese text by jieba's precise mode; punctuation and spaces are words, too."""
+    return list(_load_jieba().cut(text))
 
 
 @functools.cache
-def _jieba():
-    """jieba, loaded once, without its log lines and the warnings of its import."""
+def _load_jieba() -> ModuleType:
+    """jieba with its dictionary, loaded once, without log lines and warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pkg_resources is deprecated; invalid escape sequences
         import jieba
     jieba.setLogLevel(logging.CRITICAL)
-    words = jieba.dt  # not initialize(): it trusts jieba.cache where anyone may write, /tmp, and is no faster for it
-    words.FREQ, words.total = words.gen_pfdict(words.get_dict_file())
-    words.initialized = True
+    # Not jieba.initialize(): it trusts jieba.cache in /tmp, where any user may write, and is not faster.
+    tokenizer = jieba.dt
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
     return jieba
 
 
 def detect_language(captions: Sequence[str]) -> str:
-    """zh where most letters are Han characters, else en: a look at 2,000 captions, evenly spread over all."""
-    letters = "".join(captions[:: len(captions) // SAMPLE + 1])
-    han = len(_han.findall(letters))
-    return "zh" if 2 * han > sum(map(str.isalpha, letters)) else "en"
+    """zh if more than half of the letters are Han characters, else en. Looks at up to 2,000 captions, evenly spaced."""
+    letters = "".join(captions[:: len(captions) // LANGUAGE_SAMPLE + 1])
+    num_han = len(HAN_CHARACTER.findall(letters))
+    return "zh" if 2 * num_han > sum(map(str.isalpha, letters)) else "en"
 
 
 def default_tokenizer(language: str) -> str:
@@ -105,40 +106,44 @@ def default_tokenizer(language: str) -> str:
 
 
 def tokenize(caption: str, tokenizer: str) -> list[str]:
-    """The words of one caption; none where it is all punctuation."""
+    """The words of one caption; an empty list if it is all punctuation."""
     return TOKENIZERS[tokenizer](caption).split()
 
 
 def tokenize_all(captions: Sequence[str], tokenizer: str, workers: int = 1) -> Iterator[list[str]]:
     """The words of every caption, in order.
 
-    Many captions are cut by up to `workers` processes where that pays: jieba takes longer over a caption
-    than the caption takes to travel, the other tokenizers do not. Raises UserError when a process is killed.
+    jieba tokenizes many captions in up to `workers` processes. The other tokenizers run in this process: they take
+    less time than sending a caption to another one. Raises UserError when a process is killed.
     """
-    chunks = [captions[start : start + CHUNK] for start in range(0, len(captions), CHUNK)]
-    processes = min(workers, len(captions) // SHARE)
-    cut = functools.partial(_cut_chunk, tokenizer)
-    texts = _in_processes(cut, chunks, processes) if tokenizer == "jieba" and processes > 1 else map(cut, chunks)
+    chunks = [captions[start : start + CHUNK_SIZE] for start in range(0, len(captions), CHUNK_SIZE)]
+    tokenize_chunk = functools.partial(_tokenize_chunk, tokenizer)
+    processes = min(workers, len(captions) // CAPTIONS_PER_PROCESS)
+    if tokenizer == "jieba" and processes > 1:
+        texts = _map_in_processes(tokenize_chunk, chunks, processes)
+    else:
+        texts = map(tokenize_chunk, chunks)
     for text in texts:
         for line in text.split("\n"):
             yield line.split()
 
 
-def _cut_chunk(tokenizer: str, captions: Sequence[str]) -> str:
-    """A line a caption. No caption brings a line break of its own: the table turns them into spaces."""
+def _tokenize_chunk(tokenizer: str, captions: Sequence[str]) -> str:
+    """One line per caption. No caption contains a line break: the normalization turns line breaks into spaces."""
     return "\n".join(map(TOKENIZERS[tokenizer], captions))
 
 
-def _in_processes(cut: Callable, chunks: list, processes: int) -> Iterator[str]:
+def _map_in_processes(function: Callable[..., str], chunks: Iterable, processes: int) -> Iterator[str]:
     # spawn: the same on every system, safe beside threads, and a process starts without a copy of our memory.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _ignore_interrupts)
     try:
-        yield from pool.map(cut, chunks)
+        yield from pool.map(function, chunks)
     except BrokenProcessPool:
-        raise UserError("a process that cuts captions was killed, perhaps for memory; give fewer --workers") from None
+        raise UserError("a tokenizing process was killed, perhaps for lack of memory; give fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
+    """In a worker process: Ctrl-C is handled by the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The vocabulary: which word is which number. It is built from the train split alone."""
+"""The vocabulary: word <-> id. It is built from the train split alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
-from preprocess.tokenizers import TOKENIZERS
+from captioning.runtime.library_errors import reason
+from preprocess import TOKENIZERS
 
 VOCABULARY_FILE = "vocab.json"
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -21,10 +22,10 @@ PAD, UNKNOWN, START, END = range(4)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`words[i]` is word i; the first four are SPECIAL. Equal vocabularies have equal fields.
+    """The word with id i is `words[i]`; the first four are SPECIAL. Vocabularies with equal fields are equal.
 
-    language: "zh" or "en"; tokenizer: the one that cut the captions; min_count: times a word had to occur.
-    Raises ValueError when the fields are no vocabulary.
+    language: "zh" or "en". tokenizer: the name of the tokenizer of the captions. min_count: how often a word had to
+    occur in train. Raises ValueError for invalid fields.
     """
 
     language: str
@@ -32,8 +33,8 @@ class Vocabulary:
     min_count: int
     words: tuple[str, ...]
 
-    def __post_init__(self):
-        problem = _problem(self)
+    def __post_init__(self) -> None:
+        problem = _find_problem(self)
         if problem:
             raise ValueError(f"not a vocabulary: {problem}")
 
@@ -41,7 +42,7 @@ class Vocabulary:
     def build(
         cls, captions: Iterable[Sequence[str]], *, language: str, tokenizer: str, min_count: int, max_words: int
     ) -> Vocabulary:
-        """The vocabulary of these captions (of train): see `from_counts`."""
+        """The vocabulary of the tokenized captions of train: see `from_counts`."""
         counts = Counter(chain.from_iterable(captions))
         return cls.from_counts(counts, language=language, tokenizer=tokenizer, min_count=min_count, max_words=max_words)
 
@@ -49,11 +50,11 @@ class Vocabulary:
     def from_counts(
         cls, counts: Counter[str], *, language: str, tokenizer: str, min_count: int, max_words: int
     ) -> Vocabulary:
-        """The special words, then the `max_words` most frequent of those that occur `min_count` times or more.
+        """The special words, then the `max_words` most frequent words that occur at least `min_count` times.
 
-        Words of one count are in alphabetical order, so that the same captions give the same vocabulary.
+        Words of equal count are in alphabetical order, so that the same captions give the same vocabulary.
         """
-        frequent = (word for word, count in counts.items() if count >= min_count and word not in SPECIAL)
+        frequent = [word for word, count in counts.items() if count >= min_count and word not in SPECIAL]
         words = sorted(frequent, key=lambda word: (-counts[word], word))[:max_words]
         return cls(language, tokenizer, min_count, SPECIAL + tuple(words))
 
@@ -61,51 +62,51 @@ class Vocabulary:
         return len(self.words)
 
     @functools.cached_property
-    def numbers(self) -> dict[str, int]:
-        """Word -> number. The special words are left out: a caption that says "<end>" must not end there."""
-        return {word: number for number, word in enumerate(self.words) if number >= len(SPECIAL)}
+    def word_to_id(self) -> dict[str, int]:
+        """Word -> id, without the special words: the text "<end>" in a caption must not end it."""
+        return {word: id for id, word in enumerate(self.words) if id >= len(SPECIAL)}
 
     def encode(self, words: Iterable[str]) -> list[int]:
-        """The words' numbers, without <start> and <end>; UNKNOWN for a word that is not in the vocabulary."""
-        numbers = self.numbers
-        return [numbers.get(word, UNKNOWN) for word in words]
+        """The ids of the words, without <start> and <end>; UNKNOWN for a word that is not in the vocabulary."""
+        word_to_id = self.word_to_id
+        return [word_to_id.get(word, UNKNOWN) for word in words]
 
-    def decode(self, indices: Iterable[int]) -> list[str]:
-        """The words of these numbers, the special ones among them."""
-        return [self.words[index] for index in indices]
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The words of these ids, including special words."""
+        return [self.words[id] for id in ids]
 
-    def joined(self, words: Iterable[str]) -> str:
-        """The words as a person writes them: side by side in Chinese, with spaces in English."""
+    def join(self, words: Iterable[str]) -> str:
+        """The words as running text: without spaces in Chinese, with spaces in English."""
         return ("" if self.language == "zh" else " ").join(words)
 
     def to_dict(self) -> dict:
-        """Plain data, for vocab.json and checkpoints."""
+        """JSON-ready data, for vocab.json and checkpoints."""
         return {**asdict(self), "words": list(self.words)}
 
     @classmethod
     def from_dict(cls, data: object) -> Vocabulary:
-        """The vocabulary that `to_dict` wrote. Raises ValueError for anything else."""
+        """The inverse of `to_dict`. Raises ValueError for data that is not a vocabulary."""
         keys = list(cls.__dataclass_fields__)
         if not isinstance(data, dict) or data.keys() != set(keys) or not isinstance(data["words"], (list, tuple)):
             raise ValueError(f"not a vocabulary (an object with the keys {', '.join(keys)}, words a list)")
         return cls(**{**data, "words": tuple(data["words"])})
 
     def save(self, path: Path) -> None:
-        """Write vocab.json, whole or not at all."""
+        """Write vocab.json atomically."""
         with atomic_text(path) as file:
             json.dump(self.to_dict(), file, ensure_ascii=False, indent=0)
             file.write("\n")
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read vocab.json. Raises UserError where it is missing or malformed."""
+        """Read vocab.json. Raises UserError if it is missing or malformed."""
         remedy = f"make it with: python -m preprocess {path.parent}"
         try:
             data = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path}: no vocabulary; {remedy}") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions, or {remedy}") from None
+            raise UserError(f"{path}: cannot be read ({reason(error)}); check its permissions, or {remedy}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
         try:
@@ -114,19 +115,19 @@ class Vocabulary:
             raise UserError(f"{path}: {error}; {remedy}") from None
 
 
-def _problem(vocabulary: Vocabulary) -> str | None:
-    """What is wrong with the fields, in a few words."""
+def _find_problem(vocabulary: Vocabulary) -> str | None:
+    """What is wrong with the fields, for an error message; None if they are valid."""
     if vocabulary.language not in ("zh", "en"):
         return f"language {vocabulary.language!r} is neither zh nor en"
-    if vocabulary.tokenizer not in tuple(TOKENIZERS):
+    if vocabulary.tokenizer not in list(TOKENIZERS):  # a list: what a file holds may not be hashable
         return f"tokenizer {vocabulary.tokenizer!r} is none of {', '.join(TOKENIZERS)}"
     if type(vocabulary.min_count) is not int or vocabulary.min_count < 1:
-        return f"min_count {vocabulary.min_count!r} is not 1 or more"
+        return f"min_count {vocabulary.min_count!r} is not an integer of at least 1"
     words = vocabulary.words
     if not all(type(word) is str and word for word in words):
-        return "a word that is no text, or empty"
+        return "a word is not text, or is empty"
     if words[: len(SPECIAL)] != SPECIAL:
-        return f"its first words are not {' '.join(SPECIAL)}"
+        return f"the first words are not {' '.join(SPECIAL)}"
     if len(set(words)) < len(words):
-        return "a word that is there twice"
+        return "a word occurs twice"
     return None

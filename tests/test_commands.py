@@ -445,11 +445,11 @@ def test_captions_of_some_photos_are_scored_but_not_compared_with_those_of_other
         ({"score": (Path("a"),), "references": Path("r"), "run": Path("r")}, "leave out the run"),
         ({"score": (Path("a"),), "references": Path("r"), "html": Path("h")}, "leave out --html"),
         ({"score": (Path("a"),) * 2, "references": Path("r"), "csv": Path("c")}, "of one file"),
-        ({"run": Path("r"), "photos": (Path("a"),), "references": Path("r")}, "--references goes with --score"),
-        ({"run": Path("r"), "photos": (Path("a"),), "tokenizer": "jieba"}, "--tokenizer goes with --score"),
+        ({"run": Path("r"), "photos": (Path("a"),), "references": Path("r")}, "--references requires --score"),
+        ({"run": Path("r"), "photos": (Path("a"),), "tokenizer": "jieba"}, "--tokenizer requires --score"),
         ({"run": Path("r"), "photos": (Path("a"),), "extremes": Path("e")}, "--extremes go with --data"),
-        ({"run": Path("r"), "photos": (Path("a"),), "animate": True}, "--animate goes with --pictures"),
-        ({"run": Path("r"), "photos": (Path("a"),), "view": "grid"}, "--view goes with --pictures"),
+        ({"run": Path("r"), "photos": (Path("a"),), "animate": True}, "--animate requires --pictures"),
+        ({"run": Path("r"), "photos": (Path("a"),), "view": "grid"}, "--view requires --pictures"),
     ],
 )
 def test_settings_of_generate_that_do_not_go_together_are_refused(wrong, words):

@@ -144,7 +144,7 @@ def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--nvjpeg: decodes on a CUDA GPU, and this extraction runs on cpu"):
         extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="--scaled-decoding goes without --nvjpeg"):
+    with pytest.raises(UserError, match="--scaled-decoding cannot be combined with --nvjpeg"):
         ExtractFeatures(small_data, nvjpeg=True, scaled_decoding=True)
     monkeypatch.setattr(extract_features, "check_nvjpeg", lambda device: None)
     extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))

@@ -60,8 +60,8 @@ def test_known_words_survive_encoding(captions):
 
 
 def test_chinese_is_joined_without_spaces_and_english_with():
-    assert build([["狗"]], language="zh").joined(["一只", "狗"]) == "一只狗"
-    assert build([["dog"]]).joined(["a", "dog"]) == "a dog"
+    assert build([["狗"]], language="zh").join(["一只", "狗"]) == "一只狗"
+    assert build([["dog"]]).join(["a", "dog"]) == "a dog"
 
 
 def test_the_file_gives_the_same_vocabulary_back(tmp_path):

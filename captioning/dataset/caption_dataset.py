@@ -76,7 +76,7 @@ class CaptionDataset:
 
     def __init__(self, photos: Iterable[Photo], vocabulary: Vocabulary, max_length: int):
         """max_length: the words that a decoder learns of a caption."""
-        numbers, splits = dict(vocabulary.numbers), bytearray()
+        numbers, splits = dict(vocabulary.word_to_id), bytearray()
         self.ids, self.paths = StringArray(), StringArray()
         words, caption_offsets, photo_offsets = array("i"), array("q", [0]), array("q", [0])
         for photo in photos:

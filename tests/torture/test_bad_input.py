@@ -120,8 +120,8 @@ TABLE = [  # what; how it comes about; the command; its line
         "JSON in UTF-16",
         put("a.json", "[]".encode("utf-16")),
         AIC,
-        "a.json: no annotation file of a known form: found an empty list; the known forms are AI Challenger, "
-        "COCO captions and Karpathy",
+        "a.json: not an annotation file of a known format: found an empty list; the known formats are "
+        "AI Challenger, COCO captions and Karpathy",
     ),
     (
         "a file still packed",
@@ -141,22 +141,22 @@ TABLE = [  # what; how it comes about; the command; its line
         "a number",
         put("a.json", "7"),
         AIC,
-        "a.json: no annotation file of a known form: found a JSON int; the known forms are AI Challenger, "
-        "COCO captions and Karpathy",
+        "a.json: not an annotation file of a known format: found a JSON int; the known formats are "
+        "AI Challenger, COCO captions and Karpathy",
     ),
     (
         "an empty list",
         put("a.json", []),
         AIC,
-        "a.json: no annotation file of a known form: found an empty list; the known forms are AI Challenger, "
-        "COCO captions and Karpathy",
+        "a.json: not an annotation file of a known format: found an empty list; the known formats are "
+        "AI Challenger, COCO captions and Karpathy",
     ),
     (
         "an empty object",
         put("a.json", {}),
         AIC,
-        "a.json: no annotation file of a known form: found an empty object; the known forms are AI "
-        "Challenger, COCO captions and Karpathy",
+        "a.json: not an annotation file of a known format: found an empty object; the known formats are "
+        "AI Challenger, COCO captions and Karpathy",
     ),
     (
         "COCO's instances",
@@ -188,19 +188,19 @@ TABLE = [  # what; how it comes about; the command; its line
         "a number for a caption",
         entry(caption=[7]),
         AIC,
-        "a.json: entry 1 ('0.png'): a caption that is not text; mend or remove it",
+        "a.json: entry 1 ('0.png'): a caption is not text; correct or remove it",
     ),
     (
         "a photo outside the folder",
         entry(image_id="../x.png"),
         AIC,
-        "a.json: entry 1: '../x.png', '../x.png': no path inside the image folder; mend or remove the entry",
+        "a.json: entry 1: '../x.png', '../x.png': not a path in the image folder; correct or remove the entry",
     ),
     (
         "an absolute path",
         entry(image_id="/etc/passwd"),
         AIC,
-        "a.json: entry 1: '/etc/passwd', '/etc/passwd': no path inside the image folder; mend or remove the entry",
+        "a.json: entry 1: '/etc/passwd', '/etc/passwd': not a path in the image folder; correct or remove the entry",
     ),
     (
         "an id twice",
@@ -212,15 +212,15 @@ TABLE = [  # what; how it comes about; the command; its line
         "a photo that is not there",
         entry(image_id="none.png"),
         AIC,
-        "data/small/photos/none.png: no such photo, and so for 1 of 2 photos (50.0%); check the image folder,"
-        " or do without them: --allow-missing 0.5",
+        "data/small/photos/none.png: no such photo; 1 of 2 photos (50.0%) are missing; check the image folder,"
+        " or leave them out with --allow-missing 0.5",
     ),
     (
         "a line break in an id",
         entry(image_id="no\nne.png"),
         AIC,
-        "data/small/photos/no\\nne.png: no such photo, and so for 1 of 2 photos (50.0%); check the image "
-        "folder, or do without them: --allow-missing 0.5",
+        "data/small/photos/no\\nne.png: no such photo; 1 of 2 photos (50.0%) are missing; check the image "
+        "folder, or leave them out with --allow-missing 0.5",
     ),
     (
         "captions without a word",
@@ -232,13 +232,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "another form after --karpathy",
         put("a.json", ENTRIES),
         KARPATHY,
-        "a.json: not in Karpathy's form (no 'sentences'); use --train a.json IMAGES",
+        "a.json: AI Challenger files hold no splits; use --train a.json IMAGES",
     ),
     (
         "Karpathy's form after --train",
         karpathy(),
         AIC,
-        "a.json: in Karpathy's form, which holds its own splits; use --karpathy a.json IMAGES",
+        "a.json: Karpathy files hold their own splits; use --karpathy a.json IMAGES",
     ),
     (
         "an unknown split",
@@ -251,13 +251,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "a sentence that is a text",
         karpathy(sentences=["a"]),
         KARPATHY,
-        "a.json: image 0: a sentence with neither 'raw' text nor 'tokens'; mend or remove it",
+        "a.json: image 0: a sentence has neither 'raw' text nor 'tokens'; correct or remove it",
     ),
     (
         "a filepath outside the folder",
         karpathy(filepath="../.."),
         KARPATHY,
-        "a.json: image 0: '0.png', '../../0.png': no path inside the image folder; mend or remove the entry",
+        "a.json: image 0: '0.png', '../../0.png': not a path in the image folder; correct or remove the entry",
     ),
     (
         "no photo to train on",
@@ -269,13 +269,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "a caption of an unlisted image",
         coco(annotations=[{"image_id": 2, "caption": "a"}]),
         AIC,
-        "a.json: annotation 0 is of image 2, which 'images' does not list; mend it",
+        "a.json: annotation 0 belongs to image 2, which 'images' does not list; add or remove it",
     ),
     (
         "a text for COCO's id",
         coco(images=[{"id": "1", "file_name": "0.png"}]),
         AIC,
-        "a.json: image 0: 'id' is '1'; 'id' must be a whole number",
+        "a.json: image 0: 'id' is '1'; 'id' must be an integer",
     ),
     ("no file name", coco(images=[{"id": 1}]), AIC, "a.json: image 0: no 'file_name'; 'file_name' must be text"),
     ("no images", coco(images=[], annotations=[]), AIC, "a.json: holds no images; give a file with captions"),
@@ -313,7 +313,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "--val without --train",
         None,
         "preprocess data/read --scenes 20 --val a.json b",
-        "--val and --test go with --train ANN.json IMAGES",
+        "--val and --test require --train ANN.json IMAGES",
     ),
     ("too few scenes", None, "preprocess data/read --scenes 2", "--scenes 2: must be 10 or more"),
     (
@@ -334,7 +334,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "no data folder",
         None,
         "preprocess",
-        "Missing from preprocess: PATH folder to write, for example data/aic (required); see --help",
+        "Missing from preprocess: PATH folder to write, such as data/aic (required); see --help",
     ),
     (
         "other captions there already",
@@ -359,38 +359,38 @@ TABLE = [  # what; how it comes about; the command; its line
         "a line that is a list",
         put("data/small/captions.jsonl", "[]\n"),
         EXTRACT,
-        "data/small/captions.jsonl:1: not an object with the keys image, id, split, captions; mend it",
+        "data/small/captions.jsonl:1: not an object with the keys image, id, split, captions; correct it",
     ),
     (
         "an unknown split in captions.jsonl",
         captions(split="dev"),
         EXTRACT,
-        "data/small/captions.jsonl:1: split 'dev' is none of train, val, test; mend it",
+        "data/small/captions.jsonl:1: split 'dev' is none of train, val, test; correct it",
     ),
     (
         "an empty id",
         captions(id=""),
         EXTRACT,
-        "data/small/captions.jsonl:1: image and id must be text, and not empty; mend it",
+        "data/small/captions.jsonl:1: image and id must be text, and not empty; correct it",
     ),
     (
         "a photo without captions",
         captions(captions=[]),
         EXTRACT,
-        "data/small/captions.jsonl:1: captions must be a list of at least one caption; mend or remove it",
+        "data/small/captions.jsonl:1: captions must be a list of at least one caption; correct or remove it",
     ),
     (
         "an empty word",
         captions(captions=[[""]]),
         EXTRACT,
-        "data/small/captions.jsonl:1: a caption must be a list of at least one word, none of them empty; mend"
-        " or remove it",
+        "data/small/captions.jsonl:1: a caption must be a list of at least one word, none of them empty; "
+        "correct or remove it",
     ),
     (
         "a number for a word",
         captions(captions=[[7]]),
         EXTRACT,
-        "data/small/captions.jsonl:1: a word that is not text; mend or remove it",
+        "data/small/captions.jsonl:1: a word is not text; correct or remove it",
     ),
     (
         "a photo twice in captions.jsonl",
@@ -454,21 +454,21 @@ TABLE = [  # what; how it comes about; the command; its line
         "no special words",
         vocabulary(words=["a"]),
         TRAIN,
-        "data/small/vocab.json: not a vocabulary: its first words are not <pad> <unk> <start> <end>; make it "
+        "data/small/vocab.json: not a vocabulary: the first words are not <pad> <unk> <start> <end>; make it "
         "with: python -m preprocess data/small",
     ),
     (
         "a word twice",
         vocabulary(words=WORDS + ["a"]),
         TRAIN,
-        "data/small/vocab.json: not a vocabulary: a word that is there twice; make it with: python -m "
+        "data/small/vocab.json: not a vocabulary: a word occurs twice; make it with: python -m "
         "preprocess data/small",
     ),
     (
         "a word that is a number",
         vocabulary(words=WORDS + [7]),
         TRAIN,
-        "data/small/vocab.json: not a vocabulary: a word that is no text, or empty; make it with: python"
+        "data/small/vocab.json: not a vocabulary: a word is not text, or is empty; make it with: python"
         " -m preprocess data/small",
     ),
     (
@@ -659,13 +659,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "--nvjpeg with --scaled-decoding",
         None,
         EXTRACT + " --nvjpeg --scaled-decoding",
-        "--scaled-decoding goes without --nvjpeg, which decodes JPEGs at their full size",
+        "--scaled-decoding cannot be combined with --nvjpeg, which decodes JPEGs at full size",
     ),
     (
         "--info with --verify",
         None,
         EXTRACT + " --info --verify",
-        "--info tells what the file holds and --verify checks it: give one of them",
+        "--info describes the file and --verify checks it: give one of them",
     ),
     ("a batch of none", None, EXTRACT + " --batch-size 0", "--batch-size 0: must be 1 or more"),
     ("fewer than no workers", None, EXTRACT + " --workers -1", "--workers -1: must be 0 or more"),
@@ -948,21 +948,21 @@ TABLE = [  # what; how it comes about; the command; its line
         "scores without references",
         None,
         PHOTO + " --scores s.json",
-        "--scores and --extremes go with --data data/NAME, or with --score FILE --references FILE",
+        "--scores and --extremes require --data data/NAME, or --score FILE --references FILE",
     ),
-    ("--features without --data", None, PHOTO + " --features data/small/features.h5", "--features goes with --data"),
-    ("--animate without --pictures", None, PHOTO + " --animate", "--animate goes with --pictures"),
+    ("--features without --data", None, PHOTO + " --features data/small/features.h5", "--features requires --data"),
+    ("--animate without --pictures", None, PHOTO + " --animate", "--animate requires --pictures"),
     (
         "--score without --references",
         None,
         "generate.py --score results.json",
-        "--score takes one file of captions, or two to compare, and --references FILE or data/NAME",
+        "--score needs one file of captions, or two to compare, and --references FILE or data/NAME",
     ),
     (
         "three files to score",
         None,
         "generate.py --score results.json results.json results.json --references data/small",
-        "--score takes one file of captions, or two to compare, and --references FILE or data/NAME",
+        "--score needs one file of captions, or two to compare, and --references FILE or data/NAME",
     ),
     ("a page of captions of anyone", None, SCORE + " --html x.html", "--score captions nothing: leave out --html"),
     (
@@ -1017,7 +1017,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "a list of scenes that is none",
         put("data/s/scenes.json", "{}x"),
         "preprocess data/s --scenes 20",
-        "data/s/scenes.json: no list of scenes (Extra data: line 1 column 3 (char 2)); remove it and draw them again",
+        "data/s/scenes.json: not a list of scenes (Extra data: line 1 column 3 (char 2)); remove it and draw them again",
     ),
 ]
 
