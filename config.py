@@ -147,7 +147,7 @@ class Generate:
     tokenizer: TokenizerName | None = None
     scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR and SPICE to this file (needs references)
     extremes: Path | None = None  # write a page of the 50 worst and 50 best captions by CIDEr-D (needs references)
-    batch_size: int = 32  # photos
+    batch_size: int = 32  # photos captioned at once
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int = os.cpu_count() or 1  # processes that decode photos

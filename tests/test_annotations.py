@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioning.errors import UserError
+from preprocess import ANNOTATION_READERS
 from preprocess.annotations import Record, read_annotations, read_references
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real annotation files are not beside the project")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real annotation files in ../shared")
 
 AI_CHALLENGER = [{"url": "", "image_id": "a.jpg", "caption": ["一只狗", "狗"]}]
 COCO = {
@@ -35,8 +36,8 @@ def read(tmp_path, data, split="train"):
     return read_annotations(file, tmp_path, split)
 
 
-def refused(tmp_path, data, split="train"):
-    """The error's text, which must be one line that begins with the file."""
+def error_message(tmp_path, data, split="train"):
+    """The message of the error, which must be one line that starts with the file."""
     with pytest.raises(UserError) as error:
         read(tmp_path, data, split)
     text = str(error.value)
@@ -55,7 +56,7 @@ def test_coco_keeps_the_order_of_images_and_groups_their_captions(tmp_path):
     ]
 
 
-def test_karpathy_brings_its_own_splits_and_restval_is_train(tmp_path):
+def test_karpathy_names_its_own_splits_and_restval_is_train(tmp_path):
     assert read(tmp_path, KARPATHY, None) == [
         Record(f"{tmp_path}/val2014/1.jpg", "1", "train", ("A dog.",)),
         Record(f"{tmp_path}/2.jpg", "2.jpg", "test", ("two dogs", "Dogs")),
@@ -68,15 +69,15 @@ some_captions = texts.filter(lambda captions: any(map(str.strip, captions)))
 photos = st.dictionaries(names.filter(lambda name: name != ".."), some_captions, min_size=1, max_size=5)
 
 
-def in_coco(photos):
+def to_coco(photos):
     images = [{"id": number, "file_name": name} for number, name in enumerate(photos)]
     pairs = [(number, caption) for number, captions in enumerate(photos.values()) for caption in captions]
     return {"images": images, "annotations": [{"image_id": number, "caption": caption} for number, caption in pairs]}
 
 
-IN_EACH_FORM = {
+WRITERS = {
     "AI Challenger": lambda photos: [{"image_id": name, "caption": captions} for name, captions in photos.items()],
-    "COCO": in_coco,
+    "COCO": to_coco,
     "Karpathy": lambda photos: {
         "images": [
             {"filename": name, "split": "train", "sentences": [{"raw": caption} for caption in captions]}
@@ -86,21 +87,19 @@ IN_EACH_FORM = {
 }
 
 
-@given(photos=photos, form=st.sampled_from(sorted(IN_EACH_FORM)), escaped=st.booleans())
-def test_every_form_gives_the_photos_and_captions_that_were_put_in_it_in_their_order(
-    tmp_path_factory, photos, form, escaped
-):
-    folder = tmp_path_factory.mktemp("form")
-    data = IN_EACH_FORM[form](photos)
+@given(photos=photos, format=st.sampled_from(sorted(WRITERS)), escaped=st.booleans())
+def test_every_format_gives_back_its_photos_and_captions_in_order(tmp_path_factory, photos, format, escaped):
+    folder = tmp_path_factory.mktemp("format")
+    data = WRITERS[format](photos)
     text = json.dumps(data, ensure_ascii=False)
-    if escaped or re.search("[\ud800-\udfff]", text):  # half a character can only be written escaped
+    if escaped or re.search("[\ud800-\udfff]", text):  # a lone surrogate can only be written escaped
         text = json.dumps(data)
     (folder / "a.json").write_text(text, "utf-8")
-    records = read_annotations(folder / "a.json", folder, None if form == "Karpathy" else "train")
+    records = read_annotations(folder / "a.json", folder, None if format == "Karpathy" else "train")
     assert [(record.image, record.captions) for record in records] == [
         (f"{folder}/{name}", tuple(captions)) for name, captions in photos.items()
     ]
-    assert [record.id for record in records] == [str(i) if form == "COCO" else name for i, name in enumerate(photos)]
+    assert [record.id for record in records] == [str(i) if format == "COCO" else name for i, name in enumerate(photos)]
 
 
 def test_the_name_of_the_file_does_not_matter(tmp_path):
@@ -110,27 +109,27 @@ def test_the_name_of_the_file_does_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("captions", [1, 2, 5, 7])
-def test_any_number_of_captions_will_do(tmp_path, captions):
+def test_any_number_of_captions_is_accepted(tmp_path, captions):
     entries = [{"image_id": "a.jpg", "caption": ["狗"] * captions}]
     assert len(read(tmp_path, entries)[0].captions) == captions
 
 
-def test_an_empty_caption_beside_a_full_one_is_no_error(tmp_path):
+def test_an_empty_caption_among_others_is_kept(tmp_path):
     assert read(tmp_path, [{"image_id": "a.jpg", "caption": ["", "狗"]}])[0].captions == ("", "狗")
 
 
-def test_karpathy_is_sent_to_its_flag(tmp_path):
-    assert "--karpathy" in refused(tmp_path, KARPATHY)
+def test_a_karpathy_file_is_directed_to_its_flag(tmp_path):
+    assert "--karpathy" in error_message(tmp_path, KARPATHY)
 
 
 @pytest.mark.parametrize("data", [AI_CHALLENGER, COCO])
-def test_other_forms_are_sent_to_train(tmp_path, data):
-    assert "--train" in refused(tmp_path, data, None)
+def test_other_formats_are_directed_to_train(tmp_path, data):
+    assert "--train" in error_message(tmp_path, data, None)
 
 
-def test_instances_are_not_captions(tmp_path):
+def test_an_instances_file_is_refused(tmp_path):
     data = {**COCO, "annotations": [{"image_id": 7, "bbox": [0, 0, 1, 1]}]}
-    assert "captions_*.json" in refused(tmp_path, data)
+    assert "captions_*.json" in error_message(tmp_path, data)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +146,11 @@ def test_instances_are_not_captions(tmp_path):
         ('["a.jpg"]', "a JSON str"),
     ],
 )
-def test_a_file_of_no_known_form_is_described(tmp_path, data, found):
-    assert found in refused(tmp_path, data)
+def test_a_file_of_an_unknown_format_is_described(tmp_path, data, found):
+    assert found in error_message(tmp_path, data)
 
 
-def test_bytes_that_are_no_text_are_not_json(tmp_path):
+def test_bytes_that_are_not_unicode_are_not_json(tmp_path):
     file = tmp_path / "annotations.json"
     file.write_bytes(b'["\xff\xfe"]')
     with pytest.raises(UserError, match="not JSON"):
@@ -161,32 +160,32 @@ def test_bytes_that_are_no_text_are_not_json(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../a.jpg", "/etc/passwd", "b/../../a.jpg", "..", "b\\a.jpg", "C:/a.jpg", "a\0.jpg", "\ud800.jpg", ""]
 )
-def test_no_path_leaves_the_image_folder(tmp_path, name):
-    assert "entry 0" in refused(tmp_path, [{"image_id": name, "caption": ["狗"]}])
+def test_a_path_out_of_the_image_folder_is_refused(tmp_path, name):
+    assert "entry 0" in error_message(tmp_path, [{"image_id": name, "caption": ["狗"]}])
     coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "dog"}]}
-    assert "image 0" in refused(tmp_path, coco)
+    assert "image 0" in error_message(tmp_path, coco)
     karpathy = {"images": [{"filename": name, "cocoid": 1, "split": "val", "sentences": [{"raw": "dog"}]}]}
     if name:
-        assert "image 0" in refused(tmp_path, karpathy, None)
+        assert "image 0" in error_message(tmp_path, karpathy, None)
 
 
-def test_a_file_path_may_not_leave_the_image_folder_either(tmp_path):
+def test_a_filepath_out_of_the_image_folder_is_refused(tmp_path):
     entry = {**KARPATHY["images"][0], "filepath": "../elsewhere"}
-    assert "image 0" in refused(tmp_path, {"images": [entry]}, None)
+    assert "image 0" in error_message(tmp_path, {"images": [entry]}, None)
 
 
-def test_an_id_that_cannot_be_written_is_refused(tmp_path):
+def test_an_id_that_cannot_be_encoded_is_refused(tmp_path):
     entry = {**KARPATHY["images"][0], "cocoid": "\ud800"}
-    assert "image 0" in refused(tmp_path, {"images": [entry]}, None)
+    assert "image 0" in error_message(tmp_path, {"images": [entry]}, None)
 
 
 @pytest.mark.parametrize("name", ["a..b.jpg", "b/a.jpg", "...jpg", "图 1.jpg"])
-def test_odd_names_inside_the_folder_are_fine(tmp_path, name):
+def test_unusual_names_inside_the_folder_are_accepted(tmp_path, name):
     assert read(tmp_path, [{"image_id": name, "caption": ["狗"]}])[0].image == f"{tmp_path}/{name}"
 
 
 @pytest.mark.parametrize(
-    "entry, told",
+    "entry, expected",
     [
         ({"image_id": "a.jpg", "caption": []}, "no caption"),
         ({"image_id": "a.jpg", "caption": ["", " \t"]}, "no caption"),
@@ -197,29 +196,29 @@ def test_odd_names_inside_the_folder_are_fine(tmp_path, name):
         ("a.jpg", "no 'image_id'"),
     ],
 )
-def test_a_bad_entry_is_named_by_its_number(tmp_path, entry, told):
-    text = refused(tmp_path, [{"image_id": "first.jpg", "caption": ["狗"]}, entry])
-    assert "entry 1" in text and told in text
+def test_a_bad_entry_is_named_by_its_number(tmp_path, entry, expected):
+    text = error_message(tmp_path, [{"image_id": "first.jpg", "caption": ["狗"]}, entry])
+    assert "entry 1" in text and expected in text
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, expected",
     [
-        ({"annotations": [{"image_id": 8, "caption": "A"}]}, "annotation 0 is of image 8"),
-        ({"annotations": [{"image_id": "9", "caption": "A"}]}, "a whole number"),
+        ({"annotations": [{"image_id": 8, "caption": "A"}]}, "annotation 0 belongs to image 8"),
+        ({"annotations": [{"image_id": "9", "caption": "A"}]}, "an integer"),
         ({"annotations": [{"image_id": 9, "caption": None}]}, "not text"),
         ({"annotations": COCO["annotations"][:1]}, "image 0 ('9.jpg'): no caption"),
-        ({"images": [{"id": True, "file_name": "9.jpg"}]}, "a whole number"),
+        ({"images": [{"id": True, "file_name": "9.jpg"}]}, "an integer"),
         ({"images": COCO["images"] * 2}, "'9' occurs twice"),
         ({"images": [], "annotations": []}, "holds no images"),
     ],
 )
-def test_a_bad_coco_file_is_explained(tmp_path, change, told):
-    assert told in refused(tmp_path, {**COCO, **change})
+def test_a_bad_coco_file_is_explained(tmp_path, change, expected):
+    assert expected in error_message(tmp_path, {**COCO, **change})
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, expected",
     [
         ({"split": "dev"}, "split 'dev'"),
         ({"split": None}, "no 'split'"),
@@ -227,16 +226,16 @@ def test_a_bad_coco_file_is_explained(tmp_path, change, told):
         ({"sentences": []}, "no caption"),
     ],
 )
-def test_a_bad_karpathy_entry_is_explained(tmp_path, change, told):
+def test_a_bad_karpathy_entry_is_explained(tmp_path, change, expected):
     entry = {**KARPATHY["images"][1], "filename": "3.jpg", **change}
-    assert told in refused(tmp_path, {"images": [KARPATHY["images"][0], entry]}, None)
+    assert expected in error_message(tmp_path, {"images": [KARPATHY["images"][0], entry]}, None)
 
 
-def test_an_image_may_occur_once(tmp_path):
-    assert "'a.jpg' occurs twice" in refused(tmp_path, AI_CHALLENGER * 2)
+def test_an_image_that_occurs_twice_is_refused(tmp_path):
+    assert "'a.jpg' occurs twice" in error_message(tmp_path, AI_CHALLENGER * 2)
 
 
-def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+def test_a_missing_file_and_a_folder_have_different_messages(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_annotations(tmp_path / "none.json", tmp_path, "train")
     with pytest.raises(UserError, match="is a folder; give the JSON file"):
@@ -256,12 +255,12 @@ def test_the_real_files_are_read():
     assert [sum(record.split == split for record in english) for split in ("train", "val")] == [6_000, 1_000]
     challenge = read_annotations(SHARED / "ai_challenger" / "caption_train_first2.json", flickr, "train")
     assert challenge[1].id == "b96ff46ba5b1cbe5bb4cc32b566431132ca71a64.jpg"
-    with pytest.raises(UserError, match="occurs twice"):  # the sample references list an image once a caption
+    with pytest.raises(UserError, match="occurs twice"):  # the sample references list an image once per caption
         read_annotations(SHARED / "ai_challenger" / "id_to_words.json", flickr, "train")
 
 
-def test_references_are_read_in_any_form_without_the_photos(tmp_path):
-    """AI Challenger's own list an image once for each of its captions; Karpathy's form gives one split."""
+def test_references_are_read_in_any_format_without_the_photos(tmp_path):
+    """The references of AI Challenger list an image once per caption; a Karpathy file gives one split."""
     coco = {"images": [{"id": 9, "file_name": "n"}] * 2, "annotations": [{"image_id": 9, "caption": c} for c in "ab"]}
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     (record,) = read_references(tmp_path / "coco.json", "val")
@@ -271,3 +270,24 @@ def test_references_are_read_in_any_form_without_the_photos(tmp_path):
     assert [record.id for record in read_references(tmp_path / "karpathy.json", "val")] == ["val.jpg"]
     with pytest.raises(UserError, match="holds no test images; give another --split"):
         read_references(tmp_path / "karpathy.json", "test")
+
+
+class CsvLikeReader:
+    """A reader as a user might add it: {"rows": [["a.jpg", "a dog"]]}."""
+
+    description = "rows"
+    has_splits = False
+
+    def recognises(self, data):
+        return isinstance(data, dict) and "rows" in data
+
+    def read(self, path, data, images, split):
+        for name, caption in data["rows"]:
+            yield Record(f"{images}/{name}", name, split, (caption,))
+
+
+def test_a_registered_reader_reads_its_format_and_is_named_in_the_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(ANNOTATION_READERS, "_entries", dict(ANNOTATION_READERS._entries))
+    ANNOTATION_READERS.register("rows", CsvLikeReader)
+    assert read(tmp_path, {"rows": [["a.jpg", "a dog"]]}) == [Record(f"{tmp_path}/a.jpg", "a.jpg", "train", ("a dog",))]
+    assert "the known formats are AI Challenger, COCO captions, Karpathy and rows" in error_message(tmp_path, [])

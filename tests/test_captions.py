@@ -19,13 +19,13 @@ photos = st.lists(
 )
 
 
-def lay_down(folder, *lines):
+def write_lines(folder, *lines):
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (folder / CAPTIONS_FILE).write_text("".join(line + "\n" for line in texts), "utf-8")
     return folder
 
 
-def refused(folder):
+def error_message(folder):
     with pytest.raises(UserError) as error:
         list(read_captions(folder))
     assert str(error.value).startswith(str(folder / CAPTIONS_FILE)) and "\n" not in str(error.value)
@@ -33,25 +33,25 @@ def refused(folder):
 
 
 @given(photos=photos)
-def test_what_was_written_is_read(tmp_path_factory, photos):
+def test_photos_survive_writing_and_reading(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("data")
     write_captions(folder / CAPTIONS_FILE, iter(photos))
     assert list(read_captions(folder)) == photos
 
 
-def test_a_line_is_as_the_contract_says(tmp_path):
+def test_a_line_has_the_documented_format(tmp_path):
     write_captions(tmp_path / CAPTIONS_FILE, [Photo("photos/1.jpg", "1", "train", (("a", "dog"), ("狗",)))])
     expected = '{"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["狗"]]}\n'
     assert (tmp_path / CAPTIONS_FILE).read_bytes() == expected.encode()
 
 
 def test_equal_words_are_one_object(tmp_path):
-    first, second = read_captions(lay_down(tmp_path, LINE, {**LINE, "id": "2"}))
+    first, second = read_captions(write_lines(tmp_path, LINE, {**LINE, "id": "2"}))
     assert first.captions[0][1] is second.captions[0][1] is sys.intern("dog")
 
 
 def test_photos_are_read_one_at_a_time(tmp_path):
-    assert next(read_captions(lay_down(tmp_path, LINE, "half a li"))).id == "1"
+    assert next(read_captions(write_lines(tmp_path, LINE, "half a li"))).id == "1"
 
 
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -59,7 +59,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
         yield Photo("2.jpg", "2", "train", (("a",),))
         raise KeyboardInterrupt
 
-    lay_down(tmp_path, LINE)
+    write_lines(tmp_path, LINE)
     before = (tmp_path / CAPTIONS_FILE).read_bytes()
     with pytest.raises(KeyboardInterrupt):
         write_captions(tmp_path / CAPTIONS_FILE, failing())
@@ -67,22 +67,22 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_who_is_reading_the_old_file_goes_on_reading_it(tmp_path):
-    lay_down(tmp_path, LINE, {**LINE, "id": "2"})
+def test_an_open_reader_of_the_old_file_is_not_disturbed(tmp_path):
+    write_lines(tmp_path, LINE, {**LINE, "id": "2"})
     with open(tmp_path / CAPTIONS_FILE, "rb") as old:
         write_captions(tmp_path / CAPTIONS_FILE, [Photo("3.jpg", "3", "train", (("a",),))])
         assert len(old.readlines()) == 2
     assert [photo.id for photo in read_captions(tmp_path)] == ["3"]
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_path_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         write_captions(tmp_path / "file" / CAPTIONS_FILE, [])
 
 
 @pytest.mark.parametrize(
-    "line, told",
+    "line, expected",
     [
         ("{", "JSON"),
         ("", "JSON"),
@@ -102,16 +102,16 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         (LINE, "occurs twice"),
     ],
 )
-def test_a_bad_line_is_named_by_its_number(tmp_path, line, told):
-    text = refused(lay_down(tmp_path, LINE, line))
-    assert f"{CAPTIONS_FILE}:2: " in text and told in text
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, expected):
+    text = error_message(write_lines(tmp_path, LINE, line))
+    assert f"{CAPTIONS_FILE}:2: " in text and expected in text
 
 
 def test_a_missing_or_empty_file_names_the_command(tmp_path):
-    assert "python -m preprocess" in refused(tmp_path)
-    assert "python -m preprocess" in refused(lay_down(tmp_path))
+    assert "python -m preprocess" in error_message(tmp_path)
+    assert "python -m preprocess" in error_message(write_lines(tmp_path))
 
 
-def test_bytes_that_are_no_text_are_a_bad_line(tmp_path):
+def test_bytes_that_are_not_unicode_are_a_bad_line(tmp_path):
     (tmp_path / CAPTIONS_FILE).write_bytes(b'{"image": "\xff"}\n')
-    assert f"{CAPTIONS_FILE}:1: " in refused(tmp_path)
+    assert f"{CAPTIONS_FILE}:1: " in error_message(tmp_path)

@@ -15,7 +15,7 @@ from preprocess.captions import read_captions
 from preprocess.vocabulary import UNKNOWN, Vocabulary
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside the project")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets in ../shared")
 
 
 @pytest.fixture
@@ -84,12 +84,12 @@ def test_the_held_out_tenth_stays_when_photos_are_added(tmp_path, images):
     assert all(splits[photo.id] == photo.split for photo in few)
 
 
-def test_two_photos_are_one_for_train_and_one_for_val(tmp_path, images):
+def test_of_two_photos_one_is_train_and_one_is_val(tmp_path, images):
     photos, _ = preprocess(tmp_path / "data", train=annotations(images, many(2)))
     assert sorted(photo.split for photo in photos) == ["train", "val"]
 
 
-def test_one_photo_alone_is_no_train_split(tmp_path, images):
+def test_a_single_photo_is_refused(tmp_path, images):
     with pytest.raises(UserError, match="train is empty"):
         preprocess(tmp_path / "data", train=annotations(images, many(1)))
     assert contents(tmp_path / "data") == {}
@@ -101,7 +101,7 @@ def test_an_image_in_two_splits_is_refused(tmp_path, images):
         preprocess(tmp_path / "data", train=train, test=train)
 
 
-def test_chinese_is_recognised_and_cut_by_jieba(tmp_path, images):
+def test_chinese_is_detected_and_tokenized_by_jieba(tmp_path, images):
     train = annotations(images, {"1.jpg": ["一个穿T恤的男人，在跑。"]})
     val = annotations(images, {"2.jpg": ["一只狗"]}, "val.json")
     photos, vocabulary = preprocess(tmp_path / "data", train=train, val=val)
@@ -117,35 +117,35 @@ def test_the_minimum_count_is_two_in_chinese_and_five_in_english(tmp_path, image
     assert vocabulary.words[4:] == (word,) and vocabulary.language == language
 
 
-def test_a_language_and_tokenizer_that_are_given_are_used(tmp_path, images):
+def test_a_given_language_and_tokenizer_are_used(tmp_path, images):
     train = annotations(images, {"1.jpg": ["一只 狗"], "2.jpg": ["一只 猫"]})
     photos, vocabulary = preprocess(tmp_path / "data", train=train, language="en", tokenizer="character")
     assert (vocabulary.language, vocabulary.tokenizer) == ("en", "character")
     assert photos[0].captions == (("一", "只", "狗"),)
 
 
-def test_captions_without_a_word_go_and_are_counted(tmp_path, images, capsys):
+def test_captions_without_words_are_left_out_and_counted(tmp_path, images, capsys):
     captions = {**many(30), "x.jpg": ["", "...", "a cat"], "y.jpg": ["!"]}
     photos, _ = preprocess(tmp_path / "data", train=annotations(images, captions))
     found = {photo.id: photo.captions for photo in photos}
     assert found["x.jpg"] == (("a", "cat"),) and "y.jpg" not in found and len(found) == 31
-    assert "3 captions without a word, and with them 1 photos" in capsys.readouterr().out
+    assert "3 captions without words, and 1 photos that have no other caption" in capsys.readouterr().out
 
 
-def test_missing_photos_above_the_share_name_the_first_and_the_flag(tmp_path, images):
+def test_too_many_missing_photos_are_refused_with_the_first_and_the_flag(tmp_path, images):
     train = annotations(images, many(10), missing=["3.jpg", "7.jpg", "9.jpg"])
     with pytest.raises(UserError, match=r"3\.jpg: .*3 of 10 .*--allow-missing 0\.3") as error:
         preprocess(tmp_path / "data", train=train, allow_missing=0.2)
     assert "\n" not in str(error.value) and not (tmp_path / "data").exists()
 
 
-def test_missing_photos_within_the_share_are_skipped_and_counted(tmp_path, images, capsys):
+def test_few_missing_photos_are_left_out_and_counted(tmp_path, images, capsys):
     train = annotations(images, many(10), missing=["3.jpg", "7.jpg", "9.jpg"])
     photos, _ = preprocess(tmp_path / "data", train=train, allow_missing=0.3)
     assert len(photos) == 7 and "3 photos missing" in capsys.readouterr().out
 
 
-def test_a_folder_and_a_dead_link_are_no_photos(tmp_path, images):
+def test_a_folder_and_a_broken_link_count_as_missing_photos(tmp_path, images):
     train = annotations(images, many(10), missing=["3.jpg", "7.jpg"])
     (images / "3.jpg").mkdir()
     (images / "7.jpg").symlink_to("nowhere")
@@ -153,7 +153,7 @@ def test_a_folder_and_a_dead_link_are_no_photos(tmp_path, images):
     assert len(photos) == 8
 
 
-def test_the_same_command_again_changes_nothing(tmp_path, images):
+def test_running_the_same_command_again_changes_nothing(tmp_path, images):
     train = annotations(images, many(40))
     preprocess(tmp_path / "data", train=train)
     before = contents(tmp_path / "data")
@@ -162,7 +162,7 @@ def test_the_same_command_again_changes_nothing(tmp_path, images):
 
 
 @pytest.mark.parametrize("settings", [{"min_count": 30}, {"max_words": 2}, {"language": "zh"}])
-def test_another_result_is_refused_until_overwrite(tmp_path, images, settings):
+def test_a_different_result_requires_overwrite(tmp_path, images, settings):
     train = annotations(images, many(40))
     preprocess(tmp_path / "data", train=train)
     before = contents(tmp_path / "data")
@@ -183,12 +183,12 @@ def test_the_summary_has_the_right_figures(tmp_path, images, capsys):
     val = annotations(images, {"3.jpg": ["a fox is a fox"]}, "val.json")
     preprocess(tmp_path / "data", train=train, val=val, max_words=2)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "train 2 10 2 3 4 4 8.70 %" in lines  # 2 of 23 words: of bird, cat, dog the first alone is known
+    assert "train 2 10 2 3 4 4 8.70 %" in lines  # 2 of 23 words: bird is in the vocabulary, cat and dog are not
     assert "val 1 1 5 5 5 5 60.00 %" in lines
-    assert any("2 words; 0 seen fewer than 1" in line and "2 more by --max-words 2" in line for line in lines)
+    assert "vocabulary: 2 words, without 0 that occur fewer than 1 times in train and 2 beyond --max-words 2" in lines
 
 
-def test_scenes_go_the_same_road(tmp_path, monkeypatch):
+def test_scenes_are_preprocessed_like_annotations(tmp_path, monkeypatch):
     def draw_scenes(folder, count, language, seed):
         (folder / "photos").mkdir(parents=True)
         (folder / "photos" / "0.png").touch()
@@ -201,7 +201,7 @@ def test_scenes_go_the_same_road(tmp_path, monkeypatch):
     assert vocabulary.language == "zh"
 
 
-def test_a_data_folder_that_cannot_be_is_one_line(tmp_path, images, monkeypatch, capsys):
+def test_a_data_folder_that_cannot_be_created_is_a_user_error(tmp_path, images, monkeypatch, capsys):
     annotations_file, folder = annotations(images, many(20))
     command = ["preprocess", str(annotations_file), "--train", str(annotations_file), str(folder)]
     monkeypatch.setattr(sys, "argv", command)
@@ -210,7 +210,7 @@ def test_a_data_folder_that_cannot_be_is_one_line(tmp_path, images, monkeypatch,
 
 
 @needs_shared
-def test_real_coco_photos_missing_on_disk_are_told_and_can_be_left_out(tmp_path):
+def test_missing_photos_of_real_coco_are_reported_and_can_be_left_out(tmp_path):
     coco = SHARED / "coco_mini"
     files = (coco / "annotations" / "captions_val2017_full.json", coco / "val2017")
     with pytest.raises(UserError, match="4,841 of 5,000"):
@@ -220,7 +220,7 @@ def test_real_coco_photos_missing_on_disk_are_told_and_can_be_left_out(tmp_path)
 
 
 @needs_shared
-def test_real_chinese_and_english_captions_are_recognised(tmp_path):
+def test_the_languages_of_real_captions_are_detected(tmp_path):
     flickr = SHARED / "flickr8k"
     chinese = flickr / "caption_val_annotations_zh.json", flickr / "images"
     photos, vocabulary = preprocess(tmp_path / "zh", train=chinese)

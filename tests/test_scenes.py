@@ -1,4 +1,4 @@
-"""Drawn scenes: the photo shows what the scene says, every caption is true, and a changed fact makes it false."""
+"""Drawn scenes: photos show their scenes, captions are true, and a caption with one fact changed is false."""
 
 from __future__ import annotations
 
@@ -55,71 +55,71 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @st.composite
-def told_scenes(draw_one) -> tuple[str, Scene, str]:
-    """A language, a scene and a caption of it."""
-    language, rng = draw_one(st.sampled_from(LANGUAGES)), random.Random(draw_one(st.integers(0, 2**32)))
+def captioned_scenes(draw_value) -> tuple[str, Scene, str]:
+    """A language, a scene, and a caption of the scene."""
+    language = draw_value(st.sampled_from(LANGUAGES))
+    rng = random.Random(draw_value(st.integers(0, 2**32)))
     scene = random_scene("train", rng)
-    return language, scene, draw_one(st.sampled_from(scenes._captions(scene, language, rng)))
+    return language, scene, draw_value(st.sampled_from(scenes._make_captions(scene, language, rng)))
 
 
-def changed(caption: str, kind: str, old: str, new: str, language: str) -> str:
-    """The caption with another word for one of its facts."""
-    form = max((form for form in WORDS[language][kind][old] if form in caption), key=len)
-    return caption.replace(form, WORDS[language][kind][new][0], 1)
+def change_fact(caption: str, kind: str, old: str, new: str, language: str) -> str:
+    """The caption with the word for one of its facts replaced."""
+    word = max((word for word in WORDS[language][kind][old] if word in caption), key=len)
+    return caption.replace(word, WORDS[language][kind][new][0], 1)
 
 
-def other_facts(scene: Scene, caption: str, language: str) -> list[tuple[str, str, str]]:
-    """Every (kind, what the caption says, what the scene does not show)."""
+def false_changes(scene: Scene, caption: str, language: str) -> list[tuple[str, str, str]]:
+    """Every (kind, stated value, other value) whose replacement makes the caption false."""
     claim = parse(caption, language)
-    facts = [("place", claim.background, other) for other in BACKGROUNDS] + [
-        ("count", claim.count, n) for n in WORDS[language]["count"]
-    ]
-    facts += [("relation", claim.relation, other) for other in RELATIONS]
+    colours = {object.colour for object in scene.objects}
+    shapes = {object.shape for object in scene.objects}
+    changes = [("background", claim.background, other) for other in BACKGROUNDS]
+    changes += [("count", claim.count, other) for other in WORDS[language]["count"]]
+    changes += [("relation", claim.relation, other) for other in RELATIONS]
     for mention in claim.mentions:
-        colours, shapes = ({getattr(thing, kind) for thing in scene.things} for kind in ("colour", "shape"))
-        facts += [("colour", mention.colour, other) for other in COLOURS if other not in colours]
-        facts += [("shape", mention.shape, other) for other in SHAPES if other not in shapes]
-        if {known.size for known in claim.mentions} == {mention.size}:  # else the first "big" may be another's
-            facts += [("size", mention.size, other) for other in ("big", "small")]
-    return [(kind, said, other) for kind, said, other in facts if said is not None and said != other]
+        changes += [("colour", mention.colour, other) for other in COLOURS if other not in colours]
+        changes += [("shape", mention.shape, other) for other in SHAPES if other not in shapes]
+        if {other.size for other in claim.mentions} == {mention.size}:  # else "big" may belong to the other mention
+            changes += [("size", mention.size, other) for other in ("big", "small")]
+    return [(kind, stated, other) for kind, stated, other in changes if stated is not None and stated != other]
 
 
-# ---- captions and their judge
+# ---- captions and their truth
 
 
 @settings(max_examples=150)
-@given(told_scenes())
-def test_every_caption_is_true_of_its_own_scene_as_text_and_as_words(told):
-    language, scene, caption = told
+@given(captioned_scenes())
+def test_every_caption_is_true_of_its_own_scene_as_text_and_as_words(captioned_scene):
+    language, scene, caption = captioned_scene
     assert is_true(caption, scene, language), caption
     assert is_true(words_of(caption, language), scene, language), caption
 
 
 @settings(max_examples=150)
-@given(told_scenes(), st.data())
-def test_a_caption_with_one_fact_changed_is_false(told, data):
-    language, scene, caption = told
-    facts = other_facts(scene, caption, language)
-    kind, said, other = data.draw(st.sampled_from(facts))
-    lie = changed(caption, kind, said, other, language)
-    assert lie != caption and parse(lie, language) is not None, lie
-    assert not is_true(lie, scene, language), lie
+@given(captioned_scenes(), st.data())
+def test_a_caption_with_one_fact_changed_is_false(captioned_scene, data):
+    language, scene, caption = captioned_scene
+    kind, stated, other = data.draw(st.sampled_from(false_changes(scene, caption, language)))
+    false_caption = change_fact(caption, kind, stated, other, language)
+    assert false_caption != caption and parse(false_caption, language) is not None, false_caption
+    assert not is_true(false_caption, scene, language), false_caption
 
 
 @settings(max_examples=100)
-@given(told_scenes(), st.data())
-def test_a_caption_that_repeats_its_end_is_false(told, data):
-    language, scene, caption = told
+@given(captioned_scenes(), st.data())
+def test_a_caption_that_repeats_its_end_is_false(captioned_scene, data):
+    language, scene, caption = captioned_scene
     words = words_of(caption, language)
-    cut = data.draw(st.integers(1, len(words) - 1))
-    assert not is_true(words + words[cut:], scene, language)
+    start = data.draw(st.integers(1, len(words) - 1))
+    assert not is_true(words + words[start:], scene, language)
 
 
 @pytest.mark.parametrize(
     "language, caption, true",
     [
         ("en", "a red, big circle to the left of a blue, small star on the grass", True),
-        ("en", "A circle, ON THE GRASS.", True),  # a part of the scene is enough
+        ("en", "A circle, ON THE GRASS.", True),  # a caption need not name every object
         ("en", "a blue, small star to the right of a circle on the grass", True),
         ("en", "a star to the left of a circle on the grass", False),
         ("en", "a circle above a star on the grass", False),
@@ -143,18 +143,18 @@ def test_a_caption_that_repeats_its_end_is_false(told, data):
         ("zh", "", False),
     ],
 )
-def test_the_judge_says_what_a_person_would(language, caption, true):
+def test_is_true_agrees_with_people(language, caption, true):
     assert is_true(caption, PAIR, language) is true
 
 
-def test_a_relation_holds_where_it_is_stronger_than_the_other():
+def test_the_relation_of_the_larger_distance_holds():
     below = dataclasses.replace(BLUE, box=(0.3, 0.8, 0.49, 0.99))
     scene = Scene("grass", (RED, below))
     assert is_true("a star below a circle on the grass", scene, "en")
     assert not is_true("a star to the right of a circle on the grass", scene, "en")
 
 
-def test_few_words_are_enough_and_each_is_learnt_from_many_captions(drawn):
+def test_the_vocabulary_is_small_and_every_word_is_frequent(drawn):
     language, records, _ = drawn
     captions = [words_of(caption, language) for record in records for caption in record.captions]
     counts = Counter(word for words in captions for word in words)
@@ -163,33 +163,33 @@ def test_few_words_are_enough_and_each_is_learnt_from_many_captions(drawn):
     assert all(len(record.captions) == len(set(record.captions)) == 2 for record in records)
 
 
-# ---- what a noun names
+# ---- the objects that nouns name
 
 
-def test_every_noun_names_the_boxes_of_what_it_speaks_of(drawn):
-    language, records, listed = drawn
-    nouns = {shape: tuple(forms) for shape, forms in WORDS[language]["shape"].items()}
+def test_every_noun_gives_the_boxes_of_its_object(drawn):
+    language, records, scenes_by_id = drawn
+    nouns = {shape: tuple(words) for shape, words in WORDS[language]["shape"].items()}
     for record in records:
-        boxes = {thing.box: thing.shape for thing in listed[record.id].things}
+        boxes = {object.box: object.shape for object in scenes_by_id[record.id].objects}
         for caption in record.captions:
             words = words_of(caption, language)
-            named = named_objects(words, listed[record.id], language)
+            named = named_objects(words, scenes_by_id[record.id], language)
             assert len(named) == len(parse(words, language).mentions)
             assert all(words[word].endswith(nouns[boxes[box]]) for word, found in named for box in found)
             assert len({box for _, found in named for box in found}) == len(named)
             assert [word for word, _ in named] == sorted(word for word, _ in named)
 
 
-def test_a_noun_that_fits_several_names_them_all_and_a_wrong_one_names_none():
+def test_a_noun_gives_all_objects_that_match_and_a_wrong_one_gives_none():
     twin = dataclasses.replace(RED, size="small", box=(0.7, 0.1, 0.89, 0.29))
     scene = Scene("grass", (RED, twin, BLUE))
-    said = "a circle and a green small star on the grass".split()
-    assert named_objects(said, scene, "en") == [(1, [RED.box, twin.box])]
+    words = "a circle and a green small star on the grass".split()
+    assert named_objects(words, scene, "en") == [(1, [RED.box, twin.box])]
     assert named_objects("a red small circle on the grass".split(), scene, "en") == [(3, [twin.box])]
     assert named_objects("circle circle".split(), scene, "en") == []
 
 
-def test_a_noun_that_jieba_joins_to_its_size_is_still_found():
+def test_a_noun_that_jieba_joins_with_its_size_is_found():
     words = ["草地", "上", "有", "一颗", "蓝色", "的", "小星星"]
     assert named_objects(words, PAIR, "zh") == [(6, [BLUE.box])]
 
@@ -199,10 +199,10 @@ def test_a_noun_that_jieba_joins_to_its_size_is_still_found():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size, side", SIDES.items())
-def test_a_shape_fills_its_box_and_keeps_inside(shape, size, side):
+def test_a_shape_fills_its_box(shape, size, side):
     box = (30 / SIZE, 20 / SIZE, (30 + side) / SIZE, (20 + side) / SIZE)
-    thing = SceneObject(shape, "red", size, box)
-    photo, bare = (draw(Scene("night", things), random.Random(0)) for things in ((thing,), ()))
+    object = SceneObject(shape, "red", size, box)
+    photo, bare = (draw(Scene("night", objects), random.Random(0)) for objects in ((object,), ()))
     y, x = np.nonzero(_difference(photo, bare) > 60)  # more than its shadow
     edges = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
     assert np.abs(edges - SIZE * np.array(box)).max() <= 3
@@ -212,12 +212,12 @@ def test_a_shape_fills_its_box_and_keeps_inside(shape, size, side):
 @given(st.integers(0, 2**32))
 def test_every_shape_stands_out_from_its_background_in_its_own_colour(seed):
     scene = random_scene("train", random.Random(seed))
-    photo, bare = (draw(Scene(scene.background, things), random.Random(seed)) for things in (scene.things, ()))
-    for thing in scene.things:
-        left, top, right, bottom = (round(SIZE * value) for value in thing.box)
+    photo, bare = (draw(Scene(scene.background, objects), random.Random(seed)) for objects in (scene.objects, ()))
+    for object in scene.objects:
+        left, top, right, bottom = (round(SIZE * value) for value in object.box)
         middle = [(left + right) // 2 - 3, (top + bottom) // 2 - 3, (left + right) // 2 + 3, (top + bottom) // 2 + 3]
         painted, behind = (np.array(image.crop(middle), float).mean((0, 1)) for image in (photo, bare))
-        assert min(COLOURS, key=lambda colour: np.abs(painted - COLOURS[colour]).max()) == thing.colour
+        assert min(COLOURS, key=lambda colour: np.abs(painted - COLOURS[colour]).max()) == object.colour
         assert np.abs(painted - behind).max() > 45
 
 
@@ -234,45 +234,45 @@ def _within(box: tuple, margin: int) -> np.ndarray:
 
 @settings(max_examples=100)
 @given(st.integers(0, 2**32), st.sampled_from(["train", "val", "test"]))
-def test_things_keep_apart_lie_inside_and_differ_from_their_background(seed, split):
+def test_objects_are_apart_inside_the_photo_and_unlike_their_background(seed, split):
     scene = random_scene(split, random.Random(seed))
-    inside = [value for thing in scene.things for value in thing.box]
-    assert 1 <= len(scene.things) <= 2 and 0 < min(inside) and max(inside) < 1
-    masks = sum(_within(thing.box, margin=-2).astype(int) for thing in scene.things)
+    inside = [value for object in scene.objects for value in object.box]
+    assert 1 <= len(scene.objects) <= 2 and 0 < min(inside) and max(inside) < 1
+    masks = sum(_within(object.box, margin=-2).astype(int) for object in scene.objects)
     assert masks.max() == 1
-    assert BACKGROUNDS[scene.background].hides not in {thing.colour for thing in scene.things}
+    assert BACKGROUNDS[scene.background].similar_colour not in {object.colour for object in scene.objects}
 
 
 # ---- splits and files
 
 
-def test_what_pairs_val_and_test_show_was_never_seen_in_train(drawn):
-    _, records, listed = drawn
+def test_pairs_in_val_and_test_do_not_occur_in_train(drawn):
+    _, records, scenes_by_id = drawn
     seen = {"train": set(), "val": set(), "test": set()}
     for record in records:
-        things = frozenset((thing.shape, thing.colour, thing.size) for thing in listed[record.id].things)
-        if len(things) > 1:
-            seen[record.split].add((listed[record.id].background, things))
+        objects = frozenset((object.shape, object.colour, object.size) for object in scenes_by_id[record.id].objects)
+        if len(objects) > 1:
+            seen[record.split].add((scenes_by_id[record.id].background, objects))
     assert all(seen.values())
     assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
 
 
-def test_of_two_things_the_big_one_is_named_first(drawn):
-    language, records, listed = drawn
+def test_of_two_objects_the_big_one_is_named_first(drawn):
+    language, records, scenes_by_id = drawn
     for record in records:
-        assert [thing.size for thing in listed[record.id].things] in (["big"], ["small"], ["big", "small"])
+        assert [object.size for object in scenes_by_id[record.id].objects] in (["big"], ["small"], ["big", "small"])
         for caption in record.captions:
             mentions = sorted(parse(caption, language).mentions, key=lambda mention: mention.position)
-            assert all(map(type(mentions[0]).fits, mentions, listed[record.id].things))
+            assert all(map(type(mentions[0]).matches, mentions, scenes_by_id[record.id].objects))
 
 
 @pytest.mark.parametrize("count, expected", [(3, (1, 1, 1)), (10, (8, 1, 1)), (25, (21, 2, 2))])
-def test_splits_are_a_tenth_each_and_one_photo_at_least(tmp_path, count, expected):
+def test_val_and_test_are_a_tenth_each_and_at_least_one_photo(tmp_path, count, expected):
     splits = Counter(record.split for record in draw_scenes(tmp_path, count, "en", 0))
     assert tuple(splits[split] for split in ("train", "val", "test")) == expected
 
 
-def test_the_same_seed_draws_the_same_files_and_another_draws_others(tmp_path):
+def test_equal_seeds_draw_equal_files_and_different_seeds_different_ones(tmp_path):
     one, two, other = (draw_scenes(tmp_path / name, 10, "zh", seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert [record.captions for record in one] == [record.captions for record in two]
@@ -280,7 +280,7 @@ def test_the_same_seed_draws_the_same_files_and_another_draws_others(tmp_path):
     assert [record.captions for record in one] != [record.captions for record in other]
 
 
-def test_neither_language_nor_number_changes_a_scene(tmp_path):
+def test_neither_language_nor_count_changes_a_scene(tmp_path):
     draw_scenes(tmp_path / "a", 10, "zh", 0)
     draw_scenes(tmp_path / "b", 30, "en", 0)
     few, many = files(tmp_path / "a"), files(tmp_path / "b")
@@ -288,50 +288,52 @@ def test_neither_language_nor_number_changes_a_scene(tmp_path):
     assert read_scenes(tmp_path / "a").items() <= read_scenes(tmp_path / "b").items()
 
 
-def test_other_seeds_leave_the_photos_and_scenes_that_captions_may_speak_of(tmp_path):
+def test_another_seed_leaves_existing_photos_and_scenes(tmp_path):
     draw_scenes(tmp_path, 10, "zh", 0)
-    before, listed = files(tmp_path), read_scenes(tmp_path)
+    before, scenes_by_id = files(tmp_path), read_scenes(tmp_path)
     draw_scenes(tmp_path, 10, "zh", 1)
     after = files(tmp_path)
     assert all(after[name] == before[name] for name in before if name.endswith(".png"))
-    assert read_scenes(tmp_path).items() > listed.items()
+    assert read_scenes(tmp_path).items() > scenes_by_id.items()
 
 
-def test_photos_are_small_squares_and_the_list_is_plain_json(drawn):
-    _, records, listed = drawn
+def test_photos_are_small_squares_and_scenes_json_has_the_documented_format(drawn):
+    _, records, scenes_by_id = drawn
     assert {Image.open(record.image).size for record in records} == {(SIZE, SIZE)}
     folder = Path(records[0].image).parents[1]
     plain = json.loads((folder / "scenes.json").read_text("utf-8"))
-    assert list(plain) == [record.id for record in records] == list(listed)
-    assert plain[records[0].id] == json.loads(json.dumps(dataclasses.asdict(listed[records[0].id])))
+    assert list(plain) == [record.id for record in records] == list(scenes_by_id)
+    scene = scenes_by_id[records[0].id]
+    things = [{**dataclasses.asdict(object), "box": list(object.box)} for object in scene.objects]
+    assert plain[records[0].id] == {"background": scene.background, "things": things}
     assert sorted(os.listdir(folder)) == ["photos", "scenes.json"]
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": {"background": "sky", "things": [1]}}'])
-def test_a_list_that_is_none_is_refused_in_one_line(tmp_path, text):
+def test_a_malformed_scenes_json_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "scenes.json").write_text(text, "utf-8")
-    with pytest.raises(UserError, match="scenes.json: no list of scenes .* remove it") as raised:
+    with pytest.raises(UserError, match="scenes.json: not a list of scenes .* remove it") as error:
         read_scenes(tmp_path)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_missing_list_names_the_command_that_draws_scenes(tmp_path):
+def test_a_missing_scenes_json_names_the_command_that_draws_scenes(tmp_path):
     with pytest.raises(UserError, match="python -m preprocess .* --scenes"):
         read_scenes(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "photos").write_text("in the way", "utf-8")
     with pytest.raises(UserError, match="photos.*: cannot be written"):
         draw_scenes(tmp_path, 10, "en", 0)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_command_keeps_every_caption_true(tmp_path, monkeypatch, language):
+def test_captions_written_by_the_command_are_true(tmp_path, monkeypatch, language):
     monkeypatch.chdir(tmp_path)
     main(Preprocess(Path("data"), scenes=12, language=language, min_count=1, workers=1))
-    listed = read_scenes(Path("data"))
+    scenes_by_id = read_scenes(Path("data"))
     for line in Path("data/captions.jsonl").read_text("utf-8").splitlines():
         photo = json.loads(line)
         assert Path(photo["image"]).is_file()
-        assert all(is_true(words, listed[photo["id"]], language) for words in photo["captions"])
+        assert all(is_true(words, scenes_by_id[photo["id"]], language) for words in photo["captions"])

@@ -37,14 +37,14 @@ def test_the_size_limit_keeps_the_most_frequent_beside_the_special_words():
     assert vocabulary.words[4:] == ("a", "b") and len(vocabulary) == 6
 
 
-def test_a_caption_that_says_end_does_not_end_there():
+def test_the_text_of_a_special_word_in_a_caption_is_an_unknown_word():
     vocabulary = build([["the", *SPECIAL, "end"]] * 3)
     assert vocabulary.words[:4] == SPECIAL and len(vocabulary) == 6
     assert vocabulary.encode(SPECIAL) == [UNKNOWN] * 4
 
 
 @given(captions, st.integers(1, 3), st.integers(1, 6))
-def test_the_vocabulary_is_what_counting_by_hand_gives(captions, min_count, max_words):
+def test_the_vocabulary_equals_a_reference_implementation(captions, min_count, max_words):
     counts = Counter(word for caption in captions for word in caption if word not in SPECIAL)
     ranked = sorted(sorted(counts), key=counts.get, reverse=True)
     expected = [word for word in ranked if counts[word] >= min_count][:max_words]
@@ -52,11 +52,11 @@ def test_the_vocabulary_is_what_counting_by_hand_gives(captions, min_count, max_
 
 
 @given(captions)
-def test_known_words_survive_encoding(captions):
+def test_words_in_the_vocabulary_survive_encoding_and_decoding(captions):
     vocabulary = build(captions)
     for caption in captions:
-        known = [word if word not in SPECIAL else "<unk>" for word in caption]
-        assert vocabulary.decode(vocabulary.encode(caption)) == known
+        expected = [word if word not in SPECIAL else "<unk>" for word in caption]
+        assert vocabulary.decode(vocabulary.encode(caption)) == expected
 
 
 def test_chinese_is_joined_without_spaces_and_english_with():
@@ -64,7 +64,7 @@ def test_chinese_is_joined_without_spaces_and_english_with():
     assert build([["dog"]]).join(["a", "dog"]) == "a dog"
 
 
-def test_the_file_gives_the_same_vocabulary_back(tmp_path):
+def test_a_vocabulary_survives_saving_and_loading(tmp_path):
     vocabulary = build([["a", "狗", "a"]])
     vocabulary.save(tmp_path / "vocab.json")
     assert Vocabulary.load(tmp_path / "vocab.json") == vocabulary
@@ -72,7 +72,7 @@ def test_the_file_gives_the_same_vocabulary_back(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["vocab.json"]
 
 
-def test_a_checkpoint_gets_plain_data_and_gives_the_same_vocabulary_back():
+def test_a_vocabulary_survives_conversion_to_json_ready_data():
     data = build([["a", "狗"]]).to_dict()
     assert type(data["words"]) is list and json.loads(json.dumps(data)) == data
     assert Vocabulary.from_dict(data) == build([["a", "狗"]])
@@ -82,7 +82,7 @@ GOOD = {"language": "en", "tokenizer": "whitespace", "min_count": 5, "words": [*
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, expected",
     [
         ({"language": "fr"}, "language 'fr'"),
         ({"tokenizer": ["jieba"]}, "tokenizer"),
@@ -92,17 +92,17 @@ GOOD = {"language": "en", "tokenizer": "whitespace", "min_count": 5, "words": [*
         ({"words": []}, "first words"),
         ({"words": "dog"}, "list"),
         ({"words": [*SPECIAL, "dog", "dog"]}, "twice"),
-        ({"words": [*SPECIAL, 3]}, "no text"),
+        ({"words": [*SPECIAL, 3]}, "not text"),
         ({"words": [*SPECIAL, ""]}, "empty"),
         ({"size": 9}, "keys"),
     ],
 )
-def test_a_malformed_vocabulary_is_named_with_its_file(tmp_path, change, told):
+def test_a_malformed_vocabulary_is_refused_with_file_and_reason(tmp_path, change, expected):
     file = tmp_path / "vocab.json"
     file.write_text(json.dumps({**GOOD, **change}))
     with pytest.raises(UserError) as error:
         Vocabulary.load(file)
-    assert str(error.value).startswith(str(file)) and told in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(file)) and expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_file_names_the_command(tmp_path):

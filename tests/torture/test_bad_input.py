@@ -461,8 +461,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "a word twice",
         vocabulary(words=WORDS + ["a"]),
         TRAIN,
-        "data/small/vocab.json: not a vocabulary: a word occurs twice; make it with: python -m "
-        "preprocess data/small",
+        "data/small/vocab.json: not a vocabulary: a word occurs twice; make it with: python -m preprocess data/small",
     ),
     (
         "a word that is a number",
@@ -1017,7 +1016,8 @@ TABLE = [  # what; how it comes about; the command; its line
         "a list of scenes that is none",
         put("data/s/scenes.json", "{}x"),
         "preprocess data/s --scenes 20",
-        "data/s/scenes.json: not a list of scenes (Extra data: line 1 column 3 (char 2)); remove it and draw them again",
+        "data/s/scenes.json: not a list of scenes (Extra data: line 1 column 3 (char 2)); remove it and draw them "
+        "again",
     ),
 ]
 
