@@ -76,11 +76,13 @@ def _read_records(config: Preprocess) -> list[Record]:
 
         return draw_scenes(config.data, config.scenes, config.language or "zh", config.seed)
     if config.karpathy:
-        return read_annotations(*config.karpathy, None)
+        file, images = config.karpathy
+        return read_annotations(file, images, split=None)
     records: list[Record] = []
     for split in SPLITS:
-        if files := getattr(config, split):
-            records += read_annotations(*files, split)
+        if source := getattr(config, split):
+            file, images = source
+            records += read_annotations(file, images, split)
     _check_ids(records)
     return records if config.val else _hold_out_val(records)
 

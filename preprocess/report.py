@@ -50,7 +50,7 @@ class SplitStats:
 
 def split_table(stats: Mapping[str, SplitStats], vocabulary: Vocabulary) -> str:
     """Photos, captions, caption lengths and unknown words, one line per split that has photos."""
-    rows = [HEADINGS]
+    rows: list[tuple[str, ...]] = [HEADINGS]
     for split in SPLITS:
         if stats[split].photos:
             rows.append(_table_row(split, stats[split], vocabulary))

@@ -215,7 +215,9 @@ def _make_caption(scene: Scene, language: str, rng: random.Random) -> str | None
     objects = dict(zip(object_slots, scene.objects, strict=True))
     facts = {"background": scene.background, "count": str(len(objects))}
     if "relation" in slots:
-        facts["relation"] = clear_relation(objects["a"], objects["b"])
+        relation = clear_relation(objects["a"], objects["b"])
+        assert relation is not None  # random_scene ensures it
+        facts["relation"] = relation
     words = {slot: _choose_word(slot, facts[slot], language, rng) for slot in slots if slot in facts}
     phrases = {slot: _make_phrase(object, language, rng) for slot, object in objects.items()}
     if len(set(phrases.values())) < len(phrases):
@@ -268,7 +270,7 @@ def _is_true_of_objects(claim: Claim, objects: Sequence[SceneObject]) -> bool:
     """Whether the i-th mention describes the i-th object, and the relation holds."""
     if not all(mention.matches(object) for mention, object in zip(claim.mentions, objects, strict=True)):
         return False
-    return claim.relation is None or relation_holds(claim.relation, *objects[:2])
+    return claim.relation is None or relation_holds(claim.relation, objects[0], objects[1])
 
 
 def named_objects(words: Sequence[str], scene: Scene, language: str) -> list[tuple[int, list[Box]]]:
@@ -303,8 +305,9 @@ def _parse_phrase(phrase: str, start: int, language: str) -> Mention:
     matches = (pattern.fullmatch(phrase) for pattern in _compile_templates(PHRASES[language], language))
     match = next(match for match in matches if match)
     slots = match.groupdict()
-    facts = {kind: _parse_word(kind, slots.get(kind), language) for kind in ("shape", "colour", "size")}
-    return Mention(**facts, position=start + match.start("shape"))
+    shape, colour, size = (_parse_word(kind, slots.get(kind), language) for kind in ("shape", "colour", "size"))
+    assert shape is not None  # every template has a noun
+    return Mention(shape, colour, size, start + match.start("shape"))
 
 
 def _parse_word(kind: str, word: str | None, language: str) -> str | None:

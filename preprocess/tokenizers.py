@@ -17,7 +17,7 @@ import re
 import signal
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
@@ -110,7 +110,7 @@ def tokenize(caption: str, tokenizer: str) -> list[str]:
     return TOKENIZERS[tokenizer](caption).split()
 
 
-def tokenize_all(captions: Sequence[str], tokenizer: str, workers: int = 1) -> Iterator[list[str]]:
+def tokenize_all(captions: Sequence[str], tokenizer: str, workers: int = 1) -> Generator[list[str], None, None]:
     """The words of every caption, in order.
 
     jieba tokenizes many captions in up to `workers` processes. The other tokenizers run in this process: they take
@@ -119,6 +119,7 @@ def tokenize_all(captions: Sequence[str], tokenizer: str, workers: int = 1) -> I
     chunks = [captions[start : start + CHUNK_SIZE] for start in range(0, len(captions), CHUNK_SIZE)]
     tokenize_chunk = functools.partial(_tokenize_chunk, tokenizer)
     processes = min(workers, len(captions) // CAPTIONS_PER_PROCESS)
+    texts: Iterator[str]
     if tokenizer == "jieba" and processes > 1:
         texts = _map_in_processes(tokenize_chunk, chunks, processes)
     else:

@@ -17,8 +17,10 @@ import atheris
 from tests.fuzz import FOLDER, lay_down
 from tests.torture.annotations import FORMS
 
-with atheris.instrument_imports(include=["preprocess.annotations"]):
-    from preprocess import annotations
+with atheris.instrument_imports(include=["preprocess.annotations", "preprocess.readers"]):
+    from preprocess import ANNOTATION_READERS, annotations
+
+    list(ANNOTATION_READERS.values())  # imports the readers, so that they are instrumented
 
 from captioning.errors import UserError
 
