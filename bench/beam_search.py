@@ -1,12 +1,11 @@
-"""Beam search over a batch of photos beside the tutorial's, which takes one photo at a time.
+"""The speed of Kantu's beam search, over batches of photos, and of the tutorial's, over one photo at a time.
 
     python bench/beam_search.py                                                   random weights and features
     python bench/beam_search.py --run checkpoints/att --data data/aic             a trained run, photos of val
-    python bench/beam_search.py --photos 5000 --batch-size 500 --device cuda      ours alone, on a GPU
+    python bench/beam_search.py --photos 5000 --batch-size 500 --device cuda      only Kantu, on a GPU
 
-Both have the same weights. The tutorial lets a beam that ended go and searches on with fewer; with the rule of our
-search instead (captioning/search/beam_search.py) it must write the same captions. That is checked before anything is
-timed.
+Both have the same weights. In the tutorial, a finished hypothesis makes the beam smaller. With the rule of
+captioning/search/beam_search.py instead, the tutorial must find the same captions; this is checked as well.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from preprocess.captions import read_captions
 
 @dataclass(frozen=True)
 class Bench:
-    run: Path | None = None  # of decoder attention; random weights unless given
+    run: Path | None = None  # run of --decoder attention; random weights unless given
     data: Path | None = None  # with --run
     features: Path | None = None  # with --run: data/NAME/features.h5 unless given
     photos: int = 60
     beam_size: int = 5
-    max_length: int = 12  # random weights write so many words
+    max_length: int = 12  # words per caption; random weights always reach it
     batch_size: int = 32
     vocabulary: int = 9490
     channels: int = 2048
@@ -46,8 +45,8 @@ class Bench:
     threads: int = torch.get_num_threads()
 
 
-def made_up(bench: Bench) -> tuple[nn.Module, Grid]:
-    """Random weights: their captions end where --max-length is, and each is another."""
+def make_random(bench: Bench) -> tuple[nn.Module, Grid]:
+    """A decoder with random weights, and random features. The captions have --max-length words and all differ."""
     torch.manual_seed(0)
     decoder = build_decoder(
         "attention",
@@ -66,7 +65,8 @@ def made_up(bench: Bench) -> tuple[nn.Module, Grid]:
     return decoder, Grid(torch.randn(bench.photos, 64, bench.channels).relu(), grid_pooling(8, 8))
 
 
-def trained(bench: Bench) -> tuple[nn.Module, Grid]:
+def load_trained(bench: Bench) -> tuple[nn.Module, Grid]:
+    """The decoder of --run, and features of val."""
     saved = load_checkpoint(bench.run)["decoder"]
     decoder = build_decoder(saved["name"], saved["sizes"])
     decoder.load_state_dict(saved["state"])
@@ -75,30 +75,30 @@ def trained(bench: Bench) -> tuple[nn.Module, Grid]:
     return decoder, reader.read(rows).to(torch.device("cpu"), torch.float32)
 
 
-def captions(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype) -> list[list[int]]:
-    """Ours, batch by batch."""
-    found = []
+def caption_all(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype) -> list[list[int]]:
+    """The best caption of every photo by Kantu's beam search, in batches of --batch-size."""
+    captions = []
     for cells in grid.cells.split(bench.batch_size):
         with autocast(cells.device, dtype):
             batch = Grid(cells.to(dtype), grid.pooling)
-            found += [
+            captions += [
                 best.words for (best,) in beam_search(decoder, batch, SearchOptions(bench.beam_size, bench.max_length))
             ]
-    return found
+    return captions
 
 
 def main(bench: Bench) -> None:
     torch.set_num_threads(bench.threads)
-    decoder, grid = trained(bench) if bench.run else made_up(bench)
+    decoder, grid = load_trained(bench) if bench.run else make_random(bench)
     device = pick_device(bench.device)
     decoder, grid = decoder.to(device).eval(), grid.to(device, torch.float32)
     seconds = {}
     if device.type == "cpu":
-        seconds = tutorial_seconds(bench, decoder, grid)
+        seconds = time_tutorial(bench, decoder, grid)
     for dtype in dict.fromkeys((torch.float32, pick_precision("auto", device))):
-        captions(decoder, Grid(grid.cells[: bench.batch_size], grid.pooling), bench, dtype)  # warm
-        name = f"ours, {str(dtype).removeprefix('torch.')}"
-        seconds[name] = timeit(lambda dtype=dtype: captions(decoder, grid, bench, dtype), number=1)
+        caption_all(decoder, Grid(grid.cells[: bench.batch_size], grid.pooling), bench, dtype)  # warm-up
+        name = f"Kantu, {str(dtype).removeprefix('torch.')}"
+        seconds[name] = timeit(lambda dtype=dtype: caption_all(decoder, grid, bench, dtype), number=1)
     slowest = next(iter(seconds.values()))
     for name, taken in seconds.items():
         print(f"{name:>30}  {len(grid) / taken:8.1f} captions/s  {slowest / taken:6.1f} times as fast")
@@ -106,8 +106,8 @@ def main(bench: Bench) -> None:
     print(f"{device}, {bench.threads} threads, torch {torch.__version__}")
 
 
-def tutorial_seconds(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, float]:
-    """What the tutorial takes. Its captions, under the rule of our search, are ours, or there is nothing to compare."""
+def time_tutorial(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, float]:
+    """Seconds of the tutorial's search. Exits if, with Kantu's rule, it does not find Kantu's captions."""
     sizes = (
         decoder.embedding.weight.shape,
         grid.cells.shape[2],
@@ -115,25 +115,28 @@ def tutorial_seconds(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, 
         decoder.output_layer.in_features,
     )
     (vocabulary, embedding), channels, attention, hidden = sizes
-    plain = TutorialAttention(vocabulary, channels, embedding, attention, hidden, 0.0).take(decoder).eval()
+    tutorial = TutorialAttention(vocabulary, channels, embedding, attention, hidden, 0.0).copy_weights(decoder).eval()
     maps = grid.spread(grid.cells).unflatten(1, (SIDE, SIDE))
-    found: dict[bool, list] = {}
+    captions: dict[bool, list] = {}
 
     def search(refill: bool) -> None:
-        found[refill] = [plain.beam_search(one, bench.beam_size, bench.max_length, refill) for one in maps]
+        captions[refill] = [tutorial.beam_search(one, bench.beam_size, bench.max_length, refill) for one in maps]
 
     seconds = {
         "tutorial": timeit(lambda: search(False), number=1),
-        "tutorial, our rule": timeit(lambda: search(True), number=1),
+        "tutorial, Kantu's rule": timeit(lambda: search(True), number=1),
     }
-    ours = captions(decoder, grid, bench, torch.float32)
-    same, also = (sum(a == b for a, b in zip(ours, found[refill], strict=True)) for refill in (True, False))
+    expected = caption_all(decoder, grid, bench, torch.float32)
+    equal = {
+        refill: sum(one == other for one, other in zip(expected, captions[refill], strict=True))
+        for refill in (True, False)
+    }
     print(
-        f"{same} of {len(ours)} captions are the tutorial's under our rule, {also} under its own; "
-        f"{sum(map(len, ours)) / len(ours):.1f} words each"
+        f"{equal[True]} of {len(expected)} captions equal the tutorial's with Kantu's rule, {equal[False]} with its own; "
+        f"{sum(map(len, expected)) / len(expected):.1f} words per caption"
     )
-    if same < len(ours):
-        raise SystemExit("they are not the same; nothing is compared")
+    if equal[True] < len(expected):
+        raise SystemExit("error: the captions are not the same; the times are not comparable")
     return seconds
 
 

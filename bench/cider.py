@@ -1,11 +1,11 @@
-"""How much of a step of CIDEr optimisation its reward takes, and how the reward compares with the plain way.
+"""The time of the CIDEr reward, as a fraction of a training step and compared with pycocoevalcap's scorer.
 
-    python bench/cider.py data/f8k-en                      captions of a data folder; features are random numbers
+    python bench/cider.py data/f8k-en                      captions of a data folder; features are random
     python bench/cider.py data/coco --device cuda --batch-size 500
 
-The plain way is pycocoevalcap's scorer, as self-critical training is usually written: the references of the batch are
-cut into n-grams again at every step, in dictionaries, with the document frequencies counted once beforehand. Both give
-the same scores, which is checked before anything is timed.
+Implementations of self-critical training (Rennie et al., 2017, https://arxiv.org/abs/1612.00563) usually call
+pycocoevalcap's scorer, which counts the n-grams of the references again at every step; the document frequencies are
+counted once. Both rewards are equal, which is checked before they are timed.
 """
 
 from __future__ import annotations
@@ -40,30 +40,32 @@ from preprocess.vocabulary import END, VOCABULARY_FILE, Vocabulary
 @dataclass(frozen=True)
 class Bench:
     data: Positional[Path]  # folder made by python -m preprocess
-    batch_size: int = 100  # captions, and about as many are drawn
-    steps: int = 12  # timed, after two that are not
+    batch_size: int = 100  # captions; about as many are sampled
+    steps: int = 12  # timed steps, after two warm-up steps
     decoder: str = "attention"
-    channels: int = 2048  # of the 8x8 cells of a 256-pixel photo
+    channels: int = 2048  # of the features; the grid has 8x8 cells, as for a photo of 256 pixels
     device: str = "auto"
-    threads: int = torch.get_num_threads()  # of torch
+    threads: int = torch.get_num_threads()
 
 
-class Clocked:
-    """A reward that notes its own time."""
+class TimedReward:
+    """A reward that records the time of each call, and the arguments of the last."""
 
     def __init__(self, reward: CiderReward):
-        self.reward, self.seconds, self.captions = reward, [], 0
+        self.reward = reward
+        self.seconds: list[float] = []
+        self.arguments: tuple[np.ndarray, np.ndarray]
 
     def __call__(self, photos: np.ndarray, captions: np.ndarray) -> np.ndarray:
         started = time.perf_counter()
         rewards = self.reward(photos, captions)
         self.seconds.append(time.perf_counter() - started)
-        self.asked, self.captions = (photos, captions), len(captions)
+        self.arguments = photos, captions
         return rewards
 
 
-class PlainReward:
-    """pycocoevalcap's scorer, with document frequencies counted once."""
+class PycocoevalcapReward:
+    """pycocoevalcap's scorer, with document frequencies that are counted once."""
 
     def __init__(self, photos: list, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
@@ -71,7 +73,7 @@ class PlainReward:
         self.frequencies = Counter(
             gram
             for captions in self.references
-            for gram in {g for caption in captions for g in precook(caption, out=True)}
+            for gram in set().union(*(precook(caption, out=True) for caption in captions))
         )
 
     def __call__(self, photos: np.ndarray, captions: np.ndarray) -> np.ndarray:
@@ -83,19 +85,19 @@ class PlainReward:
             )
             scorer += (" ".join([*words, *["<end>"] * ended]), self.references[photo])
         scorer.document_frequency = self.frequencies
-        scorer.crefs = AsMany(scorer.crefs, len(self.references))
+        scorer.crefs = ListWithLength(scorer.crefs, len(self.references))
         return np.array(scorer.compute_cider())
 
 
-class AsMany(list):
-    """The scorer asks len() of its references how many photos the document frequencies are of: here all of train."""
+class ListWithLength(list):
+    """A list with another len(), which the scorer takes for the number of documents: here all photos of train."""
 
-    def __init__(self, items: list, photos: int):
+    def __init__(self, items: list, length: int):
         super().__init__(items)
-        self.photos = photos
+        self.length = length
 
     def __len__(self) -> int:
-        return self.photos
+        return self.length
 
 
 def main(bench: Bench) -> None:
@@ -108,39 +110,53 @@ def main(bench: Bench) -> None:
     photos = photos_of(list(read_captions(bench.data)), "train", bench.data)
     split = CaptionDataset(photos, vocabulary, config.max_length)
     started = time.perf_counter()
-    reward = Clocked(CiderReward(split))
-    counted = time.perf_counter() - started
+    reward = TimedReward(CiderReward(split))
+    counting_seconds = time.perf_counter() - started
     settings = {**as_plain_data(config), "vocabulary_size": len(vocabulary), "channels": bench.channels}
     decoder = build_decoder(bench.decoder, settings).to(device).train()
     with torch.no_grad():
-        decoder.output_layer.bias[END] = np.log(len(vocabulary) / 10)  # untrained, it would hardly ever end
+        decoder.output_layer.bias[END] = np.log(
+            len(vocabulary) / 10
+        )  # without it, an untrained decoder hardly ever samples <end>
     objective = Cider(config, reward)
     optimizer = torch.optim.AdamW(decoder.parameters(), 1e-9)
     order = np.random.default_rng(0).permutation(len(split))
     plan = plan_batches(split, bench.batch_size, order)[: bench.steps + 2]
-    seconds = [step(bench, photos, objective, decoder, optimizer, device, precision) for photos in plan][2:]
-    step_seconds, reward_seconds = statistics.median(seconds), statistics.median(reward.seconds[2:])
+    seconds = [time_step(bench, photos, objective, decoder, optimizer, device, precision) for photos in plan][2:]
+    step_seconds = statistics.median(seconds)
+    reward_seconds = statistics.median(reward.seconds[2:])
 
-    plain = PlainReward(photos, vocabulary)
-    np.testing.assert_allclose(plain(*reward.asked), reward.reward(*reward.asked), rtol=1e-9, atol=1e-12)
-    ours, theirs = (
-        statistics.median(repeat(partial(way, *reward.asked), number=1, repeat=9)) for way in (reward.reward, plain)
+    reference = PycocoevalcapReward(photos, vocabulary)
+    arguments = reward.arguments
+    np.testing.assert_allclose(reference(*arguments), reward.reward(*arguments), rtol=1e-9, atol=1e-12)
+    alone_seconds, reference_seconds = (
+        statistics.median(repeat(partial(function, *arguments), number=1, repeat=9))
+        for function in (reward.reward, reference)
     )
-    words = (reward.asked[1] > END).sum() / reward.captions
+    captions = arguments[1]
     print(
-        f"{reward.captions} captions of {words:.1f} words a step, {len(photos):,} photos to train on; "
-        f"{bench.decoder}, {device}, {str(precision).removeprefix('torch.')}, torch {torch.__version__}"
+        f"{len(captions)} captions of {(captions > END).sum() / len(captions):.1f} words per step, "
+        f"{len(photos):,} training photos; {bench.decoder}, {device}, {str(precision).removeprefix('torch.')}, torch {torch.__version__}"
     )
-    print(f"{'document frequencies':>24}  {counted:.1f} s, once")
-    print(f"{'a step':>24}  {1000 * step_seconds:.1f} ms")
-    print(f"{'of it the reward':>24}  {1000 * reward_seconds:.2f} ms, {reward_seconds / step_seconds:.1%}")
+    print(f"{'document frequencies':>24}  {counting_seconds:.1f} s, once")
+    print(f"{'training step':>24}  {1000 * step_seconds:.1f} ms")
+    print(f"{'of which reward':>24}  {1000 * reward_seconds:.2f} ms, {reward_seconds / step_seconds:.1%}")
     print(
-        f"{'the plain reward':>24}  {1000 * theirs:.2f} ms, {theirs / ours:.1f} times ours alone ({1000 * ours:.2f} ms)"
+        f"{'pycocoevalcap':>24}  {1000 * reference_seconds:.2f} ms, {reference_seconds / alone_seconds:.1f} times "
+        f"Kantu's reward alone ({1000 * alone_seconds:.2f} ms)"
     )
 
 
-def step(bench, photos, objective, decoder, optimizer, device, precision) -> float:
-    """Seconds of one step, on random features."""
+def time_step(
+    bench: Bench,
+    photos: np.ndarray,
+    objective: Cider,
+    decoder: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    precision: torch.dtype,
+) -> float:
+    """Seconds of one training step, on random features."""
     cells = torch.rand(len(photos), 64, bench.channels, device=device).to(precision)
     grid = Grid(cells, grid_pooling(8, 8).to(device))
     batch = type("Batch", (), {"indices": photos})

@@ -1,12 +1,12 @@
-"""A training step and an epoch of our decoders beside the tutorials' way (bench/tutorial.py), on random features.
+"""The time of a training step of Kantu's decoders and of the tutorials' (bench/tutorial.py), on random features.
 
     python bench/decoders.py                                     attention, 32 captions of 8 photos
-    python bench/decoders.py --photos 32 --captions-of-a-photo 1     each of another photo: no work is shared
+    python bench/decoders.py --photos 32 --captions-per-photo 1     one caption per photo: captions share no work
     python bench/decoders.py --decoder lstm
-    python bench/decoders.py --encoder resnet101                 as in an epoch: the tutorial pays its encoder, too
+    python bench/decoders.py --encoder resnet101                 the tutorial also runs its encoder, as in every epoch
 
-Both have the same weights and see the same captions; losses and gradients are compared before anything is timed. A
-step is all that an update takes: gradients, clipping, Adam. The best of --rounds counts, the two taking turns.
+Both have the same weights and captions, and their losses and gradients are compared before anything is timed. A step is
+a full update: gradients, clipping, Adam. The implementations alternate for --rounds rounds; the best time counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from captioning.training.optimizer import make_optimizer
 from config import Train
 from preprocess.vocabulary import END, SPECIAL, START
 
-# Words of a COCO caption (val2017, all 25,014): how many captions have so many
+# words per caption -> number of captions, of all 25,014 captions of COCO val2017
 COCO_LENGTHS = {
     7: 206,
     8: 4005,
@@ -64,37 +64,39 @@ COCO_LENGTHS = {
 class Bench:
     decoder: Literal["attention", "lstm"] = "attention"
     photos: int = 8
-    captions_of_a_photo: int = 4  # not COCO's 5: 32 captions a batch, and each photo counts alike in a BatchNorm
-    longer: int = 1  # times COCO's captions
+    captions_per_photo: int = 4  # not COCO's 5: 32 captions per batch, equally many per photo for BatchNorm
+    length_factor: int = 1  # multiplies the lengths of COCO captions
     vocabulary: int = 9490
     channels: int = 2048
     size: int = 512  # of embedding, attention and hidden state
-    cells: int = 8  # native cells a side
-    encoder: str | None = None  # such as resnet101: the tutorial encodes a photo a caption; JPEGs are not decoded
+    grid_side: int = 8  # native cells per side
+    encoder: str | None = (
+        None  # such as resnet101: the tutorial encodes one photo per caption; JPEG decoding is not included
+    )
     image_size: int = 256
     rounds: int = 5
     threads: int = torch.get_num_threads()
 
 
 class Data:
-    """Random captions of COCO's lengths for random features."""
+    """Random captions with the lengths of COCO captions, and random features."""
 
     def __init__(self, bench: Bench, seed: int = 0):
-        random = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         counts = np.array(list(COCO_LENGTHS.values()))
-        lengths = random.choice(list(COCO_LENGTHS), bench.photos * bench.captions_of_a_photo, p=counts / counts.sum())
-        self.lengths = -np.sort(-bench.longer * lengths) + 1  # and an <end>
+        lengths = rng.choice(list(COCO_LENGTHS), bench.photos * bench.captions_per_photo, p=counts / counts.sum())
+        self.lengths = -np.sort(-bench.length_factor * lengths) + 1  # including <end>
         self.captions = torch.zeros(len(self.lengths), self.lengths[0] + 1, dtype=torch.long)
         for row, length in zip(self.captions, self.lengths, strict=True):
-            words = torch.from_numpy(random.integers(len(SPECIAL), bench.vocabulary, length - 1))
+            words = torch.from_numpy(rng.integers(len(SPECIAL), bench.vocabulary, length - 1))
             row[: length + 1] = torch.cat([torch.tensor([START]), words, torch.tensor([END])])
-        self.photo_index = torch.from_numpy(random.permutation(np.arange(len(self.lengths)) % bench.photos))
+        self.photo_index = torch.from_numpy(rng.permutation(np.arange(len(self.lengths)) % bench.photos))
         cells = torch.from_numpy(
-            random.standard_normal((bench.photos, bench.cells**2, bench.channels), np.float32)
+            rng.standard_normal((bench.photos, bench.grid_side**2, bench.channels), np.float32)
         ).relu()
-        self.grid = Grid(cells, grid_pooling(bench.cells, bench.cells))
+        self.grid = Grid(cells, grid_pooling(bench.grid_side, bench.grid_side))
 
-    def for_us(self, dtype: torch.dtype) -> Batch:
+    def kantu_batch(self, dtype: torch.dtype) -> Batch:
         words = pack_padded_sequence(self.captions[:, :-1], self.lengths, batch_first=True)
         targets = pack_padded_sequence(self.captions[:, 1:], self.lengths, batch_first=True).data
         pooling = self.grid.pooling.to(torch.promote_types(dtype, torch.float32))
@@ -103,14 +105,14 @@ class Data:
             grid, PackedSequence(words.data, words.batch_sizes), targets, self.photo_index, np.arange(len(grid))
         )
 
-    def for_the_tutorial(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[int]]:
-        """Every caption with a copy of its photo's 14x14 map (B, 14, 14, C), as its loader hands them over."""
+    def tutorial_batch(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[int]]:
+        """The tutorial's batch: a 14x14 map per caption (B, 14, 14, C), the captions and their lengths."""
         maps = self.grid.spread(self.grid.cells.to(dtype)).unflatten(1, (SIDE, SIDE))
         return maps[self.photo_index], self.captions, self.lengths.tolist()
 
 
-def decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
-    """Ours and the tutorial's, of the same weights."""
+def make_decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
+    """Kantu's decoder and the tutorial's, with the same weights."""
     torch.manual_seed(0)
     sizes = {
         "vocabulary_size": bench.vocabulary,
@@ -119,17 +121,18 @@ def decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
         "hidden_size": bench.size,
         "dropout": dropout,
     }
-    plain = (bench.vocabulary, bench.channels, bench.size)
+    tutorial_sizes = (bench.vocabulary, bench.channels, bench.size)
     if bench.decoder == "lstm":
-        ours = build_decoder("lstm", sizes)
-        return ours, TutorialLstm(*plain, bench.size, dropout).take(ours)
-    ours = build_decoder("attention", {**sizes, "attention_size": bench.size})
-    ours.score.weight.data *= 10  # as peaked as trained attention: the gradients of an even one are all rounding
-    return ours, TutorialAttention(*plain, bench.size, bench.size, dropout).take(ours)
+        lstm = build_decoder("lstm", sizes)
+        return lstm, TutorialLstm(*tutorial_sizes, bench.size, dropout).copy_weights(lstm)
+    attention = build_decoder("attention", {**sizes, "attention_size": bench.size})
+    # As peaked as trained attention: the gradients of uniform attention are dominated by rounding errors.
+    attention.score.weight.data *= 10
+    return attention, TutorialAttention(*tutorial_sizes, bench.size, bench.size, dropout).copy_weights(attention)
 
 
-def our_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """As captioning/training/trainer.py; without an optimizer the gradients stay."""
+def kantu_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """One update as in captioning/training/trainer.py. Without an optimizer, compute and keep the gradients."""
     with autocast(batch.targets.device, dtype):
         loss = CrossEntropy(Train("data", "run"))(decoder, batch.photos, batch, LossWeights()).objective
     loss.backward()
@@ -141,6 +144,7 @@ def our_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, batch:
 
 
 def tutorial_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, batch: tuple) -> Tensor:
+    """One update as in the tutorials. Without an optimizer, compute and keep the gradients."""
     loss = decoder.loss(*batch)
     loss.backward()
     if optimizer:
@@ -153,48 +157,51 @@ def tutorial_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, b
 
 
 def compare(bench: Bench, data: Data) -> None:
-    """The same losses and gradients, or there is nothing to compare."""
+    """Print how much losses and gradients differ. Exits if the difference is more than rounding."""
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        (our_loss, ours), (loss, theirs) = our_gradient(bench, data, dtype), tutorial_gradient(bench, data, dtype)
-        of_loss, of_gradient = abs(our_loss / loss - 1).item(), ((ours - theirs).norm() / theirs.norm()).item()
+        kantu_loss, kantu_gradient = compute_kantu_gradient(bench, data, dtype)
+        loss, gradient = compute_tutorial_gradient(bench, data, dtype)
+        loss_error = abs(kantu_loss / loss - 1).item()
+        gradient_error = ((kantu_gradient - gradient).norm() / gradient.norm()).item()
         print(
-            f"{dtype}: ours and the tutorial's differ by {of_loss:.0e} in the loss, {of_gradient:.0e} in the gradient"
+            f"{dtype}: Kantu and the tutorial differ by {loss_error:.0e} in the loss, "
+            f"{gradient_error:.0e} in the gradient"
         )
-        if max(of_loss, of_gradient) > tolerance:
-            raise SystemExit("they are not the same; nothing was timed")
+        if max(loss_error, gradient_error) > tolerance:
+            raise SystemExit("error: the results are not the same; nothing was timed")
 
 
-def tutorial_gradient(bench: Bench, data: Data, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient as one vector; dropout is off, since chance would differ."""
-    _, decoder = decoders(bench, dropout=0.0)
+def compute_tutorial_gradient(bench: Bench, data: Data, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient as one vector. Dropout is off, because its random numbers would differ."""
+    _, decoder = make_decoders(bench, dropout=0.0)
     decoder = decoder.to(dtype)
-    loss = tutorial_step(decoder, None, data.for_the_tutorial(dtype))
+    loss = tutorial_step(decoder, None, data.tutorial_batch(dtype))
     return loss, parameters_to_vector(parameter.grad for parameter in decoder.parameters())
 
 
-def our_gradient(bench: Bench, data: Data, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Likewise, moved into the tutorial's matrices."""
-    ours, plain = (decoder.to(dtype) for decoder in decoders(bench, dropout=0.0))
-    loss = our_step(ours, None, data.for_us(dtype), torch.float32)
+def compute_kantu_gradient(bench: Bench, data: Data, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for Kantu, with the gradient in the layout of the tutorial's matrices."""
+    kantu, tutorial = (decoder.to(dtype) for decoder in make_decoders(bench, dropout=0.0))
+    loss = kantu_step(kantu, None, data.kantu_batch(dtype), torch.float32)
     with torch.no_grad():
-        for parameter in ours.parameters():
+        for parameter in kantu.parameters():
             parameter.copy_(parameter.grad)
-    return loss, parameters_to_vector(plain.take(ours).parameters()).detach()
+    return loss, parameters_to_vector(tutorial.copy_weights(kantu).parameters()).detach()
 
 
-def best_of(rounds: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds, the best of some rounds in which all take their turn; a round before does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+def best_of(rounds: int, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Name -> seconds, the best of `rounds` rounds in which all functions run. An extra first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
-        for name, work in works.items():
-            seconds[name].append(timeit(work, number=1))
-    return {name: min(taken[1:]) for name, taken in seconds.items()}
+        for name, function in functions.items():
+            seconds[name].append(timeit(function, number=1))
+    return {name: min(times[1:]) for name, times in seconds.items()}
 
 
 def tutorial_epoch_step(bench: Bench, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The step, after the live encoder has seen the photo of every caption."""
+    """The step, after the encoder has encoded the photo of every caption."""
     encoder = TutorialEncoder(bench.encoder)
-    photos = torch.rand(bench.photos * bench.captions_of_a_photo, 3, bench.image_size, bench.image_size)
+    photos = torch.rand(bench.photos * bench.captions_per_photo, 3, bench.image_size, bench.image_size)
     return lambda: (encoder(photos), step())
 
 
@@ -202,21 +209,22 @@ def main(bench: Bench) -> None:
     torch.set_num_threads(bench.threads)
     data = Data(bench)
     compare(bench, data)
-    ours, plain = decoders(bench)
-    works = {
-        "tutorial": partial(tutorial_step, plain, torch.optim.Adam(plain.parameters(), 4e-4), data.for_the_tutorial())
-    }
+    kantu, tutorial = make_decoders(bench)
+    optimizer = torch.optim.Adam(tutorial.parameters(), 4e-4)
+    steps = {"tutorial": partial(tutorial_step, tutorial, optimizer, data.tutorial_batch())}
     for dtype in dict.fromkeys((torch.float32, pick_precision("auto", torch.device("cpu")))):
-        decoder = copy.deepcopy(ours)
-        name = f"ours, {str(dtype).removeprefix('torch.')}"
-        works[name] = partial(our_step, decoder, make_optimizer(decoder.parameters()), data.for_us(dtype), dtype)
+        decoder = copy.deepcopy(kantu)
+        name = f"Kantu, {str(dtype).removeprefix('torch.')}"
+        steps[name] = partial(kantu_step, decoder, make_optimizer(decoder.parameters()), data.kantu_batch(dtype), dtype)
     if bench.encoder:
-        works["tutorial"] = tutorial_epoch_step(bench, works["tutorial"])
-    seconds = best_of(bench.rounds, works)
+        steps["tutorial"] = tutorial_epoch_step(bench, steps["tutorial"])
+    seconds = best_of(bench.rounds, steps)
     for name, taken in seconds.items():
-        print(f"{name:>16}  {taken:7.3f} s a step  {seconds['tutorial'] / taken:5.1f} times as fast")
+        print(f"{name:>16}  {taken:7.3f} s per step  {seconds['tutorial'] / taken:5.1f} times as fast")
     print(f"{len(data.lengths)} captions of {bench.photos} photos, {data.lengths.sum()} words of {bench.vocabulary:,}")
-    print(f"{bench.cells}x{bench.cells} cells of {bench.channels}; {bench.threads} threads, torch {torch.__version__}")
+    print(
+        f"{bench.grid_side}x{bench.grid_side} cells of {bench.channels}; {bench.threads} threads, torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""A whole epoch of made-up captions and features, and how far it is from what the device can do at most.
+"""The time of a training epoch on random captions and features, and its fraction of the device's peak performance.
 
-    python bench/epoch.py --device cuda                                           as large as COCO's, on a GPU
-    python bench/epoch.py --device cuda --photos 210000 --captions 1050000        as large as AI Challenger's
-    python bench/epoch.py --photos 200 --captions 1000 --batch-size 50            to try it on a CPU
+    python bench/epoch.py --device cuda                                           the size of COCO, on a GPU
+    python bench/epoch.py --device cuda --photos 210000 --captions 1050000        the size of AI Challenger
+    python bench/epoch.py --photos 200 --captions 1000 --batch-size 50            a small run on a CPU
 
-Features are random and resident, captions have COCO's lengths; batches are planned, read and learnt from as train.py
-does it, dropout, clipping and Adam included, on a GPU by CUDA graphs (--no-cuda-graphs: without). An epoch before the
-one that counts captures them; its time is told, too. The floating-point operations of the matrix products are counted
-in one batch; the ceilings are a large matrix product and a large copy, measured here.
+Features are on the device, captions have the lengths of COCO captions. Batches are planned, read and trained on as in
+train.py, with dropout, clipping and Adam, on a GPU with CUDA graphs (--no-cuda-graphs: without). The graphs are captured
+in a first epoch; the second one counts. Floating-point operations are those of the matrix products, counted in one
+batch. Peak performance is measured with a large matrix product and a large copy.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from timeit import timeit
@@ -49,35 +50,36 @@ class Bench:
     decoder: str = "attention"
     vocabulary: int = 9490
     channels: int = 2048
-    cells: int = 8  # native cells a side
+    grid_side: int = 8  # native cells per side
     device: str = "auto"
     precision: str = "auto"
     cuda_graphs: bool = True
 
 
-def made_up(bench: Bench, device: torch.device) -> CachedPhotos:
-    random = np.random.default_rng(0)
+def make_data(bench: Bench, device: torch.device) -> CachedPhotos:
+    """Photos with random captions, and random features on the device."""
+    rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(bench.vocabulary - len(SPECIAL))]
     vocabulary = Vocabulary("en", "whitespace", 1, (*SPECIAL, *words))
     counts = np.array(list(COCO_LENGTHS.values()))
-    lengths = random.choice(list(COCO_LENGTHS), bench.captions, p=counts / counts.sum())
-    said = iter(random.integers(0, len(words), int(lengths.sum())).tolist())
-    captions = (tuple(words[i] for i in islice(said, length)) for length in lengths.tolist())
-    of_each = np.diff(np.linspace(0, bench.captions, bench.photos + 1).astype(int))
-    photos = (Photo("", str(i), "train", tuple(islice(captions, n))) for i, n in enumerate(of_each.tolist()))
-    features = torch.empty(bench.photos, bench.cells**2, bench.channels, dtype=torch.float16, device=device)
+    lengths = rng.choice(list(COCO_LENGTHS), bench.captions, p=counts / counts.sum())
+    word_indices = iter(rng.integers(0, len(words), int(lengths.sum())).tolist())
+    captions = (tuple(words[i] for i in islice(word_indices, length)) for length in lengths.tolist())
+    per_photo = np.diff(np.linspace(0, bench.captions, bench.photos + 1).astype(int))
+    photos = (Photo("", str(i), "train", tuple(islice(captions, n))) for i, n in enumerate(per_photo.tolist()))
+    features = torch.empty(bench.photos, bench.grid_side**2, bench.channels, dtype=torch.float16, device=device)
     for part in features.split(1024):
         part.normal_().relu_()
 
     def read(rows: np.ndarray) -> Grid:
-        places = torch.from_numpy(rows).to(device, non_blocking=True)
-        return Grid(features.index_select(0, places), grid_pooling(bench.cells, bench.cells))
+        indices = torch.from_numpy(rows).to(device, non_blocking=True)
+        return Grid(features.index_select(0, indices), grid_pooling(bench.grid_side, bench.grid_side))
 
     return CachedPhotos(CaptionDataset(photos, vocabulary, 52), np.arange(bench.photos), read)
 
 
-def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[float], int, int]:
-    """-> the seconds of two epochs, their words, and the floating-point operations of a word in matrix products."""
+def train_two_epochs(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[float], int, int]:
+    """The seconds of each epoch, the words of an epoch, and the floating-point operations per word."""
     torch.manual_seed(0)
     precision = pick_precision(bench.precision, device)
     config = Train("data", "run", decoder=bench.decoder)
@@ -86,38 +88,38 @@ def epoch(bench: Bench, data: CachedPhotos, device: torch.device) -> tuple[list[
     optimizer, parameters = make_optimizer(decoder.parameters()), list(decoder.parameters())
     objective = CrossEntropy(config).to(device)
 
-    def gradients(batch: Batch) -> Loss:
+    def backward(batch: Batch) -> Loss:
         with autocast(device, precision):
             loss = objective(decoder, batch.photos, batch, LossWeights())
         loss.objective.backward()
         return loss._replace(objective=loss.objective.detach())
 
-    replay = (
-        CudaGraphRunner(gradients, parameters, device, precision)
+    runner = (
+        CudaGraphRunner(backward, parameters, device, precision)
         if bench.cuda_graphs and device.type == "cuda"
         else None
     )
 
-    def learn(batch: Batch) -> Tensor:
-        loss = replay(batch) if replay else gradients(batch.to(device, precision))
+    def train_step(batch: Batch) -> Tensor:
+        loss = runner(batch) if runner else backward(batch.to(device, precision))
         nn.utils.clip_grad_value_(parameters, config.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not replay)
+        optimizer.zero_grad(set_to_none=not runner)
         return loss.objective
 
     with FlopCounterMode(display=False) as counter:
         first = data[plan_batches(data.split, bench.batch_size, range(len(data.split)))[0]]
-        gradients(first.to(device, precision))
-    optimizer.zero_grad(set_to_none=not replay)
+        backward(first.to(device, precision))
+    optimizer.zero_grad(set_to_none=not runner)
     seconds = []
     for number in range(2):
         plan = plan_batches(data.split, bench.batch_size, epoch_order(len(data.split), 0, number))
         synchronise(device)
-        began = time.perf_counter()
-        losses = [learn(batch) for batch in tqdm(Prefetch(data, plan, pin=device.type == "cuda"), unit="update")]
+        started = time.perf_counter()
+        losses = [train_step(batch) for batch in tqdm(Prefetch(data, plan, pin=device.type == "cuda"), unit="update")]
         synchronise(device)
-        seconds.append(time.perf_counter() - began)
-        print(f"epoch {number + 1}: loss {losses[0].item():.3f}, then {losses[-1].item():.3f}; {seconds[-1]:.1f} s")
+        seconds.append(time.perf_counter() - started)
+        print(f"epoch {number + 1}: loss {losses[0].item():.3f} to {losses[-1].item():.3f}; {seconds[-1]:.1f} s")
     words = int(data.split.target_counts().sum())
     return seconds, words, counter.get_total_flops() // len(first.targets)
 
@@ -127,42 +129,42 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """-> floating-point operations a second of a large matrix product, bytes a second of a large copy."""
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations per second of a large matrix product, and bytes per second of a large copy."""
     side, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
     a = torch.randn(side, side, device=device, dtype=dtype)
     source = torch.zeros(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
-    def seconds(work) -> float:
-        def done() -> None:
-            work()
+    def seconds(function: Callable[[], object]) -> float:
+        def run() -> None:
+            function()
             synchronise(device)
 
-        done()
-        return min(timeit(done, number=1) for _ in range(5))
+        run()  # warm-up
+        return min(timeit(run, number=1) for _ in range(5))
 
     return 2 * side**3 / seconds(lambda: a @ a), 2 * length / seconds(lambda: target.copy_(source))
 
 
 def main(bench: Bench) -> None:
     device = pick_device(bench.device)
-    data = made_up(bench, device)
-    (_, seconds), words, operations = epoch(bench, data, device)
-    most, bandwidth = ceilings(device, pick_precision(bench.precision, device))
-    # Of each word at the least, forward and backward: the photo's cells and keys are read twice, the keys' gradient
-    # is read and written; in half precision
-    cells = bench.cells**2 * bench.channels
-    touched = words * 2 * (2 * cells + 4 * 196 * Train.attention_size)
+    data = make_data(bench, device)
+    (_, seconds), words, operations = train_two_epochs(bench, data, device)
+    peak_operations, peak_bandwidth = measure_peaks(device, pick_precision(bench.precision, device))
+    # At least, per word and in half precision: forward and backward pass read the photo's cells and keys, and the
+    # backward pass reads and writes the gradient of the keys.
+    elements = bench.grid_side**2 * bench.channels
+    num_bytes = words * 2 * (2 * elements + 4 * 196 * Train.attention_size)
     print(
         f"{bench.captions:,} captions of {bench.photos:,} photos, {words:,} words: {seconds:.1f} s, "
         f"{bench.captions / seconds:,.0f} captions/s"
     )
-    print(f"{words * operations / seconds / 1e12:.2f} TFLOP/s in matrix products, of {most / 1e12:.2f} at most")
-    print(f"{touched / seconds / 1e9:.1f} GB/s for attention, of {bandwidth / 1e9:.1f} at most")
+    print(f"{words * operations / seconds / 1e12:.2f} TFLOP/s in matrix products, peak {peak_operations / 1e12:.2f}")
+    print(f"{num_bytes / seconds / 1e9:.1f} GB/s for attention, peak {peak_bandwidth / 1e9:.1f}")
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_resident()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-    print(f"{bench.decoder}, batches of {bench.batch_size}; at most {memory / 1e9:.1f} GB")
+    print(f"{bench.decoder}, batches of {bench.batch_size}; peak memory {memory / 1e9:.1f} GB")
     print(f"{name}, torch {torch.__version__}")
 
 

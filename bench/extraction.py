@@ -1,10 +1,10 @@
-"""How well decoding and the CNN overlap: photos/s of each alone, and of an extraction that does both.
+"""How well JPEG decoding and the CNN overlap: photos/s of each alone, and of an extraction, which does both.
 
-    python bench/extraction.py PHOTOS              a folder of photos, repeated until there are --photos of them
+    python bench/extraction.py PHOTOS              a folder of photos, repeated until there are --photos
     python bench/extraction.py PHOTOS --device cuda --photos 20000 --batch-size 256 --compile --nvjpeg
 
-Where the processors that decode are those that compute, an extraction can at best take the sum of both times, which
-is 1 / (1/decode + 1/CNN) photos/s; beside a GPU, the longer of the two. Random weights: they take as long as others.
+If the same CPU cores decode and run the CNN, the best possible time of an extraction is the sum of both times, which
+is 1 / (1/decode + 1/CNN) photos/s; with a GPU it is the longer of the two. Weights are random: they take the same time.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Bench:
     rounds: int = 3
 
 
-class Nothing:
-    """A bar that shows nothing."""
+class SilentBar:
+    """A progress bar that shows nothing."""
 
     def update(self, _: int) -> None:
         pass
@@ -58,7 +58,7 @@ def main(bench: Bench) -> None:
     encoder.transform = replace(encoder.transform, nvjpeg=bench.nvjpeg)
     if bench.nvjpeg:
         check_nvjpeg(device)
-    calibrate_on(encoder, paths[:64], bench.batch_size, bench.workers)  # else its features would not fit float16
+    calibrate_on(encoder, paths[:64], bench.batch_size, bench.workers)  # else the features would overflow float16
     encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
     shape = encoder.output_shape()
@@ -67,20 +67,21 @@ def main(bench: Bench) -> None:
     plan = in_batches(list(range(len(paths))), bench.batch_size)
     best = {"decode": 0.0, "CNN": 0.0, "extraction": 0.0}
     for _ in range(bench.rounds):
-        works = {
+        functions = {
             "decode": lambda: decode(bench, encoder, paths, plan, device),
             "CNN": lambda: compute(encoder, len(plan), bench.batch_size, precision, device),
-            "extraction": lambda: whole(bench, encoder, shape, paths, plan, precision),
+            "extraction": lambda: run_extraction(bench, encoder, shape, paths, plan, precision),
         }
-        for name, work in works.items():
-            best[name] = max(best[name], len(paths) / timeit(work, number=1))
-    shared = device.type == "cpu"
-    at_best = 1 / (1 / best["decode"] + 1 / best["CNN"]) if shared else min(best["decode"], best["CNN"])
+        for name, function in functions.items():
+            best[name] = max(best[name], len(paths) / timeit(function, number=1))
+    if device.type == "cpu":
+        bound, formula = 1 / (1 / best["decode"] + 1 / best["CNN"]), "1 / (1/decode + 1/CNN)"
+    else:
+        bound, formula = min(best["decode"], best["CNN"]), "the slower of the two"
     for name, rate in best.items():
         print(f"{name:>12}  {rate:8.1f} photos/s")
-    formula = "1 / (1/decode + 1/CNN)" if shared else "the slower of the two"
-    print(f"{'at best':>12}  {at_best:8.1f} photos/s, {formula}")
-    print(f"the extraction reaches {best['extraction'] / at_best:.0%} of that")
+    print(f"{'upper bound':>12}  {bound:8.1f} photos/s, {formula}")
+    print(f"the extraction reaches {best['extraction'] / bound:.0%} of the upper bound")
     print(
         f"{len(files)} photos repeated to {len(paths):,}; {bench.encoder}, {bench.image_size} px, {bench.precision}, "
         f"{bench.workers} workers, {device}{', nvJPEG' * bench.nvjpeg}{', compiled' * bench.compile}, "
@@ -91,7 +92,7 @@ def main(bench: Bench) -> None:
 def decode(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]], device: torch.device) -> None:
     for batch in load_photos(device, paths, plan, encoder.transform, bench.workers):
         last = batch.photos
-    last.cpu()  # a GPU may still be busy with it
+    last.cpu()  # waits for the GPU
 
 
 @torch.inference_mode()
@@ -104,7 +105,7 @@ def compute(encoder: Encoder, batches: int, size: int, precision: torch.dtype, d
     last.float().cpu()
 
 
-def whole(
+def run_extraction(
     bench: Bench,
     encoder: Encoder,
     shape: tuple[int, int, int],
@@ -119,7 +120,7 @@ def whole(
         writer = FeatureWriter(
             Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
         )
-        extract(bench, encoder, writer, paths, plan, precision, FailureLimit(len(paths), 0), Nothing())
+        extract(bench, encoder, writer, paths, plan, precision, FailureLimit(len(paths), 0), SilentBar())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What doubling each size costs: a training step of the attention decoder, and captions by beam search.
+"""How the time of a training step of the attention decoder, and of beam search, grows when each size is doubled.
 
     python bench/scaling.py
     python bench/scaling.py --base.channels 1280 --rounds 5
 
-2.0 is linear; less means that part of the time does not depend on that size.
+2.0 is linear; less means that a part of the time does not depend on the size.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import partial
 import torch
 import tyro
 from beam_search import Bench as SearchBench
-from beam_search import captions, made_up
-from decoders import Bench, Data, best_of, decoders, our_step
+from beam_search import caption_all, make_random
+from decoders import Bench, Data, best_of, kantu_step, make_decoders
 
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.training.optimizer import make_optimizer
@@ -34,14 +34,14 @@ def main(scaling: Scaling) -> None:
     doubled = {
         "": base,
         "photos (and captions)": replace(base, photos=2 * base.photos),
-        "captions a photo": replace(base, captions_of_a_photo=2 * base.captions_of_a_photo),
-        "words a caption": replace(base, longer=2 * base.longer),
+        "captions per photo": replace(base, captions_per_photo=2 * base.captions_per_photo),
+        "words per caption": replace(base, length_factor=2 * base.length_factor),
         "vocabulary": replace(base, vocabulary=2 * base.vocabulary),
-        "native cells (8x8 to 14x14: three times)": replace(base, cells=14),
+        "native cells (8x8 to 14x14: three times)": replace(base, grid_side=14),
         "channels": replace(base, channels=2 * base.channels),
         "embedding, attention, hidden": replace(base, size=2 * base.size),
     }
-    table("a training step", {name: training(bench) for name, bench in doubled.items()}, scaling.rounds)
+    print_table("training step", {name: make_training_step(bench) for name, bench in doubled.items()}, scaling.rounds)
     search = SearchBench(photos=32, vocabulary=base.vocabulary, channels=base.channels, size=base.size)
     searches = {
         "": search,
@@ -50,27 +50,30 @@ def main(scaling: Scaling) -> None:
         "vocabulary": replace(search, vocabulary=2 * search.vocabulary),
         "channels": replace(search, channels=2 * search.channels),
     }
-    table("beam search", {name: searching(bench) for name, bench in searches.items()}, scaling.rounds)
-    table("beam search", {"": searching(search), "native cells (three times)": searching(search, 14)}, scaling.rounds)
+    print_table("beam search", {name: make_search(bench) for name, bench in searches.items()}, scaling.rounds)
+    print_table(
+        "beam search", {"": make_search(search), "native cells (three times)": make_search(search, 14)}, scaling.rounds
+    )
     print(f"float32, {scaling.threads} threads, torch {torch.__version__}")
 
 
-def training(bench: Bench) -> partial:
-    decoder, _ = decoders(bench)
-    batch = Data(bench).for_us(torch.float32)
-    return partial(our_step, decoder, make_optimizer(decoder.parameters()), batch, torch.float32)
+def make_training_step(bench: Bench) -> partial:
+    decoder, _ = make_decoders(bench)
+    batch = Data(bench).kantu_batch(torch.float32)
+    return partial(kantu_step, decoder, make_optimizer(decoder.parameters()), batch, torch.float32)
 
 
-def searching(bench: SearchBench, cells: int = 8) -> partial:
-    decoder, grid = made_up(bench)
+def make_search(bench: SearchBench, grid_side: int = 8) -> partial:
+    decoder, _ = make_random(bench)
     torch.manual_seed(1)
-    grid = Grid(torch.randn(bench.photos, cells * cells, bench.channels).relu(), grid_pooling(cells, cells))
-    return partial(captions, decoder.eval(), grid, bench, torch.float32)
+    grid = Grid(torch.randn(bench.photos, grid_side**2, bench.channels).relu(), grid_pooling(grid_side, grid_side))
+    return partial(caption_all, decoder.eval(), grid, bench, torch.float32)
 
 
-def table(what: str, works: dict[str, partial], rounds: int) -> None:
-    seconds = best_of(rounds, works)
-    print(f"{what}: {seconds[''] * 1e3:.0f} ms")
+def print_table(title: str, functions: dict[str, partial], rounds: int) -> None:
+    """Print the time of each function relative to the one named ""."""
+    seconds = best_of(rounds, functions)
+    print(f"{title}: {seconds[''] * 1e3:.0f} ms")
     for name, taken in seconds.items():
         if name:
             print(f"{name:>45}  {taken / seconds['']:4.1f} times as long")
