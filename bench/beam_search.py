@@ -132,8 +132,8 @@ def time_tutorial(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, flo
         for refill in (True, False)
     }
     print(
-        f"{equal[True]} of {len(expected)} captions equal the tutorial's with Kantu's rule, {equal[False]} with its own; "
-        f"{sum(map(len, expected)) / len(expected):.1f} words per caption"
+        f"{equal[True]} of {len(expected)} captions equal the tutorial's with Kantu's rule, "
+        f"{equal[False]} with its own; {sum(map(len, expected)) / len(expected):.1f} words per caption"
     )
     if equal[True] < len(expected):
         raise SystemExit("error: the captions are not the same; the times are not comparable")

@@ -1,12 +1,12 @@
-"""How good captions are whose first words are true: is a decoder better at beginning, or at going on?
+"""The quality of captions that continue a reference: does a decoder lose more at the start of captions, or later?
 
     python bench/beginnings.py data/f8k-zh checkpoints/zh-attention checkpoints/zh-adaptive
 
-The first n words of one of a photo's captions are given and the rest is written greedily; CIDEr-D is against its other
-captions, the mean over the first --captions of each photo. What the given words alone are worth is the same for all.
-Below, the cross entropy of the true words by their place in the caption, all words before them given.
+The first n words of a reference are given and greedy decoding writes the rest. Its CIDEr-D is against the other
+references of the photo, averaged over the first --captions references. The given words add the same to every run.
+The second line is the cross entropy of the reference words by position, with teacher forcing.
 
-Letters: B photos, n given words, V vocabulary.
+Letters: B photos, n given words.
 """
 
 from __future__ import annotations
@@ -32,59 +32,66 @@ from captioning.features.feature_cache import FeatureReader
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-LONGEST = 20  # words a caption
+MAX_LENGTH = 20  # words per caption
 
 
 @dataclass(frozen=True)
 class Bench:
     data: Positional[Path]
     runs: Positional[tuple[Path, ...]]  # folders of checkpoints/
-    features: Path | None = None  # the data's own
+    features: Path | None = None  # data/NAME/features.h5 unless given
     split: str = "val"
-    words: int = 4  # given at most
-    captions: int = 3  # of a photo, whose first words are given
+    words: int = 4  # given words at most
+    captions: int = 3  # references per photo whose first words are given
     batch_size: int = 100  # photos
 
 
-def go_on(decoder: Decoder, grid: Grid, given: Tensor) -> Tensor:
-    """given (B, n) int64, PAD behind an <end> -> what is written greedily, the given words too (B, LONGEST)."""
-    state, words, written = decoder.init_state(grid), torch.full((len(grid),), START), []
-    for step in range(LONGEST):
+def continue_greedily(decoder: Decoder, grid: Grid, given: Tensor) -> Tensor:
+    """given (B, n) int64, with PAD after <end> -> the given words and their continuation (B, MAX_LENGTH) int64."""
+    state = decoder.init_state(grid)
+    words = torch.full((len(grid),), START)
+    written = []
+    for step in range(MAX_LENGTH):
         log_probabilities, _, state, _ = decoder.step(words, state)
-        log_probabilities[:, [PAD, UNKNOWN, START]] = -torch.inf  # words that are never written
+        log_probabilities[:, [PAD, UNKNOWN, START]] = -torch.inf  # never generated
         words = given[:, step] if step < given.shape[1] else log_probabilities.argmax(1)
         written.append(words)
     return torch.stack(written, 1)
 
 
-def cider_after(
-    captioner: Captioner, reader: FeatureReader, photos: list[Photo], words: int, which: int, batch_size: int
+def continuation_cider(
+    captioner: Captioner, reader: FeatureReader, photos: list[Photo], words: int, index: int, batch_size: int
 ) -> float:
-    """CIDEr-D of captions that begin with so many words of each photo's caption number `which`."""
-    said, references = {}, {}
-    for some in in_batches(photos, batch_size):
-        true = [photo.captions[which % len(photo.captions)] for photo in some]
-        given = torch.full((len(some), words), PAD)
-        for row, caption in zip(given, true, strict=True):
-            begun = [*captioner.vocabulary.encode(caption), END][:words]
-            row[: len(begun)] = torch.tensor(begun)
-        grid = reader.read(reader.rows_of([photo.id for photo in some])).to(captioner.device, torch.float32)
-        for photo, caption, row in zip(some, true, go_on(captioner.decoder, grid, given).tolist(), strict=True):
+    """CIDEr-D of captions that continue the first `words` words of the reference `index` of each photo."""
+    candidates, references = {}, {}
+    for batch in in_batches(photos, batch_size):
+        captions = [photo.captions[index % len(photo.captions)] for photo in batch]
+        given = torch.full((len(batch), words), PAD)
+        for row, caption in zip(given, captions, strict=True):
+            ids = [*captioner.vocabulary.encode(caption), END][:words]
+            row[: len(ids)] = torch.tensor(ids)
+        grid = reader.read(reader.rows_of([photo.id for photo in batch])).to(captioner.device, torch.float32)
+        rows = continue_greedily(captioner.decoder, grid, given).tolist()
+        for photo, caption, row in zip(batch, captions, rows, strict=True):
             row = row[: row.index(END)] if END in row else row
-            said[photo.id] = [*caption[:words], *captioner.vocabulary.decode(row[words:])]  # as people spell them
+            # The given words as text: some may not be in the vocabulary.
+            candidates[photo.id] = [*caption[:words], *captioner.vocabulary.decode(row[words:])]
             references[photo.id] = [other for other in photo.captions if other is not caption] or [caption]
-    return score(said, references)["CIDEr-D"]
+    return score(candidates, references)["CIDEr-D"]
 
 
-def loss_by_place(captioner: Captioner, reader: FeatureReader, split: CaptionDataset, batch_size: int) -> list[float]:
-    """The mean of -log p(y_t | the true words before it, the photo) for t = 1, 2, ..."""
+def loss_by_position(
+    captioner: Captioner, reader: FeatureReader, split: CaptionDataset, batch_size: int
+) -> list[float]:
+    """The mean of -log p(y_t | y_1 ... y_(t-1), photo) for t = 1, 2, ..., where y is a reference."""
     losses = []
-    for some in in_batches(range(len(split)), batch_size):
-        words, targets, photo = split.pack(some)
-        grid = reader.read(reader.rows_of([split.ids[place] for place in some])).to(captioner.device, torch.float32)
-        scores = captioner.decoder(grid, words, photo).logits
-        losses.append(F.cross_entropy(scores, targets, reduction="none").split(words.batch_sizes.tolist()))
-    return [torch.cat([part for part in at_once if part is not None]).mean().item() for at_once in zip_longest(*losses)]
+    for batch in in_batches(range(len(split)), batch_size):
+        words, targets, photo = split.pack(batch)
+        grid = reader.read(reader.rows_of([split.ids[index] for index in batch])).to(captioner.device, torch.float32)
+        logits = captioner.decoder(grid, words, photo).logits
+        losses.append(F.cross_entropy(logits, targets, reduction="none").split(words.batch_sizes.tolist()))
+    by_position = zip_longest(*losses, fillvalue=torch.empty(0))  # the parts of all batches
+    return [torch.cat(parts).mean().item() for parts in by_position]
 
 
 @torch.no_grad()
@@ -95,15 +102,17 @@ def main(bench: Bench) -> None:
         captioner = Captioner.load(run, device="cpu", precision="float32")
         means = [
             mean(
-                cider_after(captioner, reader, photos, words, which, bench.batch_size)
-                for which in range(bench.captions)
+                continuation_cider(captioner, reader, photos, words, index, bench.batch_size)
+                for index in range(bench.captions)
             )
             for words in range(bench.words + 1)
         ]
-        split = CaptionDataset(photos, captioner.vocabulary, LONGEST)
-        losses = loss_by_place(captioner, reader, split, bench.batch_size)[: 2 * bench.words]
-        print(f"{run}: CIDEr-D after 0 to {bench.words} true words: {', '.join(f'{one:.1f}' for one in means)}")
-        print(f"    loss of words 1 to {len(losses)}: {', '.join(f'{one:.2f}' for one in losses)}")
+        split = CaptionDataset(photos, captioner.vocabulary, MAX_LENGTH)
+        losses = loss_by_position(captioner, reader, split, bench.batch_size)[: 2 * bench.words]
+        print(
+            f"{run}: CIDEr-D after 0 to {bench.words} reference words: {', '.join(f'{value:.1f}' for value in means)}"
+        )
+        print(f"    loss of words 1 to {len(losses)}: {', '.join(f'{value:.2f}' for value in losses)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How fast features.h5 is written and read, beside the plain way and beside what the system can do at all.
+"""The speed of writing and reading features.h5, compared with plain h5py and with the limits of the system.
 
-    python bench/cache.py FOLDER                      a folder on the disk in question; 3.2 GB are written there
+    python bench/cache.py FOLDER                      a folder on the disk to measure; 3.2 GB are written there
     python bench/cache.py FOLDER --photos 500
 
-The plain way is the tutorials': one HDF5 file that stays open, a photo a write and a photo a read, one process. What
-the system can do is os.pread of the very bytes from a cold file, and a copy from numpy's memmap from the page cache.
-Every figure is the best of --rounds rounds in which all ways take their turns; what is read is checked before.
+Plain h5py is what tutorials use: one open HDF5 file, one photo per write and per read, one process. The limits of the
+system are os.pread of the same bytes from a cold file, and a copy from a numpy memmap from the page cache. Every time
+is the best of --rounds rounds in which all methods run. What they read is checked first.
 
-Then, for files of more and more rows, what a row costs and how much memory the process takes, mapped pages included.
-These files are sparse: only --photos rows of each, at random places, are written, and read again in another order.
+The second table shows, for files with increasing numbers of rows, the time per row and the memory of the process,
+including mapped pages. These files are sparse: only --photos random rows are written, and read in another order.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Bench:
-    folder: Positional[Path]  # to write in; what is written is removed
+    folder: Positional[Path]  # to write to; everything written is removed
     photos: int = 2000
-    channels: int = 2048  # of the 8x8 cells of a 256-pixel photo
+    channels: int = 2048  # of the features; the grid has 8x8 cells, as for a photo of 256 pixels
     batch_size: int = 32  # photos
     rounds: int = 3
     sizes: tuple[int, ...] = (1_000, 10_000, 100_000)  # rows
@@ -51,28 +51,33 @@ class Bench:
 
 def main(bench: Bench) -> None:
     torch.set_num_threads(1)
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     cells = torch.randn(bench.batch_size, 64, bench.channels).half()
     grid = Grid(cells, grid_pooling(8, 8))
     paths = {name: bench.folder / f"bench-{name}.h5" for name in ("14", "native", "plain")}
     try:
-        f14 = grid.spread(cells.float()).half().view(-1, 14, 14, bench.channels)
+        features_14 = grid.spread(cells.float()).half().view(-1, 14, 14, bench.channels)
         native = cells.view(-1, 8, 8, bench.channels)
-        print("writing, and syncing at the end")
-        table(
+        print("writing, with a sync at the end")
+        print_rate(
             "plain h5py, 14x14",
             bench,
-            f14[0].nbytes,
-            timeit(lambda: write_plainly(bench, paths["plain"], f14), number=1),
+            features_14[0].nbytes,
+            timeit(lambda: write_with_h5py(bench, paths["plain"], features_14), number=1),
         )
-        table("ours, 14x14", bench, f14[0].nbytes, timeit(lambda: write(bench, paths["14"], "14", f14), number=1))
-        table(
-            "ours, native",
+        print_rate(
+            "Kantu, 14x14",
+            bench,
+            features_14[0].nbytes,
+            timeit(lambda: write(bench, paths["14"], "14", features_14), number=1),
+        )
+        print_rate(
+            "Kantu, native",
             bench,
             native[0].nbytes,
             timeit(lambda: write(bench, paths["native"], "native", native), number=1),
         )
-        plan = in_batches(random.permutation(bench.photos), bench.batch_size)
+        plan = in_batches(rng.permutation(bench.photos), bench.batch_size)
         for cold in (True, False):
             print("random photos, from a cold file" if cold else "random photos, from the page cache")
             read_all(bench, paths, plan, cold)
@@ -80,49 +85,55 @@ def main(bench: Bench) -> None:
         for path in paths.values():
             path.unlink(missing_ok=True)
     print(
-        f"a 14x14 file of so many rows, {bench.photos} written at random places and read from the page cache; "
-        f"{14 * 14 * 2 * bench.channels:,} bytes a photo written, {8 * 8 * 2 * bench.channels:,} read"
+        f"14x14 files, {bench.photos} random rows written and read from the page cache; "
+        f"{14 * 14 * 2 * bench.channels:,} bytes per photo written, {8 * 8 * 2 * bench.channels:,} read"
     )
-    print(f"{'rows':>24}  {'size':>8}  {'made in':>7}  {'written':>24}  {'opened in':>9}  {'read':>24}  most memory")
+    print(f"{'rows':>24}  {'size':>8}  {'created':>7}  {'written':>24}  {'opened':>9}  {'read':>24}  peak memory")
     for size in bench.sizes:
-        process = multiprocessing.get_context("spawn").Process(target=grow, args=(bench, size))
-        process.start()  # each has a memory of its own
+        process = multiprocessing.get_context("spawn").Process(target=measure_size, args=(bench, size))
+        process.start()  # one process per size, so that its memory can be measured
         process.join()
 
 
 class SparseWriter(FeatureWriter):
-    """Makes files that the disk has no room for."""
+    """Creates sparse files that would not fit on the disk if all rows were written."""
 
     def _check_room(self) -> None:
         pass
 
 
-def grow(bench: Bench, size: int) -> None:
+def measure_size(bench: Bench, size: int) -> None:
+    """Write and read random rows of a sparse file with `size` rows, and print times and memory."""
     torch.set_num_threads(1)
-    path, began = bench.folder / "bench-sparse.h5", time.perf_counter()
-    random = np.random.default_rng(0)
-    places = random.choice(size, min(bench.photos, size), replace=False)
+    path = bench.folder / "bench-sparse.h5"
+    started = time.perf_counter()
+    rng = np.random.default_rng(0)
+    written_rows = rng.choice(size, min(bench.photos, size), replace=False)
     features = torch.randn(bench.batch_size, 14, 14, bench.channels).half()
     try:
-        ids, attributes = [str(number) for number in range(size)], describe_features(RECIPE, (8, 8), "14", "float32")
+        ids = [str(number) for number in range(size)]
+        attributes = describe_features(RECIPE, (8, 8), "14", "float32")
         writer = SparseWriter(path, ids, attributes, bench.channels, "float16", True)
-        made, began = time.perf_counter() - began, time.perf_counter()
-        for rows in in_batches(np.sort(places), bench.batch_size):
+        create_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        for rows in in_batches(np.sort(written_rows), bench.batch_size):
             writer.write(rows, features[: len(rows)], features[: len(rows)].float().mean((1, 2)))
         writer.close()
-        written, began = len(places) / (time.perf_counter() - began), time.perf_counter()
+        write_rate = len(written_rows) / (time.perf_counter() - started)
+        started = time.perf_counter()
         reader = FeatureReader(path)
-        opened, began = time.perf_counter() - began, time.perf_counter()
-        for rows in in_batches(random.permutation(places), bench.batch_size):
+        open_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        for rows in in_batches(rng.permutation(written_rows), bench.batch_size):
             reader.read(rows)
-        read = len(places) / (time.perf_counter() - began)
-        moved = [
+        read_rate = len(written_rows) / (time.perf_counter() - started)
+        rates = [
             f"{rate:5,.0f} photos/s {rate * cells * 2 * bench.channels / 1e6:5,.0f} MB/s"
-            for rate, cells in ((written, 14 * 14), (read, 8 * 8))
+            for rate, cells in ((write_rate, 14 * 14), (read_rate, 8 * 8))
         ]
         print(
-            f"{size:24,}  {path.stat().st_size / 1e9:5.1f} GB  {made * 1e3:4.0f} ms  {moved[0]}  "
-            f"{opened * 1e3:6.0f} ms  {moved[1]}  {most_resident() / 1e6:8.0f} MB"
+            f"{size:24,}  {path.stat().st_size / 1e9:5.1f} GB  {create_seconds * 1e3:4.0f} ms  {rates[0]}  "
+            f"{open_seconds * 1e3:6.0f} ms  {rates[1]}  {most_resident() / 1e6:8.0f} MB"
         )
     finally:
         path.unlink(missing_ok=True)
@@ -138,7 +149,7 @@ def write(bench: Bench, path: Path, grid: str, features: torch.Tensor) -> None:
     writer.close()
 
 
-def write_plainly(bench: Bench, path: Path, features: torch.Tensor) -> None:
+def write_with_h5py(bench: Bench, path: Path, features: torch.Tensor) -> None:
     with h5py.File(path, "w") as file:
         dataset = file.create_dataset("features", (bench.photos, *features.shape[1:]), "float16")
         for photo in range(bench.photos):
@@ -149,74 +160,77 @@ def write_plainly(bench: Bench, path: Path, features: torch.Tensor) -> None:
 
 
 def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold: bool) -> None:
-    """Each way is made anew for every round: what it has mapped, the system would not forget."""
+    """Print the speed of each method. Every call opens its file again: mapped pages would stay in the page cache."""
     block = FeatureReader(paths["native"]).blocks["features"]
 
     def pread() -> None:
         with open(paths["native"], "rb", buffering=0) as file:
             for rows in plan:
-                whole = np.empty((len(rows), block.row_bytes), np.uint8)
-                for into, row in zip(whole, rows, strict=True):
-                    os.preadv(file.fileno(), [into], block.offset + int(row) * block.row_bytes)
+                batch = np.empty((len(rows), block.row_bytes), np.uint8)
+                for target, row in zip(batch, rows, strict=True):
+                    os.preadv(file.fileno(), [target], block.offset + int(row) * block.row_bytes)
 
     def copy() -> None:
         mapped = block.map(paths["native"])
         for rows in plan:
-            whole = np.empty((len(rows), *block.shape[1:]), np.float16)
-            for into, row in zip(whole, rows, strict=True):
-                into[:] = mapped[row]
+            batch = np.empty((len(rows), *block.shape[1:]), np.float16)
+            for target, row in zip(batch, rows, strict=True):
+                target[:] = mapped[row]
 
-    def ours(name: str) -> None:
+    def read_with_kantu(name: str) -> None:
         reader = FeatureReader(paths[name])
         for rows in plan:
             reader.read(rows)
 
-    def plainly() -> None:
+    def read_with_h5py() -> None:
         with h5py.File(paths["plain"]) as file:
             for rows in plan:
                 torch.stack([torch.from_numpy(file["features"][row]) for row in rows])
 
-    ways = {
-        "plain h5py, 14x14": (plainly, "plain"),
-        "ours, of a 14x14 file": (lambda: ours("14"), "14"),
-        "ours, of a native file": (lambda: ours("native"), "native"),
-        "os.pread of it": (pread, "native"),
-        "memmap copy of it": (copy, "native"),
+    methods = {
+        "plain h5py, 14x14": (read_with_h5py, "plain"),
+        "Kantu, 14x14 file": (lambda: read_with_kantu("14"), "14"),
+        "Kantu, native file": (lambda: read_with_kantu("native"), "native"),
+        "os.pread, native file": (pread, "native"),
+        "memmap copy, native file": (copy, "native"),
     }
     one, other = (FeatureReader(paths[name]).read(plan[0]).cells for name in ("14", "native"))
     np.testing.assert_array_equal(one, other)
-    best = dict.fromkeys(ways, float("inf"))
+    best = dict.fromkeys(methods, float("inf"))
     for _ in range(bench.rounds):
-        for way, (read, name) in ways.items():
-            forget(paths[name]) if cold else warm(paths[name])
-            best[way] = min(best[way], timeit(read, number=1))
-    for way, seconds in best.items():
-        table(way, bench, 14 * 14 * 2 * bench.channels if way.startswith("plain") else block.row_bytes, seconds)
-    against = "os.pread of it" if cold else "memmap copy of it"
+        for method, (read, name) in methods.items():
+            if cold:
+                drop_from_page_cache(paths[name])
+            else:
+                load_into_page_cache(paths[name])
+            best[method] = min(best[method], timeit(read, number=1))
+    for method, seconds in best.items():
+        row_bytes = 14 * 14 * 2 * bench.channels if method.startswith("plain") else block.row_bytes
+        print_rate(method, bench, row_bytes, seconds)
+    limit = "os.pread, native file" if cold else "memmap copy, native file"
     print(
-        f"{'':>24}  a native file is read at {best[against] / best['ours, of a native file']:.0%} of the speed of "
-        f"{against.removesuffix(' of it')}, and {best['plain h5py, 14x14'] / best['ours, of a native file']:.1f} "
-        "times as fast as the plain way"
+        f"{'':>24}  a native file is read at {best[limit] / best['Kantu, native file']:.0%} of the speed of "
+        f"{limit.removesuffix(', native file')}, and {best['plain h5py, 14x14'] / best['Kantu, native file']:.1f} "
+        "times as fast as with plain h5py"
     )
 
 
-def forget(path: Path) -> None:
-    """The system drops what it has of this file in memory."""
+def drop_from_page_cache(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def warm(path: Path) -> None:
+def load_into_page_cache(path: Path) -> None:
     with open(path, "rb") as file:
         while file.read(1 << 24):
             pass
 
 
-def table(way: str, bench: Bench, size: int, seconds: float) -> None:
+def print_rate(method: str, bench: Bench, size: int, seconds: float) -> None:
     print(
-        f"{way:>24}  {bench.photos / seconds:8,.0f} photos/s {bench.photos * size / seconds / 1e6:8,.0f} MB/s "
-        f"{size:9,} bytes a photo"
+        f"{method:>24}  {bench.photos / seconds:8,.0f} photos/s {bench.photos * size / seconds / 1e6:8,.0f} MB/s "
+        f"{size:9,} bytes per photo"
     )
 
 

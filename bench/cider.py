@@ -136,7 +136,8 @@ def main(bench: Bench) -> None:
     captions = arguments[1]
     print(
         f"{len(captions)} captions of {(captions > END).sum() / len(captions):.1f} words per step, "
-        f"{len(photos):,} training photos; {bench.decoder}, {device}, {str(precision).removeprefix('torch.')}, torch {torch.__version__}"
+        f"{len(photos):,} training photos; {bench.decoder}, {device}, "
+        f"{str(precision).removeprefix('torch.')}, torch {torch.__version__}"
     )
     print(f"{'document frequencies':>24}  {counting_seconds:.1f} s, once")
     print(f"{'training step':>24}  {1000 * step_seconds:.1f} ms")

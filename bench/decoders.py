@@ -223,7 +223,8 @@ def main(bench: Bench) -> None:
         print(f"{name:>16}  {taken:7.3f} s per step  {seconds['tutorial'] / taken:5.1f} times as fast")
     print(f"{len(data.lengths)} captions of {bench.photos} photos, {data.lengths.sum()} words of {bench.vocabulary:,}")
     print(
-        f"{bench.grid_side}x{bench.grid_side} cells of {bench.channels}; {bench.threads} threads, torch {torch.__version__}"
+        f"{bench.grid_side}x{bench.grid_side} cells of {bench.channels}; "
+        f"{bench.threads} threads, torch {torch.__version__}"
     )
 
 

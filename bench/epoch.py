@@ -5,8 +5,8 @@
     python bench/epoch.py --photos 200 --captions 1000 --batch-size 50            a small run on a CPU
 
 Features are on the device, captions have the lengths of COCO captions. Batches are planned, read and trained on as in
-train.py, with dropout, clipping and Adam, on a GPU with CUDA graphs (--no-cuda-graphs: without). The graphs are captured
-in a first epoch; the second one counts. Floating-point operations are those of the matrix products, counted in one
+train.py, with dropout, clipping and Adam, on a GPU with CUDA graphs (--no-cuda-graphs: without). The first epoch
+captures the graphs; the second one counts. Floating-point operations are those of the matrix products, counted in one
 batch. Peak performance is measured with a large matrix product and a large copy.
 """
 

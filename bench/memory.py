@@ -1,15 +1,15 @@
-"""How much memory extract_features.py and train.py take for more and more photos: the commands themselves, whole.
+"""The memory of extract_features.py and train.py, as commands, for increasing numbers of photos.
 
-    python bench/memory.py FOLDER                     1 GB is written there, and removed
+    python bench/memory.py FOLDER                     writes 1 GB to FOLDER, and removes it
     python bench/memory.py FOLDER --sizes 1000 20000
 
-Four drawn photos stand for all (links to them), each with five captions of its own. The features of a photo take
-8 KB, so that whatever keeps them would show: 0.8 GB of 100,000 photos. An eighth of the photos is val, as in AI
-Challenger; train.py trains for an epoch, from the disk, and then scores 125 photos of val, as many as there are of the
-smallest size: "score" is the same with train.py's own 5,000, however many more there are.
+The photos are links to four random images; each has five captions. The features of a photo take 8 KB, so that
+features that are kept in memory would show: 0.8 GB for 100,000 photos. An eighth of the photos is val, as in AI
+Challenger. "train" trains for one epoch, with features on the disk, and scores 125 photos of val, which is all of val
+at the smallest size. "score" is the same with train.py's default of 5,000 photos.
 
-own     the most memory that a command and its workers have taken for themselves, looked at 20 times a second
-held    the most the command held, mapped pages of files included, which the system takes back where it needs them
+own     peak memory that the command and its workers use for themselves, sampled 20 times per second
+held    peak memory of the command, including mapped pages of files, which the system reclaims when it needs them
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tyro.conf import Positional
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
-HOUSE = Path(__file__).parents[1]
-CAPTIONS, LENGTH, WORDS = 5, 11, 200  # captions a photo, words a caption, words in all
+ROOT = Path(__file__).parents[1]
+CAPTIONS, LENGTH, WORDS = 5, 11, 200  # captions per photo, words per caption, size of the vocabulary
 COMMANDS = {
     "extract": "extract_features.py . --encoder resnet18.layer1 --weights random --image-size 32 --grid native "
     "--batch-size 128 --workers 1 --device cpu",
@@ -44,46 +44,49 @@ COMMANDS["score"] = COMMANDS["train"].replace("bench", "score").replace("125", "
 
 @dataclass(frozen=True)
 class Bench:
-    folder: Positional[Path]  # to write in; what is written is removed
+    folder: Positional[Path]  # to write to; everything written is removed
     sizes: tuple[int, ...] = (1_000, 10_000, 100_000)  # photos
 
 
-class Taken(NamedTuple):
+class Usage(NamedTuple):
     own: int  # bytes
-    held: int
+    held: int  # bytes
     seconds: float
 
 
 def main(bench: Bench) -> None:
-    print(f"{'photos':>8}  {'command':>8}  {'own':>8}  {'held':>8}  {'own, a photo more':>18}  seconds")
-    before: dict[str, tuple[int, int]] = {}
+    print(f"{'photos':>8}  {'command':>8}  {'own':>8}  {'held':>8}  {'own, per photo':>18}  seconds")
+    previous: dict[str, tuple[int, int]] = {}
     for size in bench.sizes:
-        for command, taken in measure(bench.folder, size).items():
-            fewer, less = before.get(command, (size, taken.own))
-            more = f"{(taken.own - less) / (size - fewer):,.0f} bytes" if size > fewer else ""
+        for command, usage in measure(bench.folder, size).items():
+            previous_size, previous_own = previous.get(command, (size, usage.own))
+            growth = ""
+            if size > previous_size:
+                growth = f"{(usage.own - previous_own) / (size - previous_size):,.0f} bytes"
             print(
-                f"{size:8,}  {command:>8}  {taken.own / 1e6:5,.0f} MB  {taken.held / 1e6:5,.0f} MB  {more:>18}  "
-                f"{taken.seconds:7.0f}",
+                f"{size:8,}  {command:>8}  {usage.own / 1e6:5,.0f} MB  {usage.held / 1e6:5,.0f} MB  {growth:>18}  "
+                f"{usage.seconds:7.0f}",
                 flush=True,
             )
-            before[command] = size, taken.own
+            previous[command] = size, usage.own
 
 
-def measure(folder: Path, photos: int) -> dict[str, Taken]:
-    """What each command takes for so many photos; all that is written in the folder is removed."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        make_data(Path(place), photos)
-        return {name: watch(command, Path(place)) for name, command in COMMANDS.items()}
+def measure(folder: Path, photos: int) -> dict[str, Usage]:
+    """The usage of each command for this number of photos. Everything written to the folder is removed."""
+    with tempfile.TemporaryDirectory(dir=folder) as data:
+        make_data(Path(data), photos)
+        return {name: run_and_watch(command, Path(data)) for name, command in COMMANDS.items()}
 
 
 def make_data(folder: Path, photos: int) -> None:
-    random = np.random.default_rng(0)
+    """Write the photos, captions.jsonl and vocab.json."""
+    rng = np.random.default_rng(0)
     (folder / "photos").mkdir()
-    drawn = [folder / f"{i}.png" for i in range(4)]
-    for path in drawn:
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    images = [folder / f"{i}.png" for i in range(4)]
+    for path in images:
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     for i in range(photos):
-        os.symlink(drawn[i % 4], folder / "photos" / f"{i:012}.png")
+        os.symlink(images[i % 4], folder / "photos" / f"{i:012}.png")
     words = [f"word{number}" for number in range(WORDS)]
     write_captions(
         folder / CAPTIONS_FILE,
@@ -92,7 +95,7 @@ def make_data(folder: Path, photos: int) -> None:
                 f"photos/{i:012}.png",
                 f"{i:012}",
                 "val" if i % 8 == 7 else "train",
-                tuple(tuple(words[j] for j in row) for row in random.integers(0, WORDS, (CAPTIONS, LENGTH))),
+                tuple(tuple(words[j] for j in row) for row in rng.integers(0, WORDS, (CAPTIONS, LENGTH))),
             )
             for i in range(photos)
         ),
@@ -102,33 +105,34 @@ def make_data(folder: Path, photos: int) -> None:
     )
 
 
-def watch(command: str, folder: Path) -> Taken:
-    """Run a command that must end well, and look at its memory."""
-    own, held, began = 0, 0, time.monotonic()
+def run_and_watch(command: str, folder: Path) -> Usage:
+    """Run a command and sample its memory. Exits if the command fails."""
+    own, held = 0, 0
+    started = time.monotonic()
     script, *flags = command.split()
-    with open(folder / "said", "w+") as said:
-        process = subprocess.Popen([sys.executable, HOUSE / script, *flags], cwd=folder, stdout=said, stderr=said)
+    with open(folder / "output", "w+") as output:
+        process = subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, stdout=output, stderr=output)
         while process.poll() is None:
-            own = max(own, sum(kilobytes(member, "smaps_rollup", "Pss_Anon:") for member in family(process.pid)))
+            own = max(own, sum(kilobytes(member, "smaps_rollup", "Pss_Anon:") for member in process_tree(process.pid)))
             held = max(held, kilobytes(process.pid, "status", "VmHWM:"))
             time.sleep(0.05)
-        said.seek(0)
+        output.seek(0)
         if process.returncode:
-            raise SystemExit(f"error: {command}: {said.read()[-2000:]}")
-    return Taken(own * 1024, held * 1024, time.monotonic() - began)
+            raise SystemExit(f"error: {command}: {output.read()[-2000:]}")
+    return Usage(own * 1024, held * 1024, time.monotonic() - started)
 
 
-def family(process: int) -> list[int]:
-    """The process and all it has started (Linux)."""
+def process_tree(process: int) -> list[int]:
+    """The ids of the process and its descendants (Linux)."""
     try:
         lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
-    except OSError:  # it has ended meanwhile
+    except OSError:  # the process has ended
         return []
-    return [process, *(member for text in lists for child in text.split() for member in family(int(child)))]
+    return [process, *(member for text in lists for child in text.split() for member in process_tree(int(child)))]
 
 
 def kilobytes(process: int, file: str, name: str) -> int:
-    """A figure of the kernel's; memory that several processes share is divided among them. 0 once they have ended."""
+    """A field of /proc/PROCESS/FILE; 0 if the process has ended. Pss divides shared memory among the processes."""
     try:
         lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""How long all pure-Python scores of 5,000 captions take, on one core: every protocol, with intervals and facts.
+"""The time of all pure-Python metrics for 5,000 captions on one core: every protocol, with confidence intervals.
 
     python bench/scoring.py data/f8k-en data/f8k-zh
 
-The captions are those of people: the references of each photo, and the first of the next photo's to be scored. Where
-there are fewer photos, they are repeated. METEOR and SPICE, which are Java programs, are left out.
+The scored caption of a photo is the first reference of the next photo. If a data set has fewer photos, they are
+repeated. METEOR and SPICE, which are Java programs, are left out.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class Bench:
 
 
 def main(bench: Bench) -> None:
-    jieba_cut("看图说话")  # jieba reads its dictionary once
+    jieba_cut("看图说话")  # loads the dictionary of jieba
     for data in bench.data:
         vocabulary = Vocabulary.load(data / VOCABULARY_FILE)
-        there = list(read_captions(data))
-        photos = [replace(there[number % len(there)], id=str(number)) for number in range(bench.photos)]
-        said = [photo.captions[0] for photo in [*photos[1:], photos[0]]]
+        existing = list(read_captions(data))
+        photos = [replace(existing[number % len(existing)], id=str(number)) for number in range(bench.photos)]
+        candidates = [photo.captions[0] for photo in [*photos[1:], photos[0]]]
         pairs = [
             (photo, CaptionResult(vocabulary.join(words), list(words)))
-            for photo, words in zip(photos, said, strict=True)
+            for photo, words in zip(photos, candidates, strict=True)
         ]
         started = time.process_time()
         scores = score_captions(pairs, vocabulary.language, vocabulary.tokenizer, java=False)
         scored = time.process_time()
         scores.to_dict()
-        done = time.process_time()
+        finished = time.process_time()
         references = sum(len(photo.captions) for photo in photos)
         print(
             f"{data}: {len(photos):,} photos, {references:,} references, {', '.join(scores.stats)}: "
-            f"{done - started:.1f} s, of it {done - scored:.1f} s for the intervals"
+            f"{finished - started:.1f} s, of which {finished - scored:.1f} s for the confidence intervals"
         )
 
 

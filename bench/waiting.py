@@ -1,10 +1,10 @@
-"""How long training waits for its features: train.py itself, by decoder and by where the features are.
+"""The fraction of the training time in which train.py waits for features, by decoder and by location of the features.
 
-    python bench/waiting.py FOLDER                    a folder on the disk in question; 0.3 GB are written there
-    python bench/waiting.py FOLDER --photos 4000 --device cuda --places gpu ram disk
+    python bench/waiting.py FOLDER                    a folder on the disk to measure; 0.3 GB are written there
+    python bench/waiting.py FOLDER --photos 4000 --device cuda --features-on gpu ram disk
 
-Features and captions are drawn at random: they cost as much as others. The file has just been written, so it lies in
-the page cache. The share is that of the run's own log.jsonl, `waiting`, epoch by epoch.
+Features and captions are random: they take the same time as real ones. The feature file has just been written, so it
+is in the page cache. The fraction is `waiting` of the run's log.jsonl, for each epoch.
 """
 
 from __future__ import annotations
@@ -31,47 +31,48 @@ from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 RECIPE = {"name": "bench", "weights": "none", "sha256": "", "transform": Transform().to_dict()}
-CAPTIONS, LENGTH, WORDS = 5, 11, 5000  # captions a photo, words a caption, words in all
+CAPTIONS, LENGTH, WORDS = 5, 11, 5000  # captions per photo, words per caption, size of the vocabulary
 
 
 @dataclass(frozen=True)
 class Bench:
-    folder: Positional[Path]  # to write in; what is written is removed
+    folder: Positional[Path]  # to write to; everything written is removed
     photos: int = 400
-    channels: int = 2048  # of the 8x8 cells of a 256-pixel photo
+    channels: int = 2048  # of the features; the grid has 8x8 cells, as for a photo of 256 pixels
     batch_size: int = 32  # captions
     epochs: int = 2
     decoders: tuple[str, ...] = ("attention", "lstm")
-    places: tuple[str, ...] = ("disk", "ram")
+    features_on: tuple[str, ...] = ("disk", "ram")
     device: str = "auto"
 
 
 def main(bench: Bench) -> None:
-    before = os.getcwd()
+    original = os.getcwd()
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        os.chdir(folder)  # runs are kept in checkpoints/
+        os.chdir(folder)  # train.py writes to checkpoints/
         try:
             make_data(bench)
-            rows = [measure(bench, decoder, place) for decoder in bench.decoders for place in bench.places]
+            rows = [measure(bench, decoder, location) for decoder in bench.decoders for location in bench.features_on]
         finally:
-            os.chdir(before)
-    print(f"{'decoder':>15} {'from':>5}  {'captions/s':>10}  {'MB/s':>7}  waiting, epoch by epoch")
+            os.chdir(original)
+    print(f"{'decoder':>15} {'on':>5}  {'captions/s':>10}  {'MB/s':>7}  waiting, per epoch")
     print("\n".join(rows))
     print(
         f"{bench.photos} photos of {bench.channels} channels, {CAPTIONS} captions each, {bench.batch_size} captions "
-        f"a batch, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"per batch, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
 
 def make_data(bench: Bench) -> None:
-    random = np.random.default_rng(0)
+    """Write captions.jsonl, vocab.json, features.h5 and its encoder to the working directory."""
+    rng = np.random.default_rng(0)
     words = [f"w{number}" for number in range(WORDS)]
     photos = [
         Photo(
             f"{i}.jpg",
             str(i),
             "val" if i < 4 else "train",
-            tuple(tuple(random.choice(words, LENGTH).tolist()) for _ in range(CAPTIONS)),
+            tuple(tuple(rng.choice(words, LENGTH).tolist()) for _ in range(CAPTIONS)),
         )
         for i in range(bench.photos)
     ]
@@ -95,25 +96,26 @@ def make_data(bench: Bench) -> None:
     save_checkpoint(encoder_file(Path("features.h5")), {"encoder": {**RECIPE, "state": None}})
 
 
-def measure(bench: Bench, decoder: str, place: str) -> str:
+def measure(bench: Bench, decoder: str, location: str) -> str:
+    """Train and return a row of the table."""
     config = Train(
         Path("."),
-        f"{decoder}-{place}",
+        f"{decoder}-{location}",
         decoder=decoder,
-        features_on=place,
+        features_on=location,
         batch_size=bench.batch_size,
         preview_photos=0,
         epochs=bench.epochs,
         device=bench.device,
     )
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
         train.main(config)
     events = [json.loads(line) for line in (config.folder / "log.jsonl").read_text().splitlines()]
     epochs = [event for event in events if event["event"] == "epoch"]
-    size = (4 if decoder == "lstm" else 64 * 2) * bench.channels  # bytes a photo: the mean, or the 8x8 cells
+    size = (4 if decoder == "lstm" else 64 * 2) * bench.channels  # bytes per photo: the mean, or the 8x8 cells
     last = epochs[-1]
     return (
-        f"{decoder:>15} {place:>5}  {last['captions_per_second']:10,.0f}  "
+        f"{decoder:>15} {location:>5}  {last['captions_per_second']:10,.0f}  "
         f"{last['photos_per_second'] * size / 1e6:7,.1f}  "
         f"{', '.join(format(epoch['waiting'], '.1%') for epoch in epochs)}"
     )

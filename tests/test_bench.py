@@ -30,22 +30,22 @@ def bench(name):
 def test_the_bench_of_the_cider_reward_runs(small_data, capsys):
     cider = bench("cider")
     cider.main(cider.Bench(small_data, batch_size=6, steps=1, channels=8, device="cpu", threads=1))
-    assert re.search(r"of it the reward +[\d.]+ ms, [\d.]+%", capsys.readouterr().out)
+    assert re.search(r"of which reward +[\d.]+ ms, [\d.]+%", capsys.readouterr().out)
 
 
 def test_the_bench_of_the_feature_cache_runs_and_leaves_nothing(tmp_path, capsys):
     cache = bench("cache")
     cache.main(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2, rounds=1, sizes=()))
     said = capsys.readouterr().out
-    assert said.count(" photos/s ") == 13 and "times as fast as the plain way" in said
-    cache.grow(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2), 1000)
+    assert said.count(" photos/s ") == 13 and "times as fast as with plain h5py" in said
+    cache.measure_size(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2), 1000)
     assert re.search(r" 1,000 +0.0 GB .* MB\n$", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bench_of_waiting_runs_and_leaves_nothing(tmp_path, capsys):
     waiting = bench("waiting")
-    waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, places=("ram",), device="cpu"))
+    waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, features_on=("ram",), device="cpu"))
     said = capsys.readouterr().out
     assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", said)
     assert list(tmp_path.iterdir()) == []
@@ -64,11 +64,11 @@ def test_the_bench_of_the_decoders_compares_them_before_it_times_them(capsys, mo
     monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
     monkeypatch.setattr(decoders, "pick_precision", lambda name, device: getattr(torch, precisions[-1]))
-    small = {"photos": 2, "captions_of_a_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
+    small = {"photos": 2, "captions_per_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
     for name in ("attention", "lstm"):
         decoders.main(decoders.Bench(name, **small, threads=1))
         said = capsys.readouterr().out
-        assert re.search(r"float64: ours and the tutorial's differ by \S+ in the loss, (0|[1-9])e[-+]\d+", said)
+        assert re.search(r"float64: Kantu and the tutorial differ by \S+ in the loss, (0|[1-9])e[-+]\d+", said)
         assert re.findall(r"(\w+)  .*times as fast", said) == ["tutorial", *precisions]
 
 
@@ -86,16 +86,16 @@ def test_the_bench_of_beam_search_writes_the_captions_of_the_plain_search(capsys
     monkeypatch.syspath_prepend(BENCH)
     search = bench("beam_search")
     search.main(search.Bench(photos=6, batch_size=4, vocabulary=40, channels=8, size=6, max_length=5, threads=1))
-    assert "6 of 6 captions are the tutorial's under our rule" in capsys.readouterr().out
+    assert "6 of 6 captions equal the tutorial's with Kantu's rule" in capsys.readouterr().out
 
 
 def test_the_bench_of_an_epoch_and_of_growth_run(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     epoch, scaling = bench("epoch"), bench("scaling")
-    monkeypatch.setattr(epoch, "ceilings", lambda device, dtype: (1e12, 1e10))  # they take seconds
-    epoch.main(epoch.Bench(photos=4, captions=10, batch_size=5, vocabulary=30, channels=8, cells=2, device="cpu"))
+    monkeypatch.setattr(epoch, "measure_peaks", lambda device, dtype: (1e12, 1e10))  # they take seconds
+    epoch.main(epoch.Bench(photos=4, captions=10, batch_size=5, vocabulary=30, channels=8, grid_side=2, device="cpu"))
     assert "10 captions of 4 photos" in capsys.readouterr().out
-    base = scaling.Bench(photos=1, captions_of_a_photo=2, vocabulary=30, channels=4, size=4)
+    base = scaling.Bench(photos=1, captions_per_photo=2, vocabulary=30, channels=4, size=4)
     scaling.main(scaling.Scaling(base, rounds=1, threads=1))
     assert capsys.readouterr().out.count("times as long") == 12
 
@@ -119,8 +119,9 @@ def test_captions_given_whole_score_as_the_true_ones_and_given_nothing_are_greed
     captioner, reader = Captioner.load(run, "cpu", "float32"), FeatureReader(data / "features.h5")
     grid = reader.read(reader.rows_of(list(first))).to(captioner.device, torch.float32)
     with torch.no_grad():
-        written = beginnings.go_on(captioner.decoder, grid, torch.empty(len(grid), 0, dtype=torch.long)).tolist()
-    greedy = captioner.caption_grid(grid, SearchOptions(beam_size=1, max_length=beginnings.LONGEST))
+        nothing = torch.empty(len(grid), 0, dtype=torch.long)
+        written = beginnings.continue_greedily(captioner.decoder, grid, nothing).tolist()
+    greedy = captioner.caption_grid(grid, SearchOptions(beam_size=1, max_length=beginnings.MAX_LENGTH))
     for row, caption in zip(written, greedy, strict=True):
         ours = captioner.vocabulary.decode(row[: row.index(END)] if END in row else row)
         assert ours[: len(caption.words)] == caption.words
