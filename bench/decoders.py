@@ -70,9 +70,7 @@ class Bench:
     channels: int = 2048
     size: int = 512  # of embedding, attention and hidden state
     grid_side: int = 8  # native cells per side
-    encoder: str | None = (
-        None  # such as resnet101: the tutorial encodes one photo per caption; JPEG decoding is not included
-    )
+    encoder: str | None = None  # such as resnet101: the tutorial then encodes one photo per caption, already decoded
     image_size: int = 256
     rounds: int = 5
     threads: int = torch.get_num_threads()

@@ -94,11 +94,9 @@ def train_two_epochs(bench: Bench, data: CachedPhotos, device: torch.device) -> 
         loss.objective.backward()
         return loss._replace(objective=loss.objective.detach())
 
-    runner = (
-        CudaGraphRunner(backward, parameters, device, precision)
-        if bench.cuda_graphs and device.type == "cuda"
-        else None
-    )
+    runner = None
+    if bench.cuda_graphs and device.type == "cuda":
+        runner = CudaGraphRunner(backward, parameters, device, precision)
 
     def train_step(batch: Batch) -> Tensor:
         loss = runner(batch) if runner else backward(batch.to(device, precision))

@@ -1,4 +1,4 @@
-"""The benches run, and compare like with like before they time anything. What they find is not tested."""
+"""The benchmarks run, and check that results are equal before they time anything. The times are not tested."""
 
 import importlib.util
 import re
@@ -19,39 +19,40 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 def bench(name):
+    """The module bench/NAME.py."""
     path = BENCH / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_bench_of_the_cider_reward_runs(small_data, capsys):
+def test_the_cider_benchmark_runs(small_data, capsys):
     cider = bench("cider")
     cider.main(cider.Bench(small_data, batch_size=6, steps=1, channels=8, device="cpu", threads=1))
     assert re.search(r"of which reward +[\d.]+ ms, [\d.]+%", capsys.readouterr().out)
 
 
-def test_the_bench_of_the_feature_cache_runs_and_leaves_nothing(tmp_path, capsys):
+def test_the_cache_benchmark_runs_and_removes_its_files(tmp_path, capsys):
     cache = bench("cache")
     cache.main(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2, rounds=1, sizes=()))
-    said = capsys.readouterr().out
-    assert said.count(" photos/s ") == 13 and "times as fast as with plain h5py" in said
+    output = capsys.readouterr().out
+    assert output.count(" photos/s ") == 13 and "times as fast as with plain h5py" in output
     cache.measure_size(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2), 1000)
     assert re.search(r" 1,000 +0.0 GB .* MB\n$", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bench_of_waiting_runs_and_leaves_nothing(tmp_path, capsys):
+def test_the_waiting_benchmark_runs_and_removes_its_files(tmp_path, capsys):
     waiting = bench("waiting")
     waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, features_on=("ram",), device="cpu"))
-    said = capsys.readouterr().out
-    assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", said)
+    output = capsys.readouterr().out
+    assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", output)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bench_of_the_extraction_runs(small_data, capsys):
+def test_the_extraction_benchmark_runs(small_data, capsys):
     extraction = bench("extraction")
     settings = {"encoder": "resnet18.layer1", "image_size": 32, "precision": "float32", "device": "cpu"}
     folder = small_data / "photos"
@@ -60,39 +61,39 @@ def test_the_bench_of_the_extraction_runs(small_data, capsys):
 
 
 @pytest.mark.parametrize("precisions", [("float32",), ("float32", "bfloat16")])
-def test_the_bench_of_the_decoders_compares_them_before_it_times_them(capsys, monkeypatch, precisions):
+def test_the_decoder_benchmark_compares_the_results_before_it_times_them(capsys, monkeypatch, precisions):
     monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
     monkeypatch.setattr(decoders, "pick_precision", lambda name, device: getattr(torch, precisions[-1]))
     small = {"photos": 2, "captions_per_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
     for name in ("attention", "lstm"):
         decoders.main(decoders.Bench(name, **small, threads=1))
-        said = capsys.readouterr().out
-        assert re.search(r"float64: Kantu and the tutorial differ by \S+ in the loss, (0|[1-9])e[-+]\d+", said)
-        assert re.findall(r"(\w+)  .*times as fast", said) == ["tutorial", *precisions]
+        output = capsys.readouterr().out
+        assert re.search(r"float64: Kantu and the tutorial differ by \S+ in the loss, (0|[1-9])e[-+]\d+", output)
+        assert re.findall(r"(\w+)  .*times as fast", output) == ["tutorial", *precisions]
 
 
-def test_the_bench_of_the_decoders_times_nothing_that_is_not_the_same(capsys, monkeypatch):
+def test_the_decoder_benchmark_times_nothing_if_the_results_differ(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
-    right = decoders.TutorialLstm.loss
-    monkeypatch.setattr(decoders.TutorialLstm, "loss", lambda *batch: 1.001 * right(*batch))
+    original = decoders.TutorialLstm.loss
+    monkeypatch.setattr(decoders.TutorialLstm, "loss", lambda *batch: 1.001 * original(*batch))
     with pytest.raises(SystemExit, match="not the same"):
         decoders.main(decoders.Bench("lstm", photos=2, vocabulary=30, channels=8, size=4, rounds=1, threads=1))
     assert "times as fast" not in capsys.readouterr().out
 
 
-def test_the_bench_of_beam_search_writes_the_captions_of_the_plain_search(capsys, monkeypatch):
+def test_the_beam_search_benchmark_finds_the_captions_of_the_tutorial(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     search = bench("beam_search")
     search.main(search.Bench(photos=6, batch_size=4, vocabulary=40, channels=8, size=6, max_length=5, threads=1))
     assert "6 of 6 captions equal the tutorial's with Kantu's rule" in capsys.readouterr().out
 
 
-def test_the_bench_of_an_epoch_and_of_growth_run(capsys, monkeypatch):
+def test_the_epoch_and_scaling_benchmarks_run(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     epoch, scaling = bench("epoch"), bench("scaling")
-    monkeypatch.setattr(epoch, "measure_peaks", lambda device, dtype: (1e12, 1e10))  # they take seconds
+    monkeypatch.setattr(epoch, "measure_peaks", lambda device, dtype: (1e12, 1e10))  # measuring takes seconds
     epoch.main(epoch.Bench(photos=4, captions=10, batch_size=5, vocabulary=30, channels=8, grid_side=2, device="cpu"))
     assert "10 captions of 4 photos" in capsys.readouterr().out
     base = scaling.Bench(photos=1, captions_per_photo=2, vocabulary=30, channels=4, size=4)
@@ -100,21 +101,21 @@ def test_the_bench_of_an_epoch_and_of_growth_run(capsys, monkeypatch):
     assert capsys.readouterr().out.count("times as long") == 12
 
 
-def test_the_bench_of_the_scores_runs(small_data, capsys):
+def test_the_scoring_benchmark_runs(small_data, capsys):
     scoring = bench("scoring")
     scoring.main(scoring.Bench((small_data,), photos=30))
     assert re.search(r"30 photos, 45 references, +word: [\d.]+ s", capsys.readouterr().out)
 
 
-def test_captions_given_whole_score_as_the_true_ones_and_given_nothing_are_greedy(here, capsys):
+def test_complete_given_captions_score_like_references_and_without_given_words_decoding_is_greedy(here, capsys):
     beginnings = bench("beginnings")
     data, run = Path("data/small"), Path("checkpoints/attention")
     photos = [photo for photo in read_captions(data) if photo.split == "val"]
     first = {photo.id: photo.captions[0] for photo in photos}
-    whole = score(first, {photo.id: photo.captions[1:] or photo.captions for photo in photos})["CIDEr-D"]
+    expected = score(first, {photo.id: photo.captions[1:] or photo.captions for photo in photos})["CIDEr-D"]
     beginnings.main(beginnings.Bench(data, (run,), words=20, captions=1))
     scores, losses = capsys.readouterr().out.splitlines()
-    assert float(scores.rpartition(", ")[2]) == pytest.approx(whole, abs=0.05) and " loss of words 1 to " in losses
+    assert float(scores.rpartition(", ")[2]) == pytest.approx(expected, abs=0.05) and " loss of words 1 to " in losses
 
     captioner, reader = Captioner.load(run, "cpu", "float32"), FeatureReader(data / "features.h5")
     grid = reader.read(reader.rows_of(list(first))).to(captioner.device, torch.float32)
@@ -123,5 +124,5 @@ def test_captions_given_whole_score_as_the_true_ones_and_given_nothing_are_greed
         written = beginnings.continue_greedily(captioner.decoder, grid, nothing).tolist()
     greedy = captioner.caption_grid(grid, SearchOptions(beam_size=1, max_length=beginnings.MAX_LENGTH))
     for row, caption in zip(written, greedy, strict=True):
-        ours = captioner.vocabulary.decode(row[: row.index(END)] if END in row else row)
-        assert ours[: len(caption.words)] == caption.words
+        words = captioner.vocabulary.decode(row[: row.index(END)] if END in row else row)
+        assert words[: len(caption.words)] == caption.words
