@@ -320,7 +320,7 @@ def test_jiebas_cache_is_neither_read_nor_written(tmp_path, monkeypatch):
     poison = marshal.dumps(({"毒": 1, "毒药": 99_999}, 100_000))
     (tmp_path / "jieba.cache").write_bytes(poison)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    jieba = tokenizers._jieba.__wrapped__()
+    jieba = tokenizers._load_jieba.__wrapped__()
     assert jieba.dt.FREQ.get("毒药") != 99_999
     assert jieba.lcut("两只小狗在草地上") == ["两只", "小狗", "在", "草地", "上"]
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"jieba.cache": poison}
