@@ -29,7 +29,7 @@ from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
-from captioning.search.sampling import draw_captions
+from captioning.search.sampling import sample_captions
 from preprocess.vocabulary import Vocabulary
 
 BATCH = 32  # photos captioned at once
@@ -111,7 +111,7 @@ class Captioner:
     @torch.no_grad()
     def caption_grid(self, grid: Grid, search: SearchOptions = BEAM) -> list[CaptionResult]:
         """Captions of features, cached or fresh."""
-        find = draw_captions if search.temperature else beam_search
+        find = sample_captions if search.temperature else beam_search
         with autocast(self.device, self.precision):
             found = find(self.decoder, grid.to(self.device, self.precision), search)
         in_words = [[self._in_words(caption) for caption in captions] for captions in found]

@@ -76,7 +76,7 @@ def test_a_live_batch_leaves_out_a_broken_photo_and_its_captions(small_data, tmp
     split = CaptionDataset([photos[0], broken, photos[2]], Vocabulary.load(small_data / VOCABULARY_FILE), 50)
     batch = LivePhotos(split, Transform(32))[np.array([0, 1, 2])]
     assert batch.photos.shape == (2, 3, 32, 32) and batch.indices.tolist() == [0, 2] and len(batch.failures) == 1
-    assert batch.photo_index.max() == 1 and batch.captions == split.captions_of(0) + split.captions_of(2)
+    assert batch.photo_index.max() == 1 and batch.num_captions == split.captions_of(0) + split.captions_of(2)
     with pytest.raises(PhotoError, match="gone.png"):
         LivePhotos(split, Transform(32))[np.array([1])]
 

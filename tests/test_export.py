@@ -146,7 +146,7 @@ def reader(folder, format="onnx"):
     return (Reader if format == "onnx" else TorchReader)(folder)
 
 
-def photos_of(small_data):
+def photos_in_split(small_data):
     return sorted(map(str, (small_data / "photos").iterdir()))
 
 
@@ -182,13 +182,13 @@ def gap_where_they_part(captioner, photo, one, other):
 
 @pytest.mark.parametrize("run", IN_ONNX)
 def test_onnxruntime_alone_writes_kantus_greedy_captions(run, runs, exported, small_data):
-    photos = photos_of(small_data)
+    photos = photos_in_split(small_data)
     assert_same_captions(runs / run, photos, reader(exported(run)))
 
 
 @pytest.mark.parametrize("run", IN_TORCH)
 def test_what_torch_reads_again_writes_them_too(run, runs, exported, small_data):
-    photos = photos_of(small_data)
+    photos = photos_in_split(small_data)
     assert_same_captions(runs / run, photos, reader(exported(run, "torch"), "torch"))
 
 
@@ -196,7 +196,7 @@ def test_what_torch_reads_again_writes_them_too(run, runs, exported, small_data)
 def test_any_number_of_photos_goes_in_and_several_captions_of_each(run, format, runs, exported, small_data):
     """As beam search would have it: what is a photo's, repeated for each of its captions."""
     program, decoder = reader(exported(run, format), format), Captioner.load(runs / run, "cpu", "float32").decoder
-    paths, random = photos_of(small_data), np.random.default_rng(0)
+    paths, random = photos_in_split(small_data), np.random.default_rng(0)
     for photos, captions in ((1, 1), (1, 4), (3, 1), (3, 5)):
         cells = program.run("encoder", photos=np.stack([program.open(path) for path in paths[:photos]]))
         state = program.run("begin", **cells)
@@ -234,7 +234,7 @@ def test_the_description_says_what_goes_in_and_comes_out(run, exported):
 
 
 def test_the_example_runs_without_kantu_and_without_torch(exported, small_data, runs, tmp_path):
-    photos = photos_of(small_data)[:3]
+    photos = photos_in_split(small_data)[:3]
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
         "assert not {'torch', 'captioning', 'preprocess', 'config'} & sys.modules.keys()"

@@ -14,7 +14,7 @@ from captioning.search.beam_search import banned_ids, beam_search
 from captioning.search.options import SearchOptions
 from captioning.search.sampling import (
     deterministic,
-    draw_captions,
+    sample_captions,
     nucleus_filter,
     pack_sampled,
     sample,
@@ -131,7 +131,7 @@ def test_without_chance_a_decoder_in_training_says_what_it_says_when_it_captions
     with deterministic(decoder):
         assert torch.equal(decoder(grid, packed, PHOTO).logits, expected)
     assert all(part.training for part in decoder.modules())
-    with deterministic(decoder, but_dropout=True):
+    with deterministic(decoder, keep_dropout=True):
         assert not torch.equal(decoder(grid, packed, PHOTO).logits, expected)
         assert decoder(grid, packed, PHOTO).samples is None, "dropout is the only chance"
         decoder.dropout.p = 0.0
@@ -161,7 +161,7 @@ def test_the_words_to_draw_from_are_the_papers(seed, temperature, top_p):
 def test_drawn_captions_come_as_often_as_temperature_and_top_p_say():
     table, search = Table(3, end=-0.3), SearchOptions(num_captions=20_000, max_length=1, temperature=0.7, top_p=0.8)
     torch.manual_seed(0)
-    (found,) = draw_captions(table, grid_of(0), search)
+    (found,) = sample_captions(table, grid_of(0), search)
     row = table.row(0, [START]).index_fill(0, torch.tensor([PAD, UNKNOWN, START]), -torch.inf)
     expected = nucleus_filter(row[None], 0.7, 0.8).exp()[0]
     firsts = torch.tensor([caption.words[0] if caption.words else END for caption in found])
@@ -176,7 +176,7 @@ def test_drawn_captions_come_as_often_as_temperature_and_top_p_say():
 
 def test_a_temperature_near_zero_draws_the_greedy_caption():
     table = Table(4, end=-0.5)
-    drawn = draw_captions(table, grid_of(0, 1), SearchOptions(num_captions=3, max_length=5, temperature=1e-4))
+    drawn = sample_captions(table, grid_of(0, 1), SearchOptions(num_captions=3, max_length=5, temperature=1e-4))
     for captions, (greedy,) in zip(drawn, beam_search(table, grid_of(0, 1), SearchOptions(1, 5)), strict=True):
         assert [caption.words for caption in captions] == [greedy.words] * 3
 
