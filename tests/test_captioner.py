@@ -39,25 +39,25 @@ def test_a_path_an_image_and_a_tensor_of_bytes_or_of_floats_give_the_same_captio
 def test_a_tensor_of_floats_is_that_of_the_nearest_bytes():
     bytes = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)
     for almost in (bytes / 255, (bytes / 255 + 0.4 / 255).clamp(max=1), (bytes / 255 - 0.4 / 255).clamp(min=0)):
-        assert np.array_equal(np.asarray(room._from_tensor(almost)), bytes.permute(1, 2, 0))
+        assert np.array_equal(np.asarray(room._tensor_to_image(almost)), bytes.permute(1, 2, 0))
 
 
 def test_a_list_gives_a_list_however_long_and_a_photo_gives_a_caption(here, monkeypatch):
     captioner = Captioner.load("checkpoints/attention", precision="float32")
     assert captioner.caption([]) == []
     expected = [captioner.caption(path, SEARCH).text for path in PHOTOS]
-    monkeypatch.setattr(room, "BATCH", 3)
+    monkeypatch.setattr(room, "BATCH_SIZE", 3)
     assert [caption.text for caption in captioner.caption(PHOTOS, SEARCH)] == expected
 
 
 @pytest.mark.parametrize(
     "photo, reason",
     [
-        (torch.zeros(8, 8, 3), r"float32 of shape \(8, 8, 3\): give \(3, H, W\)"),
-        (torch.zeros(2, 3, 8, 8), "give"),
+        (torch.zeros(8, 8, 3), r"float32 of shape \(8, 8, 3\): must be \(3, H, W\)"),
+        (torch.zeros(2, 3, 8, 8), "must be"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
-        (torch.linspace(-2, 2, 192).view(3, 8, 8), "before it was normalised"),
-        (torch.full((3, 8, 8), torch.nan), "beyond 0..1"),
+        (torch.linspace(-2, 2, 192).view(3, 8, 8), "before normalisation"),
+        (torch.full((3, 8, 8), torch.nan), "outside 0..1"),
         ("none.jpg", "no such file"),
     ],
 )

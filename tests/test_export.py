@@ -98,7 +98,7 @@ def runs(small_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(runs):
     """exported(run, format): the folder of an export, made once; the encoder, which all share, is converted once."""
-    made, encoders, plain = {}, {}, export.exported
+    made, encoders, plain = {}, {}, export.export_module
 
     def once(name, part, format):
         if name != "encoder":
@@ -112,7 +112,7 @@ def exported(runs):
         if (run, format) not in made:
             made[run, format] = runs / run / format
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export, "exported", once)
+                patch.setattr(export, "export_module", once)
                 export.main(Export(runs / run, out=made[run, format], format=format))
         return made[run, format]
 
@@ -122,7 +122,7 @@ def exported(runs):
 def need_packages():
     for name in PACKAGES:
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -c constraints.txt '.[export]'")
-    if torch.__version__ < export.OLDEST:
+    if torch.__version__ < export.MIN_TORCH_FOR_ONNX:
         pytest.skip(f"torch {torch.__version__} is too old to write ONNX")
 
 
@@ -275,12 +275,12 @@ def no_need(monkeypatch):
 
 
 def test_an_export_that_is_there_is_kept_unless_it_may_be_replaced(runs, tmp_path, monkeypatch, no_need):
-    monkeypatch.setattr(export, "exported", stub)
+    monkeypatch.setattr(export, "export_module", stub)
     out = tmp_path / "out"
     export.main(Export(runs / "lstm", out))
     before = contents(out)
     assert sorted(before) == ["begin.onnx", "description.json", "encoder.onnx", "step.onnx"]
-    with pytest.raises(UserError, match="is there already; give --overwrite") as error:
+    with pytest.raises(UserError, match="already exists; give --overwrite") as error:
         export.main(Export(runs / "attention", out))
     assert "\n" not in str(error.value) and contents(out) == before
     export.main(Export(runs / "attention" / "best.pt", out, overwrite=True))
@@ -299,17 +299,17 @@ def test_an_export_that_fails_leaves_everything_as_it_was(runs, tmp_path, monkey
 
     out = tmp_path / "out"
     if overwrite:
-        monkeypatch.setattr(export, "exported", stub)
+        monkeypatch.setattr(export, "export_module", stub)
         export.main(Export(runs / "lstm", out))
     before = contents(out)
-    monkeypatch.setattr(export, "exported", fails)
+    monkeypatch.setattr(export, "export_module", fails)
     with pytest.raises(UserError):
         export.main(Export(runs / "attention", out, overwrite=overwrite))
     assert contents(out) == before
 
 
 def test_the_description_comes_last(runs, tmp_path, monkeypatch, no_need):
-    monkeypatch.setattr(export, "exported", stub)
+    monkeypatch.setattr(export, "export_module", stub)
     renamed, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda one, other: (renamed.append(Path(other).name), replace(one, other)))
     export.main(Export(runs / "lstm", tmp_path / "out"))
@@ -317,7 +317,7 @@ def test_the_description_comes_last(runs, tmp_path, monkeypatch, no_need):
 
 
 def test_beside_its_checkpoint_it_lies_unless_told_elsewhere(runs, monkeypatch, no_need):
-    monkeypatch.setattr(export, "exported", stub)
+    monkeypatch.setattr(export, "export_module", stub)
     export.main(Export(runs / "rnn" / "best.pt", format="torch"))
     assert sorted(contents(runs / "rnn" / "export")) == ["begin.pt2", "description.json", "encoder.pt2", "step.pt2"]
 
@@ -328,7 +328,7 @@ def test_missing_packages_are_named_in_a_line(runs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=said) as error:
         export.main(Export(runs / "lstm"))
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(export, "exported", stub)
+    monkeypatch.setattr(export, "export_module", stub)
     export.main(Export(runs / "lstm", tmp_path, format="torch"))  # which needs neither
 
 
@@ -350,8 +350,8 @@ def test_what_torch_cannot_export_is_one_line(format, runs, monkeypatch):
     def undecided(self, words, state):
         return plain(self, words + 1 if words.sum() > 12 else words, state)
 
-    parts = export.parts_of(Captioner.load(runs / "attention", "cpu", "float32"))
+    parts = export.make_modules(Captioner.load(runs / "attention", "cpu", "float32"))
     monkeypatch.setattr(AttentionDecoder, "step", undecided)
     with pytest.raises(UserError, match=f"--format {format}: torch .* cannot export the step") as error:
-        export.exported("step", parts["step"], format)
+        export.export_module("step", parts["step"], format)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
