@@ -115,7 +115,7 @@ def test_the_unknown_word_appears_only_if_allowed(seed):
 
 
 def diverse_beam(table, photo, beam_size, groups, penalty, max_length):
-    """Vijayakumar et al. 2018, algorithm 1, for one photo, without stopping early -> each group's captions, best first."""
+    """Vijayakumar et al. 2018, algorithm 1, for one photo, without stopping early -> captions of each group."""
     live, finished = [[(0.0, [])] for _ in range(groups)], [[] for _ in range(groups)]
     for step in range(max_length + 1):
         chosen = []  # words of the earlier groups at this step
