@@ -66,7 +66,7 @@ def check_vocabulary(split: CaptionDataset, data: Path) -> None:
     if unknown > MAX_UNKNOWN:
         raise UserError(
             f"{data / VOCABULARY_FILE}: lacks {unknown:.0%} of the words in {CAPTIONS_FILE}; it seems to belong to "
-            f"another data set; create both anew with: python -m preprocess {data} --overwrite"
+            f"another data set; create both again: python -m preprocess {data} --overwrite"
         )
 
 
