@@ -72,7 +72,7 @@ class Captioner:
                 f"--hard {hard_attention}: needs a run of --decoder hard-attention, but this is {self.decoder_name}"
             )
         for decoder in hard_decoders:
-            decoder.sees = hard_attention
+            decoder.attention_mode = hard_attention
 
     @classmethod
     def load(
