@@ -23,7 +23,8 @@ class HardAttentionDecoder(AttentionDecoder):
 
     REINFORCE estimates the gradient of the sampling (eq. 11-12): the objective computes it from the HardSamples. For
     half of the photos, chosen anew in every batch, the context is the expectation sum(a_t F) instead, which reduces the
-    variance (section 4.1). Outside training nothing is sampled: `attention_mode` selects the expectation or the likeliest cell.
+    variance (section 4.1). Outside training nothing is sampled: `attention_mode` selects the
+    expectation or the most probable cell.
     """
 
     uses_coverage = False
