@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
-from captioning.dataset.caption_dataset import check_none_lost, photos_of
+from captioning.dataset.caption_dataset import check_captions_complete, photos_in_split
 from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, in_batches, open_photo, photo_batches
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
@@ -98,7 +98,7 @@ def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
     """
     if config.data:
         dataset = list(read_captions(config.data))
-        photos = photos_of(dataset, config.split, config.data, config.limit)
+        photos = photos_in_split(dataset, config.split, config.data, config.limit)
         reader = open_features(config, captioner, dataset)
     else:
         photos = find_photos(config.photos)
@@ -146,7 +146,7 @@ def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) 
     reader = FeatureReader(path)
     if not config.features:
         rows = reader.rows_of(photo.id for photo in dataset)
-        check_none_lost(rows, path, len(reader.ids), config.allow_missing)
+        check_captions_complete(rows, path, len(reader.ids), config.allow_missing)
     if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
         return reader
     encoder = f"{reader.attributes['encoder']} ({reader.attributes['weights']})"
@@ -194,7 +194,7 @@ def caption_from_files(
     for batch in photo_batches(paths, indices, captioner.encoder.transform, workers):
         failures.add(batch.failures)
         if batch.indices:
-            captions = captioner.caption_squashed(batch.photos, config.search)
+            captions = captioner.caption_resized(batch.photos, config.search)
             yield list(zip([photos[index] for index in batch.indices], captions, strict=True))
 
 

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 
-from captioning.dataset.caption_dataset import CaptionDataset, check_words_known
+from captioning.dataset.caption_dataset import CaptionDataset, check_vocabulary
 from captioning.decoders.word_vectors import load_word_vectors
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint, load_for_resume
@@ -74,7 +74,7 @@ def make_trainer(config: Train, saved: dict | None = None, distributed: Distribu
         data = live_data(config, captions.subset(train), captions.subset(val), saved, start)
     else:
         data = cached_data(config, captions, train, val, device)
-    check_words_known(data.train.split, config.data)
+    check_vocabulary(data.train.split, config.data)
     del captions  # the subsets are copies: do not hold all captions while the decoder is built
     objective = OBJECTIVES[config.objective](config, data.train.split)
     trainer = Trainer(config, vocabulary, data, objective, device, distributed)

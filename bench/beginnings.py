@@ -23,7 +23,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from captioning.captioner import Captioner
-from captioning.dataset.caption_dataset import CaptionDataset, photos_of
+from captioning.dataset.caption_dataset import CaptionDataset, photos_in_split
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.grid import Grid
 from captioning.encoders.images import in_batches
@@ -96,7 +96,7 @@ def loss_by_position(
 
 @torch.no_grad()
 def main(bench: Bench) -> None:
-    photos = photos_of(list(read_captions(bench.data)), bench.split, bench.data)
+    photos = photos_in_split(list(read_captions(bench.data)), bench.split, bench.data)
     reader = FeatureReader(bench.features or bench.data / "features.h5")
     for run in bench.runs:
         captioner = Captioner.load(run, device="cpu", precision="float32")

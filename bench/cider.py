@@ -25,7 +25,7 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
 from tyro.conf import Positional
 
 from captioning.dataset.batches import plan_batches
-from captioning.dataset.caption_dataset import CaptionDataset, photos_of
+from captioning.dataset.caption_dataset import CaptionDataset, photos_in_split
 from captioning.decoders.factory import build_decoder
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.runtime.device import autocast, pick_device, pick_precision
@@ -107,7 +107,7 @@ def main(bench: Bench) -> None:
     precision = pick_precision("auto", device)
     config = Train(bench.data, "bench", objective="cider", start_from=Path("none"))
     vocabulary = Vocabulary.load(bench.data / VOCABULARY_FILE)
-    photos = photos_of(list(read_captions(bench.data)), "train", bench.data)
+    photos = photos_in_split(list(read_captions(bench.data)), "train", bench.data)
     split = CaptionDataset(photos, vocabulary, config.max_length)
     started = time.perf_counter()
     reward = TimedReward(CiderReward(split))

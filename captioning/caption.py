@@ -1,4 +1,4 @@
-"""A caption, as the search returns it in word ids and as everybody else shows it in words.
+"""Captions: word ids as a search returns them, and words as every command shows them.
 
 Letters: T words, P cells (14 x 14 = 196).
 """
@@ -14,24 +14,25 @@ from captioning.encoders.grid import SIDE
 
 @dataclass
 class Caption:
-    """What beam search and sampling return."""
+    """A caption as beam search and sampling return it."""
 
     words: list[int]  # ids, without <start> and <end>
-    log_probability: float  # natural logarithm, summed over the words, and <end> if it is finished
-    finished: bool  # False: no hypothesis ended within max_length words, and this is the most likely one
+    log_probability: float  # natural logarithm, summed over the words and, if finished, <end>
+    finished: bool  # False: no hypothesis ended within max_length words, and this is the most probable one
     attention: Tensor | None  # (T, P) float32 on the CPU, one row per word; None for a decoder without attention
 
 
 @dataclass
 class CaptionResult:
-    """A photo's caption in words. What a captions file does not tell is None."""
+    """A photo's caption in words. A field that a captions file does not contain is None."""
 
     text: str
     words: list[str]
     log_probability: float | None = None  # natural logarithm, of the whole caption
     finished: bool | None = None  # False: cut at max_length
     attention: Tensor | None = None  # (T, P), one row per word; None for a decoder without attention
-    # (T,): the share of each word that came from language alone (beta, Lu et al. 2017); None without a sentinel
+    # (T,) the sentinel gate beta: the weight of the language model, rather than the photo, in each word; None for a
+    # decoder without a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887, eq. 10-13)
     sentinel: list[float] | None = None
     others: list[CaptionResult] = field(default_factory=list)  # further captions of the photo, best first
     grid: tuple[int, int] = (SIDE, SIDE)  # rows and columns of the attention

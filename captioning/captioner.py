@@ -1,4 +1,4 @@
-"""A checkpoint made ready to caption photos: the Python interface.
+"""The Python interface: load a trained run and caption photos.
 
 from captioning.captioner import Captioner
 captioner = Captioner.load("checkpoints/att")
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, cast, overload
 
 import torch
 from PIL import Image
@@ -23,36 +24,55 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.encoder import Encoder, encoder_from_checkpoint
 from captioning.encoders.grid import Grid
-from captioning.encoders.images import in_batches, to_rgb
+from captioning.encoders.images import to_rgb
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
-from captioning.search.sampling import draw_captions
+from captioning.search.sampling import sample_captions
 from preprocess.vocabulary import Vocabulary
 
-BATCH = 32  # photos captioned at once
-BEAM = SearchOptions()
-AnyPhoto = Path | str | Image.Image | Tensor
+BATCH_SIZE = 32  # photos per batch of caption()
+DEFAULT_SEARCH = SearchOptions()
+PhotoLike = Path | str | Image.Image | Tensor
+HardAttention = Literal["expectation", "argmax"]
 
 
 class Captioner:
-    """An encoder, a decoder and a vocabulary that belong together. Any number of threads may use one at once."""
+    """An encoder, a decoder and their vocabulary. Any number of threads may use one captioner at once."""
 
-    def __init__(self, checkpoints: Sequence[dict], device: torch.device, precision: str, sees: str):
-        """checkpoints: of the run, and of others of its vocabulary and encoder, which then write each word together."""
+    def __init__(
+        self,
+        checkpoints: Sequence[dict],
+        device: torch.device,
+        precision: str,
+        hard_attention: HardAttention = "expectation",
+    ):
+        """checkpoints: one run, or the runs of an ensemble, which share the vocabulary and the encoder of the first."""
         first = checkpoints[0]
         self.device = device
-        self.precision, self.encoder_precision = pick_precision(precision, device), encoder_precision(precision, device)
+        self.precision = pick_precision(precision, device)
+        self.encoder_precision = encoder_precision(precision, device)
         self.vocabulary = Vocabulary.from_dict(first["vocabulary"])
-        self.encoder_sha256 = first["encoder"]["sha256"]
+        self.encoder_sha256: str = first["encoder"]["sha256"]
         self.decoder_name = " + ".join(checkpoint["decoder"]["name"] for checkpoint in checkpoints)
-        members = [_decoder(checkpoint, sees).to(device).eval() for checkpoint in checkpoints]
-        if sees != HardAttentionDecoder.sees and not any(isinstance(m, HardAttentionDecoder) for m in members):
-            raise UserError(f"--hard {sees} goes with a run of --decoder hard-attention, not {self.decoder_name}")
-        self.decoder: Decoder = members[0] if len(members) == 1 else Ensemble(members)
-        self._checkpoint, self._encoder, self._loading = first, None, threading.Lock()
+        decoders = [_load_decoder(checkpoint).to(device).eval() for checkpoint in checkpoints]
+        self._set_hard_attention(decoders, hard_attention)
+        members = cast(Sequence[Decoder], decoders)
+        self.decoder = members[0] if len(members) == 1 else cast(Decoder, Ensemble(members))
+        self._checkpoint = first
+        self._encoder: Encoder | None = None
+        self._encoder_lock = threading.Lock()
+
+    def _set_hard_attention(self, decoders: Sequence[nn.Module], hard_attention: HardAttention) -> None:
+        hard_decoders = [decoder for decoder in decoders if isinstance(decoder, HardAttentionDecoder)]
+        if not hard_decoders and hard_attention != "expectation":
+            raise UserError(
+                f"--hard {hard_attention}: needs a run of --decoder hard-attention, but this is {self.decoder_name}"
+            )
+        for decoder in hard_decoders:
+            decoder.attention_mode = hard_attention
 
     @classmethod
     def load(
@@ -60,96 +80,120 @@ class Captioner:
         run: Path | str,
         device: str = "auto",
         precision: str = "auto",
-        sees: str = HardAttentionDecoder.sees,
+        hard_attention: HardAttention = "expectation",
         ensemble: Sequence[Path | str] = (),
     ) -> Captioner:
-        """run: a folder in checkpoints/ (its best.pt), or a checkpoint file. Raises UserError.
+        """Load a run.
 
-        sees: what hard attention sees of a photo, the expectation over its cells or the likeliest alone (argmax).
-        ensemble: further runs of the same vocabulary and encoder; a word's probability is then the mean of all.
+        Args:
+            run: a folder in checkpoints/, of which best.pt is loaded, or a checkpoint file.
+            device: auto, cpu, cuda, cuda:1 or mps.
+            precision: auto, float32, bfloat16 or float16.
+            hard_attention: how a hard-attention decoder reads a photo: the expectation over all cells, or the most
+                probable cell alone (argmax).
+            ensemble: further runs with the same vocabulary and encoder. The probability of a word is then the mean of
+                those of all runs.
+
+        Raises UserError if a run cannot be loaded, or the runs of an ensemble do not match.
         """
         first, *others = (load_checkpoint(Path(name)) for name in (run, *ensemble))
         for name, other in zip(ensemble, others, strict=True):
             with checkpoint_errors(name):
-                same = _belongs(other) == _belongs(first)
-            if not same:
-                raise UserError(f"{name}: is of another vocabulary or encoder than {run}; they cannot write together")
+                matches = _vocabulary_and_encoder(other) == _vocabulary_and_encoder(first)
+            if not matches:
+                raise UserError(f"{name}: has another vocabulary or encoder than {run}; an ensemble must share both")
         with checkpoint_errors(run):
-            return cls([first, *others], pick_device(device), precision, sees)
+            return cls([first, *others], pick_device(device), precision, hard_attention)
 
     @property
     def encoder(self) -> Encoder:
-        """Loaded when first needed, by one thread: cached features need none."""
-        with self._loading:
+        """The encoder, loaded at its first use and by one thread only. Captioning cached features does not need it."""
+        with self._encoder_lock:
             if self._encoder is None:
                 encoder = encoder_from_checkpoint(self._checkpoint)
                 self._encoder = encoder.to(self.device).eval().requires_grad_(False)
             return self._encoder
 
-    def caption(
-        self, photos: AnyPhoto | Sequence[AnyPhoto], search: SearchOptions = BEAM
-    ) -> CaptionResult | list[CaptionResult]:
-        """The caption of a photo, or those of a list of them: paths, PIL images and tensors, mixed as you like.
+    @overload
+    def caption(  # type: ignore[overload-overlap]  # a str is also a Sequence[str]
+        self, photos: PhotoLike, search: SearchOptions = ...
+    ) -> CaptionResult: ...
 
-        A tensor is RGB, (3, H, W), uint8 or floating point in 0..1. Raises captioning.encoders.images.PhotoError.
+    @overload
+    def caption(self, photos: Sequence[PhotoLike], search: SearchOptions = ...) -> list[CaptionResult]: ...
+
+    def caption(
+        self, photos: PhotoLike | Sequence[PhotoLike], search: SearchOptions = DEFAULT_SEARCH
+    ) -> CaptionResult | list[CaptionResult]:
+        """Caption one photo, or a sequence of photos of any number and mixed types.
+
+        A photo is a path, a PIL image or an RGB tensor (3, H, W), uint8 or floating point in 0..1.
+
+        Raises captioning.errors.PhotoError if a photo cannot be read.
         """
-        if not isinstance(photos, (list, tuple)):
-            return self.caption([photos], search)[0]
+        if isinstance(photos, (Path, str, Image.Image, Tensor)):
+            return self._caption_all([photos], search)[0]
+        return self._caption_all(photos, search)
+
+    def _caption_all(self, photos: Sequence[PhotoLike], search: SearchOptions) -> list[CaptionResult]:
         captions = []
-        for batch in in_batches(photos, BATCH):
-            squashed = torch.stack([self.encoder.transform.resize(self._as_image(photo)) for photo in batch])
-            captions += self.caption_squashed(squashed, search)
+        for start in range(0, len(photos), BATCH_SIZE):
+            batch = [self.encoder.transform.resize(self._open(photo)) for photo in photos[start : start + BATCH_SIZE]]
+            captions += self.caption_resized(torch.stack(batch), search)
         return captions
 
     @torch.no_grad()
-    def caption_squashed(self, photos: Tensor, search: SearchOptions = BEAM) -> list[CaptionResult]:
-        """Captions of photos (B, 3, S, S) uint8 that went through the transform."""
+    def caption_resized(self, photos: Tensor, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
+        """Caption photos (B, 3, S, S) uint8, as the encoder's transform returns them."""
         with autocast(self.device, self.encoder_precision):
             grid = self.encoder(photos.to(self.device))
         return self.caption_grid(grid, search)
 
     @torch.no_grad()
-    def caption_grid(self, grid: Grid, search: SearchOptions = BEAM) -> list[CaptionResult]:
-        """Captions of features, cached or fresh."""
-        find = draw_captions if search.temperature else beam_search
+    def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
+        """Caption feature maps, cached or just computed."""
+        find_captions = sample_captions if search.temperature else beam_search
         with autocast(self.device, self.precision):
-            found = find(self.decoder, grid.to(self.device, self.precision), search)
-        in_words = [[self._in_words(caption) for caption in captions] for captions in found]
-        return [replace(best, others=others) for best, *others in in_words]
+            captions_of_photos = find_captions(self.decoder, grid.to(self.device, self.precision), search)
+        results = []
+        for captions in captions_of_photos:
+            best, *others = (self._to_result(caption) for caption in captions)
+            results.append(replace(best, others=others))
+        return results
 
-    def _in_words(self, caption: Caption) -> CaptionResult:
+    def _to_result(self, caption: Caption) -> CaptionResult:
         words = self.vocabulary.decode(caption.words)
-        text = self.vocabulary.join(words)
-        sentinel = (1 - caption.attention.sum(1)).tolist() if self.decoder.has_sentinel else None
-        return CaptionResult(text, words, caption.log_probability, caption.finished, caption.attention, sentinel)
+        sentinel = None
+        if self.decoder.has_sentinel and caption.attention is not None:
+            sentinel = (1 - caption.attention.sum(1)).tolist()
+        return CaptionResult(
+            self.vocabulary.join(words), words, caption.log_probability, caption.finished, caption.attention, sentinel
+        )
 
-    def _as_image(self, photo: AnyPhoto) -> Image.Image:
+    def _open(self, photo: PhotoLike) -> Image.Image:
         if isinstance(photo, Tensor):
-            return _from_tensor(photo)
+            return _tensor_to_image(photo)
         return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
 
 
-def _belongs(checkpoint: dict) -> tuple[dict, str]:
-    """To which words and photos: runs that agree in both can write together."""
+def _vocabulary_and_encoder(checkpoint: dict) -> tuple[dict, str]:
     return checkpoint["vocabulary"], checkpoint["encoder"]["sha256"]
 
 
-def _decoder(checkpoint: dict, sees: str) -> nn.Module:
-    with torch.device("meta"):  # no memory yet: a damaged file may tell of any size
+def _load_decoder(checkpoint: dict) -> nn.Module:
+    with torch.device("meta"):  # allocates nothing: the sizes in a damaged file may be of any magnitude
         decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
     decoder.load_state_dict(checkpoint["decoder"]["state"], assign=True)
-    if isinstance(decoder, HardAttentionDecoder):
-        decoder.sees = sees
     return decoder
 
 
-def _from_tensor(photo: Tensor) -> Image.Image:
-    """(3, H, W) uint8, or floating point in 0..1, to the nearest of 256 steps."""
+def _tensor_to_image(photo: Tensor) -> Image.Image:
+    """(3, H, W) uint8, or floating point in 0..1, which is rounded to the nearest of 256 levels."""
     if photo.ndim != 3 or photo.shape[0] != 3 or not (photo.dtype == torch.uint8 or photo.is_floating_point()):
         found = f"{photo.dtype} of shape {tuple(photo.shape)}".removeprefix("torch.")
-        raise PhotoError(f"a tensor, {found}: give (3, H, W) RGB, uint8 or floating point in 0..1")
+        raise PhotoError(f"photo tensor {found}: must be (3, H, W) RGB, uint8 or floating point in 0..1")
     if photo.is_floating_point():
         if not bool(((photo >= 0) & (photo <= 1)).all()):
-            raise PhotoError("a tensor of floating point beyond 0..1: give it as it was before it was normalised")
+            raise PhotoError("photo tensor with values outside 0..1: give it before normalisation")
         photo = (255 * photo.float()).round().to(torch.uint8)
     return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy())

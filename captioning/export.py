@@ -1,15 +1,19 @@
-"""A run as files for programs without Kantu: ONNX, or torch.export's.
+"""Export a run for programs without Kantu, as ONNX files or for torch.export.load.
 
-    python -m captioning.export checkpoints/att                    writes checkpoints/att/export/*.onnx
-    python -m captioning.export checkpoints/att --format torch     the same as *.pt2, for torch.export.load
+    python -m captioning.export checkpoints/att                    # writes checkpoints/att/export/*.onnx
+    python -m captioning.export checkpoints/att --format torch     # writes *.pt2
+
+The files hold three modules:
 
     encoder   photos (B, 3, S, S) uint8 -> cells (B, N, C)
-    begin     cells -> photo_0, ..., the same at every word; row_0, ..., other ones after every word; all (B, ...)
+    begin     cells -> photo_0, ... (constant over the steps) and row_0, ... (updated at every step), all (B, ...)
     step      words (B) int64, photo_0, ..., row_0, ... -> log_probabilities (B, V), attention (B, P), next_row_0, ...
 
-All else is float32; a decoder that does not attend has no attention. B may be any number; for several captions of a
-photo repeat what is its. description.json has shapes, words, and what is done to a photo: with these files alone
-tests/caption_with_onnxruntime.py captions. B photos, S pixels a side, N native cells, P output cells, C channels.
+Everything else is float32; a decoder without attention has no attention output. B is dynamic: for several captions per
+photo, repeat the rows of its state. description.json holds the shapes, the vocabulary and the preprocessing of photos.
+tests/caption_with_onnxruntime.py captions with these files alone.
+
+Letters: B photos, S pixels per side, N native cells, P output cells, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,25 +24,27 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from captioning.captioner import BEAM, Captioner
+from captioning.captioner import DEFAULT_SEARCH, Captioner
 from captioning.decoders.protocol import Decoder, State
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import checkpoint_errors
 from captioning.runtime.files import atomic_text
+from captioning.runtime.library_errors import reason
+from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 if TYPE_CHECKING:
     from config import Export
-from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-OLDEST = "2.13"  # torch whose ONNX of an LSTM is sound
-ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+MIN_TORCH_FOR_ONNX = "2.13"  # older versions export LSTMs incorrectly
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
@@ -46,107 +52,149 @@ def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
 
 
 def init_state(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
-    photos, rows = decoder.init_state(Grid(cells, pooling))
-    return (*photos, *rows)
+    state = decoder.init_state(Grid(cells, pooling))
+    return (*state.per_photo, *state.per_caption)
 
 
-def step(decoder: Decoder, per_photo: int, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    """One caption a photo: were their numbers free of one another, torch would rule out equal ones, or refuse."""
-    said, attention, (_, rows), _ = decoder.step(words, State(state[:per_photo], state[per_photo:]))
-    return (said, *rows) if attention is None else (said, attention, *rows)
+def step(decoder: Decoder, num_per_photo: int, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    """One step with one caption per photo.
+
+    With independent batch sizes of photos and captions, torch.export would exclude equal ones, or fail.
+    """
+    result = decoder.step(words, State(state[:num_per_photo], state[num_per_photo:]))
+    attention = () if result.attention is None else (result.attention,)
+    return (result.log_probabilities, *attention, *result.state.per_caption)
 
 
-class Part(nn.Module):
-    """compute(model, ..., *inputs), as torch exports it; with examples of its inputs and outputs, by name."""
+class ExportModule(nn.Module):
+    """compute(*constants, *inputs) as a module, with an example of every input and output by name.
 
-    def __init__(self, compute: Callable, fixed: tuple, inputs: dict[str, Tensor], outputs: Sequence[str]):
+    constants: the model, which is frozen, and further arguments that do not change.
+    """
+
+    def __init__(self, compute: Callable, constants: tuple, inputs: dict[str, Tensor], outputs: Sequence[str]):
         super().__init__()
-        self.compute, self.model, self.fixed = compute, fixed[0].requires_grad_(False), fixed
+        self.compute = compute
+        self.model = constants[0].requires_grad_(False)
+        self.constants = constants
         self.eval()
-        # Each its own: torch would take two names of one tensor, as adaptive's first h and m are, for one input.
+        # clone: torch.export would merge inputs that are the same tensor, such as the first h and m of adaptive
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self.outputs = dict(zip(outputs, self(*inputs.values()), strict=True))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.compute(*self.fixed, *inputs)
+        return self.compute(*self.constants, *inputs)
 
 
-def parts_of(captioner: Captioner) -> dict[str, Part]:
-    """The examples are of two photos."""
-    encoder, decoder, size = captioner.encoder, captioner.decoder, captioner.encoder.transform.image_size
+def make_modules(captioner: Captioner) -> dict[str, ExportModule]:
+    """The modules encoder, begin and step, with examples of two photos."""
+    encoder, decoder = captioner.encoder, captioner.decoder
+    size = encoder.transform.image_size
     photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     grid = encoder(photos)
     state = decoder.init_state(grid)
-    fixed, rows = (
-        [f"photo_{i}" for i in range(len(state.per_photo))],
-        [f"row_{i}" for i in range(len(state.per_caption))],
-    )
-    encoding = Part(encode, (encoder,), {"photos": photos}, ["cells"])
-    beginning = Part(init_state, (decoder, grid.pooling), encoding.outputs, fixed + rows)
-    inputs = {"words": torch.full((2,), START), **beginning.outputs}
-    outputs = ["log_probabilities", *["attention"] * decoder.uses_attention, *(f"next_{name}" for name in rows)]
-    return {"encoder": encoding, "begin": beginning, "step": Part(step, (decoder, len(fixed)), inputs, outputs)}
+    per_photo = [f"photo_{i}" for i in range(len(state.per_photo))]
+    per_caption = [f"row_{i}" for i in range(len(state.per_caption))]
+    encoder_module = ExportModule(encode, (encoder,), {"photos": photos}, ["cells"])
+    begin_module = ExportModule(init_state, (decoder, grid.pooling), encoder_module.outputs, [*per_photo, *per_caption])
+    step_inputs = {"words": torch.full((2,), START), **begin_module.outputs}
+    attention = ["attention"] if decoder.uses_attention else []
+    step_outputs = ["log_probabilities", *attention, *(f"next_{name}" for name in per_caption)]
+    step_module = ExportModule(step, (decoder, len(per_photo)), step_inputs, step_outputs)
+    return {"encoder": encoder_module, "begin": begin_module, "step": step_module}
 
 
-def exported(name: str, part: Part, format: str) -> bytes:
-    """The file of a part. Raises UserError where torch cannot make it."""
-    what, dynamic = (part, tuple(part.inputs.values())), (({0: torch.export.Dim("B")},) * len(part.inputs),)
+def export_module(name: str, module: ExportModule, file_format: str) -> bytes:
+    """The content of a module's file. Raises UserError if torch cannot export it."""
     try:
-        # With gradients: attention then takes its plain way, where no loop over the photos fixes their number.
+        # With gradients enabled, attention takes its plain path, without a loop that would fix the number of photos.
         with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about itself
-            if format == "onnx":
-                names = {"input_names": list(part.inputs), "output_names": list(part.outputs)}
-                program = torch.onnx.export(*what, **names, dynamo=True, verbose=False, dynamic_shapes=dynamic)
-                return program.model_proto.SerializeToString()
-            file = io.BytesIO()
-            torch.export.save(torch.export.export(*what, dynamic_shapes=dynamic, strict=False), file)
-            return file.getvalue()
-    except Exception as error:  # torch has a dozen ways to say that it cannot
-        reason = " ".join(str(error.__cause__ or error).split())[:160]
-        what = f"--format {format}: torch {torch.__version__} cannot export the {name}"
-        raise UserError(f"{what} ({reason}); try a newer torch, or the other format") from None
+            warnings.simplefilter("ignore")  # torch's warnings about its own exporter
+            return _to_onnx(module) if file_format == "onnx" else _to_torch(module)
+    except Exception as error:  # torch raises many unrelated classes
+        raise UserError(
+            f"--format {file_format}: torch {torch.__version__} cannot export the {name} "
+            f"({reason(error.__cause__ or error)}); try a newer torch, or the other format"
+        ) from None
 
 
-def description(captioner: Captioner, parts: dict[str, Part], format: str) -> dict:
-    """What a program needs to know beside the files, as plain data. never: words that are not written."""
+def _to_onnx(module: ExportModule) -> bytes:
+    program = torch.onnx.export(
+        module,
+        tuple(module.inputs.values()),
+        input_names=list(module.inputs),
+        output_names=list(module.outputs),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=_dynamic_shapes(module),
+    )
+    assert program is not None  # with dynamo=True
+    return program.model_proto.SerializeToString()
+
+
+def _to_torch(module: ExportModule) -> bytes:
+    program = torch.export.export(
+        module, tuple(module.inputs.values()), dynamic_shapes=_dynamic_shapes(module), strict=False
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def _dynamic_shapes(module: ExportModule) -> Any:
+    """The first dimension of every input is B. The nesting follows `forward(*inputs)`."""
+    return (({0: torch.export.Dim("B")},) * len(module.inputs),)
+
+
+def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format: str) -> dict:
+    """The content of description.json: what a program must know to use the files. never: words not to be generated."""
     transform, vocabulary = captioner.encoder.transform, captioner.vocabulary
     return {
         "encoder": captioner.encoder.name,
         "decoder": captioner.decoder_name,
-        "photo": "upright, RGB, squashed to image_size x image_size by Pillow's resize with BILINEAR; no normalisation",
+        "photo": "upright, RGB, resized to image_size x image_size by Pillow's resize with BILINEAR; no normalisation",
         "image_size": transform.image_size,
-        "scaled_decoding": transform.scaled_decoding,  # before: Pillow's draft(None, twice that size)
+        "scaled_decoding": transform.scaled_decoding,  # if true, Pillow's draft(None, twice image_size) comes first
         "start": START,
         "end": END,
         "never": [PAD, UNKNOWN, START],
-        "max_length": BEAM.max_length,
+        "max_length": DEFAULT_SEARCH.max_length,
         "parts": {
-            name: {"file": name + ENDINGS[format], "inputs": _shapes(part.inputs), "outputs": _shapes(part.outputs)}
-            for name, part in parts.items()
+            name: {
+                "file": name + SUFFIXES[file_format],
+                "inputs": _describe_tensors(module.inputs),
+                "outputs": _describe_tensors(module.outputs),
+            }
+            for name, module in modules.items()
         },
         "joined_by": vocabulary.join(["", ""]),
         "words": list(vocabulary.words),
     }
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Such as {"photos": "uint8 (B, 3, 256, 256)"}."""
-    return {
-        name: f"{tensor.dtype} ({', '.join(['B', *map(str, tensor.shape[1:])])})".removeprefix("torch.")
-        for name, tensor in tensors.items()
-    }
+def _describe_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Type and shape of each tensor, such as {"photos": "uint8 (B, 3, 256, 256)"}."""
+    descriptions = {}
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        shape = ", ".join(["B", *map(str, tensor.shape[1:])])
+        descriptions[name] = f"{dtype} ({shape})"
+    return descriptions
 
 
 def check_onnx() -> None:
-    """Raises UserError, naming what to install, where something is missing."""
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        what, install = f"{' and '.join(missing)} not installed", "run: pip install -c constraints.txt '.[export]'"
-    elif torch.__version__ < OLDEST:  # as versions, not as text
-        what, install = f"torch {torch.__version__} cannot", f"install torch {OLDEST} or newer"
-    else:
-        return
-    raise UserError(f"--format onnx: {what}; {install}, or give --format torch")
+    """Raise UserError, naming what to install, if this installation cannot export ONNX."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--format onnx: {' and '.join(missing)} not installed; run: pip install -c constraints.txt '.[export]', "
+            "or give --format torch"
+        )
+    if torch.__version__ < MIN_TORCH_FOR_ONNX:  # a TorchVersion: compared as a version, not as text
+        raise UserError(
+            f"--format onnx: torch {torch.__version__} cannot export it; install torch {MIN_TORCH_FOR_ONNX} or newer, "
+            "or give --format torch"
+        )
 
 
 @torch.no_grad()
@@ -156,21 +204,35 @@ def main(config: Export) -> None:
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"
     captioner = Captioner.load(config.run, "cpu", "float32")
     with checkpoint_errors(config.run):
-        parts = parts_of(captioner)
-    about = description(captioner, parts, config.format)
-    paths = [folder / "description.json", *(folder / part["file"] for part in about["parts"].values())]
-    if not config.overwrite and (there := [path for path in paths if path.exists()]):
-        raise UserError(f"{there[0]}: is there already; give --overwrite, or another --out")
-    with contextlib.ExitStack() as drafts:  # the first is renamed last: where a description is, all is
-        files = [drafts.enter_context(atomic_text(path, binary=True)) for path in paths]
-        files[0].write(json.dumps(about, ensure_ascii=False, indent=1).encode())
-        for (name, part), file in zip(parts.items(), files[1:], strict=True):
-            file.write(exported(name, part, config.format))
-    for other in (folder / f"{name}{ending}" for name in parts for ending in ENDINGS.values()):
-        if other not in paths:
-            other.unlink(missing_ok=True)  # of the other format, and another decoder's perhaps
+        modules = make_modules(captioner)
+    description = describe(captioner, modules, config.format)
+    description_path = folder / "description.json"
+    module_paths = {name: folder / part["file"] for name, part in description["parts"].items()}
+    paths = [description_path, *module_paths.values()]
+    existing = [path for path in paths if path.exists()]
+    if existing and not config.overwrite:
+        raise UserError(f"{existing[0]}: already exists; give --overwrite, or another --out")
+    with contextlib.ExitStack() as stack:
+        # Opened first, so renamed last: if description.json exists, the export is complete.
+        description_file = stack.enter_context(atomic_text(description_path, binary=True))
+        module_files = {
+            name: stack.enter_context(atomic_text(path, binary=True)) for name, path in module_paths.items()
+        }
+        description_file.write(json.dumps(description, ensure_ascii=False, indent=1).encode())
+        for name, module in modules.items():
+            module_files[name].write(export_module(name, module, config.format))
+    _remove_other_format(folder, set(module_paths.values()))
     for path in paths:
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def _remove_other_format(folder: Path, written: set[Path]) -> None:
+    """Remove an earlier export in the other format: its files may hold another decoder than description.json."""
+    for name in ("encoder", "begin", "step"):
+        for suffix in SUFFIXES.values():
+            path = folder / f"{name}{suffix}"
+            if path not in written:
+                path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Beam search against exhaustive search and a plain greedy loop, with fake decoders: no training."""
+"""Beam search equals exhaustive search, greedy decoding and its plain definition, on fake decoders."""
 
 import itertools
 
@@ -17,35 +17,45 @@ from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
-WORDS = 3  # beside the four special ones
+WORDS = 3  # in the vocabulary, besides the four special ones
 seeds = st.integers(0, 10_000)
 
 
 def digits(words):
+    """A prefix as a number: [1, 2, 3] -> 123."""
     return int("".join(map(str, words)))
 
 
-class Table:
-    """log p(next | photo, the whole prefix) from random tables, made when asked for. Cells hold the photo's number.
+class TableDecoder:
+    """A decoder with random log p(next word | photo, prefix), generated on demand. Grid cells hold the photo's number.
 
-    Attention tells what is continued: the photo, and the digits of the whole prefix.
+    Its attention identifies what it continues: the photo, and the digits of the prefix.
     """
 
     uses_attention = True
 
-    def __init__(self, seed, vocabulary=4 + WORDS, end=0.0, impossible=0.0, levels=None):
-        self.seed, self.vocabulary, self.end, self.impossible, self.levels = seed, vocabulary, end, impossible, levels
-        self.rows, self.seen = {}, []
+    def __init__(self, seed, vocab_size=4 + WORDS, end=0.0, impossible=0.0, levels=None):
+        """end: added to the logit of <end>; impossible: fraction of words with probability 0.
+
+        levels: round logits to 1 / levels, so that many are equal; None does not round.
+        """
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.end = end
+        self.impossible = impossible
+        self.levels = levels
+        self.rows = {}  # (photo, *prefix) -> log-probabilities
+        self.steps = []  # (photo, *prefix) of every hypothesis of each step
 
     def make_row(self, photo, prefix):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + digits([photo + 1, *prefix])) % 2**62)
-        scores = torch.randn(self.vocabulary, generator=generator)
+        logits = torch.randn(self.vocab_size, generator=generator)
         if self.levels:
-            scores = (scores * self.levels).round() / self.levels
-        scores[END] += self.end
-        scores[torch.rand(self.vocabulary, generator=generator) < self.impossible] = -torch.inf
-        scores[UNKNOWN] = 1.0  # always likely, never to be written
-        return scores.log_softmax(0)
+            logits = (logits * self.levels).round() / self.levels
+        logits[END] += self.end
+        logits[torch.rand(self.vocab_size, generator=generator) < self.impossible] = -torch.inf
+        logits[UNKNOWN] = 1.0  # always likely, and banned
+        return logits.log_softmax(0)
 
     def row(self, photo, prefix):
         key = (photo, *prefix)
@@ -60,40 +70,45 @@ class Table:
     def step(self, words, state):
         prefixes = torch.cat([state.per_caption[0], words[:, None]], 1)
         photos = state.per_photo[0].repeat_interleave(len(prefixes) // len(state.per_photo[0])).tolist()
-        self.seen.append([(photo, *prefix) for photo, prefix in zip(photos, prefixes.tolist(), strict=True)])
-        scores = torch.stack([self.row(photo, prefix) for photo, *prefix in self.seen[-1]])
-        attention = torch.tensor([[float(photo), digits(prefix)] for photo, *prefix in self.seen[-1]])
-        return Step(scores, attention, State(state.per_photo, (prefixes,)))
+        hypotheses = [(photo, *prefix) for photo, prefix in zip(photos, prefixes.tolist(), strict=True)]
+        self.steps.append(hypotheses)
+        log_probabilities = torch.stack([self.row(photo, prefix) for photo, *prefix in hypotheses])
+        attention = torch.tensor([[float(photo), digits(prefix)] for photo, *prefix in hypotheses])
+        return Step(log_probabilities, attention, State(state.per_photo, (prefixes,)))
 
 
-def grid_of(*photos):
+def make_grid(*photos):
     return Grid(torch.tensor(photos).float().view(-1, 1, 1), torch.ones(196, 1))
 
 
-def best(decoder, grid, beam_size, max_length, length_penalty=0.0):
+def best_captions(decoder, grid, beam_size, max_length, length_penalty=0.0):
     """The best caption of each photo."""
     search = SearchOptions(beam_size, max_length, length_penalty=length_penalty)
-    return [first for (first,) in beam_search(decoder, grid, search)]
+    return [best for (best,) in beam_search(decoder, grid, search)]
 
 
 def log_probability(table, photo, words, finished=True):
+    """log p of a caption, including <end> if finished."""
     words = [*words, END] if finished else words
     prefixes = ([START, *words[:i]] for i in range(len(words)))
     return sum(float(table.row(photo, prefix)[word]) for prefix, word in zip(prefixes, words, strict=True))
 
 
-def rank(log_probability, words, length_penalty):
-    return log_probability / (words + 1) ** length_penalty  # <end> is a word too
+def score(log_probability, num_words, length_penalty):
+    """The score of a finished caption, whose length includes <end>."""
+    return log_probability / (num_words + 1) ** length_penalty
 
 
 def exhaustive(table, photo, max_length, length_penalty):
-    allowed = range(4, table.vocabulary)
-    captions = (c for n in range(max_length + 1) for c in itertools.product(allowed, repeat=n))
+    """log p and words of the best of all captions."""
+    vocabulary = range(4, table.vocab_size)
+    captions = (c for n in range(max_length + 1) for c in itertools.product(vocabulary, repeat=n))
     scored = ((log_probability(table, photo, caption), list(caption)) for caption in captions)
-    return max(scored, key=lambda found: rank(found[0], len(found[1]), length_penalty))
+    return max(scored, key=lambda found: score(found[0], len(found[1]), length_penalty))
 
 
 def greedy(table, photo, max_length):
+    """Words of the greedy caption, and whether it ends."""
     prefix = [START]
     while True:
         row = table.row(photo, prefix).clone()
@@ -105,23 +120,23 @@ def greedy(table, photo, max_length):
 
 
 def plain_beam(table, photo, beam_size, max_length, length_penalty):
-    """The definition, without a batch and without stopping early."""
+    """The definition of beam search for one photo, without stopping early -> words, and whether they end."""
     live, finished, longest = [(0.0, [])], [], [(0.0, [])]
     for step in range(max_length + 1):
         candidates = [
-            (score + float(table.row(photo, [START, *words])[word]), [*words, word])
-            for score, words in live
-            for word in range(END, table.vocabulary)
+            (log_p + float(table.row(photo, [START, *words])[word]), [*words, word])
+            for log_p, words in live
+            for word in range(END, table.vocab_size)
         ]
-        kept = sorted((c for c in candidates if c[0] > -torch.inf), reverse=True)[:beam_size]
-        finished += [c for c in kept if c[1][-1] == END]
-        live = [c for c in kept if c[1][-1] != END]
+        beam = sorted((c for c in candidates if c[0] > -torch.inf), reverse=True)[:beam_size]
+        finished += [c for c in beam if c[1][-1] == END]
+        live = [c for c in beam if c[1][-1] != END]
         longest = live if live and step < max_length else longest
-    finished = [(rank(score, len(words) - 1, length_penalty), words) for score, words in finished]
+    finished = [(score(log_p, len(words) - 1, length_penalty), words) for log_p, words in finished]
     return (max(finished)[1][:-1], True) if finished else (max(longest)[1], False)
 
 
-def same(found, expected):
+def assert_same_caption(found, expected):
     assert (found.words, found.finished) == (expected.words, expected.finished)
     assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-5)
     torch.testing.assert_close(found.attention, expected.attention)
@@ -132,8 +147,8 @@ def same(found, expected):
 def test_a_wide_beam_finds_what_exhaustive_search_finds_on_a_tiny_vocabulary(
     seed, max_length, impossible, length_penalty
 ):
-    table, widest = Table(seed, end=-1.0, impossible=impossible), (WORDS + 1) ** (max_length + 1)
-    for photo, found in enumerate(best(table, grid_of(0, 1, 2), widest, max_length, length_penalty)):
+    table, widest = TableDecoder(seed, end=-1.0, impossible=impossible), (WORDS + 1) ** (max_length + 1)
+    for photo, found in enumerate(best_captions(table, make_grid(0, 1, 2), widest, max_length, length_penalty)):
         highest, words = exhaustive(table, photo, max_length, length_penalty)
         if highest > -torch.inf:
             assert found.words == words and found.finished
@@ -145,8 +160,8 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds_on_a_tiny_vocabulary(
 @settings(max_examples=25)
 @given(seeds, st.integers(1, 8))
 def test_a_beam_of_one_equals_greedy(seed, max_length):
-    table = Table(seed, end=-0.5)
-    for photo, found in enumerate(best(table, grid_of(0, 1, 2), 1, max_length)):
+    table = TableDecoder(seed, end=-0.5)
+    for photo, found in enumerate(best_captions(table, make_grid(0, 1, 2), 1, max_length)):
         assert (found.words, found.finished) == greedy(table, photo, max_length)
 
 
@@ -155,22 +170,22 @@ def test_a_beam_of_one_equals_greedy(seed, max_length):
 def test_a_beam_of_any_width_equals_the_definition_written_plainly(
     seed, beam_size, max_length, impossible, length_penalty
 ):
-    table = Table(seed, end=-0.5, impossible=impossible)
-    for photo, found in enumerate(best(table, grid_of(0, 1, 2, 3), beam_size, max_length, length_penalty)):
+    table = TableDecoder(seed, end=-0.5, impossible=impossible)
+    for photo, found in enumerate(best_captions(table, make_grid(0, 1, 2, 3), beam_size, max_length, length_penalty)):
         assert (found.words, found.finished) == plain_beam(table, photo, beam_size, max_length, length_penalty)
 
 
 @settings(max_examples=12)
 @given(seeds, st.integers(1, 4), st.sampled_from([None, 1]), st.sampled_from([0.0, 0.4]), st.sampled_from([1, 3, 4]))
-def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, look_every):
-    """Also with many equal scores, with impossible words, and where the looks are as rare as on a GPU."""
-    table = Table(seed, end=-0.5, levels=levels, impossible=impossible)
-    alone = [best(table, grid_of(photo), beam_size, 5)[0] for photo in range(5)]
+def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, interval):
+    """Also with many equal scores, impossible words and the sync interval of a GPU."""
+    table = TableDecoder(seed, end=-0.5, levels=levels, impossible=impossible)
+    alone = [best_captions(table, make_grid(photo), beam_size, 5)[0] for photo in range(5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sync_interval", lambda device: look_every)
-        together = best(table, grid_of(*range(5)), beam_size, 5)
+        patch.setattr(module, "sync_interval", lambda device: interval)
+        together = best_captions(table, make_grid(*range(5)), beam_size, 5)
     for found, expected in zip(together, alone, strict=True):
-        same(found, expected)
+        assert_same_caption(found, expected)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -178,85 +193,85 @@ def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
     torch.manual_seed(0)
     sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5)
     decoder = build_decoder(name, sizes).eval()
-    with torch.no_grad():  # sharper than at the start, so that photos differ and end at different steps
+    with torch.no_grad():  # sharpen the distributions, so that captions differ and end at different steps
         for weights in decoder.parameters():
             weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(4)
         decoder.output_layer.bias[END] = -2
     grid = Grid(3 * torch.randn(6, 64, 6), grid_pooling(8, 8))
-    together = best(decoder, grid, 3, 9)
+    together = best_captions(decoder, grid, 3, 9)
     assert len({tuple(caption.words) for caption in together}) > 1
     for photo, found in enumerate(together):
-        same(found, best(decoder, grid.select(torch.tensor([photo])), 3, 9)[0])
+        assert_same_caption(found, best_captions(decoder, grid.select(torch.tensor([photo])), 3, 9)[0])
 
 
 @settings(max_examples=25)
 @given(seeds, st.integers(1, 6), st.sampled_from([-torch.inf, -2.0, 0.0]), st.integers(1, 5))
-def test_the_score_is_that_of_the_words_and_forbidden_words_never_appear(seed, beam_size, end, max_length):
-    table = Table(seed, end=end)
-    for photo, found in enumerate(best(table, grid_of(0, 1), beam_size, max_length)):
+def test_log_probability_is_that_of_the_words_and_banned_words_never_appear(seed, beam_size, end, max_length):
+    table = TableDecoder(seed, end=end)
+    for photo, found in enumerate(best_captions(table, make_grid(0, 1), beam_size, max_length)):
         expected = log_probability(table, photo, found.words, found.finished)
         assert found.log_probability == pytest.approx(expected, abs=1e-5)
         assert all(word > END for word in found.words) and len(found.words) <= max_length
 
 
-def test_what_never_ends_is_returned_and_marked_unfinished():
-    for caption in best(Table(1, end=-torch.inf), grid_of(0, 1, 2), 4, 5):
+def test_a_caption_that_never_ends_is_returned_as_unfinished():
+    for caption in best_captions(TableDecoder(1, end=-torch.inf), make_grid(0, 1, 2), 4, 5):
         assert not caption.finished and len(caption.words) == len(caption.attention) == 5
 
 
-def test_a_caption_that_would_go_on_is_not_made_to_end():
-    """Any real decoder gives <end> some probability everywhere."""
-    for caption in best(Table(1, end=-20.0), grid_of(0, 1, 2), WORDS, 5):
+def test_an_unlikely_end_is_not_forced_at_the_last_step():
+    """Real decoders give <end> a positive probability at every step."""
+    for caption in best_captions(TableDecoder(1, end=-20.0), make_grid(0, 1, 2), WORDS, 5):
         assert not caption.finished and len(caption.words) == 5
 
 
 @settings(max_examples=10)
 @given(seeds)
-def test_the_likeliest_unfinished_hypothesis_stands_in(seed):
-    table = Table(seed, end=-torch.inf)
-    found = best(table, grid_of(0), WORDS**3, 3)[0]
+def test_the_most_probable_unfinished_hypothesis_is_returned_where_none_finishes(seed):
+    table = TableDecoder(seed, end=-torch.inf)
+    found = best_captions(table, make_grid(0), WORDS**3, 3)[0]
     highest = max(log_probability(table, 0, words, False) for words in itertools.product(range(4, 4 + WORDS), repeat=3))
     assert found.log_probability == pytest.approx(highest, abs=1e-5)
 
 
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 4))
-def test_attention_rows_belong_to_their_words(seed, beam_size):
-    for photo, found in enumerate(best(Table(seed, end=-1.0), grid_of(0, 1, 2, 3), beam_size, 6)):
-        before = [[photo, digits([START, *found.words[:i]])] for i in range(len(found.words))]
+def test_each_attention_row_belongs_to_its_word(seed, beam_size):
+    for photo, found in enumerate(best_captions(TableDecoder(seed, end=-1.0), make_grid(0, 1, 2, 3), beam_size, 6)):
+        expected = [[photo, digits([START, *found.words[:i]])] for i in range(len(found.words))]
         assert found.attention.dtype == torch.float32
-        assert found.attention.tolist() == before
+        assert found.attention.tolist() == expected
 
 
 def test_a_decoder_without_attention_gives_none():
-    class Blind(Table):
+    class WithoutAttention(TableDecoder):
         def step(self, words, state):
             return super().step(words, state)._replace(attention=None)
 
-    assert [caption.attention for caption in best(Blind(0), grid_of(0, 1), 2, 4)] == [None, None]
+    assert [caption.attention for caption in best_captions(WithoutAttention(0), make_grid(0, 1), 2, 4)] == [None, None]
 
 
 @settings(max_examples=15)
 @given(seeds, st.integers(2, 12))
 def test_no_two_hypotheses_of_a_beam_are_equal(seed, beam_size):
-    table = Table(seed, end=-1.0)
-    best(table, grid_of(0, 1), beam_size, 5)
-    for hypotheses in table.seen:
+    table = TableDecoder(seed, end=-1.0)
+    best_captions(table, make_grid(0, 1), beam_size, 5)
+    for hypotheses in table.steps:
         assert len(set(hypotheses)) == len(hypotheses)
 
 
-@pytest.mark.parametrize("vocabulary", [4, 5, 7])
-def test_a_beam_wider_than_the_vocabulary_and_captions_of_one_word_work(vocabulary):
-    table = Table(2, vocabulary=vocabulary)
-    for photo, found in enumerate(best(table, grid_of(0, 1, 2), 50, 1)):
+@pytest.mark.parametrize("vocab_size", [4, 5, 7])
+def test_a_beam_wider_than_the_vocabulary_and_captions_of_one_word_work(vocab_size):
+    table = TableDecoder(2, vocab_size=vocab_size)
+    for photo, found in enumerate(best_captions(table, make_grid(0, 1, 2), 50, 1)):
         assert found.words == exhaustive(table, photo, 1, 0.0)[1]
 
 
-class Impossible(Table):
-    """Photo 0: nothing at all can be written; photo 1: nothing after the first word; photo 2: only <end>."""
+class DeadEnds(TableDecoder):
+    """Photo 0: no word is possible; photo 1: none after the first word; photo 2: only <end>."""
 
     def make_row(self, photo, prefix):
-        row = torch.full((self.vocabulary,), -torch.inf)
+        row = torch.full((self.vocab_size,), -torch.inf)
         if photo == 1 and len(prefix) == 1:
             row[5] = -1.0
         if photo == 2:
@@ -265,63 +280,66 @@ class Impossible(Table):
 
 
 @pytest.mark.parametrize("beam_size", [1, 3, 50])
-def test_a_dead_end_gives_what_was_written_before_it_and_no_nan(beam_size):
-    nothing, one_word, ended = best(Impossible(0), grid_of(0, 1, 2), beam_size, 4)
+def test_a_dead_end_returns_the_words_before_it_without_nan(beam_size):
+    nothing, one_word, ended = best_captions(DeadEnds(0), make_grid(0, 1, 2), beam_size, 4)
     assert (nothing.words, nothing.log_probability, nothing.finished) == ([], 0.0, False)
     assert (one_word.words, one_word.log_probability, one_word.finished) == ([5], -1.0, False)
     assert (ended.words, ended.log_probability, ended.finished) == ([], 0.0, True)
 
 
-class Planned(Table):
-    """Photo n surely ends after n words."""
+class EndsAfter(TableDecoder):
+    """Photo n ends after n words, almost certainly."""
 
     def make_row(self, photo, prefix):
-        row = torch.full((self.vocabulary,), -10.0)
+        row = torch.full((self.vocab_size,), -10.0)
         row[END if len(prefix) > photo else 4] = -0.01
         return row
 
 
-def test_photos_that_are_done_leave_the_batch_and_the_search_ends_with_the_last():
-    table = Planned(0)
-    captions = best(table, grid_of(5, 0, 1, 3, 0, 2), 2, 20)
+def test_finished_photos_leave_the_batch_and_the_search_stops_after_the_last():
+    table = EndsAfter(0)
+    captions = best_captions(table, make_grid(5, 0, 1, 3, 0, 2), 2, 20)
     assert [len(caption.words) for caption in captions] == [5, 0, 1, 3, 0, 2]
-    assert [len(hypotheses) for hypotheses in table.seen] == [6, 12, 6, 6, 2, 2]  # rows: photos, then photos x 2
+    assert [len(hypotheses) for hypotheses in table.steps] == [6, 12, 6, 6, 2, 2]  # hypotheses: one per photo, then two
     assert all(set(caption.attention[:, 0].tolist()) <= {len(caption.words)} for caption in captions)
 
 
 def test_a_finished_hypothesis_does_not_hide_a_better_one_that_ends_later():
-    class Late(Table):
+    class EndsLater(TableDecoder):
         def make_row(self, photo, prefix):
-            row = torch.full((self.vocabulary,), -9.0)
+            row = torch.full((self.vocab_size,), -9.0)
             row[[END, 4]] = torch.tensor([-0.7, -0.5]) if len(prefix) == 1 else torch.tensor([-0.1, -5.0])
             return row
 
-    found = best(Late(0), grid_of(0), 2, 5)[0]
+    found = best_captions(EndsLater(0), make_grid(0), 2, 5)[0]
     assert found.words == [4] and found.log_probability == pytest.approx(-0.6)
 
 
-def test_the_decoders_own_scores_are_left_alone():
-    table = Table(3)
-    best(table, grid_of(0, 1), 3, 4)
+def test_the_log_probabilities_of_the_decoder_are_not_modified():
+    table = TableDecoder(3)
+    best_captions(table, make_grid(0, 1), 3, 4)
     assert all(row.equal(table.make_row(photo, list(prefix))) for (photo, *prefix), row in table.rows.items())
 
-    class LossModule(Planned):
-        scores = torch.full((1, 7), -1.0)
+    class SharedOutput(EndsAfter):
+        """Returns views of one tensor at every step."""
+
+        log_probabilities = torch.full((1, 7), -1.0)
 
         def step(self, words, state):
-            return super().step(words, state)._replace(log_probabilities=self.scores.expand(len(words), -1))
+            expanded = self.log_probabilities.expand(len(words), -1)
+            return super().step(words, state)._replace(log_probabilities=expanded)
 
-    best(LossModule(0), grid_of(0, 1), 3, 4)
-    assert LossModule.scores.tolist() == [[-1.0] * 7]
+    best_captions(SharedOutput(0), make_grid(0, 1), 3, 4)
+    assert SharedOutput.log_probabilities.tolist() == [[-1.0] * 7]
 
 
 @pytest.mark.parametrize("beam_size, max_length", [(0, 5), (3, 0), (-1, 5)])
 def test_a_beam_or_a_length_below_one_is_refused(beam_size, max_length):
     with pytest.raises(UserError, match="must be 1 or more"):
-        best(Table(0), grid_of(0), beam_size, max_length)
+        best_captions(TableDecoder(0), make_grid(0), beam_size, max_length)
 
 
 @pytest.mark.parametrize("length_penalty", [-0.1, float("nan")])
 def test_a_length_penalty_below_zero_is_refused(length_penalty):
     with pytest.raises(UserError, match="must be 0 or more"):
-        best(Table(0), grid_of(0), 3, 5, length_penalty)
+        best_captions(TableDecoder(0), make_grid(0), 3, 5, length_penalty)

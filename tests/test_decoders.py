@@ -173,8 +173,8 @@ def test_hard_attention_uses_the_likeliest_cell_or_the_expectation_outside_train
         decoder, f14[0], words[0], lambda attention: F.one_hot(attention.argmax(), 196).double()
     )
     assert (expectation - argmax).abs().max() > 1e-3
-    for sees, expected in (("expectation", expectation), ("argmax", argmax)):
-        decoder.sees = sees
+    for mode, expected in (("expectation", expectation), ("argmax", argmax)):
+        decoder.attention_mode = mode
         state = decoder.init_state(grid.select(torch.tensor([0])))
         for word, logits in zip(words[0], expected, strict=True):
             log_probabilities, _, state, samples = decoder.step(word[None], state)

@@ -12,11 +12,19 @@ from captioning.decoders.ensemble import Ensemble
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import START
-from tests.test_beam_search import WORDS, Table, best, grid_of, log_probability, same, seeds
+from tests.test_beam_search import (
+    WORDS,
+    TableDecoder,
+    assert_same_caption,
+    best_captions,
+    log_probability,
+    make_grid,
+    seeds,
+)
 from tests.test_decoders import make
 
 
-class Member(Table):
+class Member(TableDecoder):
     has_sentinel = False
 
 
@@ -35,7 +43,7 @@ def mean_probability(tables, photo, words):
 @given(seeds)
 def test_an_ensemble_finds_the_caption_with_the_highest_mean_probabilities(seed):
     tables = [Member(seed + i, end=-1.0) for i in range(3)]
-    for photo, found in enumerate(best(Ensemble(tables), grid_of(0, 1), (WORDS + 1) ** 3, 2)):
+    for photo, found in enumerate(best_captions(Ensemble(tables), make_grid(0, 1), (WORDS + 1) ** 3, 2)):
         captions = [list(c) for n in range(3) for c in itertools.product(range(4, 4 + WORDS), repeat=n)]
         score, words = max((mean_probability(tables, photo, words), words) for words in captions)
         assert found.words == words and found.log_probability == pytest.approx(score, abs=1e-5)
@@ -68,4 +76,4 @@ def test_an_ensemble_of_equal_members_equals_one_member_also_after_photos_finish
     found = beam_search(Ensemble([decoder] * 3), grid, search)
     for photo_expected, photo_found in zip(expected, found, strict=True):
         for expected_caption, found_caption in zip(photo_expected, photo_found, strict=True):
-            same(found_caption, expected_caption)
+            assert_same_caption(found_caption, expected_caption)

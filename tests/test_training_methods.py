@@ -150,12 +150,12 @@ def test_feature_dropout_zeroes_channels_in_training_only(here, monkeypatch):
 
 
 def test_hard_attention_captions_by_argmax_with_the_flag(here):
-    for sees in ("expectation", "argmax"):
-        generate.main(Generate(Path("checkpoints/hard-attention"), data=DATA, hard=sees, json=Path(f"{sees}.json")))
-    decoder = Captioner.load("checkpoints/hard-attention", sees="argmax").decoder
-    assert decoder.sees == "argmax" and type(decoder).sees == "expectation"
+    for mode in ("expectation", "argmax"):
+        generate.main(Generate(Path("checkpoints/hard-attention"), data=DATA, hard=mode, json=Path(f"{mode}.json")))
+    decoder = Captioner.load("checkpoints/hard-attention", hard_attention="argmax").decoder
+    assert decoder.attention_mode == "argmax" and type(decoder).attention_mode == "expectation"
     assert Path("argmax.json").read_text()
-    with pytest.raises(UserError, match="--hard argmax goes with a run of --decoder hard-attention"):
+    with pytest.raises(UserError, match="--hard argmax: needs a run of --decoder hard-attention"):
         generate.main(Generate(Path("checkpoints/attention"), data=DATA, hard="argmax"))
 
 

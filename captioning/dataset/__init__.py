@@ -1,1 +1,1 @@
-"""Captions as flat arrays, packed into batches."""
+"""Captions as flat arrays, and the packed batches made of them."""

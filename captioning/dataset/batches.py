@@ -1,6 +1,6 @@
-"""One photo with all its captions -> packed batches, from the cache or from the photos themselves.
+"""Batches of photos with all their captions, from cached features or from the photos themselves.
 
-Letters: B photos, R captions, W words of all captions packed.
+Letters: B photos, R captions, W words of all captions packed, S pixels per side.
 """
 
 from __future__ import annotations
@@ -24,32 +24,38 @@ from captioning.errors import PhotoError, UserError
 
 @dataclass
 class Batch:
-    photos: Grid | Tensor  # cached: the photos' Grid; live: the photos (B, 3, S, S) uint8
-    words: PackedSequence  # what is read: <start> y_1 ... y_n, the longest caption first
-    targets: Tensor  # (W,) int64, what is to be said: y_1 ... y_n <end>, packed like the words
-    photo_index: Tensor  # (R,) int64: which photo of the view a caption describes
-    indices: np.ndarray  # (B,) which photos of the split these are
-    failures: list[str] = field(default_factory=list)  # photos that could not be read; they are left out
+    """B photos and their R captions, packed longest caption first."""
+
+    photos: Grid | Tensor  # the Grid of cached features, or decoded photos (B, 3, S, S) uint8 for the live encoder
+    words: PackedSequence  # decoder inputs: <start> y_1 ... y_n
+    targets: Tensor  # (W,) int64, the next words: y_1 ... y_n <end>, packed like `words`
+    photo_index: Tensor  # (R,) int64, the photo of the batch that each caption describes
+    indices: np.ndarray  # (B,) int64, the index of each photo in its CaptionDataset
+    failures: list[str] = field(default_factory=list)  # errors of unreadable photos, which the batch leaves out
 
     @property
-    def captions(self) -> int:
+    def num_captions(self) -> int:
         return len(self.photo_index)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On the device; a Grid's cells become `dtype`."""
-        view = (
-            self.photos.to(device, dtype)
-            if isinstance(self.photos, Grid)
-            else self.photos.to(device, non_blocking=True)
+        """Copy the tensors to a device. `dtype` applies to the cells of a Grid; everything else keeps its type."""
+        if isinstance(self.photos, Grid):
+            photos: Grid | Tensor = self.photos.to(device, dtype)
+        else:
+            photos = self.photos.to(device, non_blocking=True)
+        return Batch(
+            photos,
+            PackedSequence(self.words.data.to(device, non_blocking=True), self.words.batch_sizes),
+            self.targets.to(device, non_blocking=True),
+            self.photo_index.to(device, non_blocking=True),
+            self.indices,
+            self.failures,
         )
-        words = PackedSequence(self.words.data.to(device, non_blocking=True), self.words.batch_sizes)
-        targets, photo = (tensor.to(device, non_blocking=True) for tensor in (self.targets, self.photo_index))
-        return Batch(view, words, targets, photo, self.indices, self.failures)
 
     def pin_memory(self) -> Batch:
-        view = self.photos.pin_memory()
+        """Copy the tensors to page-locked memory, from which a GPU copies asynchronously."""
         return Batch(
-            view,
+            self.photos.pin_memory(),
             self.words.pin_memory(),
             self.targets.pin_memory(),
             self.photo_index.pin_memory(),
@@ -59,86 +65,103 @@ class Batch:
 
 
 class CachedPhotos(Dataset):
-    """Batches of a split whose feature maps are read from the cache."""
+    """Batches with features from the cache. An item is indexed by the photos it holds: (B,) int64 -> Batch."""
 
     def __init__(self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], Grid]):
-        """rows (N,) int64: where each photo is in the file; read: rows -> their Grid."""
-        self.split, self.rows, self.read = split, rows, read
+        """rows (N,) int64: the row of each photo of `split` in the feature file; read: rows (B,) -> their Grid."""
+        self.split = split
+        self.rows = rows
+        self.read = read
 
-    def __getitem__(self, photos: np.ndarray) -> Batch:
-        return Batch(self.read(self.rows[photos]), *self.split.pack(photos), photos)
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        return Batch(self.read(self.rows[indices]), *self.split.pack(indices), indices)
 
 
 class LivePhotos(Dataset):
-    """Batches of a split whose photos are decoded anew, for the live encoder."""
+    """Batches of decoded photos, for the live encoder. An item is indexed by the photos it holds: (B,) int64 -> Batch.
+
+    The batch leaves out photos that cannot be read, together with their captions.
+    """
 
     def __init__(
         self,
         split: CaptionDataset,
         transform: Transform,
         augment: Augment | None = None,
-        sided: np.ndarray | None = None,
+        mentions_side: np.ndarray | None = None,
     ):
-        """augment: the views of training photos, if any, and sided (N,) bool: whose captions tell left from right."""
-        self.split, self.transform = split, transform
-        self.augment, self.sided = augment, sided
-        self.epoch = 0  # each has other views
+        """mentions_side (N,) bool: photos that `augment` must not mirror, since a caption says left or right."""
+        self.split = split
+        self.transform = transform
+        self.augment = augment
+        self.mentions_side = mentions_side
+        self.epoch = 0  # seeds the augmentation
 
-    def __getitem__(self, photos: np.ndarray) -> Batch:
-        readable, decoded, failures = read_photos(
-            self.split.paths, photos, self.transform, self._view if self.augment else None
-        )
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        """Raises PhotoError if none of the photos can be read."""
+        augment = self._augment if self.augment else None
+        readable, photos, failures = read_photos(self.split.paths, indices.tolist(), self.transform, augment)
         if not readable:
-            raise PhotoError(f"{failures[0]}; not one photo of a batch can be read")
-        return Batch(decoded, *self.split.pack(readable), np.array(readable), failures)
+            raise PhotoError(f"{failures[0]}; no photo of the batch can be read")
+        return Batch(photos, *self.split.pack(readable), np.array(readable), failures)
 
-    def _view(self, photo: Image.Image, index: int) -> Image.Image:
-        return self.augment(photo, int(index), self.epoch, self.sided is None or not self.sided[index])
+    def _augment(self, photo: Image.Image, index: int) -> Image.Image:
+        assert self.augment is not None
+        may_flip = self.mentions_side is None or not self.mentions_side[index]
+        return self.augment(photo, index, self.epoch, may_flip)
 
 
-def plan_batches(split: CaptionDataset, captions: int, order: Iterable[int], ranks: int = 1) -> list[np.ndarray]:
-    """The photos in this order, in batches of at most so many captions; a photo's captions stay together.
+def plan_batches(split: CaptionDataset, batch_size: int, order: Iterable[int], world_size: int = 1) -> list[np.ndarray]:
+    """Group photos, in the given order, into batches of at most `batch_size` captions -> the photos of each batch.
 
-    Each of `ranks` processes takes its share of every batch, so a last batch with too few photos for that joins the
-    one before it. Raises UserError where another batch has too few.
+    All captions of a photo are in one batch; a photo with more than `batch_size` captions is a batch of its own. Each
+    of `world_size` processes takes a shard of every batch, so a last batch with fewer photos than processes joins the
+    batch before it. Raises UserError if another batch has fewer photos than processes.
     """
-    plan, batch, size = [], [], 0
+    plan: list[np.ndarray] = []
+    batch: list[int] = []
+    batch_captions = 0
     for photo in order:
-        count = split.captions_of(photo)
-        if batch and size + count > captions:
+        captions = split.num_captions(photo)
+        if batch and batch_captions + captions > batch_size:
             plan.append(np.array(batch))
-            batch, size = [], 0
+            batch, batch_captions = [], 0
         batch.append(photo)
-        size += count
+        batch_captions += captions
     if batch:
         plan.append(np.array(batch))
-    if len(plan) > 1 and len(plan[-1]) < ranks:
+    if len(plan) > 1 and len(plan[-1]) < world_size:
         plan[-2:] = [np.concatenate(plan[-2:])]
-    few = min((len(photos) for photos in plan), default=ranks)
-    if few < ranks:
-        raise UserError(f"--batch-size {captions}: {few} photos a batch do not go round {ranks} processes; raise it")
+    smallest = min((len(photos) for photos in plan), default=world_size)
+    if smallest < world_size:
+        raise UserError(
+            f"--batch-size {batch_size}: a batch of {smallest} photos cannot be divided among {world_size} processes; "
+            "increase it"
+        )
     return plan
 
 
 class Update(NamedTuple):
-    """What one update of the weights learns from: one batch, or several whose gradients add up."""
+    """The batches whose gradients are accumulated for one optimizer step."""
 
-    batches: list[np.ndarray]
-    words: int  # of all of them, on all ranks
+    batches: list[np.ndarray]  # the photos of each batch
+    words: int  # targets in all batches, over all processes
     captions: int
     photos: int
 
 
-def plan_updates(split: CaptionDataset, plan: list[np.ndarray], accumulate: int) -> list[Update]:
-    """The batches of a plan in groups of `accumulate`, the last one perhaps smaller."""
-    updates, words, captions = [], split.target_counts(), np.diff(split.photo_offsets)
-    for first in range(0, len(plan), accumulate):
-        batches = plan[first : first + accumulate]
+def plan_updates(split: CaptionDataset, plan: list[np.ndarray], grad_accumulation: int) -> list[Update]:
+    """Group the batches of a plan into updates of `grad_accumulation` batches; the last update may have fewer."""
+    words = split.target_counts()
+    captions = np.diff(split.photo_offsets)
+    updates = []
+    for start in range(0, len(plan), grad_accumulation):
+        batches = plan[start : start + grad_accumulation]
         photos = np.concatenate(batches)
         updates.append(Update(batches, int(words[photos].sum()), int(captions[photos].sum()), len(photos)))
     return updates
 
 
-def epoch_order(photos: int, seed: int, epoch: int) -> np.ndarray:
-    """An epoch's order: a function of seed and epoch, so that a resumed run sees the very same one."""
-    return np.random.default_rng([seed, epoch]).permutation(photos)
+def epoch_order(num_photos: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation (N,) of the photos. It depends on seed and epoch only, so a resumed run gets the same one."""
+    return np.random.default_rng([seed, epoch]).permutation(num_photos)

@@ -1,4 +1,4 @@
-"""Batches that a thread reads ahead, while the ones before are learnt from."""
+"""Read batches ahead in a thread while the training step computes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-AHEAD = 3  # batches
+QUEUE_SIZE = 3  # batches read ahead
 
 
 class Prefetch:
-    """The items of a dataset, in the order of a plan.
+    """The items `dataset[key]` for the keys of a plan, in order.
 
-    A thread is enough for cached features: copying them waits for the disk or the memory, not for Python, and what it
-    reads needs no copy from process to process.
+    One thread is enough for cached features: reading them waits for disk or memory with Python's global lock released,
+    and a thread, unlike a process, hands them over without a copy.
     """
 
     def __init__(self, dataset: Any, plan: Sequence[Any], pin: bool = False):
-        """pin: into memory that a GPU can fetch from while it computes."""
-        self.dataset, self.plan, self.pin = dataset, plan, pin
+        """pin: call pin_memory() on every item, so that a GPU copies it asynchronously."""
+        self.dataset = dataset
+        self.plan = plan
+        self.pin = pin
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises what reading an item raised, in its place."""
+        """An error while reading an item is raised where that item is due."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         try:
-            ahead = deque(thread.submit(self._read, place) for place in self.plan[:AHEAD])
-            for place in self.plan[AHEAD:]:
-                ahead.append(thread.submit(self._read, place))
-                yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            queue = deque(thread.submit(self._read, key) for key in self.plan[:QUEUE_SIZE])
+            for key in self.plan[QUEUE_SIZE:]:
+                queue.append(thread.submit(self._read, key))
+                yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
         finally:
             thread.shutdown(cancel_futures=True)
 
-    def _read(self, place: Any) -> Any:
-        item = self.dataset[place]
+    def _read(self, key: Any) -> Any:
+        item = self.dataset[key]
         return item.pin_memory() if self.pin else item

@@ -23,12 +23,13 @@ class HardAttentionDecoder(AttentionDecoder):
 
     REINFORCE estimates the gradient of the sampling (eq. 11-12): the objective computes it from the HardSamples. For
     half of the photos, chosen anew in every batch, the context is the expectation sum(a_t F) instead, which reduces the
-    variance (section 4.1). Outside training nothing is sampled: `sees` selects the expectation or the likeliest cell.
+    variance (section 4.1). Outside training nothing is sampled: `attention_mode` selects the
+    expectation or the most probable cell.
     """
 
     uses_coverage = False
     supports_kernels = False
-    sees: Literal["expectation", "argmax"] = "expectation"
+    attention_mode: Literal["expectation", "argmax"] = "expectation"
     expectation_fraction = 0.5  # of the photos, in training
 
     def init_state(self, grid: Grid) -> State:
@@ -42,7 +43,7 @@ class HardAttentionDecoder(AttentionDecoder):
     def weigh_cells(self, attention: Tensor, sampled: Tensor | None = None) -> tuple[Tensor, HardSamples | None]:
         """Attention (B, K, P), sampled bool (R,) in training -> weight of each cell (B, K, P), samples (R,)."""
         if sampled is None:
-            if self.sees == "argmax":
+            if self.attention_mode == "argmax":
                 return one_hot(attention.argmax(2), attention), None
             return attention, None
         log_attention = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()

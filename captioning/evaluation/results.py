@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from captioning.caption import CaptionResult
-from captioning.dataset.caption_dataset import photos_of
+from captioning.dataset.caption_dataset import photos_in_split
 from captioning.encoders.images import PHOTO_ENDINGS
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
@@ -108,7 +108,7 @@ def read_reference_photos(references: Path, split: str, tokenizer: str | None) -
                 f"--tokenizer requires an annotation file; the captions of {references} are already tokenized"
             )
         vocabulary = Vocabulary.load(references / VOCABULARY_FILE)
-        photos = photos_of(list(read_captions(references)), split, references)
+        photos = photos_in_split(list(read_captions(references)), split, references)
         return photos, vocabulary.language, vocabulary.tokenizer
     return _read_annotation_file(references, split, tokenizer)
 

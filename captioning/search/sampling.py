@@ -1,6 +1,6 @@
-"""Words that a decoder draws itself: whole captions, and words read in place of the true ones in training.
+"""Sampling from a decoder: whole captions, and the input words of scheduled sampling.
 
-Letters: B photos, R captions, W words of all captions packed, K captions drawn of a photo, T words, V vocabulary.
+Letters: B photos, R captions, W words of all captions packed, K captions per photo, T steps, V vocabulary, P cells.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from preprocess.vocabulary import END, PAD, START
 
 
 @torch.no_grad()
-def sample(decoder: Decoder, grid: Grid, samples: int, max_length: int, greedy_first: bool = False) -> Tensor:
-    """Captions drawn word by word -> (B, K, T) int64: the words, <end> where it ended, then <pad>.
+def sample(decoder: Decoder, grid: Grid, num_samples: int, max_length: int, greedy_first: bool = False) -> Tensor:
+    """Sample captions word by word -> (B, K, T) int64: at most `max_length` words, <end> if it ended, then <pad>.
 
-    K is `samples`, and one more with greedy_first: each photo's first is then its greedy caption. T is at most
-    max_length + 1: the words and an <end>.
+    K is num_samples. greedy_first adds the greedy caption of each photo as its first, so that K is num_samples + 1.
+    T is at most max_length + 1.
     """
-    captions = samples + greedy_first
+    captions = num_samples + greedy_first
 
     def choose(log_probabilities: Tensor) -> Tensor:
         words = sample_categorical(log_probabilities.exp())
@@ -35,44 +35,48 @@ def sample(decoder: Decoder, grid: Grid, samples: int, max_length: int, greedy_f
             words[::captions] = log_probabilities[::captions].argmax(1)
         return words
 
-    drawn = [words for words, *_ in _word_by_word(decoder, grid, captions, max_length, choose)]
-    return torch.stack(drawn, 1).view(len(grid), captions, -1)
+    steps = [words for words, _, _ in _decode(decoder, grid, captions, max_length, choose)]
+    return torch.stack(steps, 1).view(len(grid), captions, -1)
 
 
 @torch.no_grad()
-def draw_captions(decoder: Decoder, grid: Grid, search: SearchOptions) -> list[list[Caption]]:
-    """`captions` of each photo, drawn with a temperature from the top p of the words: see `sharpened`.
+def sample_captions(decoder: Decoder, grid: Grid, search: SearchOptions) -> list[list[Caption]]:
+    """Sample `num_captions` captions of each photo with `temperature` and `top_p`: see `nucleus_filter`.
 
-    log_probability is the decoder's own. The decoder should be in eval mode.
+    log_probability is that of the unfiltered distribution. The decoder should be in eval mode.
     """
 
     def choose(log_probabilities: Tensor) -> Tensor:
         return sample_categorical(nucleus_filter(log_probabilities, search.temperature, search.top_p).exp())
 
-    steps = _word_by_word(decoder, grid, search.num_captions, search.max_length, choose, search.allow_unknown)
-    steps = zip(*steps, strict=True)
-    words, log_probabilities, attentions = (None if step[0] is None else torch.stack(step, 1) for step in steps)
+    steps = list(_decode(decoder, grid, search.num_captions, search.max_length, choose, search.allow_unknown))
+    words = torch.stack([step[0] for step in steps], 1).tolist()  # R lists of T
+    log_probabilities = torch.stack([step[1] for step in steps], 1).tolist()
+    attentions = [step[2] for step in steps if step[2] is not None]
+    attention = torch.stack(attentions, 1) if attentions else None  # (R, T, P)
     captions = []
-    for row, (said, scores) in enumerate(zip(words.tolist(), log_probabilities.tolist(), strict=True)):
-        finished = END in said
-        length = said.index(END) if finished else min(len(said), search.max_length)
-        attention = None if attentions is None else attentions[row, :length].float().cpu()
-        captions.append(Caption(said[:length], sum(scores[: length + finished]), finished, attention))
+    for row, caption in enumerate(words):
+        finished = END in caption
+        length = caption.index(END) if finished else min(len(caption), search.max_length)
+        log_probability = sum(log_probabilities[row][: length + finished])
+        own_attention = None if attention is None else attention[row, :length].float().cpu()
+        captions.append(Caption(caption[:length], log_probability, finished, own_attention))
     return [captions[first : first + search.num_captions] for first in range(0, len(captions), search.num_captions)]
 
 
 def nucleus_filter(log_probabilities: Tensor, temperature: float, top_p: float) -> Tensor:
-    """(R, V) -> (R, V): of p^(1/temperature), the likeliest words whose shares reach top_p, normalised anew.
+    """Apply temperature and nucleus sampling to log-probabilities (R, V) -> normalised log-probabilities (R, V).
 
-    Nucleus sampling (Holtzman et al. 2020, eq. 2-3). A temperature below 1 makes likely words likelier.
+    Only the smallest set of most likely words whose total probability reaches top_p remains (Holtzman et al. 2020,
+    https://arxiv.org/abs/1904.09751, eq. 2-3). A temperature below 1 sharpens the distribution p^(1/temperature).
     """
-    ordered, places = (log_probabilities / temperature).log_softmax(1).sort(dim=1, descending=True)
-    before = ordered.exp().cumsum(1) - ordered.exp()  # the share of the words before each one
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return torch.empty_like(ordered).scatter_(1, places, ordered).log_softmax(1)
+    ordered, words = (log_probabilities / temperature).log_softmax(1).sort(dim=1, descending=True)
+    mass_before = ordered.exp().cumsum(1) - ordered.exp()  # total probability of the more likely words
+    ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
+    return torch.empty_like(ordered).scatter_(1, words, ordered).log_softmax(1)
 
 
-def _word_by_word(
+def _decode(
     decoder: Decoder,
     grid: Grid,
     captions: int,
@@ -80,18 +84,21 @@ def _word_by_word(
     choose: Callable[[Tensor], Tensor],
     allow_unknown: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """A step at a time: the words written (R,), <pad> after <end>; their log-probabilities (R,); attention (R, P).
+    """Decode `captions` captions per photo. Yield, at each step, their words (R,), log-probabilities (R,), attention.
 
-    choose: the words of log-probabilities (R, V), where what may not be written has -inf.
+    Words are int64, <pad> after <end>; attention is (R, P), None without it. One step more than words, since <end> may
+    follow the last word.
+
+    choose: log-probabilities (R, V), -inf for banned words -> words (R,).
     """
     device = grid.cells.device
-    forbidden = banned_ids(device, allow_unknown)
+    banned = banned_ids(device, allow_unknown)
     state = decoder.init_state(grid).reorder(torch.arange(len(grid), device=device).repeat_interleave(captions))
     words = torch.full((len(grid) * captions,), START, device=device)
     ended = torch.zeros_like(words, dtype=torch.bool)
     for number in range(max_length + 1):
         log_probabilities, attention, state, _ = decoder.step(words, state)
-        words = choose(log_probabilities.index_fill(1, forbidden, -torch.inf)).masked_fill(ended, PAD)
+        words = choose(log_probabilities.index_fill(1, banned, -torch.inf)).masked_fill(ended, PAD)
         yield words, log_probabilities.gather(1, words[:, None])[:, 0], attention
         ended = ended | (words == END)
         if (number + 1) % sync_interval(device) == 0 and bool(ended.all()):
@@ -99,51 +106,67 @@ def _word_by_word(
 
 
 def pack_sampled(captions: Tensor) -> tuple[PackedSequence, Tensor, Tensor]:
-    """Captions drawn (R, T) -> the words read, the words said (W,), packed, and which caption each row is (R,)."""
+    """Pack captions of `sample` (R, T), longest first.
+
+    Returns the decoder inputs and the targets (W,), and for each packed caption its row in `captions` (R,) int64.
+    """
     lengths, order = (captions != PAD).sum(1).sort(descending=True, stable=True)
-    captions, lengths = captions[order], lengths.cpu()
-    read = torch.cat([torch.full_like(captions[:, :1], START), captions[:, :-1]], 1)
-    words = pack_padded_sequence(read, lengths, batch_first=True)
-    return words, pack_padded_sequence(captions, lengths, batch_first=True).data, order
+    captions = captions[order]
+    lengths = lengths.cpu()
+    inputs = torch.cat([torch.full_like(captions[:, :1], START), captions[:, :-1]], 1)
+    words = pack_padded_sequence(inputs, lengths, batch_first=True)
+    targets = pack_padded_sequence(captions, lengths, batch_first=True).data
+    return words, targets, order
 
 
 def scheduled_sampling_forward(
-    decoder: Decoder, grid: Grid, words: PackedSequence, photo: Tensor, own: float
+    decoder: Decoder, grid: Grid, words: PackedSequence, photo_index: Tensor, sampling_prob: float
 ) -> DecoderOutput:
-    """As the decoder's forward, but each word after the first is, with probability `own`, one it draws itself."""
-    state = decoder.init_state(grid).expand_to_captions(photo)
-    log_probabilities, attentions, choices = [], [], []
-    for true in words.data.split(words.batch_sizes.tolist()):
-        state, read = state.truncate(len(true)), true
+    """The decoder's forward, with each input word after <start> replaced by its own sample with `sampling_prob`.
+
+    Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099). The logits (W, V) are log-probabilities.
+    """
+    state = decoder.init_state(grid).expand_to_captions(photo_index)
+    log_probabilities: list[Tensor] = []
+    attentions: list[Tensor] = []
+    samples = []
+    for true_words in words.data.split(words.batch_sizes.tolist()):
+        captions = len(true_words)
+        state = state.truncate(captions)
+        inputs = true_words
         if log_probabilities:
-            drawn = sample_categorical(log_probabilities[-1][: len(true)].detach().exp())
-            read = torch.where(torch.rand(len(true), device=true.device) < own, drawn, true)
-        step = decoder.step(read, state)
+            sampled = sample_categorical(log_probabilities[-1][:captions].detach().exp())
+            use_sampled = torch.rand(captions, device=true_words.device) < sampling_prob
+            inputs = torch.where(use_sampled, sampled, true_words)
+        step = decoder.step(inputs, state)
         state = step.state
         log_probabilities.append(step.log_probabilities)
-        attentions.append(step.attention)
-        choices.append(step.samples)
+        samples.append(step.samples)
+        if step.attention is not None:
+            attentions.append(step.attention)
     return DecoderOutput(
-        torch.cat(log_probabilities), attention_sum(decoder, attentions, words), concat_samples(choices)
+        torch.cat(log_probabilities), attention_sum(decoder, attentions, words), concat_samples(samples)
     )
 
 
 @contextlib.contextmanager
-def deterministic(decoder: nn.Module, but_dropout: bool = False) -> Iterator[None]:
-    """A decoder in training says and learns, inside this block, as it does when it captions; or so but for its dropout.
+def deterministic(decoder: nn.Module, keep_dropout: bool = False) -> Iterator[None]:
+    """Make a decoder in training compute what it computes in eval mode; with keep_dropout, except for its dropout.
 
-    Not simply eval(): on a GPU a recurrent layer that is not in training has no gradient.
+    Unlike eval(), this leaves recurrent layers in training mode: cuDNN has no backward pass for them in eval mode.
     """
-    modules = [(module, module.training, getattr(module, "dropout", None)) for module in decoder.modules()]
-    for module, _, _ in modules:
+    training = {module: module.training for module in decoder.modules()}
+    recurrent_dropout = {module: module.dropout for module in training if isinstance(module, nn.RNNBase)}
+    for module in training:
         if isinstance(module, nn.RNNBase):
-            module.dropout *= but_dropout
-        elif not (but_dropout and isinstance(module, nn.Dropout)):
+            if not keep_dropout:
+                module.dropout = 0.0
+        elif not (keep_dropout and isinstance(module, nn.Dropout)):
             module.training = False
     try:
         yield
     finally:
-        for module, training, dropout in modules:
-            module.training = training
-            if isinstance(module, nn.RNNBase):
-                module.dropout = dropout
+        for module, was_training in training.items():
+            module.training = was_training
+        for module, dropout in recurrent_dropout.items():
+            module.dropout = dropout

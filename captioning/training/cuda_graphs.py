@@ -109,7 +109,7 @@ class StaticBatch:
         indices = torch.full(self.indices.shape, PAD, pin_memory=self.indices.is_cuda)
         indices[positions] = batch.words.data
         indices[self.num_words + positions] = batch.targets
-        indices[2 * self.num_words :][: batch.captions] = batch.photo_index
+        indices[2 * self.num_words :][: batch.num_captions] = batch.photo_index
         self.indices.copy_(indices, non_blocking=True)
         # The cells after these keep old values: only words whose target is <pad> attend to them.
         self.batch.photos.cells[: len(batch.photos)].copy_(batch.photos.cells, non_blocking=True)

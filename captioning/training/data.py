@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from captioning.dataset.batches import Batch, CachedPhotos, LivePhotos
-from captioning.dataset.caption_dataset import CaptionDataset, check_none_lost
+from captioning.dataset.caption_dataset import CaptionDataset, check_captions_complete
 from captioning.dataset.prefetch import Prefetch
 from captioning.decoders import DECODERS
 from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
@@ -41,7 +41,7 @@ def cached_data(
     reader = FeatureReader(options.features or options.data / "features.h5", pin=device.type == "cuda")
     rows = reader.rows_of(captions.ids)  # (N,) int64, of all photos
     if not options.features:
-        check_none_lost(rows, reader.path, len(reader.ids), options.allow_missing)
+        check_captions_complete(rows, reader.path, len(reader.ids), options.allow_missing)
     recipe = saved_encoder(reader.path, reader.attributes["weights_sha256"])["encoder"]
     train = train[reader.present(rows[train], options.allow_missing, options.data)]
     val = val[reader.present(rows[val], options.allow_missing, options.data)]

@@ -194,7 +194,7 @@ class Cider(nn.Module):
         self, decoder: nn.Module, grid: Grid, words: PackedSequence, targets: Tensor, photo_index: Tensor
     ) -> Tensor:
         """(W,) float32: log p of the target words, with dropout."""
-        with deterministic(decoder, but_dropout=True):
+        with deterministic(decoder, keep_dropout=True):
             logits = upcast(decoder(grid, words, photo_index).logits)
         logits = logits.index_fill(1, banned_ids(logits.device), -torch.inf)
         return -F.cross_entropy(logits, targets, reduction="none")

@@ -211,7 +211,7 @@ class Trainer:
             with meter.waiting():
                 batch = next(batches)
             loss = self.train_step(batch, update, last=number == len(update.batches))
-            pending.append(PendingLoss(loss, batch.captions, batch.indices, self.state.progress.step + 1))
+            pending.append(PendingLoss(loss, batch.num_captions, batch.indices, self.state.progress.step + 1))
         return pending
 
     def train_step(self, batch: Batch, update: Update, last: bool) -> Loss:
@@ -233,7 +233,7 @@ class Trainer:
         size = self.distributed.size
         return LossWeights(
             words=size * len(batch.targets) / update.words,
-            captions=size * batch.captions / update.captions,
+            captions=size * batch.num_captions / update.captions,
             photos=size * len(batch.indices) / update.photos,
         )
 

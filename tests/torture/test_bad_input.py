@@ -402,13 +402,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "no photos to validate",
         captions(),
         TRAIN + " --features data/small/features.h5",
-        "data/small: has no val photos, only train; make them with python -m preprocess data/small",
+        "data/small: has no val photos, only train; create them with: python -m preprocess data/small",
     ),
     (
         "a split without photos",
         None,
         GENERATE + " --data data/small --split test",
-        "data/small: has no test photos, only train, val; make them with python -m preprocess data/small",
+        "data/small: has no test photos, only train, val; create them with: python -m preprocess data/small",
     ),
     (
         "no such data set for train.py",
@@ -711,7 +711,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "--hard with soft attention",
         None,
         PHOTO + " --hard argmax",
-        "--hard argmax goes with a run of --decoder hard-attention, not attention",
+        "--hard argmax: needs a run of --decoder hard-attention, but this is attention",
     ),
     (
         "a run that is there already",
@@ -923,13 +923,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "--top-p without --temperature",
         None,
         PHOTO + " --top-p 0.5",
-        "--top-p goes with --temperature: beam search draws nothing",
+        "--top-p: applies to sampling only; give --temperature too, or leave it out",
     ),
     (
         "--no-repeat-ngram with --temperature",
         None,
         PHOTO + " --temperature 1 --no-repeat-ngram 2",
-        "--no-repeat-ngram goes with beam search, without --temperature",
+        "--no-repeat-ngram: applies to beam search only; leave out this or --temperature",
     ),
     (
         "a minimum above the maximum",
@@ -998,7 +998,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "references of a split without photos",
         None,
         SCORE + " --split test",
-        "data/small: has no test photos, only train, val; make them with python -m preprocess data/small",
+        "data/small: has no test photos, only train, val; create them with: python -m preprocess data/small",
     ),
     (
         "a split that the annotations lack",

@@ -267,7 +267,7 @@ def other(tmp_path_factory):
     [
         ("data/small/captions.jsonl", [EXTRACT], "features.h5: holds the photos of another data set (0 of its 24"),
         ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
-        ("data/small/vocab.json", [TRAIN], "vocab.json: does not know 100% of the words in captions.jsonl"),
+        ("data/small/vocab.json", [TRAIN], "vocab.json: lacks 100% of the words in captions.jsonl"),
         ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
         ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
         ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: holds the photos of another data set"),
