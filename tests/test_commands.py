@@ -28,7 +28,7 @@ from captioning.encoders.images import SignalSafeLoader, Transform, open_photo
 from captioning.errors import UserError
 from captioning.features.feature_cache import FeatureReader
 from captioning.runtime import command_line, signals
-from captioning.runtime.checkpoint import first_sentence, load_checkpoint, read_checkpoint, save_checkpoint
+from captioning.runtime.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from captioning.search.options import SearchOptions
 from captioning.training.objectives import LossWeights
 from captioning.training.trainer import Trainer
@@ -646,8 +646,3 @@ def test_processes_that_read_photos_never_hear_of_a_stop(listening, monkeypatch)
     assert list(SignalSafeLoader(Signals(), [0], workers=1, pin=False)) == []
     assert begun[0][1].issuperset(signals.STOPS), "not even while they start"
     assert not Signals()[0][1].intersection(signals.STOPS)
-
-
-@pytest.mark.parametrize("end", ["\n", "\x1c", "\u2028", ". "])
-def test_of_what_a_library_says_one_line_is_told(end):
-    assert first_sentence(ValueError(f"archive/a{end}b has changed")) == "archive/a"

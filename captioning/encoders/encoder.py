@@ -28,6 +28,7 @@ from captioning.runtime.checkpoint import (
     state_sha256,
 )
 from captioning.runtime.device import autocast
+from captioning.runtime.library_errors import reason
 
 CALIBRATION_PHOTOS = 256
 
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UserError(f"--compile: {' '.join(str(error).split()):.120}; mend that, or leave it out") from None
+            raise UserError(f"--compile: {reason(error)}; mend that, or leave it out") from None
         return time.monotonic() - began
 
     @torch.no_grad()
@@ -92,9 +93,7 @@ class Encoder(nn.Module):
         try:
             features = self.body(torch.zeros(1, 3, size, size, device=next(self.parameters()).device))
         except RuntimeError as error:
-            raise UserError(
-                f"--image-size {size}: too small for {self.name} ({str(error).splitlines()[0][:80]})"
-            ) from None
+            raise UserError(f"--image-size {size}: too small for {self.name} ({reason(error)})") from None
         channels, height, width = self._spatial(features).shape[1:]
         return height, width, channels
 
@@ -186,7 +185,9 @@ def _torchvision_weights(name: str) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except OSError as error:
-        raise UserError(f"{weights.url}: cannot be downloaded ({error}); fetch it and give --weights FILE") from None
+        raise UserError(
+            f"{weights.url}: cannot be downloaded ({reason(error)}); fetch it and give --weights FILE"
+        ) from None
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from torch import Tensor
 from captioning.encoders.grid import SIDE, Grid, grid_pooling, native_indices
 from captioning.errors import UserError
 from captioning.features.hdf5_layout import ContiguousArray, own_array, read_blocks
+from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import defer_signals
 from captioning.runtime.string_array import StringArray
 
@@ -222,14 +222,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({_reason(error)}); mend that and run the same command, or give --out elsewhere"
+            f"{path}: cannot be written ({reason(error)}); mend that and run the same command, or give --out elsewhere"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    """In few words: HDF5 puts many around an error of the system, and around its own."""
-    number, lines = getattr(error, "errno", None), str(error).strip("'\"").splitlines() or [type(error).__name__]
-    return os.strerror(number) if number else re.sub(r"^Unable to [\w ]+\((.*)\)$", r"\1", lines[0])[:120]
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -260,7 +254,7 @@ def _read_layout(path: Path) -> tuple[dict[str, ContiguousArray], dict, StringAr
         raise UserError(f"{path}: no such file; make it with: python extract_features.py DATA") from None
     except Exception as error:  # HDF5 reports a foreign or damaged file in many ways
         remedy = "check its permissions, or extract again with --overwrite"
-        raise UserError(f"{path}: cannot be read as a Kantu feature file ({_reason(error)}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read as a Kantu feature file ({reason(error)}); {remedy}") from None
     return blocks, attributes, ids
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write
+from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import defer_signals
 
 FORMAT = "kantu checkpoint 1"
@@ -51,9 +51,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         with defer_signals(), atomic_write(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
     except (OSError, RuntimeError) as error:  # torch's writer of zip files has its own word for a full disk
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        cause = reason(error) if isinstance(error, OSError) else "is the disk full?"
         raise UserError(
-            f"{path}: cannot write the checkpoint ({reason}); free some space, and give the same command "
+            f"{path}: cannot write the checkpoint ({cause}); free some space, and give the same command "
             "(train.py: with --resume)"
         ) from error
 
@@ -98,7 +98,7 @@ def checkpoint_errors(source: object) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {first_sentence(error)}"
+        what = f"{type(error).__name__}: {reason(error)}"
         raise UserError(f"{source}: damaged, or of another version of Kantu ({what}); train again") from None
 
 
@@ -116,9 +116,9 @@ def load_tensors(path: Path, kind: str, remedy: str) -> object:
             warnings.simplefilter("ignore")  # of what we are about to refuse
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path and its permissions") from None
     except Exception as error:  # torch reports a foreign or damaged file in a dozen ways
-        raise UserError(f"{path}: not {kind}, or damaged ({first_sentence(error)}); {remedy}") from None
+        raise UserError(f"{path}: not {kind}, or damaged ({reason(error)}); {remedy}") from None
 
 
 def load_for_resume(folder: Path, config: dict) -> dict | None:
@@ -143,12 +143,6 @@ def load_for_resume(folder: Path, config: dict) -> dict | None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: {folder} was trained with {was}; resume with that, or name a new --run")
     return saved
-
-
-def first_sentence(error: Exception) -> str:
-    """What an error of a library says, short enough for a line of ours."""
-    sentence = "".join(str(error).strip().splitlines()[:1]).partition(". ")[0][:120].rstrip(" .")
-    return sentence if re.search("[A-Za-z]", sentence) else type(error).__name__
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:

@@ -590,8 +590,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "photos too small for the encoder",
         None,
         FRESH + " --encoder inception_v3 --weights random --image-size 32",
-        "--image-size 32: too small for inception_v3 (Calculated padded input size per channel: (1 x 1). "
-        "Kernel size: (3 x 3). Kernel )",
+        "--image-size 32: too small for inception_v3 (Calculated padded input size per channel: (1 x 1))",
     ),
     ("photos of 16 pixels", None, FRESH + " --image-size 16", "--image-size 16: must be 32 or more"),
     (
