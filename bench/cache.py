@@ -29,7 +29,7 @@ from tyro.conf import Positional
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.encoders.images import in_batches
 from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
-from captioning.runtime.meter import most_resident
+from captioning.runtime.meter import peak_resident_memory
 
 RECIPE = {
     "name": "bench",
@@ -133,7 +133,7 @@ def measure_size(bench: Bench, size: int) -> None:
         ]
         print(
             f"{size:24,}  {path.stat().st_size / 1e9:5.1f} GB  {create_seconds * 1e3:4.0f} ms  {rates[0]}  "
-            f"{open_seconds * 1e3:6.0f} ms  {rates[1]}  {most_resident() / 1e6:8.0f} MB"
+            f"{open_seconds * 1e3:6.0f} ms  {rates[1]}  {peak_resident_memory() / 1e6:8.0f} MB"
         )
     finally:
         path.unlink(missing_ok=True)

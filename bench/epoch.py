@@ -32,7 +32,7 @@ from captioning.dataset.prefetch import Prefetch
 from captioning.decoders.factory import build_decoder, decoder_arguments
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.runtime.device import autocast, pick_device, pick_precision
-from captioning.runtime.meter import most_resident
+from captioning.runtime.meter import peak_resident_memory
 from captioning.runtime.settings import as_plain_data
 from captioning.training.cuda_graphs import CudaGraphRunner
 from captioning.training.objectives import CrossEntropy, Loss, LossWeights
@@ -160,7 +160,7 @@ def main(bench: Bench) -> None:
     )
     print(f"{words * operations / seconds / 1e12:.2f} TFLOP/s in matrix products, peak {peak_operations / 1e12:.2f}")
     print(f"{num_bytes / seconds / 1e9:.1f} GB/s for attention, peak {peak_bandwidth / 1e9:.1f}")
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_resident()
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     print(f"{bench.decoder}, batches of {bench.batch_size}; peak memory {memory / 1e9:.1f} GB")
     print(f"{name}, torch {torch.__version__}")

@@ -25,7 +25,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import checkpoint_errors
-from captioning.runtime.files import atomic_text
+from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
@@ -214,9 +214,9 @@ def main(config: Export) -> None:
         raise UserError(f"{existing[0]}: already exists; give --overwrite, or another --out")
     with contextlib.ExitStack() as stack:
         # Opened first, so renamed last: if description.json exists, the export is complete.
-        description_file = stack.enter_context(atomic_text(description_path, binary=True))
+        description_file = _open_atomic(stack, description_path)
         module_files = {
-            name: stack.enter_context(atomic_text(path, binary=True)) for name, path in module_paths.items()
+            name: _open_atomic(stack, path) for name, path in module_paths.items()
         }
         description_file.write(json.dumps(description, ensure_ascii=False, indent=1).encode())
         for name, module in modules.items():
@@ -224,6 +224,12 @@ def main(config: Export) -> None:
     _remove_other_format(folder, set(module_paths.values()))
     for path in paths:
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def _open_atomic(stack: contextlib.ExitStack, path: Path) -> BinaryIO:
+    """Open a file that appears when the stack closes. An OSError until then becomes a UserError."""
+    stack.enter_context(write_errors(path))
+    return stack.enter_context(atomic_write(path))
 
 
 def _remove_other_format(folder: Path, written: set[Path]) -> None:

@@ -603,13 +603,13 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
 @pytest.fixture
 def listening():
     """Both stops raise KeyboardInterrupt, even where a shell told its background to ignore one."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in signals.STOPS}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals.STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", signals.STOPS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_stop_waits_for_what_must_be_done_in_one_piece(number, listening):
     done = []
     with signals.StopRequest() as request:
@@ -622,7 +622,7 @@ def test_a_stop_waits_for_what_must_be_done_in_one_piece(number, listening):
             os.kill(os.getpid(), number)
             done.append("the rest")
     assert done[1:] == ["the rest"]
-    assert {signal.getsignal(one) for one in signals.STOPS} == {signal.default_int_handler}
+    assert {signal.getsignal(one) for one in signals.STOP_SIGNALS} == {signal.default_int_handler}
 
 
 def test_flags_are_parsed_before_a_stop_is_an_exception(listening, monkeypatch):
@@ -635,14 +635,16 @@ def test_flags_are_parsed_before_a_stop_is_an_exception(listening, monkeypatch):
 
 class Signals(torch.utils.data.Dataset):
     def __getitem__(self, _):
-        return [signal.getsignal(number) for number in signals.STOPS], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return [signal.getsignal(number) for number in signals.STOP_SIGNALS], signal.pthread_sigmask(
+            signal.SIG_BLOCK, []
+        )
 
 
 def test_processes_that_read_photos_never_hear_of_a_stop(listening, monkeypatch):
     [(handlers, blocked)] = SignalSafeLoader(Signals(), [0], workers=1, pin=False)
-    assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(signals.STOPS)
+    assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(signals.STOP_SIGNALS)
     begun = []
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: begun.append(Signals()[0]) or iter([]))
     assert list(SignalSafeLoader(Signals(), [0], workers=1, pin=False)) == []
-    assert begun[0][1].issuperset(signals.STOPS), "not even while they start"
-    assert not Signals()[0][1].intersection(signals.STOPS)
+    assert begun[0][1].issuperset(signals.STOP_SIGNALS), "not even while they start"
+    assert not Signals()[0][1].intersection(signals.STOP_SIGNALS)

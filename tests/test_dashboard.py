@@ -66,7 +66,7 @@ def make_log(epochs=2, steps=3, caption=CAPTION, picture=None):
                 "top5": 0.5,
                 "BLEU-4": 10.0,
                 "CIDEr-D": 30.0 + epoch,
-                "panel": [entry],
+                "preview": [entry],
             }
         )
     return events

@@ -12,9 +12,9 @@ CPU = torch.device("cpu")
 def flags(request, monkeypatch):
     """Of processors; "" where the system does not tell."""
     monkeypatch.setattr(device, "_cpu_flags", lambda: f"flags : sse {request.param}" if request.param else "")
-    device._asked_for.cache_clear()
+    device._requested_dtype.cache_clear()
     yield request.param
-    device._asked_for.cache_clear()
+    device._requested_dtype.cache_clear()
 
 
 def test_a_decoder_trains_in_bfloat16_by_itself_only_where_the_processor_computes_in_it(flags, capsys):

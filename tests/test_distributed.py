@@ -1,4 +1,4 @@
-"""Several processes train as one: real processes, gloo, on this machine's CPU."""
+"""Several processes train like one: real processes, connected by gloo, on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.runtime.distributed import SINGLE, DistributedContext, SyncBatchNorm1d
 from captioning.runtime.log import Log
-from captioning.runtime.signals import StopRequest
+from captioning.runtime.signals import STOPPED, StopRequest, claim_report
 from config import ExtractFeatures, Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
 
-HOUSE = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[1]
 TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "dropout": 0.0, "precision": "float32"}
 CACHED = {"batch_size": 8, **TINY}
-SPLIT_UP = {**CACHED, "batch_size": 4, "grad_accumulation": 2}
-LIVE = {
+ACCUMULATED = {**CACHED, "batch_size": 4, "grad_accumulation": 2}
+FINE_TUNED = {
     **CACHED,
     "fine_tune": True,
     "weights": "start.pth",
@@ -47,30 +47,31 @@ LIVE = {
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A small data set with features, and weights for a live encoder; the tests run in its folder."""
+def data_folder(tmp_path_factory):
+    """A small data set with features, and weights for a live encoder; the current folder of the tests."""
     from torchvision import models
 
     from tests.small import make_small_data
 
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("distributed")
     make_small_data(folder)
-    before = os.getcwd()
+    previous = os.getcwd()
     os.chdir(folder)
     torch.manual_seed(0)
     torch.save(models.resnet18().state_dict(), "start.pth")
     extract_features.main(ExtractFeatures(Path("data/small"), "resnet18.layer2", "start.pth", 64, workers=0))
     yield folder
-    os.chdir(before)
+    os.chdir(previous)
 
 
-def in_ranks(work, *arguments, size=2):
-    """Run work(ranks, *arguments) in so many processes that can talk -> what each returned, rank 0's first."""
+def run_ranks(work, *arguments, size=2):
+    """Run work(ranks, *arguments) in `size` connected processes -> the results, in the order of the ranks."""
     context = mp.get_context("fork")
     results = context.SimpleQueue()
-    port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        context.Process(target=_rank, args=(results, port.port, rank, size, work, arguments)) for rank in range(size)
+        context.Process(target=_run_rank, args=(results, store.port, rank, size, work, arguments))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -82,7 +83,7 @@ def in_ranks(work, *arguments, size=2):
     return [found[rank] for rank in range(size)]
 
 
-def _rank(results, port, rank, size, work, arguments):
+def _run_rank(results, port, rank, size, work, arguments):
     torch.set_num_threads(1)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -92,76 +93,78 @@ def _rank(results, port, rank, size, work, arguments):
         results.put((rank, RuntimeError(repr(error))))
 
 
-def weights_after_an_epoch(ranks, setting):
-    """Plain steps of gradient descent: the weights tell the gradients, which Adam would rescale."""
+def train_and_validate(ranks, setting):
+    """One epoch of plain gradient descent, whose weights show the gradients; Adam would rescale them.
+
+    Returns the weights, the names of those that changed, and the metrics.
+    """
     setting = {**setting, "learning_rate": 0.1, "grad_clip": 0.0}
     trainer = train.make_trainer(Train(Path("data/small"), "none", **setting), distributed=ranks)
     trainer.state.optimizer = torch.optim.SGD([{"params": trainer.state.parameters, "rate": "learning_rate"}], lr=0.0)
     before = {name: value.clone() for name, value in trainer.loss_module.state_dict().items()}
     with StopRequest() as stop:
-        figures = trainer.train_epoch(Log(trainer.options.folder, {}, None, first=False), stop)
-        figures |= trainer.validate(stop)
+        metrics = trainer.train_epoch(Log(trainer.options.folder, {}, None, is_main=False), stop)
+        metrics |= trainer.validate(stop)
     after = {name: value.numpy() for name, value in trainer.loss_module.state_dict().items()}
     del after["objective.reinforce.baseline"]  # each rank has a moving average of its own
-    moved = {name for name, value in before.items() if name in after and not np.array_equal(value.numpy(), after[name])}
-    wanted = ("train_loss", "val_loss", "top5", "BLEU-4", "CIDEr-D", "panel", "scored")
-    return after, moved, {name: figures[name] for name in wanted}
+    changed = {name for name in after if not np.array_equal(before[name].numpy(), after[name])}
+    keys = ("train_loss", "val_loss", "top5", "BLEU-4", "CIDEr-D", "preview", "scored")
+    return after, changed, {key: metrics[key] for key in keys}
 
 
-def close(one, other, tolerance=1e-5):
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
+def assert_close(values, expected, tolerance=1e-5):
+    for name in values:
+        np.testing.assert_allclose(values[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize(
     "setting",
     [
         *({**CACHED, "decoder": name} for name in DECODERS),
-        LIVE,
-        SPLIT_UP,
+        FINE_TUNED,
+        ACCUMULATED,
     ],
     ids=[*DECODERS, "fine-tuning", "accumulated"],
 )
-def test_two_ranks_on_half_of_each_batch_train_as_one(here, setting, monkeypatch):
-    """The captions differ in length, so a mean of the two halves' means would be another loss."""
-    monkeypatch.setattr(HardAttentionDecoder, "expectation_fraction", 1.0)  # what is drawn differs from rank to rank
-    alone, moved, figures = weights_after_an_epoch(SINGLE, setting)
-    assert len(moved) > 8
-    for weights, _, together in in_ranks(weights_after_an_epoch, setting):
-        close(weights, alone)
-        close(
-            {k: v for k, v in together.items() if k != "panel"},
-            {k: v for k, v in figures.items() if k != "panel"},
-        )
-        assert together["panel"] == figures["panel"] and together["scored"] == 4
+def test_two_ranks_on_half_of_each_batch_train_like_one(data_folder, setting, monkeypatch):
+    """The captions differ in length, so the mean of the two halves' means would be another loss."""
+    monkeypatch.setattr(HardAttentionDecoder, "expectation_fraction", 1.0)  # each rank would sample other cells
+    expected_weights, changed, expected = train_and_validate(SINGLE, setting)
+    assert len(changed) > 8
+    for weights, _, metrics in run_ranks(train_and_validate, setting):
+        assert_close(weights, expected_weights)
+        assert metrics.pop("preview") == expected["preview"] and metrics["scored"] == 4
+        assert_close(metrics, expected)
 
 
-def test_the_gradients_of_accumulated_batches_are_those_of_the_batch_they_add_up_to(here):
-    whole, _, _ = weights_after_an_epoch(SINGLE, {**CACHED, "batch_size": 100})
-    parts, _, _ = weights_after_an_epoch(SINGLE, {**CACHED, "batch_size": 6, "grad_accumulation": 100})
-    close(parts, whole)
+def test_the_gradients_of_accumulated_batches_equal_those_of_one_large_batch(data_folder):
+    expected, _, _ = train_and_validate(SINGLE, {**CACHED, "batch_size": 100})
+    accumulated, _, _ = train_and_validate(SINGLE, {**CACHED, "batch_size": 6, "grad_accumulation": 100})
+    assert_close(accumulated, expected)
 
 
-def normalised(ranks, rows, upstream):
+def normalise(ranks, rows, upstream):
     norm = SyncBatchNorm1d(3, momentum=0.1)
-    mine = ranks.shard(rows).clone().requires_grad_()
-    norm(mine).backward(ranks.shard(upstream))
+    shard = ranks.shard(rows).clone().requires_grad_()
+    norm(shard).backward(ranks.shard(upstream))
     gradients = ranks.all_reduce([*norm.weight.grad.tolist(), *norm.bias.grad.tolist()])
-    return mine.grad.numpy(), gradients, norm.running_mean.numpy(), norm.running_var.numpy()
+    return shard.grad.numpy(), gradients, norm.running_mean.numpy(), norm.running_var.numpy()
 
 
-def test_batch_norm_over_ranks_is_torchs_own_over_all_rows(here):
+def test_batch_norm_over_ranks_equals_torchs_own_over_all_rows(data_folder):
     rows, upstream = torch.randn(5, 3) * 3 + 1, torch.randn(5, 3)
-    norm, whole = nn.BatchNorm1d(3, momentum=0.1), rows.clone().requires_grad_()
-    norm(whole).backward(upstream)
-    for rank, (gradient, affine, mean, variance) in enumerate(in_ranks(normalised, rows, upstream)):
-        np.testing.assert_allclose(gradient, whole.grad[rank::2], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(affine, [*norm.weight.grad.tolist(), *norm.bias.grad.tolist()], rtol=1e-4, atol=1e-5)
+    norm = nn.BatchNorm1d(3, momentum=0.1)
+    all_rows = rows.clone().requires_grad_()
+    norm(all_rows).backward(upstream)
+    gradients = [*norm.weight.grad.tolist(), *norm.bias.grad.tolist()]
+    for rank, (gradient, affine, mean, variance) in enumerate(run_ranks(normalise, rows, upstream)):
+        np.testing.assert_allclose(gradient, all_rows.grad[rank::2], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(affine, gradients, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(mean, norm.running_mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(variance, norm.running_var, rtol=1e-5, atol=1e-6)
 
 
-def test_shares_are_disjoint_and_leave_nothing_out():
+def test_shards_are_disjoint_and_complete():
     for size in (1, 2, 3, 5):
         for count in range(12):
             items = list(range(count))
@@ -182,134 +185,168 @@ def test_every_rank_has_a_photo_of_every_batch(photos, ranks):
 
 
 def torchrun(*arguments, size=2):
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(size),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        "--",
-        *map(str, arguments),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [*launcher, *rendezvous, "--", *map(str, arguments)]
 
 
-def variables():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)}
+def environment(**variables):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables}
 
 
-def run(command, **settings):
-    return subprocess.run(command, capture_output=True, text=True, env=variables(), timeout=300, **settings)
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
 
 
-def log_of(name):
+def epochs_of(name):
     lines = [json.loads(line) for line in (Path("checkpoints") / name / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == "epoch"]
 
 
-LEAVE = """
-from captioning.runtime.distributed import joined_ranks
-with joined_ranks("") as ranks:
-    ranks.all_gather("all that one has to say")
-    ranks.from_first("and the other")
+COMMUNICATE = """
+from captioning.runtime.distributed import init_distributed
+with init_distributed("") as ranks:
+    ranks.all_gather("a value")
+    ranks.broadcast("another")
 """
 
 
-@pytest.mark.skipif(torch.__version__ >= "2.8", reason="torch ends a group by itself from 2.8 on")
+@pytest.mark.skipif(torch.__version__ >= "2.8", reason="torch ends a group without a deadlock from 2.8 on")
 def test_ranks_that_leave_never_wait_for_one_another(tmp_path):
-    (tmp_path / "leave.py").write_text(LEAVE)
-    pairs = [subprocess.Popen(torchrun(tmp_path / "leave.py"), env=variables()) for _ in range(10)]  # they crowd
+    (tmp_path / "communicate.py").write_text(COMMUNICATE)
+    command = torchrun(tmp_path / "communicate.py")
+    pairs = [subprocess.Popen(command, env=environment()) for _ in range(10)]  # at once, for load
     try:
         assert [pair.wait(timeout=300) for pair in pairs] == [0] * 10
     finally:
         for pair in pairs:
-            pair.terminate()  # who waits, waits for ever
+            pair.terminate()  # a deadlocked one would wait for ever
 
 
-def test_two_ranks_extract_the_very_file_that_one_does(here, tmp_path):
-    arguments = [
-        "data/small",
-        "--encoder",
-        "resnet18.layer2",
-        "--weights",
-        "random",
-        "--image-size",
-        "64",
-        "--precision",
-        "float32",
-        "--workers",
-        "0",
-        "--batch-size",
-        "1",
-        "--out",
-    ]
-    done = run(torchrun(HOUSE / "extract_features.py", *arguments, tmp_path / "two.h5"))
+def test_two_ranks_extract_the_same_file_as_one(data_folder, tmp_path):
+    flags = "--encoder resnet18.layer2 --weights random --image-size 64 --precision float32 --workers 0 --batch-size 1"
+    command = [REPOSITORY / "extract_features.py", "data/small", *flags.split(), "--out", tmp_path / "two.h5"]
+    done = run(torchrun(*command))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: 24 photos, 0 skipped") == 1
-    extract_features.main(
-        ExtractFeatures(
-            Path("data/small"),
-            "resnet18.layer2",
-            "random",
-            64,
-            precision="float32",
-            workers=0,
-            batch_size=1,
-            out=tmp_path / "one.h5",
-        )
-    )
+    setting = {"precision": "float32", "workers": 0, "batch_size": 1, "out": tmp_path / "one.h5"}
+    extract_features.main(ExtractFeatures(Path("data/small"), "resnet18.layer2", "random", 64, **setting))
     assert (tmp_path / "two.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
 
 
-def test_a_run_of_two_ranks_is_logged_once_and_goes_on_with_one(here):
-    flags = [
-        "data/small",
-        "--run",
-        "two",
-        "--device",
-        "cpu",
-        "--batch-size",
-        "8",
-        "--embedding-size",
-        "16",
-        "--attention-size",
-        "16",
-        "--hidden-size",
-        "24",
-        "--dropout",
-        "0",
-        "--precision",
-        "float32",
-    ]
-    done = run(torchrun(HOUSE / "train.py", *flags, "--epochs", "1"))
+SIZES = "--embedding-size 16 --attention-size 16 --hidden-size 24 --dropout 0 --precision float32"
+TRAIN = [REPOSITORY / "train.py", "data/small", "--device", "cpu", "--batch-size", "8", *SIZES.split()]
+
+
+def test_a_run_of_two_ranks_is_logged_once_without_warnings_and_resumes_with_one(data_folder):
+    done = run(torchrun(*TRAIN, "--run", "two", "--epochs", "1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1:") == 1 and "2 processes" in done.stdout
+    assert "warn" not in done.stderr.lower(), done.stderr
     train.main(Train(Path("data/small"), "two", epochs=2, resume=True, **CACHED))
     train.main(Train(Path("data/small"), "one", epochs=2, **CACHED))
-    for two, one in zip(log_of("two"), log_of("one"), strict=True):
+    for two, one in zip(epochs_of("two"), epochs_of("one"), strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3) and two["scored"] == one["scored"] == 4
     assert load_checkpoint(Path("checkpoints/two/last.pt"))["progress"]["epoch"] == 2
 
 
-def test_a_killed_rank_ends_all_with_a_message(here):
-    flags = ["data/small", "--run", "killed", "--epochs", "100000", "--patience", "100000", "--device", "cpu"]
+def start_endless_run(name):
+    """Start two ranks that train without end, and wait for their first checkpoint."""
     process = subprocess.Popen(
-        torchrun(HOUSE / "train.py", *flags, "--batch-size", "8", "--embedding-size", "16"),
+        torchrun(*TRAIN, "--run", name, "--epochs", "100000", "--patience", "100000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 240
+    while not (Path("checkpoints") / name / "last.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    return process
+
+
+def process_of_rank(launcher, rank):
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for child in map(int, children):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in variables:
+            return child
+    raise AssertionError(f"no rank {rank} among {children}")
+
+
+def resume_lines(stderr):
+    """The lines that tell the user to resume, without the progress bars before them."""
+    return [line.rsplit("\r", 1)[-1] for line in stderr.split("\n") if "--resume" in line]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_all_with_one_line_that_says_resume(data_folder, killed):
+    """The launcher may stop the other rank before that one notices the loss, so there are two such lines."""
+    process = start_endless_run(f"killed-{killed}")
+    os.kill(process_of_rank(process, killed), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = resume_lines(stderr)
+    prefix = "error (process 1)" if killed == 0 else "error"
+    assert line in (f"{prefix}: another of the 2 processes was lost; go on with --resume", STOPPED), stderr
+    assert "KeyboardInterrupt" not in stderr
+
+
+def test_ranks_that_are_stopped_print_one_line(data_folder):
+    process = start_endless_run("stopped")
+    process.terminate()  # torchrun passes it on
+    _, stderr = process.communicate(timeout=120)
+    assert resume_lines(stderr) == [STOPPED]
+
+
+BLOCKED = """
+import ctypes, os, signal
+from captioning.runtime import signals
+
+signals.REPORT_SECONDS = 0.5
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with signals.StopRequest(), signals.report_stop_while_blocked():
+    libc.pthread_mutex_lock(mutex)
+    print("blocked", flush=True)
+    libc.pthread_mutex_lock(mutex)  # for ever, like a collective whose peer is lost: no Python signal handler runs
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a zeroed pthread_mutex_t is unlocked on Linux")
+@pytest.mark.parametrize("reported", [False, True])
+def test_a_stopped_rank_that_is_blocked_reports_it_unless_another_has(tmp_path, reported):
+    folder = tmp_path / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    if reported:
+        (tmp_path / "attempt_0" / "kantu-stop-reported").touch()
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=variables(),
+        env=environment(RANK="1", LOCAL_RANK="1", TORCHELASTIC_ERROR_FILE=str(folder / "error.json")),
     )
-    deadline = time.monotonic() + 240
-    while not Path("checkpoints/killed/last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    second = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0")
-    os.kill(second, signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: another of the 2 processes was lost; continue with --resume" in said
+    assert process.stdout.readline() == "blocked\n"
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):  # the thread only reports: torchrun ends the process
+        process.wait(timeout=2.5)
+    process.kill()
+    assert process.stderr.read() == ("" if reported else f"{STOPPED}\n")
+
+
+@pytest.mark.parametrize("error_file", ["", "/dev/null", "/tmp/error.json"])
+def test_without_torchruns_folder_rank_0_alone_reports_a_stop(monkeypatch, error_file):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file)
+    assert claim_report(without_torchrun=True) and not claim_report(without_torchrun=False)
+
+
+def test_only_the_first_process_of_a_machine_reports_a_stop(monkeypatch, tmp_path):
+    (tmp_path / "attempt_0").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "0" / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert claim_report(without_torchrun=False)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert not claim_report(without_torchrun=True)

@@ -12,7 +12,7 @@ from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_chec
 from captioning.encoders.images import Transform
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import read_checkpoint, save_checkpoint, state_sha256
-from captioning.runtime.meter import most_resident
+from captioning.runtime.meter import peak_resident_memory
 
 
 def photos(count=2, size=64):
@@ -223,9 +223,9 @@ def memory_of_a_step(results, twice):
     if twice:
         encoder.checkpoint_activations()
     encoder(photos(1, 128)).cells.mean().backward()  # what torch itself loads for it
-    before = most_resident()
+    before = peak_resident_memory()
     encoder(photos(24, 128)).cells.square().mean().backward()
-    results.put(most_resident() - before)
+    results.put(peak_resident_memory() - before)
 
 
 def test_activations_computed_twice_take_less_memory():

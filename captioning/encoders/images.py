@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.errors import PhotoError
-from captioning.runtime.signals import STOPS
+from captioning.runtime.signals import STOP_SIGNALS
 
 PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the ending; Pillow also runs EPS, in Ghostscript
@@ -221,7 +221,7 @@ class SignalSafeLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # so they start with them blocked
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # so they start with them blocked
         try:
             return super().__iter__()
         finally:
@@ -229,9 +229,9 @@ class SignalSafeLoader(DataLoader):
 
 
 def quiet_worker(_: int) -> None:
-    for number in STOPS:  # which reach the whole process group; torch has just set a handler of its own
+    for number in STOP_SIGNALS:  # which reach the whole process group; torch has just set a handler of its own
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
         os._exit(1)  # the command was just killed: torch would take whoever adopted us for it, and wait for ever
     gc.freeze()  # its garbage is not ours to collect: to free its tensors on a GPU would end this process

@@ -1,1 +1,1 @@
-"""What every command needs to run: devices, processes, checkpoints, logs, signals, files."""
+"""What every command needs to run: devices, processes, checkpoints, logs, signals and files."""

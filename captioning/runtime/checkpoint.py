@@ -1,7 +1,8 @@
-"""Checkpoints: safe, atomic, self-contained. Tensors and plain data, read with weights_only=True, always.
+"""Checkpoints: atomic, self-contained, and safe to load, since they hold only tensors and plain data.
 
-A checkpoint is a dict: format, config, vocabulary, encoder (name, transform, weights' name and sha256; the
-weights themselves unless they are torchvision's), decoder, epoch, step, best, and the state that `--resume` needs.
+A checkpoint is a dict: format, config, vocabulary, encoder (name, transform, the name and sha256 of its weights; the
+weights themselves unless they are torchvision's), decoder and progress (epoch, step, best score). last.pt also holds
+the state that `--resume` needs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write
 from captioning.runtime.library_errors import reason
+from captioning.runtime.settings import OLDER_VERSION, flag, has_old_settings
 from captioning.runtime.signals import defer_signals
 
 FORMAT = "kantu checkpoint 1"
-# Settings that may differ between a run and its --resume: they decide how it is computed, not what.
-MAY_CHANGE = {
+# Settings that may differ between a run and its --resume: they decide how a result is computed, not which one.
+CHANGEABLE_ON_RESUME = {
     "epochs",
     "patience",
     "val_photos",
@@ -41,16 +43,16 @@ MAY_CHANGE = {
     "preview_photos",
     "dashboard",
 }
-RUN = ("config", "vocabulary", "encoder", "decoder", "progress")  # what a run's checkpoint holds ...
-STATE = ("optimizer", "objective", "scaler", "rng", "average")  # ... and its last.pt, for --resume
+RUN = ("config", "vocabulary", "encoder", "decoder", "progress")  # the keys of every checkpoint of a run
+STATE = ("optimizer", "objective", "scaler", "rng", "ema")  # the further keys of last.pt, for --resume
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Whole or not at all: a kill leaves the old file or the new one."""
+    """Write a checkpoint atomically. Raises UserError if that is impossible."""
     try:
         with defer_signals(), atomic_write(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
-    except (OSError, RuntimeError) as error:  # torch's writer of zip files has its own word for a full disk
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when the disk is full
         cause = reason(error) if isinstance(error, OSError) else "is the disk full?"
         raise UserError(
             f"{path}: cannot write the checkpoint ({cause}); free some space, and give the same command "
@@ -59,61 +61,73 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a run's checkpoint onto the CPU; a folder stands for its best.pt, else its last.pt.
+    """Load a run's checkpoint onto the CPU. path: a file, or a run's folder with a best.pt or else a last.pt.
 
-    Raises UserError where there is none or it is not ours.
+    Raises UserError if there is none, or if it is not a checkpoint of this version.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), None)
-        if file is None:
-            raise UserError(
-                f"{path}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {path.name}"
-            )
-        path = file
+        path = _checkpoint_in(path)
     if not path.exists():
         raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
     return read_checkpoint(path, RUN, "give a run in checkpoints/")
 
 
-def read_checkpoint(path: Path, holds: Sequence[str], remedy: str) -> dict:
-    """The checkpoint in this file. Raises UserError, ending in `remedy`, where it is not ours, or lacks one."""
+def _checkpoint_in(folder: Path) -> Path:
+    for name in ("best.pt", "last.pt"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(
+        f"{folder}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {folder.name}"
+    )
+
+
+def read_checkpoint(path: Path, required: Sequence[str], remedy: str) -> dict:
+    """Load a checkpoint file onto the CPU and check its format and its `required` keys.
+
+    Raises UserError, ending in `remedy`, if a check fails.
+    """
     checkpoint = load_tensors(path, "a Kantu checkpoint", remedy)
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != FORMAT:
-        raise UserError(
-            f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); update Kantu, or "
-            f"{remedy}"
-        )
-    if missing := [name for name in holds if name not in checkpoint]:
-        raise UserError(f"{path}: a checkpoint without {missing[0]}; {remedy}")
+    if not isinstance(checkpoint, dict):
+        raise _wrong_format(path, type(checkpoint).__name__, remedy)
+    if checkpoint.get("format") != FORMAT:
+        raise _wrong_format(path, checkpoint.get("format"), remedy)
+    if has_old_settings(checkpoint.get("config")):
+        raise UserError(f"{path}: {OLDER_VERSION}")
+    for name in required:
+        if name not in checkpoint:
+            raise UserError(f"{path}: a checkpoint without {name}; {remedy}")
     return checkpoint
+
+
+def _wrong_format(path: Path, found: object, remedy: str) -> UserError:
+    return UserError(
+        f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); update Kantu, or "
+        f"{remedy}"
+    )
 
 
 @contextlib.contextmanager
 def checkpoint_errors(source: object) -> Iterator[None]:
-    """Where what a checkpoint holds is taken up: a part that is missing, or other than we write it, is a UserError."""
+    """Turn the errors of a missing or unexpected part of a checkpoint into a UserError. source: names it."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"{source}: damaged, or of another version of Kantu ({what}); train again") from None
+        cause = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{source}: damaged, or of another version of Kantu ({cause}); train again") from None
 
 
 def load_tensors(path: Path, kind: str, remedy: str) -> object:
-    """What torch.save wrote, tensors and plain data alone, onto the CPU.
+    """Load tensors and plain data that torch.save wrote onto the CPU.
 
-    Raises UserError, calling it no `kind` and ending in `remedy`, where it is damaged, if only by a bit, or unsafe.
+    Raises UserError, "not `kind`, or damaged ...; `remedy`", if the file is unsafe or damaged, even by one bit.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # torch does not compare the checksums that it writes
-                    raise ValueError(f"{damaged} has changed since it was written")
+        _check_crc(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what we are about to refuse
+            warnings.simplefilter("ignore")  # about files that are refused below anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); check the path and its permissions") from None
@@ -121,35 +135,48 @@ def load_tensors(path: Path, kind: str, remedy: str) -> object:
         raise UserError(f"{path}: not {kind}, or damaged ({reason(error)}); {remedy}") from None
 
 
-def load_for_resume(folder: Path, config: dict) -> dict | None:
-    """The checkpoint to go on from, or None for a new run. config: train.py's, as plain data.
+def _check_crc(path: Path) -> None:
+    """Compare the checksums of a zip file, which torch.load does not. Raises ValueError if one differs."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"{damaged} has changed since it was written")
 
-    Raises UserError where a run would be lost, or would go on with other settings than it began with.
+
+def load_for_resume(folder: Path, config: dict) -> dict | None:
+    """Load the checkpoint to resume from; None for a new run. config: train.py's settings as plain data.
+
+    Raises UserError if the command would overwrite a run, or resume it with settings that may not change.
     """
     last = folder / "last.pt"
     if not config["resume"]:
         if last.exists() and not config["overwrite"]:
-            raise UserError(f"{folder}: is there already; go on with --resume, or start anew with --overwrite")
+            raise UserError(f"{folder}: already exists; continue it with --resume, or replace it with --overwrite")
         return None
     if not last.exists():
-        return None  # killed before its first checkpoint: it starts again
+        return None  # killed before its first checkpoint: the run starts again
     remedy = f"start another --run from its best.pt (--start-from {folder}), or this one anew (--overwrite)"
     saved = read_checkpoint(last, RUN + STATE, remedy)
     with checkpoint_errors(last):
-        before = dict(saved["config"])
+        saved_config = dict(saved["config"])
     for name, value in config.items():
-        was = before.get(name, value)
-        if name not in MAY_CHANGE and was != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value}: {folder} was trained with {was}; resume with that, or name a new --run")
+        _check_unchanged(name, value, saved_config.get(name, value), folder)
     return saved
 
 
+def _check_unchanged(name: str, value: object, saved: object, folder: Path) -> None:
+    if name not in CHANGEABLE_ON_RESUME and saved != value:
+        raise UserError(
+            f"{flag(name)} {value}: {folder} was trained with {saved}; resume with that, or name a new --run"
+        )
+
+
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """The sha256 of a state dict: names, shapes, types and bytes, whatever file it came in."""
+    """The sha256 of a state dict's names, shapes, dtypes and bytes, independent of its file format."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

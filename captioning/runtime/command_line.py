@@ -1,4 +1,4 @@
-"""A command's dataclass made into its command line, and the one way a command ends, whatever happens.
+"""Turn a command's dataclass into its command line, and end every command in the same way.
 
 tyro makes the flags; a field's comment is its help.
 """
@@ -6,7 +6,6 @@ tyro makes the flags; a field's comment is its help.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import re
@@ -14,91 +13,146 @@ import signal
 import sys
 from collections.abc import Callable
 from itertools import zip_longest
+from types import FrameType
 from typing import TypeVar
 
 import tyro
 
-from captioning.errors import UserError
-from captioning.runtime.signals import STOPPED, asked_to_stop
+from captioning.errors import LostProcessError, UserError
+from captioning.runtime.library_errors import reason
+from captioning.runtime.signals import STOPPED, claim_report, stop_signals
 
-DASHBOARD_URL = "http://127.0.0.1:8097"  # what --dashboard alone means
+DASHBOARD_URL = "http://127.0.0.1:8097"  # the value of --dashboard without an argument
 Config = TypeVar("Config")
-UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
-    """The command line as a `command` dataclass. A usage error is one line on stderr and exit status 2."""
-    said = io.StringIO()
-    arguments = _with_urls(sys.argv[1:] if arguments is None else arguments)
+    """Parse the command line into a `command` dataclass. A usage error prints one line and exits with status 2."""
+    errors = io.StringIO()
+    arguments = _add_dashboard_url(sys.argv[1:] if arguments is None else arguments)
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
+            print(f"error: {_usage_error(errors.getvalue())}", file=sys.stderr)
         raise
 
 
-def _with_urls(arguments: list[str]) -> list[str]:
-    """--dashboard may stand alone: it then means the server on this machine."""
-    words = []
-    for this, after in zip_longest(arguments, arguments[1:]):
-        words.append(this)
-        if this == "--dashboard" and (after is None or after.startswith("--")):
-            words.append(DASHBOARD_URL)
-    return words
+def _add_dashboard_url(arguments: list[str]) -> list[str]:
+    """Give --dashboard its default URL, the server on this machine, where it has no argument."""
+    completed = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        completed.append(argument)
+        if argument == "--dashboard" and (following is None or following.startswith("--")):
+            completed.append(DASHBOARD_URL)
+    return completed
 
 
-def _one_line(boxes: str) -> str:
-    """tyro puts its errors under a title, between rules: keep the sentences of the first."""
-    parts = re.split(r"^[-─]+$", re.sub(r"^[│ \t]+|[│ \t]+$", "", boxes, flags=re.MULTILINE), flags=re.MULTILINE)
-    return " ".join(parts[1 if len(parts) > 1 else 0].split()) + "; see --help"
+def _usage_error(boxes: str) -> str:
+    """The first error of tyro's output as one line. tyro prints each error in a box, between rules, under a title."""
+    unboxed = re.sub(r"^[│ \t]+|[│ \t]+$", "", boxes, flags=re.MULTILINE)
+    parts = re.split(r"^[-─]+$", unboxed, flags=re.MULTILINE)
+    sentences = parts[1] if len(parts) > 1 else parts[0]
+    return " ".join(sentences.split()) + "; see --help"
 
 
 def run(command: type[Config], work: Callable[[Config], None]) -> None:
-    """Parse, work, and end with one line whatever a user did: `error: what, where, what to do`, status 1."""
-    rank = os.environ.get("RANK", "0")  # torchrun's
-    error_of = "error: " if rank == "0" else f"error (process {rank}): "
-    interrupt, before, stopped = functools.partial(_interrupt, os.getpid()), {}, False
+    """Parse the command line, call `work`, and report a mistake of the user in one line: "error: what, where, remedy".
+
+    Exit status: 0 on success, 1 after an error, 2 after a usage error, 130 after Ctrl-C or SIGTERM.
+    """
+    handlers = _InterruptHandlers()
     try:
         try:
-            config = parse(command)  # before: an exception in Python's own parser, which tyro uses, is a SystemError
-            before = {number: signal.signal(number, interrupt) for number in asked_to_stop()}
-            with contextlib.suppress(AttributeError):  # a stream of another kind
-                sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
-            work(config)
-            sys.stdout.flush()
-        except KeyboardInterrupt:
-            stopped = True  # it is said below, where nothing holds the bars: they have said their last before us
-        if stopped:
-            if rank == "0":
-                print(STOPPED, file=sys.stderr)
-            sys.exit(130)
-    except UserError as error:
-        sys.exit(one_line(f"{error_of}{error}"))
-    except BrokenPipeError:  # the reader of our output, such as head, has left
-        _say_no_more()
-    except OSError as error:  # no room, no leave, a disk that is gone: where nobody knew a better remedy
-        if not error.filename:
-            _say_no_more()
-        what = f"{error.filename or 'what is written'}: {error.strerror or error}"
-        sys.exit(one_line(f"{error_of}{what}; make room or check the permissions, and give the same command again"))
+            outcome = _outcome(command, work, handlers)
+        except KeyboardInterrupt:  # a signal that arrived after the work had ended
+            outcome = KeyboardInterrupt()
+        handlers.ignore()  # from here on only the report is missing
+        if outcome is not None:
+            _exit(outcome)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        handlers.restore()
+
+
+def _outcome(
+    command: type[Config], work: Callable[[Config], None], handlers: _InterruptHandlers
+) -> BaseException | None:
+    """Parse and work. Returns the error or the interrupt that ended the work, or None."""
+    try:
+        config = parse(command)
+        handlers.install()  # not before: Python's own parser, which tyro uses, turns an exception into a SystemError
+        with contextlib.suppress(AttributeError):  # stdout may be a stream of another kind
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        work(config)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return KeyboardInterrupt()  # a new one: the traceback would keep progress bars alive past our last line
+    except (UserError, OSError) as error:
+        return error
+    return None
+
+
+def _exit(outcome: BaseException) -> None:
+    """Report the outcome and exit."""
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    prefix = "error: " if rank == "0" else f"error (process {rank}): "
+    if isinstance(outcome, KeyboardInterrupt):
+        if claim_report(without_torchrun=rank == "0"):
+            print(STOPPED, file=sys.stderr, flush=True)
+        sys.exit(130)
+    if isinstance(outcome, LostProcessError):  # all remaining processes notice the loss; one reports it
+        if claim_report(without_torchrun=True):
+            print(one_line(f"{prefix}{outcome}"), file=sys.stderr, flush=True)
+        sys.exit(1)
+    if isinstance(outcome, OSError):
+        _exit_after_system_error(outcome, prefix)
+    else:
+        sys.exit(one_line(f"{prefix}{outcome}"))
+
+
+def _exit_after_system_error(error: OSError, prefix: str) -> None:
+    """Handle what no other code had a better remedy for: disk full, no permission, or an I/O error."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has ended
+        _discard_stdout()
+        return
+    if not error.filename:
+        _discard_stdout()
+    what = f"{error.filename or 'the output'}: {reason(error)}"
+    remedy = "free some space or check the permissions, and give the same command again"
+    sys.exit(one_line(f"{prefix}{what}; {remedy}"))
 
 
 def one_line(text: str) -> str:
-    """The text with what would break its line, or is no text, as escapes: a file may be called anything."""
-    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape line breaks, control characters and lone surrogates: a file may have any name."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def _say_no_more() -> None:
-    """Python would try once more to say at its end what could not be said."""
+def _discard_stdout() -> None:
+    """Keep Python from writing its buffered output again, and failing again, when it exits."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupt(process: int, *_: object) -> None:
-    if os.getpid() == process:  # a worker that has just been forked leaves it to the command to end it
-        raise KeyboardInterrupt
+class _InterruptHandlers:
+    """Handlers that raise KeyboardInterrupt on Ctrl-C and on SIGTERM."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.previous: dict[signal.Signals, object] = {}
+
+    def install(self) -> None:
+        self.previous = {number: signal.signal(number, self._interrupt) for number in stop_signals()}
+
+    def ignore(self) -> None:
+        for number in self.previous:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self.process:  # a worker that was just forked leaves it to the command to end it
+            raise KeyboardInterrupt

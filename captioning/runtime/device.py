@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, and in which precision."""
+"""Devices, precisions and random number generators."""
 
 from __future__ import annotations
 
@@ -13,62 +13,76 @@ from captioning.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; of torchrun's processes each takes a GPU of its own.
+    """The device of this name. `auto` is the GPU if there is one; each process of torchrun takes a GPU of its own.
 
-    Raises UserError for a device that is not there.
+    Raises UserError if this machine does not have the device.
     """
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        name = _default_device()
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if place >= gpus:
-            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs, one for each process; lower it")
-        torch.cuda.set_device(place)
-        return torch.device("cuda", place)
+        return _gpu_of_local_rank(int(os.environ["LOCAL_RANK"]))
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if torch.backends.mps.is_available():
-            there.append("mps")
-        raise UserError(f"--device {name}: not on this machine, which has {', '.join(there)}") from None
+        available = ", ".join(_available_devices())
+        raise UserError(f"--device {name}: not on this machine, which has {available}") from None
     return device
 
 
-def encoder_precision(name: str, device: torch.device) -> torch.dtype:
-    """Of a frozen encoder, whose rounding stays in the cache: `auto` is float16 on a GPU, else float32.
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
-    float16 has three bits more than bfloat16, which is 6 % off at the end of a MobileNetV2.
+
+def _gpu_of_local_rank(local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"--nproc-per-node: this machine has {count} GPUs, one for each process; lower it")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _available_devices() -> list[str]:
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [*devices, "mps"] if torch.backends.mps.is_available() else devices
+
+
+def encoder_precision(name: str, device: torch.device) -> torch.dtype:
+    """The precision of a frozen encoder, whose rounding stays in the cache: `auto` is float16 on a GPU, else float32.
+
+    float16 has three more bits of mantissa than bfloat16, whose error reaches 6 % at the end of a MobileNetV2.
     """
     if name != "auto":
-        return _asked_for(name, device)
+        return _requested_dtype(name, device)
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Of a decoder, and of all that is trained: `auto` is bfloat16 where the device computes in it, else float32."""
+    """The precision of training and of decoders: `auto` is bfloat16 if the device computes in it, else float32."""
     if name != "auto":
-        return _asked_for(name, device)
+        return _requested_dtype(name, device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_computes_in("bfloat16") else torch.float32
 
 
-@functools.cache  # said once
-def _asked_for(name: str, device: torch.device) -> torch.dtype:
+@functools.cache  # so the warning is printed once
+def _requested_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and name != "float32" and _cpu_flags() and not _cpu_computes_in(name):
-        print(f"--precision {name}: this processor only imitates it, many times slower than float32 (--precision auto)")
+        print(f"--precision {name}: this processor only emulates it, many times slower than float32 (--precision auto)")
     return getattr(torch, name)
 
 
 def _cpu_computes_in(name: str) -> bool:
+    """Whether the CPU has instructions for this dtype, bfloat16 or float16."""
     short = {"bfloat16": "bf16", "float16": "fp16"}[name]
     return f"avx512_{short}" in _cpu_flags() or f"amx_{short}" in _cpu_flags()
 
 
 def _cpu_flags() -> str:
+    """The feature flags of the CPU; empty if the system does not list them."""
     try:
         with open("/proc/cpuinfo") as file:
             return next((line for line in file if line.startswith("flags")), "")
@@ -77,13 +91,13 @@ def _cpu_flags() -> str:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
-    """Matrix products in `precision`; nothing changes for float32."""
+    """Compute matrix products in `precision`; float32 changes nothing."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 @contextlib.contextmanager
 def oom_as_user_error(remedy: str) -> Iterator[None]:
-    """Raises UserError, ending in `remedy`, where the memory of the GPU, or of the machine, does not suffice."""
+    """Turn running out of memory, on the GPU or the CPU, into a UserError that ends in `remedy`."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -95,7 +109,7 @@ def oom_as_user_error(remedy: str) -> Iterator[None]:
 
 
 def rng_state(device: torch.device) -> dict:
-    """The random generators as plain tensors."""
+    """The states of torch's random number generators as tensors: "cpu", and "cuda" on a GPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -103,6 +117,7 @@ def rng_state(device: torch.device) -> dict:
 
 
 def restore_rng(state: dict, device: torch.device) -> None:
+    """Set torch's random number generators to what `rng_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,14 +1,15 @@
-"""One process, or several as one: the ranks that torchrun starts.
+"""One process, or the ranks that torchrun starts.
 
     torchrun --nproc-per-node 4 -- train.py data/aic --run att --batch-size 512
 
-(The lone -- keeps torchrun from reading --run as a flag of its own.) Every rank runs the same command on its share of
-each batch. Rank 0 alone speaks, scores and saves; what one rank finds out, such as a signal, all of them hear.
+(The lone -- keeps torchrun from reading --run as a flag of its own.) Every rank runs the same command on its shard of
+each batch. Only rank 0 prints, scores and saves; the ranks agree on events such as signals.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 import time
@@ -21,15 +22,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
 
-from captioning.errors import UserError
+from captioning.errors import LostProcessError, UserError
+from captioning.runtime.signals import report_stop_while_blocked
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's place among `size`. Without torchrun it is the only one, and nothing here communicates."""
+    """This process's rank among `size` ranks. A single process communicates with nobody."""
 
     rank: int = 0
     size: int = 1
@@ -39,11 +42,11 @@ class DistributedContext:
         return self.rank == 0
 
     def shard(self, items: T) -> T:
-        """This rank's share of a sequence: every size-th item. The shares are disjoint and leave nothing out."""
-        return items[self.rank :: self.size]
+        """Every size-th item of a sequence. The shards of all ranks are disjoint and cover the sequence."""
+        return items[self.rank :: self.size]  # type: ignore[index]
 
     def all_reduce(self, values: list[float]) -> list[float]:
-        """The sums over all ranks, on every rank."""
+        """The sum of each value over all ranks, on every rank."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -51,7 +54,7 @@ class DistributedContext:
         return total.tolist()
 
     def all_gather(self, value: T) -> list[T]:
-        """What each rank has, rank 0's first, on every rank."""
+        """The values of all ranks, in the order of the ranks, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -59,7 +62,7 @@ class DistributedContext:
         return values
 
     def broadcast(self, value: T) -> T:
-        """What rank 0 has, on every rank; it waits for rank 0."""
+        """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -72,53 +75,75 @@ SINGLE = DistributedContext()
 
 @contextlib.contextmanager
 def init_distributed(remedy: str) -> Iterator[DistributedContext]:
-    """All the ranks that torchrun started, ready to talk (gloo on CPUs, NCCL on GPUs); without it, this process.
+    """Connect the ranks that torchrun started (gloo on CPUs, NCCL on GPUs); without torchrun, yield SINGLE.
 
-    Raises UserError, ending in `remedy`, where another rank is lost on the way.
+    Raises LostProcessError, ending in `remedy`, if another rank dies.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if size == 1:
         yield SINGLE
         return
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    except ValueError as error:
-        raise UserError(f"RANK and WORLD_SIZE are set, but not by torchrun ({error}); unset them") from None
-    ranks = DistributedContext(dist.get_rank(), dist.get_world_size())
-    if not ranks.is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
-    try:
+    with report_stop_while_blocked(), _lost_process_errors(size, remedy):
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        except ValueError as error:
+            raise UserError(f"RANK and WORLD_SIZE are set, but not by torchrun ({error}); unset them") from None
+        ranks = DistributedContext(dist.get_rank(), dist.get_world_size())
+        if not ranks.is_main:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
         yield ranks
+        _leave_group()  # not after an error: it would wait for the others
+
+
+@contextlib.contextmanager
+def _lost_process_errors(size: int, remedy: str) -> Iterator[None]:
+    """Turn the errors of a collective whose peer has died into a LostProcessError."""
+    try:
+        yield
     except RuntimeError as error:
-        if not _is_lost_rank(error):
+        if not _is_lost_connection(error):
             raise
-        raise UserError(f"another of the {ranks.size} processes was lost; {remedy}") from None
-    _leave()  # not after an error: it would wait for the others
+        raise LostProcessError(f"another of the {size} processes was lost; {remedy}") from None
 
 
-def _leave() -> None:
-    """Until torch 2.8, to end a group is to wait for its threads while no other thread may run Python.
+def _is_lost_connection(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection closed", "nccl"))
 
-    One of them may be about to free, in Python, what was exchanged last: the two would wait for each other for ever.
+
+def _leave_group() -> None:
+    """End the process group.
+
+    Before torch 2.8, this waits for the group's threads while it holds the GIL. One of them may be about to free the
+    last exchanged Python object, which needs the GIL: without the pause, they could deadlock.
     """
     if torch.__version__ < "2.8":
         time.sleep(1)
     dist.destroy_process_group()
 
 
-def _is_lost_rank(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in text or "connection closed" in text or "nccl" in text
+def data_parallel(module: nn.Module, sync_buffers: bool) -> DistributedDataParallel:
+    """Wrap a module for training on all ranks. sync_buffers: rank 0's buffers replace the others' at each forward."""
+    name = "forward_sync_buffers"  # torch 2.13 deprecates broadcast_buffers in its favour
+    if name not in inspect.signature(DistributedDataParallel).parameters:
+        name = "broadcast_buffers"
+    setting: dict[str, Any] = {name: sync_buffers}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **setting)
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d whose statistics are those of all ranks' rows together (torch's SyncBatchNorm wants a GPU).
+    """BatchNorm1d with the statistics of all ranks' rows; torch's SyncBatchNorm works only on GPUs.
 
-    Rows (B, E) -> (B, E). A batch of one row has no variance to learn from: the running statistics serve.
+    Rows (B, E) -> (B, E). A batch of one row has no variance, so it is normalised with the running statistics.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
 
     def forward(self, rows: Tensor) -> Tensor:
         if self.training and dist.is_initialized() and dist.get_world_size() > 1:
-            return self._over_ranks(rows.float())
+            return self._forward_distributed(rows.float())
         return F.batch_norm(
             rows,
             self.running_mean,
@@ -130,7 +155,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
             self.eps,
         )
 
-    def _over_ranks(self, rows: Tensor) -> Tensor:
+    def _forward_distributed(self, rows: Tensor) -> Tensor:
         count = all_reduce(torch.full((), float(len(rows)), device=rows.device))
         mean = all_reduce(rows.sum(0)) / count
         variance = all_reduce((rows - mean).square().sum(0)) / count

@@ -1,101 +1,120 @@
-"""Files that are there whole or not at all, and folders that one process at a time writes to."""
+"""Atomic writes, and locks that keep two processes from writing to the same place."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, TextIO
 
 from captioning.errors import UserError
+from captioning.runtime.library_errors import reason
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "xb", **text: str) -> Iterator[IO]:
-    """A file beside `path` that is synced at the end and renamed to `path`. Raises OSError where it cannot be.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; at the end of the block, sync it and rename it to `path`.
 
-    When the block raises, nothing has happened to `path`. The name beside it is always the same, so that what a
-    process left there that was killed goes with the next one; a link that anyone laid there goes, too.
+    If the block raises, `path` stays as it was. The temporary file always has the same name, so the next writer
+    removes what a killed process left there, and any link that someone put in its place.
+
+    Raises OSError if the file cannot be written, and UserError if another process writes it at the same time.
     """
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.unlink(missing_ok=True)
-    with open(temporary, mode, **text) as file:
+    with open(temporary, "xb") as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if not _is_still(temporary, file.fileno()):
-                raise UserError(f"{path}: another process writes it, too; write to another place")
+            if not _is_same_file(temporary, file.fileno()):
+                raise UserError(f"{path}: another process writes it, too; write to another path")
             os.replace(temporary, path)
         finally:
-            if _is_still(temporary, file.fileno()):
+            if _is_same_file(temporary, file.fileno()):
                 temporary.unlink()
 
 
 @contextlib.contextmanager
-def atomic_text(path: Path, binary: bool = False) -> Iterator[IO]:
-    """As `whole`, of text with the line breaks of Unix unless binary. Raises UserError where it cannot be written."""
-    # backslashreplace: what is no text in a file's name becomes an escape, which JSON knows.
-    text = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+def atomic_text(path: Path) -> Iterator[TextIO]:
+    """`atomic_write` for UTF-8 text with Unix line endings. Raises UserError if the file cannot be written."""
+    with write_errors(path), atomic_write(path) as file:
+        # backslashreplace: undecodable bytes of a file's name become escapes, which JSON knows.
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
+        try:
+            yield text
+        finally:
+            text.detach()  # flushes, and leaves the file open for atomic_write
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError raised while `path` is written into a UserError."""
     try:
-        with atomic_write(path, "xb" if binary else "x", **text) as file:
-            yield file
+        yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the place or write elsewhere") from error
+        raise UserError(f"{path}: cannot be written ({reason(error)}); free the path or write elsewhere") from error
 
 
-def _is_still(path: Path, file: int) -> bool:
-    """Does the name still mean the file that is open?"""
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the open file."""
     try:
-        return os.path.samefile(path, file)
+        return os.path.samefile(path, descriptor)
     except FileNotFoundError:
         return False
 
 
 @contextlib.contextmanager
-def locked(what: Path, lock: Path, wanted: bool = True) -> Iterator[None]:
-    """`what` is this process's alone to write to while the block lasts. lock: a file that says whose it is.
+def locked(path: Path, lock: Path, enabled: bool = True) -> Iterator[None]:
+    """Keep other processes from writing to `path` while the block runs. lock: a file that names the process.
 
-    The system frees the lock of a process that has died, however it died. Raises UserError where another has it;
-    where files cannot be locked, nobody is refused.
+    The system releases the lock when the process dies, however it dies. Raises UserError if another process holds the
+    lock. Does nothing where files cannot be locked.
     """
-    made, file = not lock.parent.exists(), None
+    creates_folder = not lock.parent.exists()
+    descriptor = None
     try:
-        with contextlib.suppress(OSError):  # no leave to write, no room: the work itself says it better
-            file = _locked(what, lock) if wanted else None
+        if enabled:
+            with contextlib.suppress(OSError):  # no permission, disk full: the work itself reports it better
+                descriptor = _acquire(path, lock)
         yield
     finally:
         with contextlib.suppress(OSError):
-            if file is not None:
-                lock.unlink()  # before it is free: who has opened it then sees that it is no longer the one
-                os.close(file)
-            if made:
-                lock.parent.rmdir()  # where nothing came of it
+            if descriptor is not None:
+                lock.unlink()  # before it is released: a process that has opened it notices that it is gone
+                os.close(descriptor)
+            if creates_folder:
+                lock.parent.rmdir()  # fails unless it is empty
 
 
-def _locked(what: Path, lock: Path) -> int:
-    """The lock file, open and ours. Raises OSError where there can be none."""
+def _acquire(path: Path, lock: Path) -> int:
+    """Open and lock the lock file -> its descriptor. Raises OSError where that is impossible."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a worker that we fork would hold it after us
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would be inherited by forked workers
         except BlockingIOError:
-            time.sleep(0.1)  # it may have locked it, and not yet said who it is
-            holder = os.read(file, 100).decode(errors="replace")
-            raise UserError(
-                f"{what}: process {holder} is writing to it; wait for it, or stop it first (kill lets it save its work)"
-            ) from None
+            raise _held_by_another(path, descriptor) from None
         except OSError:  # this file system has no locks
             lock.unlink()
             raise
-        if _is_still(lock, file):
-            os.truncate(file, 0)
-            os.write(file, f"{os.getpid()} on {platform.node()}".encode())
-            return file
-        os.close(file)  # the one before has just removed it
+        if _is_same_file(lock, descriptor):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
+            return descriptor
+        os.close(descriptor)  # its previous holder has just removed it: try again
+
+
+def _held_by_another(path: Path, descriptor: int) -> UserError:
+    time.sleep(0.1)  # the holder may have locked it and not yet written its name
+    holder = os.read(descriptor, 100).decode(errors="replace")
+    return UserError(
+        f"{path}: process {holder} is writing to it; wait for it, or stop it first (kill lets it save its work)"
+    )

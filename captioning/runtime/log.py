@@ -1,5 +1,6 @@
-"""log.jsonl: a line when a run starts, one every ten seconds, one an epoch. It is the truth about a run; everything
-else shows it.
+"""log.jsonl: one event when a run starts, one every ten seconds and one per epoch.
+
+Everything that shows a run, such as the dashboard, reads this file.
 """
 
 from __future__ import annotations
@@ -18,144 +19,171 @@ import torchvision
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
+from captioning.runtime.library_errors import reason
+from captioning.runtime.settings import OLDER_VERSION, has_old_settings
 
 STEP_SECONDS = 10.0
-PLACES = {"start": (), "step": ("epoch", "step", "of"), "epoch": ("epoch",)}  # the numbers that say where an event is
+POSITION = {"start": (), "step": ("epoch", "step", "of"), "epoch": ("epoch",)}  # event -> its required numbers
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The events of a run; a line that is still being written is left for later. Raises UserError where none is."""
+    """The events of a run, without a last line that is still being written.
+
+    Raises UserError if the log cannot be read, is damaged, or was written by an older version.
+    """
     path = folder / "log.jsonl"
     try:
-        with open(path, "rb") as file:  # not text: a line may break off within a character
+        with open(path, "rb") as file:  # not as text: the last line may end within a character
             events = [json.loads(line) for line in file if line.endswith(b"\n")]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a run, such as checkpoints/att") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); give a run, such as checkpoints/att") from None
     except ValueError:
-        events = [None]
-    if not all(map(_is_event, events)):
-        raise UserError(f"{path}: is not the log of a run, or damaged; move it away, or give another run")
+        raise _damaged(path) from None
+    if not all(_is_event(event) for event in events):
+        raise _damaged(path)
+    if any("panel" in event or has_old_settings(event.get("config")) for event in events):
+        raise UserError(f"{path}: {OLDER_VERSION}")
     return events
 
 
-def _is_event(line: object) -> bool:
-    return (
-        isinstance(line, dict)
-        and line.get("event") in PLACES
-        and all(isinstance(line.get(place), (int, float)) for place in PLACES[line["event"]])
-    )
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is not the log of a run, or damaged; move it away, or give another run")
+
+
+def _is_event(event: object) -> bool:
+    if not isinstance(event, dict) or event.get("event") not in POSITION:
+        return False
+    return all(isinstance(event.get(key), (int, float)) for key in POSITION[event["event"]])
 
 
 class Log:
-    """Appends to RUN/log.jsonl, a whole line at a time, and says the same in words."""
+    """Appends events to RUN/log.jsonl, one whole line at a time, and prints them in words."""
 
-    def __init__(self, folder: Path, settings: dict, resumes: tuple[int, int] | None, first: bool):
-        """folder: of the run; settings: of the run, as plain data.
+    def __init__(self, folder: Path, settings: dict, resumes_from: tuple[int, int] | None, is_main: bool):
+        """folder: the run's. settings: the run's, as plain data.
 
-        resumes: the epochs finished, and the updates of the next one, that a resumed run has behind it.
+        resumes_from: (finished epochs, updates of the next epoch) of a resumed run; later events are removed from the
+        log. None starts a new log.
 
-        first: another than rank 0 writes nothing.
+        is_main: False writes no file.
         """
-        self.folder, self.settings, self.path = folder, settings, folder / "log.jsonl"
-        self.stepped, self.losses = time.monotonic(), []  # when the last point was written; the losses since then
-        if not first:
-            self.path = Path(os.devnull)
-        elif resumes and self.path.exists():
-            self._forget_after(*resumes)
-        with self._writing():
+        self.folder = folder
+        self.settings = settings
+        self.path = folder / "log.jsonl" if is_main else Path(os.devnull)
+        self._last_step_at = time.monotonic()
+        self._values: list[float] = []  # since the last step event
+        if is_main and resumes_from and self.path.exists():
+            self._remove_after(*resumes_from)
+        with self._write_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a" if resumes else "w", encoding="utf-8", errors="backslashreplace")
+            mode = "a" if resumes_from else "w"
+            self._file = open(self.path, mode, encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # every line is written already, or it was said that one was not
-            self.file.close()
+        with contextlib.suppress(OSError):  # every line was flushed, or its error was raised
+            self._file.close()
 
-    def start(self, described: dict) -> None:
-        """commit, versions, device, config: a run explains itself."""
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+    def start(self, description: dict) -> None:
+        """Write the start event: time, commit, versions, the run's description (Trainer.describe) and settings."""
+        event = {
+            "event": "start",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "commit": _commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
+            **description,
+            "config": self.settings,
         }
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._write(
-            {
-                "event": "start",
-                "time": now,
-                "commit": _commit(),
-                "versions": versions,
-                **described,
-                "config": self.settings,
-            }
-        )
-        together = f", {described['processes']} processes" if described["processes"] > 1 else ""
-        millions = described["decoder_parameters"] / 1e6
-        print(
+        self._write(event)
+        print(self._start_line(description), flush=True)
+
+    def step(self, metrics: dict, quantity: str, value: float) -> None:
+        """Write a step event if the last is STEP_SECONDS old. quantity: "loss" or "reward", written as the mean of
+        the values since then.
+        """
+        self._values.append(value)
+        if time.monotonic() - self._last_step_at >= STEP_SECONDS:
+            self._write({"event": "step", **metrics, quantity: sum(self._values) / len(self._values)})
+            self._last_step_at = time.monotonic()
+            self._values = []
+
+    def epoch(self, metrics: dict, is_best: bool) -> None:
+        """Write an epoch event."""
+        self._write({"event": "epoch", **metrics, "best": is_best})
+        print(_epoch_line(metrics, is_best), flush=True)
+
+    def end(self, best: float | None, metric: str) -> None:
+        """Print the best score."""
+        print(f"done: {self.folder}/best.pt has {metric} {abs(best or 0):.2f} on val (greedy)", flush=True)
+
+    def _start_line(self, description: dict) -> str:
+        millions = description["decoder_parameters"] / 1e6
+        processes = f", {description['processes']} processes" if description["processes"] > 1 else ""
+        return (
             f"{self.folder}: {self.settings['decoder']}, {millions:.1f} million parameters, "
-            f"{described['train_photos']:,} photos to train on, {described['val_photos']:,} to validate, "
-            f"{described['vocabulary']:,} words; {described['device']}, {described['precision']}{together}",
-            flush=True,
+            f"{description['train_photos']:,} photos to train on, {description['val_photos']:,} to validate, "
+            f"{description['vocabulary']:,} words; {description['device']}, {description['precision']}{processes}"
         )
 
-    def step(self, figures: dict, measures: str, value: float) -> None:
-        """A point of the live curves, once every STEP_SECONDS; its loss, or reward, is the mean since the last."""
-        self.losses.append(value)
-        if time.monotonic() - self.stepped >= STEP_SECONDS:
-            self._write({"event": "step", **figures, measures: sum(self.losses) / len(self.losses)})
-            self.stepped, self.losses = time.monotonic(), []
-
-    def epoch(self, figures: dict, better: bool) -> None:
-        self._write({"event": "epoch", **figures, "best": better})
-        measured = next(name for name in ("train_loss", "train_reward") if name in figures)
-        print(
-            f"epoch {figures['epoch']:>2}: {measured.removeprefix('train_')} {figures[measured]:.3f}, "
-            f"val {figures['val_loss']:.3f}, "
-            f"top-5 {100 * figures['top5']:.1f} %, BLEU-4 {figures['BLEU-4']:.1f}, CIDEr-D {figures['CIDEr-D']:.1f}"
-            f"{' (best)' if better else ''}; {figures['train_seconds'] + figures['val_seconds']:.0f} s, "
-            f"{figures['captions_per_second']:.0f} captions/s, {figures['photos_per_second']:.0f} photos/s, "
-            f"waiting {figures['waiting']:.1%}, at most {figures['peak_memory_gb']:.1f} GB; "
-            f"{figures['panel'][0]['caption'] if figures['panel'] else ''}",
-            flush=True,
-        )
-
-    def end(self, best: float | None, name: str) -> None:
-        print(f"done: {self.folder}/best.pt has {name} {abs(best or 0):.2f} on val (greedy)", flush=True)
-
-    def _forget_after(self, epochs: int, step: int) -> None:
-        """Drop what the checkpoint does not know: it is about to happen again."""
+    def _remove_after(self, epochs: int, step: int) -> None:
+        """Remove the events after the checkpoint: the resumed run writes them again."""
         events = read_log(self.folder)
         with atomic_text(self.path) as file:
             for event in events:
-                epoch, at = event.get("epoch", 0), event.get("step", 0)
-                if epoch <= epochs or (event["event"] == "step" and epoch == epochs + 1 and at <= step):
-                    file.write(_line(event))
+                if _is_before(event, epochs, step):
+                    file.write(_to_line(event))
 
     def _write(self, event: dict) -> None:
-        with self._writing():
-            self.file.write(_line(event))
-            self.file.flush()
+        with self._write_errors():
+            self._file.write(_to_line(event))
+            self._file.flush()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); mend that, and go on with --resume"
+                f"{self.path}: cannot be written ({reason(error)}); correct that, and continue with --resume"
             ) from None
 
 
-def _line(event: dict) -> str:
+def _is_before(event: dict, epochs: int, step: int) -> bool:
+    """Whether an event belongs to the finished epochs, or to the first updates of the next one."""
+    epoch = event.get("epoch", 0)
+    if epoch <= epochs:
+        return True
+    return event["event"] == "step" and epoch == epochs + 1 and event["step"] <= step
+
+
+def _epoch_line(metrics: dict, is_best: bool) -> str:
+    quantity = "loss" if "train_loss" in metrics else "reward"
+    seconds = metrics["train_seconds"] + metrics["val_seconds"]
+    caption = metrics["preview"][0]["caption"] if metrics["preview"] else ""
+    return (
+        f"epoch {metrics['epoch']:>2}: {quantity} {metrics[f'train_{quantity}']:.3f}, "
+        f"val {metrics['val_loss']:.3f}, top-5 {100 * metrics['top5']:.1f} %, "
+        f"BLEU-4 {metrics['BLEU-4']:.1f}, CIDEr-D {metrics['CIDEr-D']:.1f}{' (best)' if is_best else ''}; "
+        f"{seconds:.0f} s, {metrics['captions_per_second']:.0f} captions/s, "
+        f"{metrics['photos_per_second']:.0f} photos/s, waiting {metrics['waiting']:.1%}, "
+        f"at most {metrics['peak_memory_gb']:.1f} GB; {caption}"
+    )
+
+
+def _to_line(event: dict) -> str:
     return json.dumps(event, ensure_ascii=False) + "\n"
 
 
 def _commit() -> str | None:
-    """The commit of this code, where it is a git checkout."""
+    """The commit of this code, if it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,4 @@
-"""How fast an epoch goes, what it waits for, and the most memory it took."""
+"""Throughput, waiting time and peak memory of one epoch."""
 
 from __future__ import annotations
 
@@ -14,62 +14,69 @@ import torch
 
 
 class Meter:
-    """Starts when it is made."""
+    """Measures from its construction on."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.began = self.saved = time.monotonic()
-        self.waited, self.captions, self.photos = 0.0, 0.0, 0.0
+        self.started_at = self.saved_at = time.monotonic()
+        self.seconds_waited = 0.0
+        self.captions = 0.0
+        self.photos = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        asked = time.monotonic()
+        """Count the time of this block as waiting for data."""
+        started_at = time.monotonic()
         yield
-        self.waited += time.monotonic() - asked
+        self.seconds_waited += time.monotonic() - started_at
 
     def add(self, captions: float, photos: float, saved: bool) -> None:
-        self.captions, self.photos = self.captions + captions, self.photos + photos
-        self.saved = time.monotonic() if saved else self.saved
+        """Count what was trained on. saved: a checkpoint is due now."""
+        self.captions += captions
+        self.photos += photos
+        if saved:
+            self.saved_at = time.monotonic()
 
-    def since_save(self) -> float:
-        """Seconds."""
-        return time.monotonic() - self.saved
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self.saved_at
 
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return time.monotonic() - self.started_at
 
     def rate(self) -> float:
-        """Captions a second."""
+        """Captions per second."""
         return self.captions / self.seconds()
 
-    def share_waited(self) -> float:
-        """Of the time: 0 to 1."""
-        return self.waited / self.seconds()
+    def waiting_fraction(self) -> float:
+        """The fraction of the time spent waiting for data, 0 to 1."""
+        return self.seconds_waited / self.seconds()
 
-    def figures(self) -> dict:
+    def metrics(self) -> dict[str, float]:
+        """The entries of the log's epoch event."""
         return {
             "captions_per_second": self.rate(),
             "photos_per_second": self.photos / self.seconds(),
-            "waiting": self.share_waited(),
+            "waiting": self.waiting_fraction(),
             "train_seconds": self.seconds(),
             "peak_memory_gb": self.peak_memory() / 1e9,
         }
 
     def peak_memory(self) -> int:
-        """Bytes: on a GPU those its tensors took in this epoch; on a CPU the most this process ever held."""
+        """Bytes: on a GPU the peak of its tensors in this epoch, on a CPU the peak of the process since it started."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return most_resident()
+        return peak_resident_memory()
 
 
-def most_resident() -> int:
-    """The most bytes of main memory that this process ever held.
+def peak_resident_memory() -> int:
+    """Peak main memory of this process, in bytes.
 
-    Linux hands ru_maxrss on from the process that started this one, so there the kernel's own figure is read.
+    On Linux, ru_maxrss is inherited from the parent process, so the kernel's VmHWM is read instead.
     """
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,8 +1,8 @@
 """Named implementations, imported when they are first used.
 
 A decoder, an encoder family, an objective, a schedule, an annotation reader and a logger are each one entry of a
-registry. The command line offers the names of a registry as choices, so nothing lists them a second time; and since an
-entry may be given as "module:attribute", listing the names imports neither torch nor the implementations.
+registry. The command line offers a registry's names as choices, so nothing lists them a second time. An entry may be
+given as "module:attribute"; listing the names then imports neither torch nor the implementations.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ class Registry(Mapping[str, Any]):
     """name -> implementation. `DECODERS["lstm"]` imports captioning.decoders.lstm and returns its class."""
 
     def __init__(self, kind: str, entries: Mapping[str, Any]):
-        """kind: what an entry is, for error messages. entries: name -> implementation, or "module:attribute"."""
+        """kind: what an entry is, for error messages. entries: name -> implementation or "module:attribute"."""
         self.kind = kind
         self._entries = dict(entries)
 
     def register(self, name: str, implementation: Any) -> None:
-        """Add an implementation, or replace the one of this name."""
+        """Add an implementation, or replace the one with this name."""
         self._entries[name] = implementation
 
     def __getitem__(self, name: str) -> Any:
-        """Raises UserError for a name that is not registered."""
+        """Import and return an implementation. Raises UserError if the name is not registered."""
         if name not in self._entries:
             raise UserError(f"{self.kind} {name!r}: must be one of {', '.join(self._entries)}")
         entry = self._entries[name]

@@ -1,4 +1,4 @@
-"""What the settings of all commands share: checks in the words of the command line, and settings as plain data."""
+"""Shared by the settings of all commands: checks that name the flag, and settings as plain data."""
 
 from __future__ import annotations
 
@@ -8,46 +8,72 @@ from pathlib import Path
 
 from captioning.errors import UserError
 
+# Names of train.py's settings in runs of older versions, which this version cannot read.
+OLD_SETTINGS = frozenset(
+    {
+        "accumulate",
+        "average",
+        "best",
+        "clip",
+        "decay",
+        "decay_every",
+        "entropy",
+        "freeze_words",
+        "panel",
+        "reinforce",
+        "resident",
+        "sampling_rise",
+        "tie_words",
+        "warm_up",
+    }
+)
+OLDER_VERSION = "written by an older version of Kantu, with other names; start a new run"
+
 
 def flag(name: str) -> str:
-    """A setting's name on the command line: batch_size -> --batch-size."""
+    """The flag of a setting: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
 
 
 def check(condition: bool, flag: str, value: object, wanted: str) -> None:
-    """Raises UserError, in the words of the command line, unless the condition holds."""
+    """Raise UserError, which names the flag and its value, unless the condition holds."""
     if not condition:
         raise UserError(f"{flag} {value}: must be {wanted}")
 
 
 def check_min(settings: object, minimum: int, *names: str) -> None:
-    """Raises UserError where one of these settings is below the minimum; None passes."""
+    """Raise UserError if one of these settings is below the minimum; None passes."""
     for name in names:
         value = getattr(settings, name)
         check(value is None or value >= minimum, flag(name), value, f"{minimum} or more")
 
 
 def check_fractions(settings: object, *names: str) -> None:
-    """Raises UserError where one of these settings is not between 0 and 1."""
+    """Raise UserError if one of these settings is not between 0 and 1."""
     for name in names:
         value = getattr(settings, name)
         check(0 <= value <= 1, flag(name), value, "a fraction between 0 and 1")
 
 
 def check_choice(settings: object, name: str, choices: Collection[str]) -> None:
-    """Raises UserError where the setting is not one of the choices."""
+    """Raise UserError if the setting is not one of the choices."""
     value = getattr(settings, name)
     check(value in choices, flag(name), value, f"one of {', '.join(choices)}")
 
 
 def non_default(settings: object, *names: str) -> list[str]:
-    """The flags of those settings that differ from their default."""
+    """The flags of the settings that differ from their default."""
     return [flag(name) for name in names if getattr(settings, name) != getattr(type(settings), name)]
 
 
 def as_plain_data(settings: object) -> dict:
-    """A settings dataclass as JSON-ready data, for logs and checkpoints: paths become text, tuples lists."""
+    """Convert a settings dataclass to JSON-ready data for logs and checkpoints: paths to text, tuples to lists."""
     return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}  # type: ignore[call-overload]
+
+
+def has_old_settings(config: object) -> bool:
+    """Whether a run's settings, as plain data, have names of an older version."""
+    return isinstance(config, dict) and not OLD_SETTINGS.isdisjoint(config)
 
 
 def _plain(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Many short texts, such as the ids of a data set, without an object for each."""
+"""Many short strings in two arrays, such as the ids of a data set."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Iterable, Sequence
 
 
 class StringArray(Sequence[str]):
-    """A list of str would take 60 bytes more for each, and again in every worker that looks at them."""
+    """A sequence of strings, stored as UTF-8 in one bytearray.
 
-    def __init__(self, texts: Iterable[str] = ()):
-        self.block, self.ends = bytearray(), array("q", [0])  # text i is block[ends[i] : ends[i + 1]], as utf-8
-        for text in texts:
-            self.append(text)
+    A list of str takes 60 bytes more per string, and again in every forked worker that reads it.
+    """
 
-    def append(self, text: str) -> None:
-        self.block += text.encode("utf-8", "surrogatepass")  # a file's name may be no text
-        self.ends.append(len(self.block))
+    def __init__(self, strings: Iterable[str] = ()):
+        self._data = bytearray()
+        self._offsets = array("q", [0])  # string i is _data[_offsets[i] : _offsets[i + 1]]
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        self._data += string.encode("utf-8", "surrogatepass")  # a file's name may contain undecodable bytes
+        self._offsets.append(len(self._data))
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self._offsets) - 1
 
-    def __getitem__(self, place: int) -> str:
-        return self.block[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogatepass")
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        return self._data[self._offsets[index] : self._offsets[index + 1]].decode("utf-8", "surrogatepass")

@@ -91,7 +91,7 @@ class RunState:
                 "objective": self.loss_module.objective.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(self.device),
-                "average": self.ema.state_dict() if self.ema else None,
+                "ema": self.ema.state_dict() if self.ema else None,
             }
         return checkpoint
 
@@ -103,7 +103,7 @@ class RunState:
             self.loss_module.objective.load_state_dict(saved["objective"])
             self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
-                self.ema.load_state_dict(saved["average"])
+                self.ema.load_state_dict(saved["ema"])
             self.progress = Progress(**saved["progress"])
             restore_rng(saved["rng"], self.device)
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from captioning.dataset.batches import Batch, CachedPhotos, LivePhotos, Update, epoch_order, plan_batches, plan_updates
@@ -17,7 +16,7 @@ from captioning.encoders.images import FailureLimit
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.device import autocast, pick_precision
-from captioning.runtime.distributed import SINGLE, DistributedContext
+from captioning.runtime.distributed import SINGLE, DistributedContext, data_parallel
 from captioning.runtime.log import Log
 from captioning.runtime.meter import Meter
 from captioning.runtime.signals import StopRequest
@@ -82,10 +81,8 @@ class Trainer:
         """Return the loss module, wrapped if there are several processes."""
         if self.distributed.size == 1:
             return self.loss_module
-        # broadcast_buffers: BatchNorm statistics that are trained are rank 0's; other buffers need no synchronisation.
-        return DistributedDataParallel(
-            self.loss_module, broadcast_buffers=self.encoder_from_scratch, gradient_as_bucket_view=True
-        )
+        # BatchNorm statistics that are trained are rank 0's; other buffers need no synchronisation.
+        return data_parallel(self.loss_module, sync_buffers=self.encoder_from_scratch)
 
     def can_capture(self) -> bool:
         """Return whether the work of every batch is the same, so that CUDA graphs can replay it.
@@ -156,7 +153,7 @@ class Trainer:
                     self.log_step(log, meter, len(plan), mean)
                     if save_due and not finished:
                         self.save_last(stop)
-        return {f"train_{self.objective.quantity}": progress.mean(), **meter.figures()}
+        return {f"train_{self.objective.quantity}": progress.mean(), **meter.metrics()}
 
     def start_epoch(self) -> list[Update]:
         """Set the epoch and the modules' modes. Returns the epoch's updates, a function of seed and epoch."""
@@ -186,7 +183,7 @@ class Trainer:
             "step": self.state.progress.step,
             "of": num_updates,
             "captions_per_second": meter.rate(),
-            "waiting": meter.share_waited(),
+            "waiting": meter.waiting_fraction(),
         }
         log.step(event, self.objective.quantity, mean)
 
@@ -264,7 +261,7 @@ class Trainer:
         for item in pending:
             self.check_finite(item)
             sums += float(item.loss.value) * item.loss.count, item.loss.count, item.captions, len(item.photos)
-        save_due = self.distributed.is_main and meter.since_save() > 60 * self.options.save_every
+        save_due = self.distributed.is_main and meter.seconds_since_save() > 60 * self.options.save_every
         loss_sum, count, captions, photos, num_stops, num_due = self.distributed.all_reduce(
             [*sums.tolist(), stop.requested, save_due]
         )

@@ -130,7 +130,7 @@ class Validation:
             "CIDEr-D": scores["CIDEr-D"],
             "scored": len(candidates),
             "unreadable": len(self.failures.reasons),
-            "panel": self.preview.draw(epoch, preview_captions, references, self.vocabulary.join),
+            "preview": self.preview.draw(epoch, preview_captions, references, self.vocabulary.join),
         }
 
 

@@ -94,7 +94,7 @@ def run_windows(events: list[dict], folder: Path) -> Windows:
         windows["settings"] = _text_window("settings", _settings_html(starts[-1]))
     epochs = [event for event in events if event["event"] == "epoch"]
     if epochs:
-        for number, entry in enumerate(epochs[-1].get("panel", []), start=1):
+        for number, entry in enumerate(epochs[-1].get("preview", []), start=1):
             title = f"photo {number}"
             windows[title] = _text_window(title, _photo_html(entry, folder), width=900, height=330)
     return windows

@@ -144,7 +144,7 @@ def _content(path: Path) -> object:
         return _plain({name: part for name, part in load_checkpoint(path).items() if name != "config"})
     if path.suffix == ".jsonl" and path.parts[0] == "checkpoints":
         events = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = ("epoch", "train_loss", "val_loss", "CIDEr-D", "best", "panel")
+        kept = ("epoch", "train_loss", "val_loss", "CIDEr-D", "best", "preview")
         return [[event.get(name) for name in kept] for event in events if event["event"] == "epoch"]
     return path.read_bytes()
 

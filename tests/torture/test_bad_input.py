@@ -716,7 +716,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "a run that is there already",
         None,
         TRAIN.replace("--run new", "--run att"),
-        "checkpoints/att: is there already; go on with --resume, or start anew with --overwrite",
+        "checkpoints/att: already exists; continue it with --resume, or replace it with --overwrite",
     ),
     (
         "--resume with another size",
@@ -1119,6 +1119,6 @@ def test_standard_output_on_a_full_disk_is_one_line(here, monkeypatch):
         monkeypatch.setattr(sys, "stdout", full)
         command_line.run(*COMMANDS["extract_features.py"])
     assert stop.value.code == (
-        "error: what is written: No space left on device; make room or check the permissions, "
+        "error: the output: No space left on device; free some space or check the permissions, "
         "and give the same command again"
     )

@@ -120,7 +120,7 @@ def a_log(caption, references, setting):
     panel = [{"id": caption, "caption": caption, "references": references, "picture": None}]
     return [
         {"event": "start", "config": {setting: setting}, "versions": {}, "device": setting, "commit": setting},
-        {"event": "epoch", "epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "panel": panel},
+        {"event": "epoch", "epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "preview": panel},
     ]
 
 
@@ -142,7 +142,7 @@ def test_a_log_shows_no_other_files_than_its_runs_pictures(tmp_path, picture):
     (tmp_path / "secret.png").write_bytes(b"secret")
     (tmp_path / "run/pictures").mkdir(parents=True)
     events = a_log("a dog", [], "x")
-    events[1]["panel"][0]["picture"] = picture and picture.format(tmp_path)
+    events[1]["preview"][0]["picture"] = picture and picture.format(tmp_path)
     assert "data:" not in run_windows(events, tmp_path / "run")["photo 1"]["data"][0]["content"]
 
 

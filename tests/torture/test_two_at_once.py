@@ -79,7 +79,7 @@ def test_of_several_started_at_once_one_works_and_the_others_name_it(at_work, un
         for place, status in enumerate(statuses):
             text = Path(f"said-{place}").read_text()
             named = re.match(r"error: .*: process (\d+) on ", text)
-            late = what.startswith("train") and "is there already; go on with --resume" in text
+            late = what.startswith("train") and "already exists; continue it with --resume" in text
             assert status == 0 or late or int(named[1]) in processes, text
         assert written() == wanted
         forget()
