@@ -24,7 +24,7 @@ from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint, load_for_resume
 from captioning.runtime.command_line import run
 from captioning.runtime.device import oom_as_user_error, pick_device
-from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed
+from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed, lost_process_is_stop
 from captioning.runtime.files import locked
 from captioning.runtime.log import Log
 from captioning.runtime.settings import as_plain_data
@@ -51,6 +51,7 @@ def main(config: Train, distributed: DistributedContext = SINGLE) -> None:
         log.start(trainer.describe())
         if distributed.is_main:
             enter_loggers(config, stack)
+        stack.enter_context(lost_process_is_stop(stop))
         trainer.fit(log, stop)
 
 

@@ -601,50 +601,71 @@ def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(h
 
 
 @pytest.fixture
-def listening():
-    """Both stops raise KeyboardInterrupt, even where a shell told its background to ignore one."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in signals.STOP_SIGNALS}
+def interruptible():
+    """Both stop signals raise KeyboardInterrupt, even if the shell set one to be ignored."""
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in signals.STOP_SIGNALS}
     yield
-    for number, handler in before.items():
+    for number, handler in previous.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
-def test_a_stop_waits_for_what_must_be_done_in_one_piece(number, listening):
-    done = []
-    with signals.StopRequest() as request:
+def test_a_deferred_signal_is_delivered_after_the_block(number, interruptible):
+    events = []
+    with signals.StopRequest() as stop:
         with signals.defer_signals():
             os.kill(os.getpid(), number)
-            done.append(request.requested)
-        assert done == [False] and request.requested and request.number == number
+            events.append(stop.requested)
+        assert events == [False] and stop.requested and stop.number == number
     with pytest.raises(KeyboardInterrupt):
         with signals.defer_signals():
             os.kill(os.getpid(), number)
-            done.append("the rest")
-    assert done[1:] == ["the rest"]
+            events.append("the rest of the block")
+    assert events[1:] == ["the rest of the block"]
     assert {signal.getsignal(one) for one in signals.STOP_SIGNALS} == {signal.default_int_handler}
 
 
-def test_flags_are_parsed_before_a_stop_is_an_exception(listening, monkeypatch):
-    """In Python's own parser, which tyro uses, that exception becomes a SystemError."""
-    heard = []
-    monkeypatch.setattr(command_line, "parse", lambda command: heard.append(signal.getsignal(signal.SIGINT)))
-    command_line.run(Train, lambda config: heard.append(signal.getsignal(signal.SIGINT)))
-    assert heard[0] is signal.default_int_handler and heard[1] is not signal.default_int_handler
+def test_flags_are_parsed_before_a_stop_signal_is_an_exception(interruptible, monkeypatch):
+    """Python's own parser, which tyro uses, would turn that exception into a SystemError."""
+    handlers = []
+    monkeypatch.setattr(command_line, "parse", lambda command: handlers.append(signal.getsignal(signal.SIGINT)))
+    command_line.run(Train, lambda config: handlers.append(signal.getsignal(signal.SIGINT)))
+    assert handlers[0] is signal.default_int_handler and handlers[1] is not signal.default_int_handler
 
 
-class Signals(torch.utils.data.Dataset):
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_a_stop_signal_does_not_hide_an_error_that_is_being_reported(number, interruptible, monkeypatch):
+    def escape(text):
+        os.kill(os.getpid(), number)
+        return text
+
+    def work(config):
+        raise UserError("a mistake")
+
+    monkeypatch.setattr(command_line, "parse", lambda command: None)
+    monkeypatch.setattr(command_line, "one_line", escape)
+    with pytest.raises(SystemExit) as end:
+        command_line.run(Train, work)
+    assert end.value.code == "error: a mistake"
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+class SignalState(torch.utils.data.Dataset):
     def __getitem__(self, _):
-        return [signal.getsignal(number) for number in signals.STOP_SIGNALS], signal.pthread_sigmask(
-            signal.SIG_BLOCK, []
-        )
+        handlers = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+        return handlers, signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_processes_that_read_photos_never_hear_of_a_stop(listening, monkeypatch):
-    [(handlers, blocked)] = SignalSafeLoader(Signals(), [0], workers=1, pin=False)
+def test_loader_workers_ignore_stop_signals(interruptible, monkeypatch):
+    [(handlers, blocked)] = SignalSafeLoader(SignalState(), [0], workers=1, pin=False)
     assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(signals.STOP_SIGNALS)
-    begun = []
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: begun.append(Signals()[0]) or iter([]))
-    assert list(SignalSafeLoader(Signals(), [0], workers=1, pin=False)) == []
-    assert begun[0][1].issuperset(signals.STOP_SIGNALS), "not even while they start"
-    assert not Signals()[0][1].intersection(signals.STOP_SIGNALS)
+    states = []
+
+    def record_state(self):
+        states.append(SignalState()[0])
+        return iter([])
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", record_state)
+    assert list(SignalSafeLoader(SignalState(), [0], workers=1, pin=False)) == []
+    assert states[0][1].issuperset(signals.STOP_SIGNALS), "not even while they start"
+    assert not SignalState()[0][1].intersection(signals.STOP_SIGNALS)

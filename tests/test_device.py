@@ -1,4 +1,4 @@
-"""Which arithmetic is chosen, and what is said of a choice that costs."""
+"""Which precision is chosen, and the warning about a slow choice."""
 
 import pytest
 import torch
@@ -9,25 +9,27 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["avx2", "avx512_bf16", "amx_bf16", "amx_fp16", ""])
-def flags(request, monkeypatch):
-    """Of processors; "" where the system does not tell."""
-    monkeypatch.setattr(device, "_cpu_flags", lambda: f"flags : sse {request.param}" if request.param else "")
+def cpu_flag(request, monkeypatch):
+    """A flag of the processor; "" if the system does not list any."""
+    flags = f"flags : sse {request.param}" if request.param else ""
+    monkeypatch.setattr(device, "_cpu_flags", lambda: flags)
     device._requested_dtype.cache_clear()
     yield request.param
     device._requested_dtype.cache_clear()
 
 
-def test_a_decoder_trains_in_bfloat16_by_itself_only_where_the_processor_computes_in_it(flags, capsys):
-    expected = torch.bfloat16 if flags.endswith("bf16") else torch.float32
+def test_a_decoder_trains_in_bfloat16_by_default_only_if_the_processor_computes_in_it(cpu_flag, capsys):
+    expected = torch.bfloat16 if cpu_flag.endswith("bf16") else torch.float32
     assert device.pick_precision("auto", CPU) == expected
     assert device.encoder_precision("auto", CPU) == torch.float32
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name, unit", [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "")])
-def test_a_precision_that_the_processor_only_imitates_is_given_and_said_to_be_slow_once(flags, capsys, name, unit):
+def test_a_precision_that_the_processor_only_emulates_is_used_with_one_warning(cpu_flag, capsys, name, unit):
     for pick in (device.pick_precision, device.encoder_precision, device.pick_precision):
         assert pick(name, CPU) == getattr(torch, name)
-    slow = flags and not flags.endswith(unit)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == bool(slow) and all(line.startswith(f"--precision {name}: this processor") for line in said)
+    is_slow = bool(cpu_flag) and not cpu_flag.endswith(unit)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == is_slow
+    assert all(line.startswith(f"--precision {name}: this processor") for line in lines)

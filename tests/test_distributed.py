@@ -25,7 +25,7 @@ from captioning.decoders import DECODERS
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint
-from captioning.runtime.distributed import SINGLE, DistributedContext, SyncBatchNorm1d
+from captioning.runtime.distributed import SINGLE, DistributedContext, SyncBatchNorm1d, lost_process_is_stop
 from captioning.runtime.log import Log
 from captioning.runtime.signals import STOPPED, StopRequest, claim_report
 from config import ExtractFeatures, Train
@@ -260,7 +260,7 @@ def start_endless_run(name):
         text=True,
         env=environment(),
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (Path("checkpoints") / name / "last.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
@@ -286,19 +286,29 @@ def test_a_killed_rank_ends_all_with_one_line_that_says_resume(data_folder, kill
     """The launcher may stop the other rank before that one notices the loss, so there are two such lines."""
     process = start_endless_run(f"killed-{killed}")
     os.kill(process_of_rank(process, killed), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode != 0
     (line,) = resume_lines(stderr)
     prefix = "error (process 1)" if killed == 0 else "error"
-    assert line in (f"{prefix}: another of the 2 processes was lost; go on with --resume", STOPPED), stderr
+    assert line in (f"{prefix}: another of the 2 processes was lost; continue with --resume", STOPPED), stderr
     assert "KeyboardInterrupt" not in stderr
 
 
 def test_ranks_that_are_stopped_print_one_line(data_folder):
     process = start_endless_run("stopped")
     process.terminate()  # torchrun passes it on
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert resume_lines(stderr) == [STOPPED]
+
+
+@pytest.mark.parametrize("requested, expected", [(False, RuntimeError), (True, KeyboardInterrupt)])
+def test_a_peer_that_is_lost_after_a_stop_request_has_stopped(requested, expected):
+    with StopRequest() as stop, pytest.raises(expected), lost_process_is_stop(stop):
+        stop.requested = requested
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with StopRequest() as stop, pytest.raises(RuntimeError, match="a bug"), lost_process_is_stop(stop):
+        stop.requested = requested
+        raise RuntimeError("a bug")
 
 
 BLOCKED = """

@@ -25,7 +25,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from captioning.errors import LostProcessError, UserError
-from captioning.runtime.signals import report_stop_while_blocked
+from captioning.runtime.signals import StopRequest, report_stop_while_blocked
 
 T = TypeVar("T")
 
@@ -104,6 +104,17 @@ def _lost_process_errors(size: int, remedy: str) -> Iterator[None]:
         if not _is_lost_connection(error):
             raise
         raise LostProcessError(f"another of the {size} processes was lost; {remedy}") from None
+
+
+@contextlib.contextmanager
+def lost_process_is_stop(stop: StopRequest) -> Iterator[None]:
+    """Turn a lost connection into KeyboardInterrupt if a stop was requested: another rank has stopped first."""
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.requested and _is_lost_connection(error):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
