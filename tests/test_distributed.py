@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -251,8 +252,9 @@ def test_a_run_of_two_ranks_is_logged_once_without_warnings_and_resumes_with_one
     assert load_checkpoint(Path("checkpoints/two/last.pt"))["progress"]["epoch"] == 2
 
 
-def start_endless_run(name):
-    """Start two ranks that train without end, and wait for their first checkpoint."""
+@contextlib.contextmanager
+def endless_run(name):
+    """Two ranks that train without end, once they have written their first checkpoint."""
     process = subprocess.Popen(
         torchrun(*TRAIN, "--run", name, "--epochs", "100000", "--patience", "100000"),
         stdout=subprocess.DEVNULL,
@@ -261,10 +263,13 @@ def start_endless_run(name):
         env=environment(),
     )
     deadline = time.monotonic() + 600
-    while not (Path("checkpoints") / name / "last.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    return process
+    try:
+        while not (Path("checkpoints") / name / "last.pt").exists():
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint"
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.terminate()
 
 
 def process_of_rank(launcher, rank):
@@ -284,9 +289,9 @@ def resume_lines(stderr):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_all_with_one_line_that_says_resume(data_folder, killed):
     """The launcher may stop the other rank before that one notices the loss, so there are two such lines."""
-    process = start_endless_run(f"killed-{killed}")
-    os.kill(process_of_rank(process, killed), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=300)
+    with endless_run(f"killed-{killed}") as process:
+        os.kill(process_of_rank(process, killed), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode != 0
     (line,) = resume_lines(stderr)
     prefix = "error (process 1)" if killed == 0 else "error"
@@ -295,9 +300,9 @@ def test_a_killed_rank_ends_all_with_one_line_that_says_resume(data_folder, kill
 
 
 def test_ranks_that_are_stopped_print_one_line(data_folder):
-    process = start_endless_run("stopped")
-    process.terminate()  # torchrun passes it on
-    _, stderr = process.communicate(timeout=300)
+    with endless_run("stopped") as process:
+        process.terminate()  # torchrun forwards it
+        _, stderr = process.communicate(timeout=300)
     assert resume_lines(stderr) == [STOPPED]
 
 
