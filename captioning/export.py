@@ -215,9 +215,7 @@ def main(config: Export) -> None:
     with contextlib.ExitStack() as stack:
         # Opened first, so renamed last: if description.json exists, the export is complete.
         description_file = _open_atomic(stack, description_path)
-        module_files = {
-            name: _open_atomic(stack, path) for name, path in module_paths.items()
-        }
+        module_files = {name: _open_atomic(stack, path) for name, path in module_paths.items()}
         description_file.write(json.dumps(description, ensure_ascii=False, indent=1).encode())
         for name, module in modules.items():
             module_files[name].write(export_module(name, module, config.format))
