@@ -8,8 +8,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchvision import models
 
-from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder
+from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Transform
+from captioning.encoders.loading import calibrate_batch_norm, encoder_from_checkpoint, load_encoder
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import read_checkpoint, save_checkpoint, state_sha256
 from captioning.runtime.meter import most_resident
@@ -111,7 +112,7 @@ def test_weights_that_are_none_are_refused_in_one_line(tmp_path, content):
 def test_random_weights_are_calibrated_so_that_no_channel_explodes(small_data):
     paths = sorted((small_data / "photos").glob("*.png"))
     encoder = load_encoder("resnet18", "random", 64)
-    calibrate_on(encoder, paths, batch_size=8, workers=0)
+    calibrate_batch_norm(encoder, paths, batch_size=8, workers=0)
     with torch.no_grad():
         assert encoder(photos()).cells.std() < 10
     assert not any(module.training for module in encoder.modules())

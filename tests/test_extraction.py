@@ -18,9 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import extract_features
-from captioning.encoders.encoder import encoder_from_checkpoint, saved_encoder
+from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.errors import PhotoError, UserError
-from captioning.features.feature_cache import FeatureReader, FeatureWriter
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import FeatureWriter
 from config import ExtractFeatures
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER
@@ -177,7 +178,7 @@ def test_verify_finds_rows_that_are_not_finite_and_has_them_made_anew(data, tmp_
         shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
     extract(data, out, verify=True)
     assert "40 of 40 rows are done, and sound; 40 made anew differ by 0.0" in capsys.readouterr().out
-    block = FeatureReader(out).blocks["features"]
+    block = FeatureReader(out).arrays["features"]
     with open(out, "r+b") as file:
         file.seek(block.offset + 7 * block.row_bytes + 100)
         file.write(np.array([np.nan], np.float16).tobytes())
@@ -195,7 +196,7 @@ def test_verify_finds_a_row_of_another_photo(data, tmp_path):
     for name in ("h5", "encoder.pt"):
         shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
     content = bytearray(out.read_bytes())
-    for block in (FeatureReader(out).blocks[name] for name in ("features", "pooled")):
+    for block in (FeatureReader(out).arrays[name] for name in ("features", "pooled")):
         one, other = (
             slice(block.offset + row * block.row_bytes, block.offset + (row + 1) * block.row_bytes) for row in (3, 4)
         )
@@ -214,7 +215,7 @@ def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
     extract(data, tmp_path / "scaled.h5", scaled_decoding=True)
     extract(data, tmp_path / "scaled.h5", info=True)
     assert "scaled_decoding  True" in capsys.readouterr().out
-    assert encoder_from_checkpoint(saved_encoder(tmp_path / "scaled.h5")).transform.scaled_decoding
+    assert encoder_from_checkpoint(read_encoder_checkpoint(tmp_path / "scaled.h5")).transform.scaled_decoding
 
 
 def test_a_writer_that_fails_for_any_reason_says_so_and_nobody_waits_for_ever(tmp_path, monkeypatch):

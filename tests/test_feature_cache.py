@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
-from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import FeatureWriter, describe_features
 
 IDS = [f"照片{i}" for i in range(10)]
 RECIPE = {
@@ -234,12 +235,12 @@ def test_a_row_is_called_done_only_after_it_is_synced_and_all_is_synced_at_the_e
 
     monkeypatch.setattr("os.pwrite", noted("write", os.pwrite))
     monkeypatch.setattr("os.replace", noted("rename", os.replace))
-    for name in ("os.fsync", "captioning.features.feature_cache.SYNC"):
+    for name in ("os.fsync", "captioning.features.feature_writer.fdatasync"):
         monkeypatch.setattr(name, noted("sync", os.fsync))
     for rows in ([0, 1, 2], [3, 4, 8], [9, 5, 6, 7]):
         write(tmp_path / "f.h5", rows=rows)
     assert events[:3] == [("sync",), ("sync",), ("rename",)] and events[-1] == ("sync",)
-    blocks = FeatureReader(tmp_path / "f.h5").blocks
+    blocks = FeatureReader(tmp_path / "f.h5").arrays
     unsynced, written, done = set(), set(), blocks["done"].offset
     for kind, *offset in events:
         if kind == "sync":

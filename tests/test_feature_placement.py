@@ -12,8 +12,8 @@ import train
 from captioning.dataset.prefetch import Prefetch
 from captioning.errors import UserError
 from captioning.features import feature_placement
-from captioning.features.feature_cache import FeatureReader
 from captioning.features.feature_placement import choose_residence, reading
+from captioning.features.feature_reader import FeatureReader
 from captioning.training.data import load_batches
 from config import Train
 from tests.small import TINY, log_of, same, weights

@@ -16,7 +16,7 @@ from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, decode_files, load_photos, read_files
 from captioning.encoders.images import Transform, photo_batches
 from captioning.errors import UserError
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from config import ExtractFeatures
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import Vocabulary
 from tests.torture.artefacts import (
@@ -153,7 +153,7 @@ def test_a_zeroed_photo_is_skipped_or_read_as_the_decoder_can(whole):
 def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally):
     """Training does not look: it would have to read every row twice."""
     path = Path("data/small/features.h5")
-    block = FeatureReader(path).blocks["pooled" if damage == "the means" else "features"]
+    block = FeatureReader(path).arrays["pooled" if damage == "the means" else "features"]
     start = block.offset + 9 * block.row_bytes
     length = {"a third": 8 * block.row_bytes, "a page": 4096, "the means": block.row_bytes}[damage]
     content = bytearray(whole[path])
@@ -180,7 +180,7 @@ def rows_of(content: bytes, path: Path) -> np.ndarray:
 def test_zeros_and_garbage_in_what_describes_the_features_end_at_once(whole, times, tally):
     """HDF5 never ended where the heap of its texts was zeroed: there is no such heap now."""
     path, random, count = Path("data/small/features.h5"), np.random.default_rng(0), times(40, 1000)
-    spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).blocks.values()]
+    spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).arrays.values()]
     first, last = min(spans)[0], max(spans)[1]
     places = [place for place in (*range(first), *range(last, len(whole[path]))) if whole[path][place]]
     for attack in range(count):
@@ -265,12 +265,12 @@ def other(tmp_path_factory):
 @pytest.mark.parametrize(
     "file, commands, words",
     [
-        ("data/small/captions.jsonl", [EXTRACT], "features.h5: holds the photos of another data set (0 of its 24"),
+        ("data/small/captions.jsonl", [EXTRACT], "features.h5: belongs to another data set (0 of its 24"),
         ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
         ("data/small/vocab.json", [TRAIN], "vocab.json: lacks 100% of the words in captions.jsonl"),
         ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
         ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
-        ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: holds the photos of another data set"),
+        ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: belongs to another data set"),
         (
             "data/small/features.encoder.pt",
             [TRAIN, f"{EXTRACT} --verify"],

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.encoders.images import quiet_worker
+from captioning.encoders.images import init_worker
 from captioning.runtime.signals import STOPPED
 from tests.torture.artefacts import does
 from tests.torture.processes import (
@@ -78,7 +78,7 @@ def orphan(pipe: int) -> None:
     os.kill(parent, signal.SIGKILL)
     while os.getppid() == parent:
         pass
-    quiet_worker(0)
+    init_worker(0)
     os.write(pipe, b"lives on")
 
 
