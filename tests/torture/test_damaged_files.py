@@ -160,10 +160,10 @@ def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally)
     content[start : start + length] = bytes(length)
     path.write_bytes(content)
     end = end_of(f"{EXTRACT} --verify")
-    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they now count as not done" in end.said
+    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they are now marked as not done" in end.said
     does(EXTRACT)
     np.testing.assert_allclose(rows(path), rows_of(whole[path], path), rtol=1e-2, atol=1e-3)
-    assert "24 of 24 rows are done, and sound" in does(f"{EXTRACT} --verify")
+    assert "24 of 24 rows are done and undamaged" in does(f"{EXTRACT} --verify")
     tally("zeroed features found by --verify")
 
 
@@ -268,7 +268,7 @@ def other(tmp_path_factory):
         ("data/small/captions.jsonl", [EXTRACT], "features.h5: belongs to another data set (0 of its 24"),
         ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
         ("data/small/vocab.json", [TRAIN], "vocab.json: lacks 100% of the words in captions.jsonl"),
-        ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
+        ("data/small/features.h5", [EXTRACT], "features.h5: was extracted with"),
         ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
         ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: belongs to another data set"),
         (
@@ -302,7 +302,7 @@ def test_captions_cut_at_the_end_of_a_line_are_noticed_where_there_are_features(
         assert is_one_line_that_names(end, f"{path}: lacks 3 of the 24 photos of data/small/features.h5"), end
         assert "--features data/small/features.h5" in end.said
         does(f"{command} --features data/small/features.h5")
-    assert "of its 24 are among our 21" in attacked(EXTRACT).said
+    assert "of its 24 photos are among these 21" in attacked(EXTRACT).said
 
 
 def test_a_bit_that_has_changed_in_a_checkpoint_is_found(whole, times, tally):
