@@ -167,7 +167,7 @@ def test_an_encoder_that_was_left_alone_is_replaced(at_work):
     Path("out/features.h5").unlink()
     other = WORK["extract_features.py"].replace("--image-size 64", "--image-size 96")
     does(other)
-    assert "24 of 24 rows are done, and sound" in does(f"{other} --verify")
+    assert "24 of 24 rows are done and undamaged" in does(f"{other} --verify")
 
 
 # ---- Ctrl-C and SIGTERM
