@@ -160,7 +160,8 @@ def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally)
     content[start : start + length] = bytes(length)
     path.write_bytes(content)
     end = end_of(f"{EXTRACT} --verify")
-    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they are now marked as not done" in end.said
+    assert is_one_line_that_names(end, str(path))
+    assert "such as that of photo9; they are now marked as not done" in end.said
     does(EXTRACT)
     np.testing.assert_allclose(rows(path), rows_of(whole[path], path), rtol=1e-2, atol=1e-3)
     assert "24 of 24 rows are done and undamaged" in does(f"{EXTRACT} --verify")
