@@ -59,7 +59,9 @@ def main(bench: Bench) -> None:
     encoder.transform = replace(encoder.transform, nvjpeg=bench.nvjpeg)
     if bench.nvjpeg:
         check_nvjpeg(device)
-    calibrate_batch_norm(encoder, paths[:64], bench.batch_size, bench.workers)  # else the features would overflow float16
+    calibrate_batch_norm(
+        encoder, paths[:64], bench.batch_size, bench.workers
+    )  # else the features would overflow float16
     encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
     shape = encoder.output_shape()
@@ -121,7 +123,7 @@ def run_extraction(
         writer = FeatureWriter(
             Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
         )
-        extract(bench, encoder, writer, paths, plan, precision, FailureLimit(len(paths), 0), SilentBar())
+        extract(encoder, writer, paths, plan, precision, bench.workers, FailureLimit(len(paths), 0), SilentBar())
 
 
 if __name__ == "__main__":
