@@ -59,6 +59,7 @@ def main(bench: Bench) -> None:
     encoder.transform = replace(encoder.transform, nvjpeg=bench.nvjpeg)
     if bench.nvjpeg:
         check_nvjpeg(device)
+    # without calibration the features would not fit float16
     calibrate_batch_norm(
         encoder, paths[:64], bench.batch_size, bench.workers
     )  # else the features would overflow float16

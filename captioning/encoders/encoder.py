@@ -52,8 +52,9 @@ class Encoder(nn.Module):
         return Grid(cells, grid_pooling(height, width, cells.device))
 
     def _run_body(self, photos: Tensor) -> Tensor:
-        if self.compiled_batch_size > 0:  # test this first: comparing len(photos) would fix the batch size of an export
-            padding = max(0, self.compiled_batch_size - len(photos))
+        # compiled_batch_size first: comparing len(photos) would fix the batch size of an export
+        if self.compiled_batch_size and len(photos) < self.compiled_batch_size:
+            padding = self.compiled_batch_size - len(photos)
             padded = F.pad(photos, (0, 0) * 3 + (0, padding))
             return self.body(padded)[: len(photos)]
         if not (self.segments and torch.is_grad_enabled()):
