@@ -59,10 +59,8 @@ def main(bench: Bench) -> None:
     encoder.transform = replace(encoder.transform, nvjpeg=bench.nvjpeg)
     if bench.nvjpeg:
         check_nvjpeg(device)
-    # without calibration the features would not fit float16
-    calibrate_batch_norm(
-        encoder, paths[:64], bench.batch_size, bench.workers
-    )  # else the features would overflow float16
+    # without calibration the features would overflow float16
+    calibrate_batch_norm(encoder, paths[:64], bench.batch_size, bench.workers)
     encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
     shape = encoder.output_shape()
