@@ -36,7 +36,7 @@ bench: $(PACKAGES)
 torture: $(PACKAGES)
 	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \
 	  echo "atheris does not support this Python; the fuzz targets are skipped"
-	.venv/bin/python -m pytest --torture tests/torture $(SHARED_OUT) $(PYTEST_ARGS)
+	.venv/bin/python -m pytest --torture tests/torture tests/test_encoder.py tests/test_extraction.py $(SHARED_OUT) $(PYTEST_ARGS)
 
 matrix: $(PACKAGES)
 	.ci/matrix $(SHARED_OUT) $(PYTEST_ARGS)

@@ -20,9 +20,9 @@ import numpy as np
 
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
-from captioning.encoders.grid import SIDE
+from captioning.encoders.grid import GRID_SIZE
 from captioning.encoders.images import open_photo
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.command_line import run
 from captioning.viewing.attention_plots import CaptionedImage, contact_sheet
 from preprocess.captions import Photo, read_captions
@@ -120,8 +120,8 @@ def attention_of(result: CaptionResult) -> np.ndarray:
 
 def peak_is_inside(attention: np.ndarray, boxes: list[Box]) -> bool:
     """Whether the centre of the cell with the most attention is in one of the boxes. attention: (196,), 14x14 cells."""
-    row, column = divmod(int(attention.argmax()), SIDE)
-    x, y = (column + 0.5) / SIDE, (row + 0.5) / SIDE
+    row, column = divmod(int(attention.argmax()), GRID_SIZE)
+    x, y = (column + 0.5) / GRID_SIZE, (row + 0.5) / GRID_SIZE
     return any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes)
 
 

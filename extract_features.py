@@ -1,44 +1,48 @@
-"""Stage 1b: photos -> data/NAME/features.h5, through a frozen CNN, once.
+"""Stage 1b: encode every photo once with a frozen CNN and store its features in data/NAME/features.h5.
 
     python extract_features.py data/aic
     python extract_features.py data/aic --encoder mobilenet_v2 --weights FILE --grid native    (small, for a laptop)
 
-    torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs, each its own rows of one file)
+    torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs write rows of one file)
 
-    python extract_features.py data/aic --info             what the file holds
-    python extract_features.py data/aic --verify           is it right?
+    python extract_features.py data/aic --info             print what the file holds
+    python extract_features.py data/aic --verify           check it for damage
 
-A killed extraction goes on where it stopped with the same command.
+The same command resumes an extraction that was killed.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to load
+    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to import
 
     install_exit_handlers()
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioning.encoders.encoder import (
-    Encoder,
-    calibrate_on,
+from captioning.encoders.encoder import Encoder
+from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
+from captioning.encoders.grid import to_stored_layout
+from captioning.encoders.images import FailureLimit, IndexBatch, PhotoBatch, Transform
+from captioning.encoders.loading import (
+    DEFAULT_ENCODER,
+    DEFAULT_IMAGE_SIZE,
+    calibrate_batch_norm,
     encoder_file,
     encoder_from_checkpoint,
     load_encoder,
-    saved_encoder,
+    read_encoder_checkpoint,
 )
-from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.grid import to_stored_layout
-from captioning.encoders.images import FailureLimit, Transform
 from captioning.errors import PhotoError
-from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.features.inspection import describe, verify
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
@@ -54,10 +58,7 @@ def main(config: ExtractFeatures, ranks: DistributedContext = SINGLE) -> None:
     if config.info:
         print(describe(FeatureReader(config.file)))
         return
-    ids, paths = StringArray(), StringArray()
-    for photo in read_captions(config.data):
-        ids.append(photo.id)
-        paths.append(photo.image)
+    ids, paths = read_photo_list(config.data)
     device = pick_device(config.device)
     if config.verify:
         print(verify(FeatureReader(config.file), ids, paths, device))
@@ -65,120 +66,183 @@ def main(config: ExtractFeatures, ranks: DistributedContext = SINGLE) -> None:
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
-    if ranks.is_main:
-        encoder, writer = begin(config, ids, paths, device, precision)
-        rows = ranks.broadcast(writer.missing())
-    else:  # rank 0 has made the file, and kept the encoder beside it
-        rows = ranks.broadcast(None)
-        encoder, writer = begin(replace(config, overwrite=False), ids, paths, device, precision)
-    print(
-        f"{config.file}: {len(ids):,} photos, {encoder.name}, "
-        f"{'x'.join(map(str, encoder.output_shape()[:2]))} cells of {writer.shape[-1]}, stored as "
-        f"{'x'.join(map(str, writer.shape[1:]))} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
-        f"{len(ids) - len(rows):,} photos done, {len(rows):,} to do"
-    )
+    encoder, writer, rows = prepare_on_all_ranks(config, ids, paths, device, precision, ranks)
+    print_plan(config, encoder, writer, num_rows=len(rows))
     if config.compile and len(rows):
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    unreadable = FailureLimit(len(ids), config.allow_missing)
-    batches = ranks.shard(fixed_batches(rows, config.batch_size))
-    try:
-        with tqdm(total=sum(map(len, batches)), unit="photo", desc="extract", disable=not ranks.is_main) as bar:
-            extract(config, encoder, writer, paths, batches, precision, unreadable, bar)
-        for reasons in ranks.all_gather(list(unreadable.reasons)):
-            unreadable.add(reasons)
-    except PhotoError:  # too many of them: then it is good to know which
-        report(config, unreadable, ranks)
-        raise
-    report(config, unreadable, ranks)
-    print(f"done: {len(rows) - len(unreadable.reasons):,} photos, {len(unreadable.reasons):,} skipped")
+    extract_rows(config, encoder, writer, paths, rows, precision, ranks)
 
 
-def report(config: ExtractFeatures, unreadable: FailureLimit, ranks: DistributedContext) -> None:
-    """The photos that could not be read, a line each: the first ones on the screen, all of them in a file."""
-    if not ranks.is_main:
-        return
-    path = config.file.with_suffix(".unreadable.txt")
-    path.unlink(missing_ok=True)
-    for reason in list(unreadable.reasons)[:10]:
-        print(f"skipped: {one_line(reason)}")
-    if unreadable.reasons:
-        with atomic_text(path) as file:
-            file.writelines(f"{one_line(reason)}\n" for reason in unreadable.reasons)
-        print(f"{path}: lists all {len(unreadable.reasons):,} of them")
+def read_photo_list(data: Path) -> tuple[StringArray, StringArray]:
+    """The ids and the paths of all photos in captions.jsonl, in order."""
+    ids, paths = StringArray(), StringArray()
+    for photo in read_captions(data):
+        ids.append(photo.id)
+        paths.append(photo.image)
+    return ids, paths
 
 
-def begin(
-    config: ExtractFeatures, ids: StringArray, paths: StringArray, device: torch.device, precision: torch.dtype
+def prepare_on_all_ranks(
+    config: ExtractFeatures,
+    ids: Sequence[str],
+    paths: Sequence[str],
+    device: torch.device,
+    precision: torch.dtype,
+    ranks: DistributedContext,
+) -> tuple[Encoder, FeatureWriter, np.ndarray]:
+    """Each rank's encoder and writer, and the rows still to extract, (M,) int64, of all ranks together."""
+    if ranks.is_main:
+        encoder, writer = prepare(config, ids, paths, device, precision)
+        rows = ranks.broadcast(writer.missing())
+    else:  # rank 0 has created the file and stored the encoder; the broadcast waits for that
+        rows = ranks.broadcast(None)
+        encoder, writer = prepare(replace(config, overwrite=False), ids, paths, device, precision)
+    return encoder, writer, rows
+
+
+def prepare(
+    config: ExtractFeatures, ids: Sequence[str], paths: Sequence[str], device: torch.device, precision: torch.dtype
 ) -> tuple[Encoder, FeatureWriter]:
-    """The encoder, and the file: a new one, or the one that this command began."""
+    """The encoder, and the writer of a new file or of the one that this command resumes."""
     encoder = prepare_encoder(config, paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
-    attributes = describe_features(
-        encoder.recipe(), (height, width), config.grid, str(precision).removeprefix("torch.")
-    )
-    if not config.file.exists():  # first the encoder: it would be lost with a kill in between, if it is a random one
-        save_checkpoint(encoder_file(config.file), {"encoder": encoder.to_checkpoint()})
+    precision_name = str(precision).removeprefix("torch.")
+    attributes = describe_features(encoder.recipe(), (height, width), config.grid, precision_name)
+    checkpoint = {"encoder": encoder.to_checkpoint()}
+    if not config.file.exists():  # before the file: a kill in between must not lose the random weights behind its rows
+        save_checkpoint(encoder_file(config.file), checkpoint)
     writer = FeatureWriter(config.file, ids, attributes, channels, config.dtype, config.overwrite)
     if config.overwrite or not encoder_file(config.file).exists():
-        save_checkpoint(encoder_file(config.file), {"encoder": encoder.to_checkpoint()})
+        save_checkpoint(encoder_file(config.file), checkpoint)
     return encoder, writer
 
 
-def prepare_encoder(config: ExtractFeatures, paths: StringArray) -> Encoder:
-    """The encoder of the flags. A random one is calibrated once, and then kept beside the features."""
+def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
+    """The encoder that the flags describe. One with random weights is calibrated once and stored with the features."""
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
-        kept = encoder_from_checkpoint(saved_encoder(config.file))
-        wanted = (
-            config.encoder or "resnet101",
-            "random",
-            Transform(config.image_size or 256, scaled_decoding=config.scaled_decoding, nvjpeg=config.nvjpeg),
+        stored = encoder_from_checkpoint(read_encoder_checkpoint(config.file))
+        transform = Transform(
+            config.image_size or DEFAULT_IMAGE_SIZE, scaled_decoding=config.scaled_decoding, nvjpeg=config.nvjpeg
         )
-        if (kept.name, kept.weights, kept.transform) == wanted:
-            return kept
+        requested = (config.encoder or DEFAULT_ENCODER, "random", transform)
+        if (stored.name, stored.weights, stored.transform) == requested:
+            return stored
     encoder = load_encoder(config.encoder, config.weights, config.image_size)
-    scaled = (config.scaled_decoding or encoder.transform.scaled_decoding) and not config.nvjpeg
-    encoder.transform = replace(encoder.transform, scaled_decoding=scaled, nvjpeg=config.nvjpeg)
+    scaled_decoding = (config.scaled_decoding or encoder.transform.scaled_decoding) and not config.nvjpeg
+    encoder.transform = replace(encoder.transform, scaled_decoding=scaled_decoding, nvjpeg=config.nvjpeg)
     if config.weights == "random":
-        calibrate_on(encoder, paths, config.batch_size, config.workers)
+        calibrate_batch_norm(encoder, paths, config.batch_size, config.workers)
     return encoder
 
 
-def fixed_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows to do, with those that any extraction does together: what a CNN makes of a photo depends, in its last
-    bit, on how many others there are."""
+def print_plan(config: ExtractFeatures, encoder: Encoder, writer: FeatureWriter, num_rows: int) -> None:
+    """Print the sizes of the file, and how many of its rows are still to extract."""
+    photos, stored_height, stored_width, channels = writer.shape
+    height, width, _ = encoder.output_shape()
+    print(
+        f"{config.file}: {photos:,} photos, {encoder.name}, {height}x{width} cells of {channels}, stored as "
+        f"{stored_height}x{stored_width}x{channels} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
+        f"{photos - num_rows:,} photos done, {num_rows:,} to do"
+    )
+
+
+def extract_rows(
+    config: ExtractFeatures,
+    encoder: Encoder,
+    writer: FeatureWriter,
+    paths: Sequence[str],
+    rows: np.ndarray,
+    precision: torch.dtype,
+    ranks: DistributedContext,
+) -> None:
+    """Extract this rank's shard of the rows (M,) int64, and report the photos that cannot be read.
+
+    Raises PhotoError if there are too many of them.
+    """
+    failures = FailureLimit(writer.shape[0], config.allow_missing)
+    batches = ranks.shard(aligned_batches(rows, config.batch_size))
+    num_photos = sum(map(len, batches))
+    try:
+        with tqdm(total=num_photos, unit="photo", desc="extract", disable=not ranks.is_main) as progress_bar:
+            extract(encoder, writer, paths, batches, precision, config.workers, failures, progress_bar)
+        for reasons in ranks.all_gather(list(failures.reasons)):
+            failures.add(reasons)
+    except PhotoError:  # too many photos failed: report which
+        if ranks.is_main:
+            report_failures(config, failures)
+        raise
+    if ranks.is_main:
+        report_failures(config, failures)
+    print(f"done: {len(rows) - len(failures.reasons):,} photos, {len(failures.reasons):,} skipped")
+
+
+def aligned_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Split the rows to extract so that a batch never crosses a multiple of `size`.
+
+    A row is then always encoded with the same others. The last bit of a CNN's output may depend on the batch size.
+    """
     return [batch for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(batch)]
 
 
-def extract(config, encoder, writer, paths, batches, precision, unreadable, bar) -> None:
-    """Every batch of rows: decode, squash, encode, pool to 14x14 where asked, write."""
+def extract(
+    encoder: Encoder,
+    writer: FeatureWriter,
+    paths: Sequence[str],
+    batches: Iterable[IndexBatch],
+    precision: torch.dtype,
+    workers: int,
+    failures: FailureLimit,
+    progress_bar: tqdm,
+) -> None:
+    """Decode, resize, encode and write each batch of rows; then close the writer."""
     device = next(encoder.parameters()).device
     try:
-        arriving = load_photos(device, paths, batches, encoder.transform, config.workers)
-        for rows, features, pooled in copy_to_host(
-            encoded(encoder, writer, arriving, precision, unreadable, bar), device
-        ):
+        photos = load_photos(device, paths, batches, encoder.transform, workers)
+        encoded = encode_batches(encoder, writer, photos, precision, failures, progress_bar)
+        for rows, features, pooled in copy_to_host(encoded, device):
             writer.write(rows, features, pooled)
-            bar.update(len(rows))
+            progress_bar.update(len(rows))
     finally:
         writer.close()
 
 
 @torch.inference_mode()
-def encoded(encoder, writer, arriving, precision, unreadable, bar) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of photos -> their rows, as they are stored, still on the device."""
-    for batch in arriving:
-        unreadable.add(batch.failures)
-        bar.update(len(batch.failures))
+def encode_batches(
+    encoder: Encoder,
+    writer: FeatureWriter,
+    batches: Iterable[PhotoBatch],
+    precision: torch.dtype,
+    failures: FailureLimit,
+    progress_bar: tqdm,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of photos -> (rows, features, pooled) in the file's layout, still on the device."""
+    for batch in batches:
+        failures.add(batch.failures)
+        progress_bar.update(len(batch.failures))
         if batch.indices:
             with autocast(batch.photos.device, precision):
                 grid = encoder(batch.photos)
             yield batch.indices, *to_stored_layout(grid, writer.shape[1:], str(writer.dtype))
 
 
+def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:
+    """Print the first photos that could not be read, and list all of them in a file, one per line."""
+    path = config.file.with_suffix(".unreadable.txt")
+    path.unlink(missing_ok=True)
+    for reason in list(failures.reasons)[:10]:
+        print(f"skipped: {one_line(reason)}")
+    if failures.reasons:
+        with atomic_text(path) as file:
+            file.writelines(f"{one_line(reason)}\n" for reason in failures.reasons)
+        print(f"{path}: lists all {len(failures.reasons):,} of them")
+
+
 def work(config: ExtractFeatures) -> None:
-    remedy, lock = f"lower --batch-size, now {config.batch_size}", config.file.with_name(config.file.name + ".lock")
+    remedy = f"lower --batch-size, now {config.batch_size}"
+    lock = config.file.with_name(config.file.name + ".lock")
+    writes = not (config.info or config.verify)
     with init_distributed("the same command goes on") as ranks, oom_as_user_error(remedy):
-        with locked(config.file, lock, ranks.is_main and not (config.info or config.verify)):
+        with locked(config.file, lock, ranks.is_main and writes):
             main(config, ranks)
 
 

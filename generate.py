@@ -28,7 +28,7 @@ from tqdm import tqdm
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
 from captioning.dataset.caption_dataset import check_captions_complete, photos_in_split
-from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, in_batches, open_photo, photo_batches
+from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, open_photo, photo_batches, split_batches
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
 from captioning.evaluation.results import (
@@ -40,7 +40,7 @@ from captioning.evaluation.results import (
     write_submission,
 )
 from captioning.evaluation.score_report import CaptionedPhotos, Scores, compare, format_comparison, score_captions
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.library_errors import reason
@@ -163,7 +163,7 @@ def iterate_captions(
     """Caption each photo once, in order, from its cached features or, without a reader, from its file."""
     if reader:
         rows = reader.rows_of(photo.id for photo in photos)
-        present = reader.present(rows, config.allow_missing, config.data)
+        present = reader.available(rows, config.allow_missing, config.data)
         photos = list(compress(photos, present))
         batches = caption_from_cache(config, captioner, reader, photos, rows[present])
     else:
@@ -179,7 +179,7 @@ def caption_from_cache(
 ) -> Iterator[list[CaptionedPhoto]]:
     """rows (N,) int64: the row of each photo in the feature file."""
     read = reader.read if captioner.decoder.uses_attention else reader.read_pooled
-    for indices in in_batches(range(len(photos)), config.batch_size):
+    for indices in split_batches(range(len(photos)), config.batch_size):
         captions = captioner.caption_grid(read(rows[list(indices)]), config.search)
         yield list(zip([photos[index] for index in indices], captions, strict=True))
 
@@ -188,7 +188,7 @@ def caption_from_files(
     config: Generate, captioner: Captioner, photos: list[Photo], failures: FailureLimit
 ) -> Iterator[list[CaptionedPhoto]]:
     """Photos that cannot be read are left out and added to `failures`."""
-    indices = in_batches(range(len(photos)), config.batch_size)
+    indices = split_batches(range(len(photos)), config.batch_size)
     workers = config.workers if len(indices) > 1 else 0
     paths = [photo.image for photo in photos]
     for batch in photo_batches(paths, indices, captioner.encoder.transform, workers):

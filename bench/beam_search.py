@@ -20,8 +20,8 @@ from torch import nn
 from tutorial import TutorialAttention
 
 from captioning.decoders.factory import build_decoder
-from captioning.encoders.grid import SIDE, Grid, grid_pooling
-from captioning.features.feature_cache import FeatureReader
+from captioning.encoders.grid import GRID_SIZE, Grid, grid_pooling
+from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.runtime.device import autocast, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
@@ -116,7 +116,7 @@ def time_tutorial(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, flo
     )
     (vocabulary, embedding), channels, attention, hidden = sizes
     tutorial = TutorialAttention(vocabulary, channels, embedding, attention, hidden, 0.0).copy_weights(decoder).eval()
-    maps = grid.spread(grid.cells).unflatten(1, (SIDE, SIDE))
+    maps = grid.spread(grid.cells).unflatten(1, (GRID_SIZE, GRID_SIZE))
     captions: dict[bool, list] = {}
 
     def search(refill: bool) -> None:

@@ -26,9 +26,9 @@ from captioning.captioner import Captioner
 from captioning.dataset.caption_dataset import CaptionDataset, photos_in_split
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.grid import Grid
-from captioning.encoders.images import in_batches
+from captioning.encoders.images import split_batches
 from captioning.evaluation.metrics import score
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from preprocess.captions import Photo, read_captions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
@@ -64,7 +64,7 @@ def continuation_cider(
 ) -> float:
     """CIDEr-D of captions that continue the first `words` words of the reference `index` of each photo."""
     candidates, references = {}, {}
-    for batch in in_batches(photos, batch_size):
+    for batch in split_batches(photos, batch_size):
         captions = [photo.captions[index % len(photo.captions)] for photo in batch]
         given = torch.full((len(batch), words), PAD)
         for row, caption in zip(given, captions, strict=True):
@@ -85,7 +85,7 @@ def loss_by_position(
 ) -> list[float]:
     """The mean of -log p(y_t | y_1 ... y_(t-1), photo) for t = 1, 2, ..., where y is a reference."""
     losses = []
-    for batch in in_batches(range(len(split)), batch_size):
+    for batch in split_batches(range(len(split)), batch_size):
         words, targets, photo = split.pack(batch)
         grid = reader.read(reader.rows_of([split.ids[index] for index in batch])).to(captioner.device, torch.float32)
         logits = captioner.decoder(grid, words, photo).logits

@@ -27,8 +27,9 @@ import tyro
 from tyro.conf import Positional
 
 from captioning.encoders.grid import Grid, grid_pooling
-from captioning.encoders.images import in_batches
-from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.encoders.images import split_batches
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.meter import peak_resident_memory
 
 RECIPE = {
@@ -77,7 +78,7 @@ def main(bench: Bench) -> None:
             native[0].nbytes,
             timeit(lambda: write(bench, paths["native"], "native", native), number=1),
         )
-        plan = in_batches(rng.permutation(bench.photos), bench.batch_size)
+        plan = split_batches(rng.permutation(bench.photos), bench.batch_size)
         for cold in (True, False):
             print("random photos, from a cold file" if cold else "random photos, from the page cache")
             read_all(bench, paths, plan, cold)
@@ -116,7 +117,7 @@ def measure_size(bench: Bench, size: int) -> None:
         writer = SparseWriter(path, ids, attributes, bench.channels, "float16", True)
         create_seconds = time.perf_counter() - started
         started = time.perf_counter()
-        for rows in in_batches(np.sort(written_rows), bench.batch_size):
+        for rows in split_batches(np.sort(written_rows), bench.batch_size):
             writer.write(rows, features[: len(rows)], features[: len(rows)].float().mean((1, 2)))
         writer.close()
         write_rate = len(written_rows) / (time.perf_counter() - started)
@@ -124,7 +125,7 @@ def measure_size(bench: Bench, size: int) -> None:
         reader = FeatureReader(path)
         open_seconds = time.perf_counter() - started
         started = time.perf_counter()
-        for rows in in_batches(rng.permutation(written_rows), bench.batch_size):
+        for rows in split_batches(rng.permutation(written_rows), bench.batch_size):
             reader.read(rows)
         read_rate = len(written_rows) / (time.perf_counter() - started)
         rates = [
@@ -144,7 +145,7 @@ def write(bench: Bench, path: Path, grid: str, features: torch.Tensor) -> None:
     attributes = describe_features(RECIPE, (8, 8), grid, "float32")
     writer = FeatureWriter(path, ids, attributes, bench.channels, "float16", overwrite=True)
     pooled = features.float().mean((1, 2))
-    for rows in in_batches(np.arange(bench.photos), bench.batch_size):
+    for rows in split_batches(np.arange(bench.photos), bench.batch_size):
         writer.write(rows, features[: len(rows)], pooled[: len(rows)])
     writer.close()
 
@@ -161,7 +162,7 @@ def write_with_h5py(bench: Bench, path: Path, features: torch.Tensor) -> None:
 
 def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold: bool) -> None:
     """Print the speed of each method. Every call opens its file again: mapped pages would stay in the page cache."""
-    block = FeatureReader(paths["native"]).blocks["features"]
+    block = FeatureReader(paths["native"]).arrays["features"]
 
     def pread() -> None:
         with open(paths["native"], "rb", buffering=0) as file:

@@ -28,7 +28,7 @@ from tutorial import TutorialAttention, TutorialEncoder, TutorialLstm
 
 from captioning.dataset.batches import Batch
 from captioning.decoders.factory import build_decoder
-from captioning.encoders.grid import SIDE, Grid, grid_pooling
+from captioning.encoders.grid import GRID_SIZE, Grid, grid_pooling
 from captioning.runtime.device import autocast, pick_precision
 from captioning.training.objectives import CrossEntropy, LossWeights
 from captioning.training.optimizer import make_optimizer
@@ -105,7 +105,7 @@ class Data:
 
     def tutorial_batch(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[int]]:
         """The tutorial's batch: a 14x14 map per caption (B, 14, 14, C), the captions and their lengths."""
-        maps = self.grid.spread(self.grid.cells.to(dtype)).unflatten(1, (SIDE, SIDE))
+        maps = self.grid.spread(self.grid.cells.to(dtype)).unflatten(1, (GRID_SIZE, GRID_SIZE))
         return maps[self.photo_index], self.captions, self.lengths.tolist()
 
 

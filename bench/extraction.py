@@ -20,10 +20,11 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from captioning.encoders.encoder import Encoder, calibrate_on, load_encoder
+from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, load_photos
-from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, in_batches
-from captioning.features.feature_cache import FeatureWriter, describe_features
+from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, split_batches
+from captioning.encoders.loading import calibrate_batch_norm, load_encoder
+from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.device import autocast, encoder_precision, pick_device
 from extract_features import extract
 
@@ -58,13 +59,14 @@ def main(bench: Bench) -> None:
     encoder.transform = replace(encoder.transform, nvjpeg=bench.nvjpeg)
     if bench.nvjpeg:
         check_nvjpeg(device)
-    calibrate_on(encoder, paths[:64], bench.batch_size, bench.workers)  # else the features would overflow float16
+    # without calibration the features would overflow float16
+    calibrate_batch_norm(encoder, paths[:64], bench.batch_size, bench.workers)
     encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
     shape = encoder.output_shape()
     if bench.compile:
         print(f"--compile took {encoder.compile_for(bench.batch_size, precision):.0f} s")
-    plan = in_batches(list(range(len(paths))), bench.batch_size)
+    plan = split_batches(list(range(len(paths))), bench.batch_size)
     best = {"decode": 0.0, "CNN": 0.0, "extraction": 0.0}
     for _ in range(bench.rounds):
         functions = {
@@ -120,7 +122,7 @@ def run_extraction(
         writer = FeatureWriter(
             Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
         )
-        extract(bench, encoder, writer, paths, plan, precision, FailureLimit(len(paths), 0), SilentBar())
+        extract(encoder, writer, paths, plan, precision, bench.workers, FailureLimit(len(paths), 0), SilentBar())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torchvision import models
 
 from captioning.decoders.attention import AttentionDecoder
 from captioning.decoders.lstm import LstmDecoder
-from captioning.encoders.grid import SIDE
+from captioning.encoders.grid import GRID_SIZE
 from preprocess.vocabulary import END, START
 
 
@@ -29,7 +29,7 @@ class TutorialEncoder(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         self.body = nn.Sequential(*list(models.get_model(name).children())[:-2])
-        self.pool = nn.AdaptiveAvgPool2d(SIDE)
+        self.pool = nn.AdaptiveAvgPool2d(GRID_SIZE)
         self.eval().requires_grad_(False)
 
     def forward(self, photos: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class TutorialAttention(nn.Module):
         embedded = self.embedding(captions)
         h, c = self.init_state(cells)
         logits = cells.new_zeros(len(cells), max(lengths), self.output_layer.out_features)
-        alphas = cells.new_zeros(len(cells), max(lengths), SIDE * SIDE)
+        alphas = cells.new_zeros(len(cells), max(lengths), GRID_SIZE * GRID_SIZE)
         for step in range(max(lengths)):
             rows = sum(length > step for length in lengths)
             h, c, alpha = self.step(embedded[:rows, step], cells[:rows], h[:rows], c[:rows])

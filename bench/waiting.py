@@ -22,9 +22,9 @@ import tyro
 from tyro.conf import Positional
 
 import train
-from captioning.encoders.encoder import encoder_file
-from captioning.encoders.images import Transform, in_batches
-from captioning.features.feature_cache import FeatureWriter, describe_features
+from captioning.encoders.images import Transform, split_batches
+from captioning.encoders.loading import encoder_file
+from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.checkpoint import save_checkpoint
 from config import Train
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
@@ -90,7 +90,7 @@ def make_data(bench: Bench) -> None:
         overwrite=False,
     )
     cells = torch.randn(8, 14, 14, bench.channels)
-    for rows in in_batches(np.arange(bench.photos), len(cells)):
+    for rows in split_batches(np.arange(bench.photos), len(cells)):
         writer.write(rows, cells[: len(rows)], cells[: len(rows)].mean((1, 2)))
     writer.close()
     save_checkpoint(encoder_file(Path("features.h5")), {"encoder": {**RECIPE, "state": None}})

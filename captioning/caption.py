@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from captioning.encoders.grid import SIDE
+from captioning.encoders.grid import GRID_SIZE
 
 
 @dataclass
@@ -35,4 +35,4 @@ class CaptionResult:
     # decoder without a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887, eq. 10-13)
     sentinel: list[float] | None = None
     others: list[CaptionResult] = field(default_factory=list)  # further captions of the photo, best first
-    grid: tuple[int, int] = (SIDE, SIDE)  # rows and columns of the attention
+    grid: tuple[int, int] = (GRID_SIZE, GRID_SIZE)  # rows and columns of the attention

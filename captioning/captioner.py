@@ -22,9 +22,10 @@ from captioning.decoders.ensemble import Ensemble
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
-from captioning.encoders.encoder import Encoder, encoder_from_checkpoint
+from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
 from captioning.encoders.images import to_rgb
+from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision

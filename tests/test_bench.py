@@ -10,7 +10,7 @@ import torch
 
 from captioning.captioner import Captioner
 from captioning.evaluation.metrics import score
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from captioning.search.options import SearchOptions
 from preprocess.captions import read_captions
 from preprocess.vocabulary import END

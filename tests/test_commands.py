@@ -23,10 +23,10 @@ import generate
 import train
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
-from captioning.encoders.encoder import load_encoder
 from captioning.encoders.images import SignalSafeLoader, Transform, open_photo
+from captioning.encoders.loading import load_encoder
 from captioning.errors import UserError
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from captioning.runtime import command_line, signals
 from captioning.runtime.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from captioning.search.options import SearchOptions

@@ -18,8 +18,9 @@ from captioning.captioner import Captioner
 from captioning.decoders.attention import AttentionDecoder
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.protocol import State
-from captioning.encoders.encoder import Encoder, load_encoder
+from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Transform
+from captioning.encoders.loading import load_encoder
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.search.options import SearchOptions

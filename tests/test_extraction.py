@@ -1,4 +1,4 @@
-"""An extraction is safe under kills and full disks, and its file can be asked and checked."""
+"""An extraction survives kills and full disks, and its file can be inspected and verified."""
 
 import contextlib
 import os
@@ -18,9 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import extract_features
-from captioning.encoders.encoder import encoder_from_checkpoint, saved_encoder
+from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.errors import PhotoError, UserError
-from captioning.features.feature_cache import FeatureReader, FeatureWriter
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import FeatureWriter
 from config import ExtractFeatures
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER
@@ -31,7 +32,7 @@ PHOTOS = 40
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 photos of 64x64 pixels, and the file that an undisturbed extraction makes of them."""
+    """40 photos of 64x64 pixels, and complete.h5, the file of an uninterrupted extraction."""
     folder = tmp_path_factory.mktemp("extraction")
     pixels = np.random.default_rng(0).integers(0, 255, (PHOTOS, 64, 64, 3), np.uint8)
     records = []
@@ -40,7 +41,7 @@ def data(tmp_path_factory):
         Image.fromarray(photo).save(path)
         records.append(Photo(str(path), f"photo{number}", "train", (("a",),)))
     write_captions(folder / CAPTIONS_FILE, records)
-    extract(folder, folder / "whole.h5")
+    extract(folder, folder / "complete.h5")
     return folder
 
 
@@ -50,42 +51,41 @@ def extract(data, out, **settings):
 
 def extract_in_a_process(data, out):
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is shared by all that are forked: a kill would keep it for ever
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes: a killed one would hold it for ever
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 1)
+        os.dup2(devnull.fileno(), 2)
     extract(data, out)
 
 
-def test_killed_at_fifty_moments_an_extraction_ends_bit_equal_and_does_no_row_twice(data, tmp_path):
-    """Real processes, real files. A fork spares each of them the seconds that importing torch takes."""
-    out, context, chance = tmp_path / "killed.h5", get_context("fork"), random.Random(0)
-    shutil.copy(data / "whole.encoder.pt", tmp_path / "killed.encoder.pt")  # the random weights are the same ones
+def test_an_extraction_killed_at_any_moment_ends_bit_equal_and_keeps_its_rows(data, tmp_path, times):
+    """Kill real processes, which are forked to save the seconds of importing torch."""
+    out, context, rng = tmp_path / "killed.h5", get_context("fork"), random.Random(0)
+    shutil.copy(data / "complete.encoder.pt", tmp_path / "killed.encoder.pt")  # the same random weights
     started = time.monotonic()
     extract(data, tmp_path / "timed.h5")
     seconds = time.monotonic() - started
-    kills = 0
-    while kills < 50:
+    for _ in range(times(12, 50)):
         process = context.Process(target=extract_in_a_process, args=(data, out))
         before = done_rows(out)
         process.start()
-        time.sleep(chance.uniform(0, 1.2 * seconds))
+        time.sleep(rng.uniform(0, 1.2 * seconds))
         ended = not process.is_alive()
         process.kill()
         process.join()
         if out.exists():
             after = done_rows(out)
             assert before <= after, "a row that was done stays done"
-            kept = FeatureReader(data / "whole.h5").read_stored(np.array(sorted(after), int))
-            assert np.array_equal(FeatureReader(out).read_stored(np.array(sorted(after), int)), kept)
+            rows = np.array(sorted(after), int)
+            expected = FeatureReader(data / "complete.h5").read_stored(rows)
+            assert np.array_equal(FeatureReader(out).read_stored(rows), expected)
             with h5py.File(out) as file:
                 assert file["features"].shape[0] == PHOTOS
-        kills += 1
-        if ended:  # it was faster than the kill: the next ones begin anew
-            assert out.read_bytes() == (data / "whole.h5").read_bytes()
+        if ended:  # before the kill: the next process starts again
+            assert out.read_bytes() == (data / "complete.h5").read_bytes()
             out.unlink()
     extract(data, out)
-    assert out.read_bytes() == (data / "whole.h5").read_bytes()
+    assert out.read_bytes() == (data / "complete.h5").read_bytes()
 
 
 def done_rows(path):
@@ -93,22 +93,22 @@ def done_rows(path):
 
 
 def test_no_done_row_is_encoded_again(data, tmp_path, monkeypatch):
-    out = tmp_path / "parts.h5"
-    shutil.copy(data / "whole.encoder.pt", tmp_path / "parts.encoder.pt")
-    seen = []
-    plain = FeatureWriter.write
+    out = tmp_path / "resumed.h5"
+    shutil.copy(data / "complete.encoder.pt", tmp_path / "resumed.encoder.pt")
+    batches = []
+    write = FeatureWriter.write
 
-    def killed_in_the_third(self, rows, *values):
-        seen.append(list(rows))
-        if len(seen) == 3:
+    def interrupted_in_the_third_batch(self, rows, *values):
+        batches.append(list(rows))
+        if len(batches) == 3:
             raise KeyboardInterrupt
-        plain(self, rows, *values)
+        write(self, rows, *values)
 
-    monkeypatch.setattr(FeatureWriter, "write", killed_in_the_third)
+    monkeypatch.setattr(FeatureWriter, "write", interrupted_in_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         extract(data, out)
     extract(data, out)
-    assert sum(seen[3:], []) == list(range(8, PHOTOS)), "what was handed over before is on the disk"
+    assert sum(batches[3:], []) == list(range(8, PHOTOS)), "the first two batches are on disk"
 
 
 @pytest.fixture
@@ -120,10 +120,10 @@ def small_disk(tmp_path):
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # an array may still be mapped
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a file may still be mapped
 
 
-def test_a_disk_that_fills_up_ends_with_one_line_and_the_same_command_goes_on(data, small_disk):
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_resumes(data, small_disk):
     write(small_disk / "features.h5", rows=range(3))
     free = shutil.disk_usage(small_disk).free
     (small_disk / "others").write_bytes(b"x" * (free - 3000))
@@ -132,8 +132,8 @@ def test_a_disk_that_fills_up_ends_with_one_line_and_the_same_command_goes_on(da
     assert "\n" not in str(error.value) and FeatureReader(small_disk / "features.h5").done().sum() == 3
     (small_disk / "others").unlink()
     write(small_disk / "features.h5", rows=range(3, 10))
-    write(data / "roomy.h5")
-    assert (small_disk / "features.h5").read_bytes() == (data / "roomy.h5").read_bytes()
+    write(data / "expected.h5")
+    assert (small_disk / "features.h5").read_bytes() == (data / "expected.h5").read_bytes()
     (small_disk / "others").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 3000))
     with pytest.raises(UserError, match="needs .* GB and the disk has"):
         FeatureWriter(small_disk / "more.h5", IDS, attributes(), 2000, "float16", overwrite=False)
@@ -144,84 +144,85 @@ def test_photos_that_cannot_be_read_are_listed_in_a_file(data, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no photo")
     write_captions(tmp_path / CAPTIONS_FILE, [*records, Photo(str(broken), "broken", "train", (("a",),))])
-    for allowed in (0.0, 0.1):  # too many, and not too many
+    for allowed in (0.0, 0.1):  # too many failures, and not too many
         with pytest.raises(PhotoError, match="more than") if not allowed else contextlib.nullcontext():
             extract(tmp_path, tmp_path / "f.h5", allow_missing=allowed)
         assert (tmp_path / "f.unreadable.txt").read_text() == f"{broken}: not an image\n"
-        (tmp_path / "f.unreadable.txt").write_text("of another time")
+        (tmp_path / "f.unreadable.txt").write_text("of an earlier extraction")
     Image.new("RGB", (64, 64)).save(broken)
     extract(tmp_path, tmp_path / "f.h5")
     assert not (tmp_path / "f.unreadable.txt").exists() and FeatureReader(tmp_path / "f.h5").done().all()
 
 
-def test_info_tells_the_recipe_the_size_and_the_rows_done(data, capsys):
-    extract(data, data / "whole.h5", info=True)
-    said = " ".join(capsys.readouterr().out.split())
-    for words in (
+def test_info_prints_the_recipe_the_sizes_and_the_rows_done(data, capsys):
+    extract(data, data / "complete.h5", info=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (
         "photos 40, of which 40 are done",
-        "a row 14x14x128 float16, 50,176 bytes",
+        "row 14x14x128 float16, 50,176 bytes",
         "encoder resnet18.layer2",
         "weights random",
         "image_size 64",
         "grid 14",
         "native_grid [8, 8]",
     ):
-        assert words in said
+        assert expected in printed
     with pytest.raises(UserError, match="none.h5: no such file"):
         extract(data, data / "none.h5", info=True)
 
 
-def test_verify_finds_rows_that_are_not_finite_and_has_them_made_anew(data, tmp_path, capsys):
-    out = tmp_path / "spoilt.h5"
+def test_verify_finds_rows_that_are_not_finite_and_the_next_extraction_replaces_them(data, tmp_path, capsys):
+    out = tmp_path / "damaged.h5"
     for name in ("h5", "encoder.pt"):
-        shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
+        shutil.copy(data / f"complete.{name}", out.with_suffix(f".{name}"))
     extract(data, out, verify=True)
-    assert "40 of 40 rows are done, and sound; 40 made anew differ by 0.0" in capsys.readouterr().out
-    block = FeatureReader(out).blocks["features"]
+    assert "40 of 40 rows are done and undamaged; 40 encoded again differ by at most 0.0" in capsys.readouterr().out
+    features = FeatureReader(out).arrays["features"]
     with open(out, "r+b") as file:
-        file.seek(block.offset + 7 * block.row_bytes + 100)
+        file.seek(features.offset + 7 * features.row_bytes + 100)
         file.write(np.array([np.nan], np.float16).tobytes())
     with pytest.raises(UserError, match="1 rows are damaged, such as that of photo7"):
         extract(data, out, verify=True)
     assert np.flatnonzero(~FeatureReader(out).done()).tolist() == [7]
     extract(data, out)
-    whole, mended = (FeatureReader(path).read_stored(np.arange(PHOTOS)) for path in (data / "whole.h5", out))
-    np.testing.assert_allclose(whole.astype(float), mended.astype(float), rtol=1e-2, atol=1e-3)
+    complete, repaired = (FeatureReader(path).read_stored(np.arange(PHOTOS)) for path in (data / "complete.h5", out))
+    np.testing.assert_allclose(complete.astype(float), repaired.astype(float), rtol=1e-2, atol=1e-3)
     extract(data, out, verify=True)
 
 
 def test_verify_finds_a_row_of_another_photo(data, tmp_path):
     out = tmp_path / "swapped.h5"
     for name in ("h5", "encoder.pt"):
-        shutil.copy(data / f"whole.{name}", out.with_suffix(f".{name}"))
+        shutil.copy(data / f"complete.{name}", out.with_suffix(f".{name}"))
     content = bytearray(out.read_bytes())
-    for block in (FeatureReader(out).blocks[name] for name in ("features", "pooled")):
-        one, other = (
-            slice(block.offset + row * block.row_bytes, block.offset + (row + 1) * block.row_bytes) for row in (3, 4)
-        )
-        content[one], content[other] = content[other], content[one]
+    for name in ("features", "pooled"):
+        array = FeatureReader(out).arrays[name]
+        start, middle, end = (array.offset + row * array.row_bytes for row in (3, 4, 5))
+        content[start:end] = content[middle:end] + content[start:middle]
     out.write_bytes(content)
-    with pytest.raises(UserError, match=r"the row of photo[34] is \d+% off what resnet18.layer2 .random. makes"):
+    with pytest.raises(
+        UserError, match=r"the row of photo[34] differs by \d+% from what resnet18.layer2 .random. computes"
+    ):
         extract(data, out, verify=True)
     write_captions(Path(tmp_path) / CAPTIONS_FILE, [Photo("x.png", "x", "train", (("a",),))])
-    with pytest.raises(UserError, match="photos of another data set"):
+    with pytest.raises(UserError, match="belongs to another data set"):
         extract(tmp_path, out, verify=True)
 
 
 def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
     with pytest.raises(UserError, match="scaled_decoding False, not True; give --overwrite"):
-        extract(data, data / "whole.h5", scaled_decoding=True)
+        extract(data, data / "complete.h5", scaled_decoding=True)
     extract(data, tmp_path / "scaled.h5", scaled_decoding=True)
     extract(data, tmp_path / "scaled.h5", info=True)
     assert "scaled_decoding  True" in capsys.readouterr().out
-    assert encoder_from_checkpoint(saved_encoder(tmp_path / "scaled.h5")).transform.scaled_decoding
+    assert encoder_from_checkpoint(read_encoder_checkpoint(tmp_path / "scaled.h5")).transform.scaled_decoding
 
 
-def test_a_writer_that_fails_for_any_reason_says_so_and_nobody_waits_for_ever(tmp_path, monkeypatch):
-    def broken(self, batches):
-        raise RuntimeError("a fault of ours")
+def test_any_error_of_the_writing_thread_is_raised_instead_of_waiting_for_ever(tmp_path, monkeypatch):
+    def fail(self, batches):
+        raise RuntimeError("a bug in the writer")
 
-    monkeypatch.setattr(FeatureWriter, "_commit", broken)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    monkeypatch.setattr(FeatureWriter, "_commit", fail)
+    with pytest.raises(RuntimeError, match="a bug in the writer"):
         for _ in range(9):
             write(tmp_path / "features.h5", rows=range(3))

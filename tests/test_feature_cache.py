@@ -1,4 +1,4 @@
-"""features.h5: what is read is what was written, whoever reads it, however the writing was interrupted."""
+"""features.h5: what is read is what was written, in any process, however writing was interrupted."""
 
 import errno
 import multiprocessing
@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
-from captioning.features.feature_cache import FeatureReader, FeatureWriter, describe_features
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import FeatureWriter, describe_features
 
 IDS = [f"照片{i}" for i in range(10)]
 RECIPE = {
@@ -29,7 +30,7 @@ def attributes(native=(8, 8), grid="14", **changes):
 
 
 def write(path, native=(8, 8), grid="14", rows=range(10), channels=6, dtype="float16", overwrite=False):
-    """Write these rows -> the native maps (10, h, w, C) they came from."""
+    """Write these rows of random features -> the native maps (10, h, w, C) of all rows."""
     torch.manual_seed(0)
     maps = torch.randn(10, *native, channels).half().float()
     writer = FeatureWriter(path, IDS, attributes(native, grid), channels, dtype, overwrite)
@@ -52,20 +53,20 @@ def write(path, native=(8, 8), grid="14", rows=range(10), channels=6, dtype="flo
         ((4, 6), "14"),
     ],
 )
-def test_the_reader_hands_over_the_pooled_map_whatever_is_stored(tmp_path, native, grid):
+def test_the_reader_returns_the_pooled_map_whatever_grid_is_stored(tmp_path, native, grid):
     maps = write(tmp_path / "features.h5", native, grid)
     reader = FeatureReader(tmp_path / "features.h5")
     rows = np.array([7, 0, 3])
-    read = reader.read(rows)
+    grid = reader.read(rows)
     expected = F.adaptive_avg_pool2d(maps[rows].permute(0, 3, 1, 2), 14).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(read.spread(read.cells.float()), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(grid.spread(grid.cells.float()), expected, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(reader.read_pooled(rows).mean(), expected.mean(1), rtol=1e-4, atol=1e-4)
     if native == (8, 8):
-        assert read.cells.shape == (3, 64, 6)  # 64 of the 196 cells are enough
-        torch.testing.assert_close(read.cells.float(), maps[rows].flatten(1, 2), rtol=0, atol=0)
+        assert grid.cells.shape == (3, 64, 6)  # 64 of the 196 cells are enough
+        torch.testing.assert_close(grid.cells.float(), maps[rows].flatten(1, 2), rtol=0, atol=0)
 
 
-def test_the_file_is_what_the_design_says(tmp_path):
+def test_the_file_has_the_layout_of_the_design(tmp_path):
     write(tmp_path / "features.h5", rows=[2, 5])
     with h5py.File(tmp_path / "features.h5") as file:
         assert file["features"].shape == (10, 14, 14, 6) and file["features"].dtype == np.float16
@@ -73,7 +74,7 @@ def test_the_file_is_what_the_design_says(tmp_path):
         assert file["images"].asstr()[:].tolist() == IDS
         assert file["done"][:].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0] and file["done"].dtype == np.uint8
         for name in ("features", "pooled", "done"):
-            assert file[name].chunks is None and file[name].id.get_offset() is not None  # contiguous, in its place
+            assert file[name].chunks is None and file[name].id.get_offset() is not None  # contiguous
         wanted = {
             "format",
             "encoder",
@@ -89,9 +90,8 @@ def test_the_file_is_what_the_design_says(tmp_path):
         assert wanted <= set(file.attrs)
 
 
-def rows_of_every_photo(path):
-    reader = FeatureReader(path)
-    return reader.read(np.arange(10)).cells.numpy()
+def read_all_rows(path):
+    return FeatureReader(path).read(np.arange(10)).cells.numpy()
 
 
 class ReaderAsDataset(torch.utils.data.Dataset):
@@ -105,26 +105,26 @@ class ReaderAsDataset(torch.utils.data.Dataset):
         return self.reader.read(np.array([row])).cells[0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_any_start_method_and_number_of_workers_reads_the_same_rows(tmp_path, method):
+@pytest.mark.parametrize("method, workers", [("fork", 2), ("spawn", 1)])
+def test_any_start_method_and_number_of_workers_reads_the_same_rows(tmp_path, method, workers):
     write(tmp_path / "features.h5")
     reader = FeatureReader(tmp_path / "features.h5")
     serial = reader.read(np.arange(10)).cells
-    loader = DataLoader(ReaderAsDataset(reader), batch_size=2, num_workers=2, multiprocessing_context=method)
+    loader = DataLoader(ReaderAsDataset(reader), batch_size=2, num_workers=workers, multiprocessing_context=method)
     assert torch.equal(torch.cat(list(loader)), serial)
 
 
-def test_writing_goes_on_where_it_stopped_and_ends_bit_equal(tmp_path):
-    write(tmp_path / "whole.h5")
-    write(tmp_path / "parts.h5", rows=[0, 1, 2])
-    writer = FeatureWriter(tmp_path / "parts.h5", IDS, attributes(), 6, "float16", overwrite=False)
+def test_resumed_writing_gives_a_bit_equal_file(tmp_path):
+    write(tmp_path / "complete.h5")
+    write(tmp_path / "resumed.h5", rows=[0, 1, 2])
+    writer = FeatureWriter(tmp_path / "resumed.h5", IDS, attributes(), 6, "float16", overwrite=False)
     assert writer.missing().tolist() == list(range(3, 10))
     writer.close()
-    write(tmp_path / "parts.h5", rows=range(3, 10))
-    assert (tmp_path / "parts.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    write(tmp_path / "resumed.h5", rows=range(3, 10))
+    assert (tmp_path / "resumed.h5").read_bytes() == (tmp_path / "complete.h5").read_bytes()
 
 
-def test_processes_write_their_own_rows_of_one_file(tmp_path):
+def test_several_processes_write_rows_of_one_file(tmp_path):
     path = tmp_path / "features.h5"
     write(path, rows=[])
     context = multiprocessing.get_context("fork")
@@ -135,13 +135,13 @@ def test_processes_write_their_own_rows_of_one_file(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    write(tmp_path / "whole.h5")
-    assert np.array_equal(rows_of_every_photo(path), rows_of_every_photo(tmp_path / "whole.h5"))
+    write(tmp_path / "complete.h5")
+    assert np.array_equal(read_all_rows(path), read_all_rows(tmp_path / "complete.h5"))
     assert FeatureReader(path).done().all()
 
 
 @pytest.mark.parametrize(
-    "change, named",
+    "change, message",
     [
         ({"name": "resnet50"}, "encoder"),
         ({"sha256": "cd" * 32}, "weights_sha256"),
@@ -151,12 +151,12 @@ def test_processes_write_their_own_rows_of_one_file(tmp_path):
         ({"ids": IDS[:-1] + ["x"]}, "another data set"),
     ],
 )
-def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, change, named):
+def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, change, message):
     write(tmp_path / "features.h5")
     before = (tmp_path / "features.h5").read_bytes()
     recipe = {key: value for key, value in change.items() if key in RECIPE}
     new = attributes(change.get("native", (8, 8)), change.get("grid", "14"), **recipe)
-    with pytest.raises(UserError, match=f"{named}.*--overwrite"):
+    with pytest.raises(UserError, match=f"{message}.*--overwrite"):
         FeatureWriter(tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), False)
     assert (tmp_path / "features.h5").read_bytes() == before
     FeatureWriter(
@@ -164,7 +164,7 @@ def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, ch
     ).close()
 
 
-def test_a_file_made_before_there_was_a_choice_goes_on_as_what_was_the_only_way(tmp_path):
+def test_a_file_of_an_older_version_without_later_attributes_is_resumed(tmp_path):
     write(tmp_path / "features.h5", rows=[0, 1])
     with h5py.File(tmp_path / "features.h5", "r+") as file:
         for name in ("scaled_decoding", "nvjpeg"):
@@ -173,21 +173,21 @@ def test_a_file_made_before_there_was_a_choice_goes_on_as_what_was_the_only_way(
     assert FeatureReader(tmp_path / "features.h5").done().all()
 
 
-def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path):
+def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="GB free"):
         FeatureWriter(tmp_path / "features.h5", IDS, attributes(), 2**48, "float16", overwrite=False)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "cut short", "foreign", "folder"])
-def test_a_file_that_is_not_ours_is_one_line(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "text", "truncated", "foreign", "folder"])
+def test_an_unreadable_file_is_one_line(tmp_path, damage):
     path = tmp_path / "features.h5"
     write(path)
     if damage == "missing":
         path.unlink()
     elif damage == "text":
         path.write_text("hello")
-    elif damage == "cut short":
+    elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:10_000])
     elif damage == "foreign":
         with h5py.File(path, "w") as file:
@@ -200,7 +200,7 @@ def test_a_file_that_is_not_ours_is_one_line(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
+def test_an_error_without_a_message_is_named_by_its_class(tmp_path, monkeypatch):
     def out_of_memory(*_, **__):
         raise MemoryError
 
@@ -221,50 +221,50 @@ def test_features_that_half_precision_cannot_hold_are_refused(tmp_path):
     assert writer.missing().tolist() == list(range(10))
 
 
-def test_a_row_is_called_done_only_after_it_is_synced_and_all_is_synced_at_the_end(tmp_path, monkeypatch):
-    """A loss of power, which no test can bring about, keeps what was synced, and of the rest whatever it likes."""
+def test_a_row_is_marked_as_done_only_after_it_is_synced_and_everything_is_synced_at_the_end(tmp_path, monkeypatch):
+    """A power failure, which no test can cause, keeps what was synced and any part of the rest."""
     events = []
 
-    def noted(kind, plain):
+    def recorded(kind, function):
         def call(*arguments):
             events.append((kind, *arguments[2:]))  # of a write: its offset
-            return plain(*arguments)
+            return function(*arguments)
 
         return call
 
-    monkeypatch.setattr("os.pwrite", noted("write", os.pwrite))
-    monkeypatch.setattr("os.replace", noted("rename", os.replace))
-    for name in ("os.fsync", "captioning.features.feature_cache.SYNC"):
-        monkeypatch.setattr(name, noted("sync", os.fsync))
+    monkeypatch.setattr("os.pwrite", recorded("write", os.pwrite))
+    monkeypatch.setattr("os.replace", recorded("rename", os.replace))
+    for name in ("os.fsync", "captioning.features.feature_writer.fdatasync"):
+        monkeypatch.setattr(name, recorded("sync", os.fsync))
     for rows in ([0, 1, 2], [3, 4, 8], [9, 5, 6, 7]):
         write(tmp_path / "f.h5", rows=rows)
     assert events[:3] == [("sync",), ("sync",), ("rename",)] and events[-1] == ("sync",)
-    blocks = FeatureReader(tmp_path / "f.h5").blocks
-    unsynced, written, done = set(), set(), blocks["done"].offset
+    arrays = FeatureReader(tmp_path / "f.h5").arrays
+    unsynced, written, done = set(), set(), arrays["done"].offset
     for kind, *offset in events:
         if kind == "sync":
             written, unsynced = written | unsynced, set()
         elif kind == "write" and done <= offset[0] < done + 10:
-            row = offset[0] - done  # and those after it, up to the next gap
-            assert {blocks[name].offset + row * blocks[name].row_bytes for name in ("features", "pooled")} <= written
+            row = offset[0] - done  # the first of a run of consecutive rows
+            assert {arrays[name].offset + row * arrays[name].row_bytes for name in ("features", "pooled")} <= written
         elif kind == "write":
             unsynced.add(offset[0])
     assert len(written) == 20 and not unsynced
 
 
-@pytest.mark.parametrize("place", ["read-only file", "read-only folder", "a file's"])
-def test_where_nobody_may_write_is_one_line(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("obstacle", ["read-only file", "read-only folder", "file as folder"])
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, obstacle):
     path = tmp_path / "features.h5"
-    if place == "read-only file":
+    if obstacle == "read-only file":
         write(path)
-        monkeypatch.setattr("os.open", refuse)  # root may write wherever it likes
-    elif place == "read-only folder":
+        monkeypatch.setattr("os.open", refuse)  # root may write to any file
+    elif obstacle == "read-only folder":
         monkeypatch.setattr("h5py.File", refuse)
     else:
         path.write_text("no folder")
         path = path / "features.h5"
     with pytest.raises(
-        UserError, match="features.h5: cannot be written .*; mend that and run the same command"
+        UserError, match="features.h5: cannot be written .*; fix that and run the same command"
     ) as error:
         write(path)
     assert "\n" not in str(error.value)
@@ -274,6 +274,6 @@ def refuse(*_, **__):
     raise OSError(errno.EROFS, "Unable to synchronously create file (unable to open file: errno = 30, and so on)")
 
 
-def test_a_folder_that_is_not_there_is_made(tmp_path):
+def test_a_missing_folder_is_created(tmp_path):
     write(tmp_path / "new" / "folder" / "features.h5")
     assert FeatureReader(tmp_path / "new" / "folder" / "features.h5").done().all()

@@ -1,7 +1,13 @@
-"""Photos get to the device, and features back, unchanged and in order; with nvJPEG too, which here is played by
-torchvision's decoder for CPUs: it takes the same files and refuses in the same way."""
+"""Photos are copied to the device, and features back, unchanged and in order.
+
+Without a GPU, torchvision's CPU decoder stands in for nvJPEG: it takes the same files and rejects them in the same way.
+"""
 
 import io
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +19,17 @@ from PIL import Image
 import extract_features
 from captioning.encoders import gpu_decoding
 from captioning.encoders.encoder import Encoder
-from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, decode_files, load_photos, read_files
+from captioning.encoders.gpu_decoding import (
+    check_nvjpeg,
+    copy_to_host,
+    decode_files,
+    decode_jpegs,
+    load_photos,
+    read_files,
+)
 from captioning.encoders.images import Transform, photo_batches
 from captioning.errors import UserError
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from config import ExtractFeatures
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER
@@ -27,33 +40,35 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 NVJPEG = Transform(32, nvjpeg=True)
 
 
-def ordinary(paths):
+def decoded_by_pillow(paths):
     return next(iter(photo_batches(paths, [list(range(len(paths)))], NVJPEG, 0)))
 
 
-def on_the_gpu(paths):
+def decoded_by_nvjpeg(paths):
     return decode_files(read_files(paths, list(range(len(paths))), NVJPEG), paths, NVJPEG, CPU)
 
 
-def assert_alike(one, other, levels=2):
+def assert_similar(one, other, levels=2):
     difference = one.float() - other.float()
     assert difference.abs().max() <= levels and difference.mean().abs() < 0.25
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_decoded_on_the_gpu_stands_upright(tmp_path, orientation):
+def test_a_photo_decoded_on_the_gpu_is_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     a_photo().save(tmp_path / "turned.jpg", exif=exif, quality=95)
     assert read_files([tmp_path / "turned.jpg"], [0], NVJPEG).orientations == [orientation]
-    assert_alike(on_the_gpu([tmp_path / "turned.jpg"]).photos, ordinary([tmp_path / "turned.jpg"]).photos)
+    assert_similar(
+        decoded_by_nvjpeg([tmp_path / "turned.jpg"]).photos, decoded_by_pillow([tmp_path / "turned.jpg"]).photos
+    )
 
 
 @pytest.fixture
 def all_kinds(tmp_path):
-    """Photos of every kind by name; two of them nobody can read. Only those named gpu are for the GPU."""
-    photo, whole = a_photo(), io.BytesIO()
-    photo.save(whole, "JPEG")
+    """Paths of photos of every kind; two cannot be read. nvJPEG decodes only those named gpu."""
+    photo, jpeg = a_photo(), io.BytesIO()
+    photo.save(jpeg, "JPEG")
     files = {
         f"{i} {name}": tmp_path / f"{i} {name}"
         for i, name in enumerate(
@@ -65,7 +80,7 @@ def all_kinds(tmp_path):
                 "missing.jpg",
                 "gpu progressive.jpg",
                 "rgb.jpg",
-                "cut.jpg",
+                "truncated.jpg",
                 "png called.jpg",
                 "more after.jpg",
                 "gpu last.jpg",
@@ -76,61 +91,78 @@ def all_kinds(tmp_path):
     for name, path in files.items():
         if "png" in name:
             photo.save(path, "PNG")
-        elif "cut" in name:
-            path.write_bytes(whole.getvalue()[:-1000])
-        elif "mpo" in name:  # a telephone's: several photos in one file
+        elif "truncated" in name:
+            path.write_bytes(jpeg.getvalue()[:-1000])
+        elif "mpo" in name:  # from a phone: several photos in one file
             photo.save(path, "MPO", save_all=True, append_images=[photo.rotate(90)])
         elif "after" in name:
-            path.write_bytes(whole.getvalue() + b"what a phone adds")
+            path.write_bytes(jpeg.getvalue() + b"appended by a phone")
         elif "missing" not in name:
             mode = {"grey": "L", "cmyk": "CMYK"}.get(name.split()[1][:4], "RGB")
             photo.convert(mode).save(path, quality=95, progressive="progressive" in name, keep_rgb="rgb" in name)
     return list(files.values())
 
 
-def test_what_nvjpeg_might_read_otherwise_goes_the_ordinary_way(all_kinds):
+def test_decoding_jpegs_emits_no_warning():
+    file = io.BytesIO()
+    a_photo().save(file, "JPEG")
+    jpeg = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # also those that Python hides by default, such as a DeprecationWarning
+        (photo,) = decode_jpegs([jpeg], CPU)
+    assert photo.shape == (3, 60, 90)
+
+
+def test_importing_the_encoders_emits_no_warning():
+    code = "import captioning.encoders.loading, captioning.encoders.gpu_decoding"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    assert result.stderr == b""
+
+
+def test_pillow_decodes_files_that_nvjpeg_may_decode_differently(all_kinds):
     files = read_files(all_kinds, range(12), NVJPEG)
     assert [all_kinds[i].name for i in files.indices] == ["0 gpu.jpg", "5 gpu progressive.jpg", "10 gpu last.jpg"]
     assert files.sizes == [all_kinds[i].stat().st_size for i in files.indices]
-    batch, expected = on_the_gpu(all_kinds), ordinary(all_kinds)
+    batch, expected = decoded_by_nvjpeg(all_kinds), decoded_by_pillow(all_kinds)
     assert batch.indices == expected.indices == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]
-    assert batch.failures == expected.failures and "cut" in batch.failures[1]
+    assert batch.failures == expected.failures and "truncated" in batch.failures[1]
     for index, one, other in zip(batch.indices, batch.photos, expected.photos, strict=True):
-        assert_alike(one, other, levels=2 if index in files.indices else 0)
+        assert_similar(one, other, levels=2 if index in files.indices else 0)
     assert len(read_files(all_kinds, range(12), Transform(32)).indices) == 0
 
 
-def test_a_jpeg_that_nvjpeg_refuses_is_decoded_the_ordinary_way_and_no_other(all_kinds, monkeypatch):
-    plain, refused = torchvision.io.decode_jpeg, all_kinds[5].stat().st_size
+def test_pillow_decodes_a_jpeg_that_nvjpeg_rejects_and_no_other(all_kinds, monkeypatch):
+    decode_jpeg, rejected_size = torchvision.io.decode_jpeg, all_kinds[5].stat().st_size
 
     def strict(files, *settings):
-        if any(len(file) == refused for file in files):
+        if any(len(file) == rejected_size for file in files):
             raise RuntimeError("Error while decoding JPEG images")
-        return [255 - photo for photo in plain(files, *settings)]  # a negative: to be known by
+        return [255 - photo for photo in decode_jpeg(files, *settings)]  # negatives, to recognise them
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", strict)
-    batch, expected = on_the_gpu(all_kinds), ordinary(all_kinds)
+    batch, expected = decoded_by_nvjpeg(all_kinds), decoded_by_pillow(all_kinds)
     photos = dict(zip(expected.indices, expected.photos, strict=True))
-    assert_alike(batch.photos[4], photos[5], levels=0)
-    for place, index in ((0, 0), (-2, 10)):
-        assert_alike(batch.photos[place], 255 - photos[index])
+    assert_similar(batch.photos[4], photos[5], levels=0)
+    for position, index in ((0, 0), (-2, 10)):
+        assert_similar(batch.photos[position], 255 - photos[index])
 
 
-def test_a_batch_without_one_photo_for_the_gpu_or_at_all(all_kinds, tmp_path):
-    some = [all_kinds[1], all_kinds[2]]
-    assert torch.equal(on_the_gpu(some).photos, ordinary(some).photos)
-    nothing = on_the_gpu([tmp_path / "none.jpg"])
-    assert nothing.indices == [] and len(nothing.photos) == 0 and "no such file" in nothing.failures[0]
+def test_a_batch_may_hold_no_photo_for_nvjpeg_or_none_at_all(all_kinds, tmp_path):
+    others = [all_kinds[1], all_kinds[2]]
+    assert torch.equal(decoded_by_nvjpeg(others).photos, decoded_by_pillow(others).photos)
+    empty = decoded_by_nvjpeg([tmp_path / "none.jpg"])
+    assert empty.indices == [] and len(empty.photos) == 0 and "no such file" in empty.failures[0]
 
 
-@pytest.mark.parametrize("fault", ["no GPU", "not compiled", "dropped"])
-def test_nvjpeg_is_refused_in_one_line_where_it_cannot_be(monkeypatch, fault):
+@pytest.mark.parametrize("fault", ["no GPU", "not compiled", "removed"])
+def test_nvjpeg_that_is_not_available_is_refused_in_one_line(monkeypatch, fault):
     def not_compiled(*_):
         raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
 
     if fault == "not compiled":
         monkeypatch.setattr(torchvision.io, "decode_jpeg", not_compiled)
-    elif fault == "dropped":
+    elif fault == "removed":
         monkeypatch.delattr(torchvision.io, "decode_jpeg")
     with pytest.raises(
         UserError, match="--nvjpeg: .* on cpu" if fault == "no GPU" else "--nvjpeg: torchvision"
@@ -141,7 +173,7 @@ def test_nvjpeg_is_refused_in_one_line_where_it_cannot_be(monkeypatch, fault):
 
 def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
     setting = {**ENCODER, "out": tmp_path / "f.h5"}
-    with pytest.raises(UserError, match="--nvjpeg: decodes on a CUDA GPU, and this extraction runs on cpu"):
+    with pytest.raises(UserError, match="--nvjpeg: decodes on a CUDA GPU, but this extraction runs on cpu"):
         extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--scaled-decoding cannot be combined with --nvjpeg"):
@@ -149,25 +181,25 @@ def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(extract_features, "check_nvjpeg", lambda device: None)
     extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
     assert FeatureReader(tmp_path / "f.h5").attributes["nvjpeg"]
-    with pytest.raises(UserError, match="f.h5: was made with nvjpeg True, not False; give --overwrite"):
+    with pytest.raises(UserError, match="f.h5: was extracted with nvjpeg True, not False; give --overwrite"):
         extract_features.main(ExtractFeatures(small_data, **setting))
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_results_are_handed_over_in_order_and_as_far_behind_as_the_device_can_work(monkeypatch, behind):
-    monkeypatch.setattr(gpu_decoding, "BEHIND", {"cpu": behind})
-    begun = []
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_results_are_returned_in_order_with_at_most_the_allowed_number_in_flight(monkeypatch, in_flight):
+    monkeypatch.setattr(gpu_decoding, "MAX_IN_FLIGHT", {"cpu": in_flight})
+    submitted = []
 
     def results():
         for number in range(4):
-            begun.append(number)
+            submitted.append(number)
             yield [number], torch.full((2,), number), torch.tensor(float(number))
 
-    seen = []
-    for rows, one, other in copy_to_host(results(), CPU):
-        assert rows == [len(seen)] and one.tolist() == [len(seen)] * 2 and other == len(seen)
-        seen.append(len(begun))
-    assert seen == ([1, 2, 3, 4] if behind == 0 else [2, 3, 4, 4])
+    num_submitted = []
+    for i, (rows, vector, scalar) in enumerate(copy_to_host(results(), CPU)):
+        assert rows == [i] and vector.tolist() == [i, i] and scalar == i
+        num_submitted.append(len(submitted))
+    assert num_submitted == ([1, 2, 3, 4] if in_flight == 0 else [2, 3, 4, 4])
 
 
 # ---- on a GPU
@@ -175,7 +207,7 @@ def test_results_are_handed_over_in_order_and_as_far_behind_as_the_device_can_wo
 
 @needs_gpu
 @pytest.mark.parametrize("nvjpeg", [False, True])
-def test_photos_on_the_gpu_are_those_of_the_ordinary_way(all_kinds, nvjpeg):
+def test_photos_on_the_gpu_equal_those_that_pillow_decodes(all_kinds, nvjpeg):
     if nvjpeg:
         check_nvjpeg(GPU)
     transform = Transform(32, nvjpeg=nvjpeg)
@@ -188,7 +220,7 @@ def test_photos_on_the_gpu_are_those_of_the_ordinary_way(all_kinds, nvjpeg):
 
 
 @needs_gpu
-def test_nvjpeg_moves_the_features_of_real_photos_by_little(shared, capsys):
+def test_nvjpeg_hardly_changes_the_features_of_real_photos(shared, capsys):
     paths = sorted(map(str, (shared / "coco_mini").rglob("*.jpg")))[:64]
     encoder = Encoder("mobilenet_v2", "random", Transform(256)).to(GPU)
     weights = torch.load(shared / "weights" / "mobilenet_v2_imagenet.pth", map_location="cpu", weights_only=True)
@@ -198,14 +230,14 @@ def test_nvjpeg_moves_the_features_of_real_photos_by_little(shared, capsys):
         with torch.inference_mode():
             [batch] = load_photos(GPU, paths, [list(range(64))], Transform(256, nvjpeg=nvjpeg), 0)
             cells.append(encoder(batch.photos).cells.flatten(1).float())
-    alike = F.cosine_similarity(*cells)
+    similarity = F.cosine_similarity(*cells)
     with capsys.disabled():
-        print(f"nvJPEG: cosine similarity of the features {alike.mean():.4f}, at the least {alike.min():.4f}")
-    assert alike.mean() > 0.99
+        print(f"nvJPEG: mean cosine similarity of the features {similarity.mean():.4f}, minimum {similarity.min():.4f}")
+    assert similarity.mean() > 0.99
 
 
 @needs_gpu
-def test_features_come_back_pinned_while_the_gpu_goes_on():
+def test_features_are_copied_to_pinned_memory_while_the_gpu_computes():
     def results():
         for number in range(6):
             yield [number], torch.full((1 << 20,), float(number), device=GPU)
@@ -216,7 +248,7 @@ def test_features_come_back_pinned_while_the_gpu_goes_on():
 
 @needs_gpu
 @pytest.mark.parametrize("compile", [False, True])
-def test_an_extraction_on_the_gpu_is_one_on_the_cpu(tmp_path, compile):
+def test_an_extraction_on_the_gpu_equals_one_on_the_cpu(tmp_path, compile):
     pixels = np.random.default_rng(0).integers(0, 255, (21, 64, 64, 3), np.uint8)
     for number, photo in enumerate(pixels):
         Image.fromarray(photo).save(tmp_path / f"{number}.png")

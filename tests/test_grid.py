@@ -1,4 +1,4 @@
-"""The exact shortcut: whatever is linear in the 14x14 map can be had from the native cells."""
+"""The exact shortcut: everything linear in the 14x14 map can be computed from the native cells."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_keys_context_and_mean_equal_those_of_the_pooled_map(shape):
     torch.testing.assert_close(grid.mean(), f14.mean(1))
 
 
-def test_the_places_of_native_cells_are_those_of_the_design():
+def test_native_indices_are_those_of_the_design():
     assert native_indices(8) == [0, 2, 4, 6, 7, 9, 11, 13]
     assert native_indices(7) == [0, 2, 4, 6, 8, 10, 12]
     assert native_indices(14) == list(range(14))
@@ -42,14 +42,14 @@ def test_the_places_of_native_cells_are_those_of_the_design():
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 5, 7, 8, 14])
-def test_native_cells_stand_unchanged_in_the_pooled_map(side):
-    places = native_indices(side)
+def test_the_pooled_map_contains_the_native_cells_unchanged(side):
+    indices = native_indices(side)
     features = torch.randn(1, 3, side, side)
     f14 = F.adaptive_avg_pool2d(features, 14)
-    torch.testing.assert_close(f14[:, :, places][..., places], features)
+    torch.testing.assert_close(f14[:, :, indices][..., indices], features)
 
 
-def test_a_pooling_first_needed_without_gradients_serves_in_training_too():
+def test_a_pooling_matrix_created_in_inference_mode_works_in_training():
     with torch.inference_mode():
         pooling = grid_pooling(9, 9)
     values = torch.randn(2, 81, 3, requires_grad=True)
@@ -57,7 +57,7 @@ def test_a_pooling_first_needed_without_gradients_serves_in_training_too():
     assert values.grad is not None
 
 
-def test_channels_are_dropped_in_all_cells_of_a_photo_and_the_mean_stays():
+def test_channels_are_dropped_in_all_cells_of_a_photo_and_the_mean_is_kept():
     grid = Grid(torch.rand(50, 4, 200, dtype=torch.float64) + 1, grid_pooling(2, 2).double())
     torch.manual_seed(0)
     dropped = grid.dropout_channels(0.25)

@@ -1,15 +1,16 @@
-"""Photos on their way to the device that encodes them, and features on their way back, while it computes.
+"""Copies photos to the device that encodes them, and features back, while it computes.
 
-On a GPU both travel through pinned memory, each on a stream of its own. With nvJPEG the GPU decodes as well: processes
-only read the files. What nvJPEG does not read as Pillow would, such as CMYK, grey or damaged JPEGs and all other
-formats, is decoded the ordinary way.
+On a GPU both copies use pinned memory and a CUDA stream of their own. With nvJPEG the GPU also decodes, and worker
+processes only read the files. Files that nvJPEG cannot decode, or may decode differently from Pillow, are decoded by
+Pillow: CMYK, grey or damaged JPEGs and all other formats.
 
-Letters: B photos, S pixels a side.
+Letters: B photos, S pixels per side.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,48 +23,68 @@ import torchvision
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from captioning.encoders.images import PhotoBatch, Transform, make_loader, open_image, photo_batches, read_photos
+from captioning.encoders.images import (
+    IndexBatch,
+    PhotoBatch,
+    Transform,
+    make_loader,
+    open_image,
+    photo_batches,
+    read_photos,
+)
 from captioning.errors import PhotoError, UserError
 
-BEHIND = {"cuda": 1}  # batches that a device of this kind has still to compute when the next one is given to it
+MAX_IN_FLIGHT = {"cuda": 1}  # device type -> batches that may still be computing when the next one is submitted
+END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a complete JPEG
+FLIPPED_AXES = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}  # EXIF orientation -> axes of (3, S, S)
 
 
 def load_photos(
     device: torch.device,
     paths: Sequence[Path | str],
-    batches: Iterable[Sequence[int]],
+    batches: Iterable[IndexBatch],
     transform: Transform,
     workers: int,
 ) -> Iterator[PhotoBatch]:
-    """As photo_batches, ascending within a batch, with the photos on the device, decoded there where so wanted."""
+    """Like `photo_batches`, with the photos on the device and ascending indices within a batch.
+
+    On a GPU, `transform.nvjpeg` selects decoding by nvJPEG.
+    """
     if device.type != "cuda":
         for batch in photo_batches(paths, batches, transform, workers):
             yield batch._replace(photos=batch.photos.to(device))
         return
-    stream, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copy_stream = torch.cuda.Stream(device)
+    compute_stream = torch.cuda.current_stream(device)
     for files in make_loader(read_files, paths, batches, transform, workers, pin=True):
-        stream.synchronize()  # nvJPEG writes on a stream that torch does not know, perhaps where this one still reads
-        with torch.cuda.stream(stream):
+        copy_stream.synchronize()  # nvJPEG writes on a stream unknown to torch, perhaps while this one still reads
+        with torch.cuda.stream(copy_stream):
             batch = decode_files(files, paths, transform, device)
-        computing.wait_stream(stream)
-        batch.photos.record_stream(computing)
+        compute_stream.wait_stream(copy_stream)
+        batch.photos.record_stream(compute_stream)
         yield batch
 
 
 def copy_to_host(results: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
-    """Results (rows, tensor, ...) with their tensors on the CPU. A GPU is given the next before one is waited for."""
+    """Yield results (rows, tensor, ...) with their tensors on the CPU.
+
+    On a GPU the next result is requested, and so submitted, before the copy of the previous one is awaited.
+    """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    under_way: deque[tuple[Any, list[Tensor], torch.cuda.Event | None]] = deque()
+    in_flight: deque[tuple[Any, list[Tensor], torch.cuda.Event | None]] = deque()
     for rows, *tensors in results:
-        under_way.append((rows, *_fetch(tensors, stream)))
-        if len(under_way) > BEHIND.get(device.type, 0):
-            yield _arrived(*under_way.popleft())
-    while under_way:
-        yield _arrived(*under_way.popleft())
+        copies, copied = _start_copy(tensors, stream)
+        in_flight.append((rows, copies, copied))
+        if len(in_flight) > MAX_IN_FLIGHT.get(device.type, 0):
+            yield _finish_copy(*in_flight.popleft())
+    while in_flight:
+        yield _finish_copy(*in_flight.popleft())
 
 
-def _fetch(tensors: list[Tensor], stream: torch.cuda.Stream | None) -> tuple[list[Tensor], torch.cuda.Event | None]:
-    """The tensors on their way to the CPU, into pinned memory; and the event that says they are there."""
+def _start_copy(
+    tensors: list[Tensor], stream: torch.cuda.Stream | None
+) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """Copies of the tensors in pinned memory, and the event after which they are valid (None: at once)."""
     if stream is None:
         return [tensor.cpu() for tensor in tensors], None
     stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -74,106 +95,116 @@ def _fetch(tensors: list[Tensor], stream: torch.cuda.Stream | None) -> tuple[lis
     return copies, stream.record_event()
 
 
-def _arrived(rows: Any, tensors: list[Tensor], event: torch.cuda.Event | None) -> tuple:
-    if event:
-        event.synchronize()
-    return rows, *tensors
+def _finish_copy(rows: Any, copies: list[Tensor], copied: torch.cuda.Event | None) -> tuple:
+    if copied:
+        copied.synchronize()
+    return rows, *copies
 
 
 # ---- nvJPEG
 
 
 class FileBatch(NamedTuple):
-    indices: list[int]  # of the JPEGs that the GPU decodes, into the list of paths
-    files: Tensor  # (bytes,) uint8: one after the other, since each tensor from a process costs it an open file
-    sizes: list[int]  # of each, bytes
-    orientations: list[int]  # of each, as in EXIF: 1 is upright
-    others: PhotoBatch  # decoded already, or not to be read
+    """The files of a batch: JPEGs for nvJPEG, and photos that Pillow has decoded."""
+
+    indices: list[int]  # of the JPEGs, into the list of paths
+    jpegs: Tensor  # (bytes,) uint8: all files in one tensor, since each tensor from a worker costs a file descriptor
+    sizes: list[int]  # of each JPEG, bytes
+    orientations: list[int]  # EXIF orientation of each JPEG; 1 is upright
+    decoded: PhotoBatch  # the other photos, and the failures
 
 
-def read_files(paths: Sequence[Path | str], indices: Sequence[int], transform: Transform) -> FileBatch:
-    """The photos paths[i] for each i of `indices`: JPEGs for the GPU as they lie on the disk, others squashed."""
-    jpegs = {i: jpeg for i in indices if transform.nvjpeg and (jpeg := read_jpeg(paths[i]))}
+def read_files(paths: Sequence[Path | str], indices: IndexBatch, transform: Transform) -> FileBatch:
+    """Read paths[i] for each i of `indices`: JPEGs for nvJPEG stay encoded, all others are decoded and resized."""
+    jpegs = {}
+    if transform.nvjpeg:
+        for i in indices:
+            if jpeg := read_jpeg(paths[i]):
+                jpegs[i] = jpeg
     files = [torch.from_numpy(file) for file, _ in jpegs.values()]
-    others = read_photos(paths, [i for i in indices if i not in jpegs], transform)
     return FileBatch(
-        [*map(int, jpegs)],
-        torch.cat(files or [torch.empty(0, dtype=torch.uint8)]),
-        [*map(len, files)],
-        [orientation for _, orientation in jpegs.values()],
-        others,
+        indices=[int(i) for i in jpegs],
+        jpegs=torch.cat(files or [torch.empty(0, dtype=torch.uint8)]),
+        sizes=[len(file) for file in files],
+        orientations=[orientation for _, orientation in jpegs.values()],
+        decoded=read_photos(paths, [i for i in indices if i not in jpegs], transform),
     )
 
 
 def read_jpeg(path: Path | str) -> tuple[np.ndarray, int] | None:
     """A JPEG's bytes (N,) uint8 and its EXIF orientation.
 
-    None for all that nvJPEG might read otherwise than Pillow, or not refuse though it is cut short.
+    None for files that nvJPEG may decode differently from Pillow, or may accept although they are truncated.
     """
     try:
         with open_image(path) as image:
-            usual = image.format == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
+            is_plain = image.format == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             file = np.fromfile(path, np.uint8)
     except PhotoError:
-        return None  # the ordinary way will say why
-    return (file, orientation) if usual and file[-2:].tobytes() == b"\xff\xd9" else None  # the end of an image
+        return None  # read_photos will report the reason
+    return (file, orientation) if is_plain and file[-2:].tobytes() == END_OF_IMAGE else None
 
 
 def decode_files(
     files: FileBatch, paths: Sequence[Path | str], transform: Transform, device: torch.device
 ) -> PhotoBatch:
-    """All photos of the batch, squashed, on the device. What nvJPEG refuses is decoded the ordinary way."""
-    photos, refused = {}, []
-    jpegs = decode_jpegs(list(files.files.split(files.sizes)), device)
+    """All photos of the batch, resized, on the device. Pillow decodes the files that nvJPEG rejects."""
+    photos: dict[int, Tensor] = {}
+    rejected = []
+    jpegs = decode_jpegs(list(files.jpegs.split(files.sizes)), device)
     for index, jpeg, orientation in zip(files.indices, jpegs, files.orientations, strict=True):
         if jpeg is None:
-            refused.append(index)
+            rejected.append(index)
         else:
             photos[index] = upright(resize(jpeg, transform.image_size), orientation)
-    again = read_photos(paths, refused, transform)
-    for batch in (files.others, again):
+    fallback = read_photos(paths, rejected, transform)
+    for batch in (files.decoded, fallback):
         photos |= zip(batch.indices, batch.photos.to(device, non_blocking=True), strict=True)
     indices = sorted(photos)
-    together = torch.stack([photos[index] for index in indices]) if indices else again.photos.to(device)
-    return PhotoBatch(indices, together, [*files.others.failures, *again.failures])
+    stacked = torch.stack([photos[index] for index in indices]) if indices else fallback.photos.to(device)
+    return PhotoBatch(indices, stacked, [*files.decoded.failures, *fallback.failures])
 
 
 def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
-    """JPEG files (bytes,) uint8 on the CPU -> RGB photos (3, H, W) uint8 on the device; None where one is refused."""
+    """Decode JPEG files, uint8 (bytes,) on the CPU -> RGB photos (3, H, W) uint8 on the device; None if rejected."""
     if not files:
         return []
     try:
-        return torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, device)
-    except RuntimeError:  # one of them spoils the batch
-        return [photo for file in files for photo in decode_jpegs([file], device)] if len(files) > 1 else [None]
+        with warnings.catch_warnings():
+            # torchvision 0.29 deprecates its decoders in favour of another package, TorchCodec
+            warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
+            return torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, device)
+    except RuntimeError:  # a single damaged file rejects the batch
+        if len(files) == 1:
+            return [None]
+        return [photo for file in files for photo in decode_jpegs([file], device)]
 
 
 def resize(photo: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, S, S) uint8, bilinear and antialiased as Transform.squash."""
-    squashed = F.interpolate(photo[None].float(), (size, size), mode="bilinear", antialias=True)[0]
-    return squashed.round().to(torch.uint8)
+    """(3, H, W) uint8 -> (3, S, S) uint8, bilinear and antialiased like Transform.resize."""
+    resized = F.interpolate(photo[None].float(), (size, size), mode="bilinear", antialias=True)[0]
+    return resized.round().to(torch.uint8)
 
 
 def upright(photo: Tensor, orientation: int) -> Tensor:
-    """A square photo (3, S, S), turned and mirrored as EXIF's `orientation` asks (1 to 8)."""
+    """Rotate and mirror a square photo (3, S, S) as its EXIF orientation (1 to 8) requires."""
     if orientation in (5, 6, 7, 8):
         photo = photo.transpose(1, 2)
-    mirrored = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation, [])
-    return photo.flip(mirrored)
+    return photo.flip(FLIPPED_AXES.get(orientation, []))
 
 
 def check_nvjpeg(device: torch.device) -> None:
-    """Raises UserError where JPEGs cannot be decoded on the device."""
+    """Raises UserError if JPEGs cannot be decoded on the device."""
     if device.type != "cuda":
-        raise UserError(f"--nvjpeg: decodes on a CUDA GPU, and this extraction runs on {device}; leave it out")
+        raise UserError(f"--nvjpeg: decodes on a CUDA GPU, but this extraction runs on {device}; leave it out")
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "JPEG")
     try:
-        decoded = decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
-    except AttributeError:  # torchvision has announced that it will drop it
-        decoded = [None]
-    if decoded[0] is None:
+        (photo,) = decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
+    except AttributeError:  # torchvision has announced the removal of its decoders
+        photo = None
+    if photo is None:
         raise UserError(
             f"--nvjpeg: torchvision {torchvision.__version__} cannot decode JPEGs on {device}; leave it out"
         )

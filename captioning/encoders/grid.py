@@ -1,13 +1,13 @@
-"""A feature map as the CNN left it, with the pooling that makes it 14x14: the exact shortcut.
+"""A CNN's feature map in its native resolution, with the pooling that resamples it to 14x14.
 
-`AdaptiveAvgPool2d(14)` of a map is linear: F14 = P F, with P = kron(p_rows, p_columns). Whatever is
-linear in F14 can therefore be computed on the few native cells F and spread afterwards:
+`AdaptiveAvgPool2d(14)` of a map is linear: F14 = P F, with P = kron(p_rows, p_columns). Everything that is linear in
+F14 can therefore be computed, exactly, on the few native cells F and resampled afterwards:
 
-    keys     W F14      = P (W F)          64 projections a photo instead of 196
+    keys     W F14      = P (W F)          64 projections per photo instead of 196
     context  a F14      = (a P) F          a sum over 64 cells instead of 196
     mean     mean(F14)  = mean(P) F
 
-Letters: B photos, N native cells, P output cells (14 x 14 = 196), C channels.
+Letters: B photos, N native cells, P output cells (14 x 14 = 196), C channels, A values per cell, K attention maps.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 14  # output cells a side: Xu et al. 2015 attend over 14 x 14
+GRID_SIZE = 14  # output cells per side, as in Xu et al. 2015 (https://arxiv.org/abs/1502.03044)
 
 
 @dataclass
 class Grid:
-    """cells (B, N, C), row by row; pooling (P, N), or (B, P, N) of equal ones, whose rows sum to one."""
+    """Native feature maps of a batch, and the pooling to the output cells.
+
+    cells: (B, N, C), row by row. pooling: (P, N), or (B, P, N) with equal matrices; each row sums to one.
+    """
 
     cells: Tensor
     pooling: Tensor
@@ -35,11 +38,11 @@ class Grid:
         return len(self.cells)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values of the native cells (B, N, A) -> of the output cells (B, P, A)."""
+        """Resample values of the native cells (B, N, A) to the output cells (B, P, A)."""
         return self.pooling.to(values.dtype) @ values
 
     def attend(self, attention: Tensor) -> Tensor:
-        """Attention over the output cells (B, K, P) -> what it sees (B, K, C)."""
+        """Sum the output cells, weighted by attention (B, K, P) -> context (B, K, C)."""
         return (attention @ self.pooling.to(attention.dtype)).to(self.cells.dtype) @ self.cells
 
     def mean(self) -> Tensor:
@@ -47,23 +50,24 @@ class Grid:
         weights = self.pooling.mean(0).to(self.cells.dtype)  # (N,)
         return weights @ self.cells
 
-    def dropout_channels(self, share: float) -> Grid:
-        """Dropout of whole channels, the same in all cells of a photo; the others grow, so that the mean stays."""
-        if not share:
+    def dropout_channels(self, probability: float) -> Grid:
+        """Drop whole channels, the same ones in all cells of a photo; the others are scaled to keep the mean."""
+        if not probability:
             return self
-        kept = F.dropout(self.cells.new_ones(len(self), 1, self.cells.shape[2]), share)  # (B, 1, C)
-        return Grid(self.cells * kept, self.pooling)
+        mask = F.dropout(self.cells.new_ones(len(self), 1, self.cells.shape[2]), probability)  # (B, 1, C)
+        return Grid(self.cells * mask, self.pooling)
 
     def select(self, photos: Tensor) -> Grid:
-        """The same for these photos (K,) int64, in this order."""
+        """The grids of these photos, int64 (K,), in this order."""
         return Grid(self.cells.index_select(0, photos), self.pooling)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Grid:
-        cells = self.cells.to(device, non_blocking=True).to(dtype)  # travel in the stored type, then widen
+        """Move the grid to a device and convert its cells."""
+        cells = self.cells.to(device, non_blocking=True).to(dtype)  # copy in the smaller stored type, then convert
         return Grid(cells, self.pooling.to(device, non_blocking=True))
 
     def pin_memory(self) -> Grid:
-        """Where a GPU can fetch it while it computes; what lies on one stays there."""
+        """Copy the grid to pinned memory; a grid on a GPU stays there."""
         return self if self.cells.is_cuda else Grid(self.cells.pin_memory(), self.pooling.pin_memory())
 
 
@@ -71,35 +75,40 @@ def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:
     """p (cells_out, cells_in) float64: output cell i averages inputs floor(i in/out) .. ceil((i+1) in/out) - 1."""
     matrix = torch.zeros(cells_out, cells_in, dtype=torch.float64)
     for i in range(cells_out):
-        first, end = i * cells_in // cells_out, math.ceil((i + 1) * cells_in / cells_out)
-        matrix[i, first:end] = 1 / (end - first)
+        start = i * cells_in // cells_out
+        end = math.ceil((i + 1) * cells_in / cells_out)
+        matrix[i, start:end] = 1 / (end - start)
     return matrix
 
 
 @lru_cache
 def grid_pooling(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """P (196, height * width) float32: AdaptiveAvgPool2d(14) of a height x width map, as a matrix."""
-    with torch.inference_mode(False):  # kept from the first call on, which may be one in inference mode
-        return torch.kron(pooling_matrix(height, SIDE), pooling_matrix(width, SIDE)).float().to(device)
+    with torch.inference_mode(False):  # the first call may come from inference mode, and the matrix is cached
+        return torch.kron(pooling_matrix(height, GRID_SIZE), pooling_matrix(width, GRID_SIZE)).float().to(device)
 
 
 def native_indices(cells: int) -> list[int] | None:
-    """Output rows that ARE the native rows, one each: [0, 2, 4, 6, 7, 9, 11, 13] for 8.
+    """The output row that equals each native row, for a map of `cells` rows: [0, 2, 4, 6, 7, 9, 11, 13] for 8.
 
-    None where some native row is alone in no output row, as for 10 or 12: F14 must then be read whole.
+    None if some native row never stands alone in an output row, as for 10 or 12: F14 must then be read in full.
     """
-    rows = pooling_matrix(cells, SIDE)
-    places = []
+    matrix = pooling_matrix(cells, GRID_SIZE)
+    indices = []
     for cell in range(cells):
-        alone = torch.nonzero(rows[:, cell] == 1).flatten()
-        if not len(alone):
+        equal_rows = torch.nonzero(matrix[:, cell] == 1).flatten()
+        if not len(equal_rows):
             return None
-        places.append(int(alone[0]))
-    return places
+        indices.append(int(equal_rows[0]))
+    return indices
 
 
 def to_stored_layout(grid: Grid, shape: Sequence[int], dtype: str) -> tuple[Tensor, Tensor]:
-    """A grid as rows of a feature file: cells (B, h, w, C) of this shape, 14x14 or native; their mean (B, C)."""
+    """Convert a grid to rows of a feature file.
+
+    shape: (h, w, C) of a stored row, 14x14 or native. Returns cells (B, h, w, C) in `dtype`, and the mean of the
+    output cells (B, C) float32.
+    """
     grid = Grid(grid.cells.float(), grid.pooling)
-    cells = grid.spread(grid.cells) if tuple(shape[:2]) == (SIDE, SIDE) else grid.cells
+    cells = grid.spread(grid.cells) if tuple(shape[:2]) == (GRID_SIZE, GRID_SIZE) else grid.cells
     return cells.reshape(-1, *shape).to(getattr(torch, dtype)), grid.mean()

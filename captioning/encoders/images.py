@@ -1,7 +1,9 @@
-"""Decoding, and THE transform: the one place where a photo becomes a tensor.
+"""Photo decoding and the transform that turns a photo into a tensor, for extraction, training and captioning alike.
 
-The whole photo is squashed to a square (bilinear, antialiased), RGB in 0..1, then ImageNet's mean and
-deviation. Workers hand over bytes (uint8); the normalisation happens on the device, where it is free.
+The transform resizes the whole photo to a square (bilinear, antialiased), scales RGB to 0..1 and normalises it with
+ImageNet's mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
+
+Letters: B photos, S pixels per side.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,35 +27,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.errors import PhotoError
+from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import STOP_SIGNALS
 
 PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the ending; Pillow also runs EPS, in Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the extension; Pillow would run EPS in Ghostscript
+IndexBatch = Sequence[int] | np.ndarray  # (B,) indices into a list of paths
+Indices = TypeVar("Indices", Sequence, np.ndarray)
+GREY_16_BIT = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a photo. Kept in feature files and checkpoints, and compared on load."""
+    """How a photo becomes a tensor. Stored in feature files and checkpoints, and compared when they are loaded."""
 
-    image_size: int = 256  # pixels a side
+    image_size: int = 256  # pixels per side
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, RGB in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    scaled_decoding: bool = False  # JPEGs of four times the size or more are decoded at 1/2, 1/4 or 1/8 of it
-    nvjpeg: bool = (
-        False  # extraction decodes JPEGs on the GPU (captioning/encoders/gpu_decoding.py); all else does as always
-    )
+    scaled_decoding: bool = False  # decode JPEGs of at least four times the size at 1/2, 1/4 or 1/8 of it
+    nvjpeg: bool = False  # extraction decodes JPEGs on the GPU (encoders/gpu_decoding.py); nothing else does
 
     @classmethod
     def from_dict(cls, saved: dict) -> Transform:
-        """As to_dict gave it, perhaps through JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        """Rebuild a transform from `to_dict`, also after a round trip through JSON."""
+        settings: dict[str, Any] = dict(saved)
+        for name in ("mean", "std"):
+            if name in settings:
+                settings[name] = tuple(settings[name])
+        return cls(**settings)
 
     def open(self, path: Path | str) -> Image.Image:
-        """A photo file as an upright RGB image, for `squash`. Raises PhotoError.
+        """Decode a photo file to an upright RGB image, for `resize`. Raises PhotoError.
 
-        Scaled decoding leaves out frequencies of a JPEG that squashing would average away. It keeps twice the size of
-        the square: cosine similarity of MobileNetV2's maps to those of full decoding 0.9998 in the mean, but 0.996 for
-        the worst of 60 photos of COCO (128 px), so it is off unless asked for.
+        Scaled decoding drops JPEG frequencies that resizing would average away. It decodes to at least twice the size
+        of the square. The cosine similarity of MobileNetV2's maps to those of full decoding is 0.9998 on average, but
+        0.996 for the worst of 60 COCO photos (128 px), so it is off by default.
         """
         return open_photo(path, 2 * self.image_size if self.scaled_decoding else None)
 
@@ -65,63 +73,73 @@ class Transform:
         return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
     def normalise(self, photos: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> float32, channels last in memory, on the device it is on."""
-        mean, std = (_on_device(values, photos.device) for values in (self.mean, self.std))
+        """(B, 3, S, S) uint8 -> float32 on the same device, in channels-last memory format."""
+        mean = _channel_values(self.mean, photos.device)
+        std = _channel_values(self.std, photos.device)
         photos = photos.to(torch.float32, memory_format=torch.channels_last)
         return (photos - 255 * mean) / (255 * std)
 
     def to_dict(self) -> dict:
+        """The settings as plain data."""
         return asdict(self)
 
 
 @lru_cache
-def _on_device(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """(3, 1, 1) float32, kept there: to bring it anew would wait for all that a GPU has still to do."""
+def _channel_values(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, cached: a copy to a GPU at every batch would synchronise with it."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Other views of the training photos: a function of seed, epoch and photo, so a resumed run sees the same."""
+    """Random flips and crops of training photos.
 
-    flip: bool = False  # mirror every second photo, unless its captions tell left from right
-    crop: float = 1.0  # keep at least this share of each side, somewhere in the photo
+    They depend on seed, epoch and photo alone, so a resumed run sees the same augmentations.
+    """
+
+    flip: bool = False  # mirror half of the photos, except those whose captions mention left or right
+    crop: float = 1.0  # smallest fraction of each side that a random crop keeps
     seed: int = 0
 
     def __call__(self, photo: Image.Image, index: int, epoch: int, may_flip: bool) -> Image.Image:
-        random = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([self.seed, epoch, index])
         if self.crop < 1:
-            (width, height), (across, down) = photo.size, random.uniform(self.crop, 1, 2)
-            left, top = random.uniform(0, (width * (1 - across), height * (1 - down)))
-            box = (round(left), round(top), round(left + width * across), round(top + height * down))
-            photo = photo.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
-        if self.flip and random.random() < 0.5 and may_flip:
+            photo = self._random_crop(photo, rng)
+        if self.flip and rng.random() < 0.5 and may_flip:
             photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return photo
 
+    def _random_crop(self, photo: Image.Image, rng: np.random.Generator) -> Image.Image:
+        width, height = photo.size
+        width_fraction, height_fraction = rng.uniform(self.crop, 1, 2)
+        left, top = rng.uniform(0, (width * (1 - width_fraction), height * (1 - height_fraction)))
+        right, bottom = left + width * width_fraction, top + height * height_fraction
+        left, top = round(left), round(top)
+        return photo.crop((left, top, max(round(right), left + 1), max(round(bottom), top + 1)))
 
-def open_photo(path: Path | str, at_least: int | None = None) -> Image.Image:
-    """A photo file as an upright RGB image: grey, CMYK, palette, alpha and 16-bit are converted.
 
-    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with so many pixels a side at the least.
-    Raises PhotoError as `opened`.
+def open_photo(path: Path | str, min_side: int | None = None) -> Image.Image:
+    """Decode a photo file to an upright RGB image; grey, CMYK, palette, alpha and 16-bit images are converted.
+
+    min_side: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size, with at least this many pixels per side.
+    Raises PhotoError like `open_image`.
     """
     with open_image(path) as image:
-        if at_least:
-            image.draft(None, (at_least, at_least))
+        if min_side:
+            image.draft(None, (min_side, min_side))
         return to_rgb(image)
 
 
 @contextlib.contextmanager
 def open_image(path: Path | str) -> Iterator[Image.Image]:
-    """A photo file of which only the head has been read.
+    """Open a photo file and read its header; pixels are decoded on demand.
 
-    Raises PhotoError where the file is missing, truncated, no image, or absurdly large.
+    Raises PhotoError, also from the body, if the file is missing, truncated, not an image, or has too many pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of damaged EXIF data: the photo itself is sound
+            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF data does not affect the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 yield image
@@ -131,44 +149,49 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
         raise PhotoError(f"{path}: not an image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PhotoError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except Exception as error:  # PIL's readers raise whatever a broken file makes them stumble over
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise PhotoError(f"{path}: {reason}".replace("\n", " ")) from None
+    except Exception as error:  # PIL's readers raise many kinds of exceptions for broken files
+        raise PhotoError(f"{path}: {reason(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as an upright RGB one."""
+    """Convert any PIL image to an upright RGB image."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: PIL would clip it to white
+    if image.mode in GREY_16_BIT:  # PIL's own conversion would clip it to white
         image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")  # what is transparent looks white, as on a page
+        white = Image.new("RGBA", image.size, "white")  # transparent pixels become white, as on a web page
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
 class PhotoBatch(NamedTuple):
-    indices: list[int]  # of the photos that could be read, into the list of paths
+    """The photos of a batch that can be read."""
+
+    indices: list[int]  # of the photos, into the list of paths
     photos: Tensor  # (B, 3, S, S) uint8
-    failures: list[str]  # why the others could not
+    failures: list[str]  # one message per photo that cannot be read
 
 
 def read_photos(
     paths: Sequence[Path | str],
-    indices: Sequence[int],
+    indices: IndexBatch,
     transform: Transform,
-    view: Callable[[Image.Image, int], Image.Image] | None = None,
+    augment: Callable[[Image.Image, int], Image.Image] | None = None,
 ) -> PhotoBatch:
-    """The photos paths[i] for each i of `indices`, squashed; those that cannot be read are left out.
+    """Decode and resize paths[i] for each i of `indices`, skipping photos that cannot be read.
 
-    view(photo, i), where given, is what is seen of photo i.
+    augment(photo, i), if given, replaces photo i before it is resized.
     """
-    readable, photos, failures = [], [], []
+    readable: list[int] = []
+    photos: list[Tensor] = []
+    failures: list[str] = []
     for index in indices:
         try:
             photo = transform.open(paths[index])
-            photos.append(transform.resize(view(photo, index) if view else photo))
+            if augment:
+                photo = augment(photo, index)
+            photos.append(transform.resize(photo))
             readable.append(int(index))
         except PhotoError as error:
             failures.append(str(error))
@@ -177,82 +200,93 @@ def read_photos(
 
 
 class _PhotoFiles(Dataset):
-    """A list of indices -> what `read` makes of these photos."""
+    """Maps a list of indices to read(paths, indices, transform)."""
 
     def __init__(self, read: Callable, paths: Sequence[Path | str], transform: Transform):
-        self.read, self.paths, self.transform = read, paths, transform
+        self.read = read
+        self.paths = paths
+        self.transform = transform
 
-    def __getitem__(self, indices: Sequence[int]) -> Any:
+    def __getitem__(self, indices: IndexBatch) -> Any:
         return self.read(self.paths, indices, self.transform)
 
 
 def photo_batches(
-    paths: Sequence[Path | str], batches: Iterable[Sequence[int]], transform: Transform, workers: int
+    paths: Sequence[Path | str], batches: Iterable[IndexBatch], transform: Transform, workers: int
 ) -> Iterable[PhotoBatch]:
-    """Read the photos of each batch of indices, in order, in `workers` processes (0: in this one)."""
+    """Read each batch of photo indices in order, in `workers` processes (0: in this process)."""
     return make_loader(read_photos, paths, batches, transform, workers)
 
 
 def make_loader(
     read: Callable,
     paths: Sequence[Path | str],
-    batches: Iterable[Sequence[int]],
+    batches: Iterable[IndexBatch],
     transform: Transform,
     workers: int,
     pin: bool = False,
 ) -> Iterable:
-    """As photo_batches, with what `read` makes of a batch. pin: in memory that a GPU can fetch from."""
+    """Like `photo_batches`, but yields read(paths, indices, transform). pin: return tensors in pinned memory."""
     return SignalSafeLoader(_PhotoFiles(read, paths, transform), batches, workers, pin)
 
 
 class SignalSafeLoader(DataLoader):
-    """A loader whose processes never hear of a stop: the command itself ends them, without a word."""
+    """A DataLoader whose workers ignore Ctrl-C and SIGTERM; the main process handles them and ends the workers."""
 
     def __init__(self, dataset: Dataset, plan: Iterable, workers: int, pin: bool):
-        """plan: the items in their order; pin: into memory that a GPU can fetch from."""
+        """plan: the dataset's indices, in order; pin: copy tensors to pinned memory."""
         super().__init__(
             dataset,
             sampler=plan,
             batch_size=None,
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=quiet_worker,
-            generator=torch.Generator(),  # of its own: reading must not move the training's random numbers
+            worker_init_fn=init_worker,
+            generator=torch.Generator(),  # a separate one: loading must not advance the training's random numbers
         )
 
-    def __iter__(self) -> Iterator:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # so they start with them blocked
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, STOP_SIGNALS
+        )  # workers inherit the mask until init_worker runs
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def quiet_worker(_: int) -> None:
-    for number in STOP_SIGNALS:  # which reach the whole process group; torch has just set a handler of its own
+def init_worker(_: int) -> None:
+    """Prepare a worker process: ignore the stop signals, and end if the main process no longer exists."""
+    for (
+        number
+    ) in STOP_SIGNALS:  # a terminal sends them to the whole process group, and torch has just set its own handler
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
-        os._exit(1)  # the command was just killed: torch would take whoever adopted us for it, and wait for ever
-    gc.freeze()  # its garbage is not ours to collect: to free its tensors on a GPU would end this process
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # the main process was killed: torch would watch the adopting process instead and never end
+    gc.freeze()  # do not collect the parent's CUDA tensors in a forked worker: that would end the process
 
 
-def in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [indices[first : first + size] for first in range(0, len(indices), size)]
+def split_batches(indices: Indices, size: int) -> list[Indices]:
+    """Split a sequence into consecutive batches of `size`; the last one may be smaller."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 class FailureLimit:
-    """Counts the photos that cannot be read; too many of them stop the work."""
+    """Collects the photos that cannot be read, and raises once there are too many."""
 
     def __init__(self, total: int, allowed: float):
-        self.total, self.allowed = total, allowed
-        self.reasons: dict[str, None] = {}  # in order, each once however many epochs meet it
+        """total: number of photos; allowed: the largest fraction of them that may fail."""
+        self.total = total
+        self.allowed = allowed
+        self.reasons: dict[str, None] = {}  # an ordered set: a photo that fails in every epoch counts once
 
     def add(self, failures: Sequence[str]) -> None:
-        """Raises PhotoError once more than the allowed share has failed."""
+        """Record failures. Raises PhotoError if more than the allowed fraction of the photos has failed."""
         self.reasons.update(dict.fromkeys(failures))
         if len(self.reasons) > self.allowed * self.total:
             raise PhotoError(
                 f"{next(iter(self.reasons))}; {len(self.reasons)} of {self.total} photos cannot be read, more than "
-                f"--allow-missing {self.allowed}: mend them, or allow more"
+                f"--allow-missing {self.allowed}: repair them, or raise the limit"
             )

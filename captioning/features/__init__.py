@@ -1,1 +1,1 @@
-"""The feature cache: its HDF5 layout, writing and reading, placement in memory, inspection."""
+"""The feature cache: its HDF5 layout, writer and reader, placement in memory, inspection."""

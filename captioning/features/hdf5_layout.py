@@ -1,23 +1,43 @@
-"""Arrays of an HDF5 file that lie in that very file, and where.
+"""The layout of features.h5.
 
-HDF5 lets a name stand for an array of another file, or for the bytes of any file at all: with a feature file from
-someone else that would be any file of this machine. None of that is followed.
+    features (N, h, w, C) float16 or float32: 14x14 cells, or the CNN's own with --grid native
+    pooled   (N, C) float32: the mean of the 14x14 cells
+    images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
+    done     (N,) uint8: 1 once the row is safely on disk
+    attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision,
+        scaled_decoding, nvjpeg, torch
+
+Every array is contiguous and allocated when the file is created, so its offset never changes. Any number of processes
+read and write rows at their offsets without a lock, and a kill cannot damage HDF5 metadata.
+
+HDF5 lets a name refer to an array in another file, or to the bytes of any file. A feature file from someone else could
+thereby read any file of this machine, so such references are rejected.
 
 Letters: N photos, h x w cells, C channels.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from captioning.encoders.grid import SIDE
+from captioning.encoders.grid import GRID_SIZE
+from captioning.errors import UserError
+from captioning.runtime.library_errors import reason
+from captioning.runtime.signals import defer_signals
+from captioning.runtime.string_array import StringArray
 
-TEXTS = ("encoder", "weights", "weights_sha256", "precision")  # attributes
-MOST_CELLS = 1000  # of a side of a CNN's map
+FORMAT = "kantu features 1"
+DTYPES = {"features": ("float16", "float32"), "pooled": ("float32",), "done": ("uint8",)}
+TEXT_ATTRIBUTES = ("encoder", "weights", "weights_sha256", "precision")
+MAX_CELLS_PER_SIDE = 1000
+HEADER_BYTES = 2**16  # more than the metadata takes
 
 
 @dataclass(frozen=True)
@@ -30,49 +50,139 @@ class ContiguousArray:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes per row."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def map(self, path: Path) -> np.ndarray:
+        """The array as a read-only memory map of the file."""
         return np.memmap(path, self.dtype, "r", self.offset, self.shape)
 
 
-def own_array(file: h5py.File, name: str) -> h5py.Dataset:
-    """The array of this name. Raises KeyError without one, ValueError where it lies in another file."""
-    array = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
-        raise ValueError(f"no array {name} of its own")
-    return array
+class Layout(NamedTuple):
+    """The metadata of a feature file."""
+
+    arrays: dict[str, ContiguousArray]  # features, pooled and done
+    attributes: dict
+    ids: StringArray  # of the photos, one per row
 
 
-def read_blocks(file: h5py.File, attributes: dict, size: int) -> dict[str, ContiguousArray]:
-    """features (N, h, w, C), pooled (N, C) and done (N,), each contiguous in the file, which has `size` bytes.
+def data_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
+    """Bytes of features and pooled, for features of this shape (N, h, w, C)."""
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize + shape[0] * shape[-1] * 4
 
-    Raises KeyError or ValueError for anything else, and where the attributes do not fit; EOFError for a file cut short.
+
+def create_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, ids: Sequence[str], attributes: dict) -> None:
+    """Create a feature file with no row done, in place of an existing one.
+
+    shape: (N, h, w, C) of features. All metadata is written here, to a temporary file that is then renamed.
+    Raises OSError.
     """
-    blocks = {
-        name: _block(file, name, dtypes)
-        for name, dtypes in (("features", ("float16", "float32")), ("pooled", ("float32",)), ("done", ("uint8",)))
-    }
-    shape, native = blocks["features"].shape, attributes.get("native_grid")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    names = [id.encode() for id in ids]
+    longest = max(map(len, names))
+    with open(temporary, "xb") as file:  # reserve the space first: HDF5 would crash if the system denied it
+        file.write(bytes(HEADER_BYTES + len(names) * longest))
+        file.truncate(file.tell() + data_bytes(shape, dtype))
+        os.fsync(file.fileno())
+    with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
+        _allocate(file, "features", shape, dtype)
+        _allocate(file, "pooled", (shape[0], shape[-1]), np.dtype("float32"))
+        _allocate(file, "done", shape[:1], np.dtype("uint8"))
+        # a fixed length: HDF5 can read a damaged heap of variable-length strings for ever
+        file.create_dataset("images", data=names, dtype=h5py.string_dtype("utf-8", longest))
+        for name, value in attributes.items():
+            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Create a contiguous dataset and allocate it now; only `done` is filled, with zeros."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_obj_track_times(False)  # the same photos give the same file, bit by bit
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if name == "done" else h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, properties)
+
+
+def read_layout(path: Path) -> Layout:
+    """Read a feature file's metadata, without a lock; the file is closed again.
+
+    Raises UserError if the file is missing, truncated, damaged or not a feature file of this version.
+    """
+    try:
+        with defer_signals(), h5py.File(path, "r", locking=False) as file:
+            attributes = {_plain(name): _plain(value) for name, value in file.attrs.items()}
+            if attributes.get("format") != FORMAT:
+                raise ValueError(f"format {attributes.get('format')!r}, not the {FORMAT!r} of this version of Kantu")
+            arrays = _read_arrays(file, attributes, os.path.getsize(path))
+            images = _local_dataset(file, "images")
+            if images.shape != arrays["done"].shape:
+                raise ValueError("features and images have different lengths")
+            ids = StringArray(images.asstr()[:])
+    except EOFError:
+        raise UserError(f"{path}: is truncated; extract again with --overwrite") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; create it with: python extract_features.py DATA") from None
+    except Exception as error:  # HDF5 reports a foreign or damaged file in many ways
+        remedy = "check its permissions, or extract again with --overwrite"
+        raise UserError(f"{path}: cannot be read as a Kantu feature file ({reason(error)}); {remedy}") from None
+    return Layout(arrays, attributes, ids)
+
+
+def _plain(value: object) -> object:
+    """An HDF5 attribute as plain Python data."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _read_arrays(file: h5py.File, attributes: dict, size: int) -> dict[str, ContiguousArray]:
+    """Locate features, pooled and done in a file of `size` bytes.
+
+    Raises ValueError if one is missing, not contiguous, or contradicts the others or the attributes; EOFError if the
+    file is truncated.
+    """
+    arrays = {name: _locate(file, name, dtypes) for name, dtypes in DTYPES.items()}
+    shape = arrays["features"].shape
     if len(shape) != 4 or not all(shape):
         raise ValueError(f"features of shape {shape}")
-    if blocks["pooled"].shape != (shape[0], shape[3]) or blocks["done"].shape != shape[:1]:
-        raise ValueError("features, pooled and done of different photos")
-    if native is None:
+    if arrays["pooled"].shape != (shape[0], shape[3]) or arrays["done"].shape != shape[:1]:
+        raise ValueError("features, pooled and done have different lengths")
+    _check_native_grid(attributes.get("native_grid"), shape)
+    for name in TEXT_ATTRIBUTES:
+        if not isinstance(attributes.get(name), str):
+            raise ValueError(f"no {name}")
+    if any(array.offset + shape[0] * array.row_bytes > size for array in arrays.values()):
+        raise EOFError
+    return arrays
+
+
+def _check_native_grid(native_grid: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if features of this shape (N, h, w, C) do not fit the attribute."""
+    if native_grid is None:
         raise ValueError("no native_grid")
-    fits = isinstance(native, list) and len(native) == 2 and list(shape[1:3]) in (native, [SIDE, SIDE])
-    if not fits or not all(cells in range(1, MOST_CELLS + 1) for cells in native):
-        raise ValueError(f"native_grid {native}")
-    if strange := [name for name in TEXTS if not isinstance(attributes.get(name), str)]:
-        raise ValueError(f"no {strange[0]}")
-    if any(block.offset + shape[0] * block.row_bytes > size for block in blocks.values()):
-        raise EOFError(f"is cut short ({size:,} bytes)")
-    return blocks
+    is_pair = isinstance(native_grid, list) and len(native_grid) == 2
+    fits = is_pair and list(shape[1:3]) in (native_grid, [GRID_SIZE, GRID_SIZE])
+    if not fits or not all(cells in range(1, MAX_CELLS_PER_SIDE + 1) for cells in native_grid):
+        raise ValueError(f"native_grid {native_grid}")
 
 
-def _block(file: h5py.File, name: str, dtypes: tuple[str, ...]) -> ContiguousArray:
-    array = own_array(file, name)
-    offset = array.id.get_offset()
-    if offset is None or str(array.dtype) not in dtypes:
-        raise ValueError(f"{name} is no block of {' or '.join(dtypes)}")
-    return ContiguousArray(offset, array.shape, array.dtype)
+def _locate(file: h5py.File, name: str, dtypes: tuple[str, ...]) -> ContiguousArray:
+    dataset = _local_dataset(file, name)
+    offset = dataset.id.get_offset()
+    if offset is None or str(dataset.dtype) not in dtypes:
+        raise ValueError(f"{name} is not a contiguous array of {' or '.join(dtypes)}")
+    return ContiguousArray(offset, dataset.shape, dataset.dtype)
+
+
+def _local_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset of this name. Raises ValueError if there is none, or if its data lies in another file."""
+    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise ValueError(f"no array {name} in this file")
+    return dataset

@@ -1,33 +1,40 @@
-"""What a feature file holds, and whether it is right: extract_features.py --info and --verify."""
+"""Describes and verifies a feature file: extract_features.py --info and --verify.
+
+Letters: N photos, M rows, h x w cells, C channels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning.encoders.encoder import Encoder, encoder_from_checkpoint, saved_encoder
+from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
 from captioning.encoders.grid import Grid, grid_pooling, to_stored_layout
-from captioning.encoders.images import in_batches
+from captioning.encoders.images import split_batches
+from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.errors import UserError
-from captioning.features.feature_cache import FeatureReader, forget_rows
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_writer import mark_not_done
 from captioning.runtime.device import autocast
 
-SAMPLE = 64  # photos that are encoded again
-TOLERANCE = 0.1  # of a row's norm: half precision rounds by less; another photo or other weights are off by far more
-ROUNDING = 1e-3  # of a row's mean: half precision moves it by less, and a page of zeros in the row by far more
+SAMPLE_SIZE = 64  # photos that are encoded again
+TOLERANCE = 0.1  # relative to a row's norm: half precision differs by less, another photo or weights by far more
+ROUNDING = 1e-3  # relative to a row's mean: half precision changes it by less, a page of zeros by far more
 
 
 def describe(reader: FeatureReader) -> str:
-    """The recipe, the size and the rows done, a line each."""
-    block, done = reader.blocks["features"], reader.done()
+    """The rows done, the sizes and the attributes, one per line."""
+    features = reader.arrays["features"]
+    done = reader.done()
     size = reader.path.stat()
     lines = {
         "photos": f"{len(done):,}, of which {done.sum():,} are done",
-        "a row": f"{'x'.join(map(str, block.shape[1:]))} {block.dtype}, {block.row_bytes:,} bytes",
+        "row": f"{'x'.join(map(str, features.shape[1:]))} {features.dtype}, {features.row_bytes:,} bytes",
         "size": f"{size.st_size / 1e9:.2f} GB, {size.st_blocks * 512 / 1e9:.2f} GB of it on the disk",
         **{name: str(value) for name, value in reader.attributes.items()},
     }
@@ -35,64 +42,74 @@ def describe(reader: FeatureReader) -> str:
 
 
 def verify(reader: FeatureReader, ids: Sequence[str], paths: Sequence[str], device: torch.device) -> str:
-    """Every done row is sound, and some, made anew with the encoder kept beside the file, are what it holds.
+    """Check every done row for damage, and compare a sample with what the stored encoder computes now.
 
-    -> what was found, for a person. Raises UserError where rows are wrong; those that are damaged are then marked
-    as not done, so that the next extraction makes them anew.
+    Returns a summary for people. Raises UserError if rows are wrong; damaged rows are first marked as not done, so
+    that the next extraction encodes them again.
     """
     if [*reader.ids] != [*ids]:
-        raise UserError(f"{reader.path}: holds the photos of another data set")
-    bad = damaged_rows(reader)
-    if len(bad):
-        forget_rows(reader.path, bad)
+        raise UserError(f"{reader.path}: belongs to another data set")
+    damaged = damaged_rows(reader)
+    if len(damaged):
+        mark_not_done(reader.path, damaged)
         raise UserError(
-            f"{reader.path}: {len(bad):,} rows are damaged, such as that of {reader.ids[bad[0]]}; they now count as "
-            "not done: the same command without --verify makes them anew"
+            f"{reader.path}: {len(damaged):,} rows are damaged, such as that of {reader.ids[damaged[0]]}; they are now "
+            "marked as not done: the same command without --verify encodes them again"
         )
-    encoder = encoder_from_checkpoint(saved_encoder(reader.path, reader.attributes["weights_sha256"]))
+    encoder = encoder_from_checkpoint(read_encoder_checkpoint(reader.path, reader.attributes["weights_sha256"]))
     encoder = encoder.to(device).eval().requires_grad_(False)
-    difference, photo, compared = largest_difference(reader, encoder, paths)
-    if difference > TOLERANCE:
+    comparison = compare_sample(reader, encoder, paths)
+    if comparison.difference > TOLERANCE:
         raise UserError(
-            f"{reader.path}: the row of {photo} is {difference:.0%} off what {encoder.name} ({encoder.weights}) makes "
-            "of the photo now; was the photo replaced? Extract again with --overwrite"
+            f"{reader.path}: the row of {comparison.photo} differs by {comparison.difference:.0%} from what "
+            f"{encoder.name} ({encoder.weights}) computes now; was the photo replaced? Extract again with --overwrite"
         )
     done = int(reader.done().sum())
     return (
-        f"{reader.path}: {done:,} of {len(reader.ids):,} rows are done, and sound; "
-        f"{compared} made anew differ by {difference:.2%} at most"
+        f"{reader.path}: {done:,} of {len(reader.ids):,} rows are done and undamaged; "
+        f"{comparison.num_rows} encoded again differ by at most {comparison.difference:.2%}"
     )
 
 
 def damaged_rows(reader: FeatureReader) -> np.ndarray:
-    """The done rows (M,) int64 whose mean is not the one kept beside them: not finite, or not what was written.
-
-    Every byte of them is read.
-    """
-    rows, bad = np.flatnonzero(reader.done()), []
-    *sides, channels = reader.blocks["features"].shape[1:]
-    for batch in tqdm(in_batches(rows, 64), desc="verify", unit="batch"):
+    """The done rows (M,) int64 that are not finite, or whose mean differs from the stored one. Reads every byte."""
+    rows = np.flatnonzero(reader.done())
+    _, height, width, channels = reader.arrays["features"].shape
+    pooling = grid_pooling(height, width)
+    damaged: list[int] = []
+    for batch in tqdm(split_batches(rows, 64), desc="verify", unit="batch"):
         cells = torch.from_numpy(reader.read_stored(batch)).float().view(len(batch), -1, channels)
-        gap = Grid(cells, grid_pooling(*sides)).mean() - torch.from_numpy(reader.read_stored(batch, "pooled"))
-        sound = gap.norm(dim=1) <= ROUNDING * cells.abs().mean(1).norm(dim=1)  # false of NaN
-        bad += batch[~sound.numpy()].tolist()
-    return np.array(bad, np.int64)
+        difference = Grid(cells, pooling).mean() - torch.from_numpy(reader.read_stored(batch, "pooled"))
+        intact = difference.norm(dim=1) <= ROUNDING * cells.abs().mean(1).norm(dim=1)  # False for NaN
+        damaged += batch[~intact.numpy()].tolist()
+    return np.array(damaged, np.int64)
+
+
+class Comparison(NamedTuple):
+    """The largest difference between stored rows and what the encoder computes now."""
+
+    difference: float  # relative to the row's norm
+    photo: str  # its id
+    num_rows: int  # compared
 
 
 @torch.inference_mode()
-def largest_difference(reader: FeatureReader, encoder: Encoder, paths: Sequence[str]) -> tuple[float, str, int]:
-    """Of up to SAMPLE rows made anew: the largest difference, as a share of the row's norm; its photo; how many."""
+def compare_sample(reader: FeatureReader, encoder: Encoder, paths: Sequence[str]) -> Comparison:
+    """Encode up to SAMPLE_SIZE done rows again. Raises UserError if a photo cannot be read."""
     rows = np.flatnonzero(reader.done())
-    rows = np.sort(np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False))
-    device, worst, block = next(encoder.parameters()).device, (0.0, ""), reader.blocks["features"]
+    rows = np.sort(np.random.default_rng(0).choice(rows, min(SAMPLE_SIZE, len(rows)), replace=False))
+    features = reader.arrays["features"]
+    device = next(encoder.parameters()).device
     precision = getattr(torch, reader.attributes["precision"])
-    for batch in load_photos(device, paths, in_batches(rows, 16), encoder.transform, 0):
+    worst = Comparison(0.0, "", len(rows))
+    for batch in load_photos(device, paths, split_batches(rows, 16), encoder.transform, 0):
         if batch.failures:
             raise UserError(f"{batch.failures[0]}; its row cannot be verified")
         with autocast(device, precision):
             grid = encoder(batch.photos)
-        there = torch.from_numpy(reader.read_stored(np.array(batch.indices))).float()
-        again = to_stored_layout(grid, block.shape[1:], str(block.dtype))[0].float().flatten(1).cpu()
-        shares = (there - again).norm(dim=1) / again.norm(dim=1).clamp_min(1e-12)
-        worst = max([worst, *zip(shares.tolist(), [reader.ids[row] for row in batch.indices], strict=True)])
-    return *worst, len(rows)
+        stored = torch.from_numpy(reader.read_stored(np.array(batch.indices))).float()
+        encoded = to_stored_layout(grid, features.shape[1:], str(features.dtype))[0].float().flatten(1).cpu()
+        differences = (stored - encoded).norm(dim=1) / encoded.norm(dim=1).clamp_min(1e-12)
+        for row, difference in zip(batch.indices, differences.tolist(), strict=True):
+            worst = max(worst, Comparison(difference, reader.ids[row], len(rows)))
+    return worst

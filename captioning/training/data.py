@@ -13,10 +13,16 @@ from captioning.dataset.batches import Batch, CachedPhotos, LivePhotos
 from captioning.dataset.caption_dataset import CaptionDataset, check_captions_complete
 from captioning.dataset.prefetch import Prefetch
 from captioning.decoders import DECODERS
-from captioning.encoders.encoder import Encoder, calibrate_on, encoder_from_checkpoint, load_encoder, saved_encoder
+from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Augment, SignalSafeLoader
-from captioning.features.feature_cache import FeatureReader
-from captioning.features.feature_placement import PLACES, reading
+from captioning.encoders.loading import (
+    calibrate_batch_norm,
+    encoder_from_checkpoint,
+    load_encoder,
+    read_encoder_checkpoint,
+)
+from captioning.features.feature_placement import LOCATION_NAMES, place_features
+from captioning.features.feature_reader import FeatureReader
 from captioning.training.options import TrainingOptions
 
 CALIBRATION_BATCH_SIZE = 32  # photos
@@ -42,12 +48,12 @@ def cached_data(
     rows = reader.rows_of(captions.ids)  # (N,) int64, of all photos
     if not options.features:
         check_captions_complete(rows, reader.path, len(reader.ids), options.allow_missing)
-    recipe = saved_encoder(reader.path, reader.attributes["weights_sha256"])["encoder"]
-    train = train[reader.present(rows[train], options.allow_missing, options.data)]
-    val = val[reader.present(rows[val], options.allow_missing, options.data)]
+    recipe = read_encoder_checkpoint(reader.path, reader.attributes["weights_sha256"])["encoder"]
+    train = train[reader.available(rows[train], options.allow_missing, options.data)]
+    val = val[reader.available(rows[val], options.allow_missing, options.data)]
     pooled = not DECODERS[options.decoder].uses_attention
-    read, placement = reading(reader, rows[np.concatenate([train, val])], pooled, options.features_on, device)
-    print(f"{reader.path}: read from {PLACES[placement.where]} ({placement.why})")
+    read, placement = place_features(reader, rows[np.concatenate([train, val])], pooled, options.features_on, device)
+    print(f"{reader.path}: read from {LOCATION_NAMES[placement.location]} ({placement.reason})")
     return TrainingData(
         train=CachedPhotos(captions.subset(train), rows[train], read),
         val=CachedPhotos(captions.subset(val), rows[val], read),
@@ -88,7 +94,7 @@ def live_encoder(options: TrainingOptions, paths: Sequence[str], saved: dict | N
     else:
         encoder = load_encoder(options.encoder, options.weights, options.image_size, options.seed)
     if encoder.weights == "random":
-        calibrate_on(encoder, paths, CALIBRATION_BATCH_SIZE, options.workers or 0)
+        calibrate_batch_norm(encoder, paths, CALIBRATION_BATCH_SIZE, options.workers or 0)
     encoder.weights = f"{encoder.weights}, fine-tuned in {options.folder}"
     return encoder
 

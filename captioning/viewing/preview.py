@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from captioning.dataset.caption_dataset import CaptionDataset
-from captioning.encoders.grid import SIDE
+from captioning.encoders.grid import GRID_SIZE
 from captioning.encoders.images import open_photo
 from captioning.errors import PhotoError
 from captioning.viewing.attention_plots import CaptionedImage, draw_card
@@ -68,7 +68,7 @@ class Preview:
     def _draw(self, id: str, caption: str, words: list[str], attention: np.ndarray | None, path: Path) -> bool:
         """Draw one card and return True; if that fails, print the reason, disable previews and return False."""
         try:
-            draw_card(CaptionedImage(self._load_photo(id), caption, words, attention, (SIDE, SIDE)), path)
+            draw_card(CaptionedImage(self._load_photo(id), caption, words, attention, (GRID_SIZE, GRID_SIZE)), path)
         except (PhotoError, LookupError, OSError) as error:
             tqdm.write(f"previews are disabled: {error}")
             self.enabled = False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioning.encoders.encoder import load_encoder
+from captioning.encoders.loading import load_encoder
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.small import make_small_data
 from tests.torture.ends import end_of, stamp

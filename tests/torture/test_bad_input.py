@@ -481,13 +481,15 @@ TABLE = [  # what; how it comes about; the command; its line
         "a photo that is a text",
         put("x.jpg", "hello"),
         GENERATE + " x.jpg",
-        "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: mend them, or allow more",
+        "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: repair them, or raise the "
+        "limit",
     ),
     (
         "an empty photo",
         put("x.jpg", ""),
         GENERATE + " x.jpg",
-        "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: mend them, or allow more",
+        "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: repair them, or raise the "
+        "limit",
     ),
     ("no such photo", None, GENERATE + " x.jpg", "x.jpg: no such photo or folder"),
     (
@@ -502,14 +504,14 @@ TABLE = [  # what; how it comes about; the command; its line
         gone("data/small/photos/3.png"),
         EXTRACT + " --out new.h5",
         "data/small/photos/3.png: no such file; 1 of 24 photos cannot be read, more than --allow-missing "
-        "0.01: mend them, or allow more",
+        "0.01: repair them, or raise the limit",
     ),
     # features
     (
         "no features",
         gone("data/small/features.h5"),
         TRAIN,
-        "data/small/features.h5: no such file; make it with: python extract_features.py DATA",
+        "data/small/features.h5: no such file; create it with: python extract_features.py DATA",
     ),
     (
         "features that are a text",
@@ -536,21 +538,21 @@ TABLE = [  # what; how it comes about; the command; its line
         "features of another image size",
         None,
         EXTRACT.replace("--image-size 64", "--image-size 96"),
-        "data/small/features.h5: was made with image_size 64, not 96; give --overwrite to replace it, or "
+        "data/small/features.h5: was extracted with image_size 64, not 96; give --overwrite to replace it, or "
         "--out for another file",
     ),
     (
         "features of another grid",
         None,
         EXTRACT + " --grid native",
-        "data/small/features.h5: was made with grid 14, not native; give --overwrite to replace it, or --out "
+        "data/small/features.h5: was extracted with grid 14, not native; give --overwrite to replace it, or --out "
         "for another file",
     ),
     (
         "features of another type",
         None,
         EXTRACT + " --dtype float32",
-        "data/small/features.h5: was made with dtype float16, not float32; give --overwrite to replace it, or"
+        "data/small/features.h5: was extracted with dtype float16, not float32; give --overwrite to replace it, or"
         " --out for another file",
     ),
     (
@@ -564,13 +566,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "--info of no file",
         None,
         EXTRACT + " --info --out none.h5",
-        "none.h5: no such file; make it with: python extract_features.py DATA",
+        "none.h5: no such file; create it with: python extract_features.py DATA",
     ),
     (
         "--features of no file",
         None,
         TRAIN + " --features none.h5",
-        "none.h5: no such file; make it with: python extract_features.py DATA",
+        "none.h5: no such file; create it with: python extract_features.py DATA",
     ),
     # encoders
     (
@@ -621,13 +623,13 @@ TABLE = [  # what; how it comes about; the command; its line
         "weights of another encoder",
         save("x.pth", {"a": torch.zeros(1)}),
         FRESH + " --weights x.pth --encoder resnet18",
-        "--weights x.pth: not of resnet18 (conv1.weight: missing); name its --encoder",
+        "--weights x.pth: not of resnet18 (conv1.weight: missing); give the --encoder they belong to",
     ),
     (
         "a run's weights and an encoder",
         None,
         FRESH + " --weights checkpoints/att --encoder resnet18",
-        "--weights checkpoints/att: a run brings its --encoder and --image-size; leave those out",
+        "--weights checkpoints/att: a run has its own --encoder and --image-size; leave those out",
     ),
     (
         "no such run for --weights",
@@ -651,7 +653,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "--nvjpeg without a GPU",
         None,
         EXTRACT + " --nvjpeg --device cpu --out new.h5",
-        "--nvjpeg: decodes on a CUDA GPU, and this extraction runs on cpu; leave it out",
+        "--nvjpeg: decodes on a CUDA GPU, but this extraction runs on cpu; leave it out",
     ),
     (
         "--nvjpeg with --scaled-decoding",
@@ -852,7 +854,7 @@ TABLE = [  # what; how it comes about; the command; its line
         "a layer that is not there",
         None,
         TRAIN + f" --fine-tune {ENCODER} --weights random --unfreeze-from layer9",
-        "--unfreeze-from layer9: resnet18.layer2 has conv1, bn1, layer1, layer2, or say all",
+        "--unfreeze-from layer9: resnet18.layer2 has only conv1, bn1, layer1, layer2; give one of them, or all",
     ),
     (
         "a dashboard without http://",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import Vocabulary
 from tests.torture.artefacts import (
@@ -153,17 +153,18 @@ def test_a_zeroed_photo_is_skipped_or_read_as_the_decoder_can(whole):
 def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally):
     """Training does not look: it would have to read every row twice."""
     path = Path("data/small/features.h5")
-    block = FeatureReader(path).blocks["pooled" if damage == "the means" else "features"]
+    block = FeatureReader(path).arrays["pooled" if damage == "the means" else "features"]
     start = block.offset + 9 * block.row_bytes
     length = {"a third": 8 * block.row_bytes, "a page": 4096, "the means": block.row_bytes}[damage]
     content = bytearray(whole[path])
     content[start : start + length] = bytes(length)
     path.write_bytes(content)
     end = end_of(f"{EXTRACT} --verify")
-    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they now count as not done" in end.said
+    assert is_one_line_that_names(end, str(path))
+    assert "such as that of photo9; they are now marked as not done" in end.said
     does(EXTRACT)
     np.testing.assert_allclose(rows(path), rows_of(whole[path], path), rtol=1e-2, atol=1e-3)
-    assert "24 of 24 rows are done, and sound" in does(f"{EXTRACT} --verify")
+    assert "24 of 24 rows are done and undamaged" in does(f"{EXTRACT} --verify")
     tally("zeroed features found by --verify")
 
 
@@ -180,7 +181,7 @@ def rows_of(content: bytes, path: Path) -> np.ndarray:
 def test_zeros_and_garbage_in_what_describes_the_features_end_at_once(whole, times, tally):
     """HDF5 never ended where the heap of its texts was zeroed: there is no such heap now."""
     path, random, count = Path("data/small/features.h5"), np.random.default_rng(0), times(40, 1000)
-    spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).blocks.values()]
+    spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).arrays.values()]
     first, last = min(spans)[0], max(spans)[1]
     places = [place for place in (*range(first), *range(last, len(whole[path]))) if whole[path][place]]
     for attack in range(count):
@@ -265,12 +266,12 @@ def other(tmp_path_factory):
 @pytest.mark.parametrize(
     "file, commands, words",
     [
-        ("data/small/captions.jsonl", [EXTRACT], "features.h5: holds the photos of another data set (0 of its 24"),
+        ("data/small/captions.jsonl", [EXTRACT], "features.h5: belongs to another data set (0 of its 24"),
         ("data/small/captions.jsonl", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
         ("data/small/vocab.json", [TRAIN], "vocab.json: lacks 100% of the words in captions.jsonl"),
-        ("data/small/features.h5", [EXTRACT], "features.h5: was made with"),
+        ("data/small/features.h5", [EXTRACT], "features.h5: was extracted with"),
         ("data/small/features.h5", [TRAIN, f"{GENERATE} --data data/small"], "captions.jsonl: lacks 24 of the 24"),
-        ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: holds the photos of another data set"),
+        ("data/small/features.h5", [f"{EXTRACT} --verify"], "features.h5: belongs to another data set"),
         (
             "data/small/features.encoder.pt",
             [TRAIN, f"{EXTRACT} --verify"],
@@ -302,7 +303,7 @@ def test_captions_cut_at_the_end_of_a_line_are_noticed_where_there_are_features(
         assert is_one_line_that_names(end, f"{path}: lacks 3 of the 24 photos of data/small/features.h5"), end
         assert "--features data/small/features.h5" in end.said
         does(f"{command} --features data/small/features.h5")
-    assert "of its 24 are among our 21" in attacked(EXTRACT).said
+    assert "of its 24 photos are among these 21" in attacked(EXTRACT).said
 
 
 def test_a_bit_that_has_changed_in_a_checkpoint_is_found(whole, times, tally):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.encoders.images import quiet_worker
+from captioning.encoders.images import init_worker
 from captioning.runtime.signals import STOPPED
 from tests.torture.artefacts import does
 from tests.torture.processes import (
@@ -78,7 +78,7 @@ def orphan(pipe: int) -> None:
     os.kill(parent, signal.SIGKILL)
     while os.getppid() == parent:
         pass
-    quiet_worker(0)
+    init_worker(0)
     os.write(pipe, b"lives on")
 
 
@@ -167,7 +167,7 @@ def test_an_encoder_that_was_left_alone_is_replaced(at_work):
     Path("out/features.h5").unlink()
     other = WORK["extract_features.py"].replace("--image-size 64", "--image-size 96")
     does(other)
-    assert "24 of 24 rows are done, and sound" in does(f"{other} --verify")
+    assert "24 of 24 rows are done and undamaged" in does(f"{other} --verify")
 
 
 # ---- Ctrl-C and SIGTERM

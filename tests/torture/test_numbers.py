@@ -16,7 +16,7 @@ import train
 from captioning.decoders import DECODERS
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.training.trainer import Trainer
 from config import ExtractFeatures, Generate, Preprocess, Train
@@ -46,7 +46,7 @@ def broken_features(here, tmp_path):
         shutil.copy(DATA / "features.encoder.pt", tmp_path)
         reader = FeatureReader(path)
         for name in ("features", "pooled"):
-            block = reader.blocks[name]
+            block = reader.arrays[name]
             row = np.full(block.shape[1:], value, block.dtype)
             with open(path, "r+b") as file:
                 file.seek(block.offset + reader.rows_of([id])[0] * block.row_bytes)

@@ -20,7 +20,8 @@ import generate
 from captioning.caption import CaptionResult
 from captioning.encoders.images import Transform, open_photo, read_photos
 from captioning.errors import PhotoError
-from captioning.features.feature_cache import FORMAT, FeatureWriter
+from captioning.features.feature_writer import FeatureWriter
+from captioning.features.hdf5_layout import FORMAT
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.viewing.attention_plots import CaptionedImage, draw_card
 from captioning.viewing.dashboard import comparison_windows, run_windows

@@ -22,10 +22,10 @@ import extract_features
 import generate
 import train
 from captioning.captioner import Captioner
-from captioning.encoders.encoder import load_encoder
+from captioning.encoders.loading import load_encoder
 from captioning.errors import UserError
-from captioning.features.feature_cache import FORMAT as FEATURES_FORMAT
-from captioning.features.feature_cache import FeatureReader
+from captioning.features.feature_reader import FeatureReader
+from captioning.features.hdf5_layout import FORMAT as FEATURES_FORMAT
 from captioning.runtime.checkpoint import FORMAT, load_checkpoint
 from config import ExtractFeatures, Generate, Preprocess, Train
 from preprocess import tokenizers

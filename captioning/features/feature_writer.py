@@ -1,0 +1,215 @@
+"""Writes features.h5 (its layout: hdf5_layout.py), row by row, so that a kill loses nothing that is marked as done.
+
+Letters: N photos, B photos per batch, h x w cells, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioning.encoders.grid import GRID_SIZE
+from captioning.errors import UserError
+from captioning.features.hdf5_layout import FORMAT, create_file, data_bytes, read_layout
+from captioning.runtime.library_errors import reason
+
+QUEUE_SIZE = 4  # batches that wait for the disk; as many again may be in the hands of the writing thread
+LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False}  # absent from files that older versions created
+fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
+def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, precision: str) -> dict:
+    """The attributes of a feature file. recipe: Encoder.recipe(); grid: "14" or "native"; precision: a torch dtype."""
+    transform = recipe["transform"]
+    return {
+        "format": FORMAT,
+        "encoder": recipe["name"],
+        "weights": recipe["weights"],
+        "image_size": transform["image_size"],
+        "mean": list(transform["mean"]),
+        "std": list(transform["std"]),
+        "grid": grid,
+        "native_grid": list(native_grid),
+        "precision": precision,
+        "scaled_decoding": transform.get("scaled_decoding", False),
+        "nvjpeg": transform.get("nvjpeg", False),
+        "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all the others
+    }
+
+
+class _Batch(NamedTuple):
+    rows: np.ndarray  # (B,) int64
+    features: np.ndarray  # (B, h, w, C)
+    pooled: np.ndarray  # (B, C) float32
+
+
+class FeatureWriter:
+    """Creates features.h5, or resumes one with the same attributes and photos.
+
+    A thread writes to the disk while the next batch is computed.
+    """
+
+    def __init__(self, path: Path, ids: Sequence[str], attributes: dict, channels: int, dtype: str, overwrite: bool):
+        """ids: of the photos, one per row; attributes: from `describe_features`; dtype: float16 or float32.
+
+        Raises UserError if the existing file has other attributes or photos, or if the disk is full or denies access.
+        """
+        self.path = path
+        self.dtype = np.dtype(dtype)
+        grid = (GRID_SIZE, GRID_SIZE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
+        self.shape = (len(ids), *grid, channels)
+        attributes = {**attributes, "dtype": dtype}
+        with _write_errors(path):
+            if path.exists() and not overwrite:
+                self._check_resumable(ids, attributes)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._check_free_space()
+                create_file(path, self.shape, self.dtype, ids, {**attributes, "torch": str(torch.__version__)})
+            self.arrays = read_layout(path).arrays
+            self.file = os.open(path, os.O_RDWR)
+        self.queue: queue.Queue[_Batch | None] = queue.Queue(QUEUE_SIZE)  # None: close
+        self.failure: Exception | None = None
+        self.thread = threading.Thread(target=self._write_queue, name="writer", daemon=True)
+        self.thread.start()
+
+    def _check_resumable(self, ids: Sequence[str], attributes: dict) -> None:
+        """Raises UserError if the existing file has other attributes or photos."""
+        layout = read_layout(self.path)
+        features = layout.arrays["features"]
+        attributes = {**attributes, "shape": list(self.shape[1:])}
+        existing = {**LATER_ATTRIBUTES, **layout.attributes}
+        existing |= {"dtype": str(features.dtype), "shape": list(features.shape[1:])}
+        remedy = "give --overwrite to replace it, or --out for another file"
+        for name, value in attributes.items():
+            if existing.get(name) != value:
+                raise UserError(f"{self.path}: was extracted with {name} {existing.get(name)}, not {value}; {remedy}")
+        if [*layout.ids] != [*ids]:
+            common = len(set(ids).intersection(layout.ids))
+            overlap = f"{common:,} of its {len(layout.ids):,} photos are among these {len(ids):,}"
+            raise UserError(f"{self.path}: belongs to another data set ({overlap}); {remedy}")
+
+    def _check_free_space(self) -> None:
+        """Raises UserError if the disk cannot hold the file."""
+        needed = self.nbytes()
+        freed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        free = shutil.disk_usage(self.path.parent).free + freed
+        if needed > free:
+            raise UserError(
+                f"{self.path}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
+                "free some space, give --grid native, or --out on another disk"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of features and pooled."""
+        return data_bytes(self.shape, self.dtype)
+
+    def missing(self) -> np.ndarray:
+        """The rows that are not done, (M,) int64."""
+        return np.flatnonzero(self.arrays["done"].map(self.path) != 1)
+
+    def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor) -> None:
+        """Queue rows (B,) int64 with features (B, h, w, C) and pooled (B, C) float32, on the CPU.
+
+        Raises UserError if the features are not finite in the file's dtype, or if earlier rows could not be written.
+        """
+        if not len(rows):
+            return
+        features = features.to(getattr(torch, str(self.dtype)))
+        if (
+            not torch.stack(features.aminmax()).isfinite().all()
+        ):  # NaN propagates to both; 50 times faster than isfinite
+            raise UserError(
+                f"{self.path}: features too large for {self.dtype}, or not finite; "
+                "give --dtype float32 --overwrite, or check the --weights"
+            )
+        batch = _Batch(np.asarray(rows), np.ascontiguousarray(features.numpy()), np.ascontiguousarray(pooled.numpy()))
+        self._raise_failure()
+        self.queue.put(batch)
+
+    def _write_queue(self) -> None:
+        """The thread: write all queued batches together, so that a slow disk syncs less often."""
+        closing = False
+        while not closing:
+            items = [self.queue.get()]
+            while not self.queue.empty():
+                items.append(self.queue.get())
+            closing = items[-1] is None
+            try:
+                if self.failure is None:
+                    self._commit([batch for batch in items if batch is not None])
+            except Exception as error:  # of any kind: if the thread ended, `write` would wait for ever
+                self.failure = error  # the next call raises it, and nothing more is written
+
+    def _commit(self, batches: list[_Batch]) -> None:
+        for batch in batches:
+            for i, row in enumerate(batch.rows):
+                self._write_rows("features", row, batch.features[i])
+                self._write_rows("pooled", row, batch.pooled[i])
+        fdatasync(self.file)  # the rows must be on disk before they are marked as done
+        for batch in batches:
+            self._mark_done(batch.rows)
+
+    def _mark_done(self, rows: np.ndarray) -> None:
+        """Mark consecutive rows with one write, so that a kill leaves a batch done or not done as a whole.
+
+        A batch that is encoded again then has the same photos, and bit-equal features.
+        """
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            if len(run):
+                self._write_rows("done", run[0], np.ones(len(run), np.uint8))
+
+    def _write_rows(self, name: str, first_row: int, values: np.ndarray) -> None:
+        array = self.arrays[name]
+        offset = array.offset + int(first_row) * array.row_bytes
+        data = values.reshape(-1).view(np.uint8).data
+        while data:  # a write may be partial when the disk fills up
+            written = os.pwrite(self.file, data, offset)
+            data = data[written:]
+            offset += written
+
+    def _raise_failure(self) -> None:
+        if self.failure:
+            with _write_errors(self.path):
+                raise self.failure
+
+    def close(self) -> None:
+        """Wait until all queued rows are on disk. Raises UserError if they could not be written."""
+        self.queue.put(None)
+        self.thread.join()
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            self.failure = self.failure or error
+        os.close(self.file)
+        self._raise_failure()
+
+
+def mark_not_done(path: Path, rows: Iterable[int]) -> None:
+    """Mark rows of a feature file as not done, so that the next extraction encodes them again. Raises UserError."""
+    done = read_layout(path).arrays["done"]
+    with _write_errors(path), open(path, "r+b") as file:
+        for row in rows:
+            file.seek(done.offset + int(row))
+            file.write(b"\0")
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({reason(error)}); fix that and run the same command, or give --out elsewhere"
+        ) from None
