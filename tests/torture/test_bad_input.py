@@ -28,9 +28,9 @@ from tests.torture.artefacts import (
     SCORE,
     TRAIN,
 )
-from tests.torture.ends import COMMANDS, end_of
+from tests.torture.commands import COMMANDS, run_command
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 AIC = f"{PREPROCESS} --train a.json data/small/photos"
 KARPATHY = f"{PREPROCESS} --karpathy a.json data/small/photos"
 FRESH = "extract_features.py data/small --workers 0 --out new.h5"
@@ -1023,10 +1023,10 @@ TABLE = [  # what; how it comes about; the command; its line
 
 
 @pytest.fixture
-def here(workplace, monkeypatch):
-    workplace.enter(monkeypatch)
+def here(artefacts, monkeypatch):
+    artefacts.enter(monkeypatch)
     yield
-    workplace.mend()
+    artefacts.restore()
 
 
 @pytest.mark.parametrize("do, command, line", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
@@ -1035,9 +1035,9 @@ def test_a_mistake_is_one_line_that_says_what_where_and_what_to_do(here, do, com
         do()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        end = end_of(command)
-    assert end.status in (1, 2), end.told
-    assert re.fullmatch("error: " + re.escape(line).replace(re.escape("..."), ".*"), end.said)
+        end = run_command(command)
+    assert end.status in (1, 2), end.stdout
+    assert re.fullmatch("error: " + re.escape(line).replace(re.escape("..."), ".*"), end.stderr)
     tally("bad inputs")
 
 
@@ -1069,7 +1069,7 @@ def test_the_oddest_environment_does_not_stop_a_command(here):
     Path("照片.png").write_bytes(Path("data/small/photos/0.png").read_bytes())
     command = [
         sys.executable,
-        HOUSE / "generate.py",
+        ROOT / "generate.py",
         *GENERATE.split()[1:],
         "照片.png",
         "--html",
@@ -1096,19 +1096,17 @@ def test_the_oddest_environment_does_not_stop_a_command(here):
 def test_the_variables_of_another_launcher_are_one_line(here, monkeypatch, environment, line):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    end = end_of(TRAIN)
+    end = run_command(TRAIN)
     error = r"error( \(process abc\))?: "
-    assert end.status == 1 and re.fullmatch(error + re.escape(line).replace(re.escape("..."), ".*"), end.said), end
+    assert end.status == 1 and re.fullmatch(error + re.escape(line).replace(re.escape("..."), ".*"), end.stderr), end
 
 
 def test_a_font_without_the_letters_of_a_caption_is_one_line(here, monkeypatch):
     monkeypatch.setattr("captioning.viewing.fonts._font_files", lambda: ())
     fonts._find_font.cache_clear()
     try:
-        end = end_of(f"{PHOTO} --pictures drawn --max-length 3 --length-penalty 9")
-        assert end.status == 1 and end.said.startswith(
-            "error: no installed font has the letters ; install one that does"
-        )
+        end = run_command(f"{PHOTO} --pictures drawn --max-length 3 --length-penalty 9")
+        assert end.status == 1 and end.stderr.startswith("error: no installed font has the letters ; install one that does")
     finally:
         fonts._find_font.cache_clear()
 

@@ -28,10 +28,10 @@ from tests.torture.artefacts import (
     SCENES,
     SCORE,
     TRAIN,
-    does,
     make_artefacts,
+    run_ok,
 )
-from tests.torture.ends import End, bound_by_permissions, contents, end_of
+from tests.torture.commands import Outcome, bound_by_permissions, contents, run_command
 
 READERS = {  # a file -> the commands that read it
     "aic.json": [READ_AIC, "generate.py --score results.json --references aic.json"],
@@ -73,31 +73,31 @@ LITTER = (".tmp", ".lock", ".draft")
 
 
 @pytest.fixture
-def whole(workplace, monkeypatch):
+def whole(artefacts, monkeypatch):
     """The current folder has all the files: path -> bytes."""
-    workplace.enter(monkeypatch)
-    yield workplace.files
-    workplace.mend()
+    artefacts.enter(monkeypatch)
+    yield artefacts.files
+    artefacts.restore()
 
 
 @pytest.fixture
-def mended(workplace, whole):
+def mended(artefacts, whole):
     """mended() brings them back."""
-    return workplace.mend
+    return artefacts.restore
 
 
-def attacked(command: str) -> End:
+def attacked(command: str) -> Outcome:
     """How the command ends. Nothing that was there is other than before, unless it ends well; no litter is left."""
     before = contents()
-    end = end_of(command)
+    end = run_command(command)
     after = contents()
     assert end.status == 0 or before.items() <= after.items(), (command, before.items() - after.items())
     assert not [name for name in after.keys() - before.keys() if any(part in name for part in LITTER)]
     return end
 
 
-def is_one_line_that_names(end: End, file: str) -> bool:
-    return end.status == 1 and end.said.startswith("error: ") and "\n" not in end.said and file in end.said
+def is_one_line_that_names(end: Outcome, file: str) -> bool:
+    return end.status == 1 and end.stderr.startswith("error: ") and "\n" not in end.stderr and file in end.stderr
 
 
 def refused(file: str, command: str) -> bool:
@@ -119,7 +119,7 @@ def test_a_file_cut_short_is_one_line_that_names_it(whole, mended, file, times, 
             Path(file).write_bytes(cut)
             if content == cut + b"\n" or file.endswith("log.jsonl") or (file.endswith(".png") and not 0 <= place < 0.9):
                 end = attacked(command)  # lost is what nobody needs: a PNG's last bytes, the log to go on
-                assert end.status == 0 or NOWHERE.split()[1] in end.said, (command, end)
+                assert end.status == 0 or NOWHERE.split()[1] in end.stderr, (command, end)
             else:
                 refused(file, command)
             mended()
@@ -145,7 +145,7 @@ def test_a_zeroed_photo_is_skipped_or_read_as_the_decoder_can(whole):
     path = Path("data/small/photos/0.png")
     path.write_bytes(whole[path][:60] + bytes(len(whole[path]) - 60))
     refused(str(path), READERS[str(path)][0])
-    does(f"{READERS[str(path)][0]} --allow-missing 0.1")
+    run_ok(f"{READERS[str(path)][0]} --allow-missing 0.1")
     assert Path("new.unreadable.txt").read_text().startswith(f"{path}: ")
 
 
@@ -159,11 +159,11 @@ def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally)
     content = bytearray(whole[path])
     content[start : start + length] = bytes(length)
     path.write_bytes(content)
-    end = end_of(f"{EXTRACT} --verify")
-    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they now count as not done" in end.said
-    does(EXTRACT)
+    end = run_command(f"{EXTRACT} --verify")
+    assert is_one_line_that_names(end, str(path)) and "such as that of photo9; they now count as not done" in end.stderr
+    run_ok(EXTRACT)
     np.testing.assert_allclose(rows(path), rows_of(whole[path], path), rtol=1e-2, atol=1e-3)
-    assert "24 of 24 rows are done, and sound" in does(f"{EXTRACT} --verify")
+    assert "24 of 24 rows are done, and sound" in run_ok(f"{EXTRACT} --verify")
     tally("zeroed features found by --verify")
 
 
@@ -210,9 +210,9 @@ def test_a_file_without_permission_is_one_line(whole, mended, file, tally):
         before = contents()
         Path(file).chmod(0)
         with bound_by_permissions():
-            end = end_of(command)
+            end = run_command(command)
         Path(file).chmod(0o644)
-        assert is_one_line_that_names(end, file) and "Permission denied" in end.said, (command, end)
+        assert is_one_line_that_names(end, file) and "Permission denied" in end.stderr, (command, end)
         assert before.items() <= contents().items()
         mended()
     tally("files without permission", len(READERS[file]))
@@ -256,9 +256,9 @@ def other(tmp_path_factory):
         write_captions(data / CAPTIONS_FILE, photos)
         words = [photo.captions[0] for photo in photos]
         Vocabulary.build(words, language="zh", tokenizer="jieba", min_count=1, max_words=9).save(data / "vocab.json")
-        does(f"{EXTRACT} --overwrite --image-size 96")
-        does(f"{TRAIN.replace('--run new', '--run att')} --overwrite")
-        does(f"{GENERATE} --data data/small --json results.json")
+        run_ok(f"{EXTRACT} --overwrite --image-size 96")
+        run_ok(f"{TRAIN.replace('--run new', '--run att')} --overwrite")
+        run_ok(f"{GENERATE} --data data/small --json results.json")
     return folder
 
 
@@ -300,9 +300,9 @@ def test_captions_cut_at_the_end_of_a_line_are_noticed_where_there_are_features(
     for command in (TRAIN, f"{GENERATE} --data data/small"):
         end = attacked(command)
         assert is_one_line_that_names(end, f"{path}: lacks 3 of the 24 photos of data/small/features.h5"), end
-        assert "--features data/small/features.h5" in end.said
-        does(f"{command} --features data/small/features.h5")
-    assert "of its 24 are among our 21" in attacked(EXTRACT).said
+        assert "--features data/small/features.h5" in end.stderr
+        run_ok(f"{command} --features data/small/features.h5")
+    assert "of its 24 are among our 21" in attacked(EXTRACT).stderr
 
 
 def test_a_bit_that_has_changed_in_a_checkpoint_is_found(whole, times, tally):

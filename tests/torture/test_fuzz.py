@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 MEMORY = 2000  # MB, the most in one piece; the whole would count what the process that starts it has
 
 
@@ -26,7 +26,7 @@ def fuzz(target, corpus, seconds):
         "-print_final_stats=1",
         f"-artifact_prefix={corpus}/crash-",
     ]
-    done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr[-3000:]
     return int(re.search(r"stat::number_of_executed_units: *(\d+)", done.stderr)[1])
 

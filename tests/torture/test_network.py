@@ -1,4 +1,4 @@
-"""No call to another machine unless the user asks for it. tests/loopback blocks such calls; here the block is tested."""
+"""No call to another machine unless the user asks for it: tests of the block in tests/loopback, used by all tests."""
 
 import socket
 import subprocess

@@ -14,9 +14,9 @@ import pytest
 
 from captioning.runtime.checkpoint import load_checkpoint
 from tests.small import make_small_data, same
-from tests.torture.artefacts import RECIPE, does
+from tests.torture.artefacts import RECIPE, run_ok
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 LIVE = "--encoder resnet18.layer2 --image-size 64 --weights random"
 TUNE = f"train.py data/small {RECIPE} --epochs 1 --fine-tune --flip --crop 0.8 {LIVE}"
 RUN = f"train.py data/drawn {RECIPE} --epochs 2 --dropout 0.3"
@@ -50,8 +50,8 @@ def told(log: Path) -> list[dict]:
 def in_a_process(folder: Path, hash_seed: str) -> dict[str, object]:
     """Every command, in a new Python with these hashes -> what it has written."""
     folder.mkdir()
-    script = f"from tests.torture.artefacts import does\nfor command in {EVERY_COMMAND}: does(command)"
-    paths = os.pathsep.join([str(HOUSE), os.environ["PYTHONPATH"]])
+    script = f"from tests.torture.artefacts import run_ok\nfor command in {EVERY_COMMAND}: run_ok(command)"
+    paths = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths, "PATH": ""}  # without Java
     subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=True)
     return files(folder)
@@ -83,8 +83,8 @@ def with_workers(method: str, workers: int) -> tuple:
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(method, force=True)
     try:
-        does(f"extract_features.py data/small {LIVE} --precision float32 --overwrite --workers {workers}")
-        does(f"{TUNE} --run tuned --overwrite --workers {workers}")
+        run_ok(f"extract_features.py data/small {LIVE} --precision float32 --overwrite --workers {workers}")
+        run_ok(f"{TUNE} --run tuned --overwrite --workers {workers}")
     finally:
         multiprocessing.set_start_method(before, force=True)
     return Path("data/small/features.h5").read_bytes(), load_checkpoint(Path("checkpoints/tuned/last.pt"))

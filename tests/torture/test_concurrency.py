@@ -15,16 +15,16 @@ import pytest
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, locked
-from tests.torture.artefacts import does
-from tests.torture.ends import end_of
+from tests.torture.artefacts import run_ok
+from tests.torture.commands import run_command
 from tests.torture.processes import (
     WORK,
-    does_alone,
-    ended,
-    forget,
-    said,
-    started,
-    written,
+    exit_status,
+    outputs,
+    remove_outputs,
+    run_alone,
+    start,
+    stderr_text,
 )
 
 TWICE = {
@@ -49,19 +49,19 @@ def holder(of: str) -> str:
 
 
 @pytest.mark.parametrize("what", TWICE)
-def test_a_second_process_is_refused_and_told_which_is_the_first(at_work, undisturbed, what, tally):
+def test_a_second_process_is_refused_and_told_which_is_the_first(workdir, undisturbed, what, tally):
     wanted, _ = undisturbed(what)
-    first = started(WORK[what])
+    first = start(WORK[what])
     assert holder(TWICE[what]).startswith(f"{first} on ")
     os.kill(first, signal.SIGSTOP)
     for more in ("", " --overwrite", " --resume") if what.startswith("train") else ("", " --overwrite"):
-        end = end_of(WORK[what] + more)
-        assert end.status == 1 and "\n" not in end.said, end
-        assert end.said.startswith(f"error: {TWICE[what]}: process {first} on ") and "; wait for it, or" in end.said
+        end = run_command(WORK[what] + more)
+        assert end.status == 1 and "\n" not in end.stderr, end
+        assert end.stderr.startswith(f"error: {TWICE[what]}: process {first} on ") and "; wait for it, or" in end.stderr
         tally("second processes")
     os.kill(first, signal.SIGCONT)
-    assert ended(first) == 0, said()
-    assert written() == wanted
+    assert exit_status(first) == 0, stderr_text()
+    assert outputs() == wanted
 
 
 def speaks_into(name: str):
@@ -70,61 +70,61 @@ def speaks_into(name: str):
 
 
 @pytest.mark.parametrize("what", TWICE)
-def test_of_several_started_at_once_one_works_and_the_others_name_it(at_work, undisturbed, what, times, tally):
+def test_of_several_started_at_once_one_works_and_the_others_name_it(workdir, undisturbed, what, times, tally):
     wanted, _ = undisturbed(what)
     for _ in range(times(1, 10)):
-        processes = [started(WORK[what], speaks_into(f"said-{place}")) for place in range(3)]
-        statuses = [ended(process) for process in processes]
+        processes = [start(WORK[what], speaks_into(f"said-{place}")) for place in range(3)]
+        statuses = [exit_status(process) for process in processes]
         assert 0 in statuses and set(statuses) <= {0, 1}, statuses
         for place, status in enumerate(statuses):
             text = Path(f"said-{place}").read_text()
             named = re.match(r"error: .*: process (\d+) on ", text)
             late = what.startswith("train") and "is there already; go on with --resume" in text
             assert status == 0 or late or int(named[1]) in processes, text
-        assert written() == wanted
-        forget()
+        assert outputs() == wanted
+        remove_outputs()
     tally("starts of three at once", times(1, 10))
 
 
 @pytest.mark.parametrize("what", TWICE)
-def test_a_kill_frees_the_lock_at_once_even_while_workers_live_on(at_work, what, tally):
+def test_a_kill_frees_the_lock_at_once_even_while_workers_live_on(workdir, what, tally):
     command = WORK[what].replace("--workers 0", "--workers 1")
-    first = started(command)
+    first = start(command)
     holder(TWICE[what])
     time.sleep(0.3)
     os.kill(first, signal.SIGKILL)
-    ended(first)
-    end = end_of(command)
-    assert end.status == 0 or "is there already" in end.said, end
+    exit_status(first)
+    end = run_command(command)
+    assert end.status == 0 or "is there already" in end.stderr, end
     tally("locks of the killed")
 
 
-def test_readers_are_never_refused(at_work):
+def test_readers_are_never_refused(workdir):
     for what, read in {
         "extract_features.py": ["extract_features.py data/small --out out/features.h5 --info"],
         "train.py": ["generate.py checkpoints/new data/small/photos/0.png --device cpu --precision float32"],
     }.items():
-        forget()
-        does_alone(WORK[what])
+        remove_outputs()
+        run_alone(WORK[what])
         again = WORK[what] + (" --overwrite" if what == "train.py" else "")
-        first = started(again)
+        first = start(again)
         holder(TWICE[what])
         os.kill(first, signal.SIGSTOP)
         for command in read:
-            does(command)
+            run_ok(command)
         os.kill(first, signal.SIGCONT)
-        assert ended(first) == 0, said()
+        assert exit_status(first) == 0, stderr_text()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
-def test_where_files_cannot_be_locked_it_works_without(at_work, undisturbed, number, monkeypatch):
+def test_where_files_cannot_be_locked_it_works_without(workdir, undisturbed, number, monkeypatch):
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
     wanted, _ = undisturbed("preprocess")
     monkeypatch.setattr(fcntl, "lockf", fails)
-    does(WORK["preprocess"])
-    assert written() == wanted
+    run_ok(WORK["preprocess"])
+    assert outputs() == wanted
 
 
 def test_a_lock_that_its_holder_has_just_removed_is_made_anew(tmp_path, monkeypatch):

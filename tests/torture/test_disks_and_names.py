@@ -19,8 +19,8 @@ import pytest
 from captioning.runtime.checkpoint import load_checkpoint
 from tests.small import ENCODER as SMALL_ENCODER
 from tests.small import make_small_data, same
-from tests.torture.artefacts import EXTRACT, GENERATE, NOWHERE, RESUME, SCORE, TRAIN, does
-from tests.torture.ends import End, bound_by_permissions, end_of
+from tests.torture.artefacts import EXTRACT, GENERATE, NOWHERE, RESUME, SCORE, TRAIN, run_ok
+from tests.torture.commands import Outcome, bound_by_permissions, run_command
 
 SPLIT = f"{GENERATE} --data data/small --length-penalty 9 --max-length 4"
 WRITES = {  # what is written below out/ -> the command
@@ -34,19 +34,19 @@ WRITES = {  # what is written below out/ -> the command
 
 
 @pytest.fixture
-def here(workplace, monkeypatch):
-    workplace.enter(monkeypatch)
+def here(artefacts, monkeypatch):
+    artefacts.enter(monkeypatch)
     Path("out").mkdir()
     Path("checkpoints/new").symlink_to("../out/run")
-    yield workplace.folder
-    workplace.mend()
+    yield artefacts.folder
+    artefacts.restore()
 
 
-def is_one_line(end: End) -> bool:
-    return end.status == 1 and end.said.startswith("error: ") and "\n" not in end.said
+def is_one_line(end: Outcome) -> bool:
+    return end.status == 1 and end.stderr.startswith("error: ") and "\n" not in end.stderr
 
 
-def written(what: str) -> object:
+def outputs(what: str) -> object:
     """What the command has written, to be compared."""
     if what == "run":
         return load_checkpoint(Path("checkpoints/new/last.pt"))["decoder"]["state"]
@@ -62,26 +62,26 @@ def empty(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workplace):
+def undisturbed(artefacts):
     """What each command writes where there is room."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        workplace.enter(patch)
+        artefacts.enter(patch)
         Path("out").mkdir()
         Path("checkpoints/new").symlink_to("../out/run")
         for what, command in WRITES.items():
             Path("out/run").mkdir()
-            does(command)
-            found[what] = written(what)
+            run_ok(command)
+            found[what] = outputs(what)
             empty(Path("out"))
-        workplace.mend()
+        artefacts.restore()
     return found
 
 
-def goes_on(what: str, undisturbed: dict) -> None:
+def rerun(what: str, undisturbed: dict) -> None:
     """The same command, with room now, ends as if nothing had been."""
-    does(f"{WRITES[what]} --resume" if what == "run" else WRITES[what])
-    one, other = written(what), undisturbed[what]
+    run_ok(f"{WRITES[what]} --resume" if what == "run" else WRITES[what])
+    one, other = outputs(what), undisturbed[what]
     assert same(one, other) if what == "run" else one == other
 
 
@@ -104,10 +104,10 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_same_command_goes_on(here,
     for size in SIZES[: times(2, len(SIZES))]:
         Path("out/run").mkdir()
         with files_no_larger_than(size):
-            end = end_of(WRITES[what])
-        assert end.status == 0 or is_one_line(end) and re.search("File too large|disk full", end.said), (size, end)
+            end = run_command(WRITES[what])
+        assert end.status == 0 or is_one_line(end) and re.search("File too large|disk full", end.stderr), (size, end)
         refused += end.status == 1
-        goes_on(what, undisturbed)
+        rerun(what, undisturbed)
         empty(Path("out"))
     assert refused
     tally("files that may not grow", refused)
@@ -132,11 +132,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_once_there_is_room
         Path("out/run").mkdir()
         with open("out/others", "wb") as others:
             others.write(bytes(shutil.disk_usage("out").free - left))
-        end = end_of(WRITES[what])
-        assert end.status == 0 or is_one_line(end) and re.search("No space left|disk", end.said), (left, end)
+        end = run_command(WRITES[what])
+        assert end.status == 0 or is_one_line(end) and re.search("No space left|disk", end.stderr), (left, end)
         refused += end.status == 1
         Path("out/others").unlink()
-        goes_on(what, undisturbed)
+        rerun(what, undisturbed)
         empty(Path("out"))
     assert refused
     tally("full disks", refused)
@@ -148,11 +148,11 @@ def test_a_folder_where_nobody_may_write_is_one_line_and_the_same_command_goes_o
     for folder in (Path("out/run"), Path("out")):
         folder.chmod(0o555)
     with bound_by_permissions():
-        end = end_of(WRITES[what])
+        end = run_command(WRITES[what])
     for folder in (Path("out"), Path("out/run")):
         folder.chmod(0o755)
-    assert is_one_line(end) and "Permission denied" in end.said and ("out/" in end.said or "new" in end.said), end
-    goes_on(what, undisturbed)
+    assert is_one_line(end) and "Permission denied" in end.stderr and ("out/" in end.stderr or "new" in end.stderr), end
+    rerun(what, undisturbed)
     tally("folders where nobody may write")
 
 
@@ -174,9 +174,9 @@ def test_a_folder_where_nobody_may_write_is_one_line_and_the_same_command_goes_o
 def test_a_folder_that_nobody_may_enter_is_one_line(here, folder, command, tally):
     Path(folder).chmod(0)
     with bound_by_permissions():
-        end = end_of(command)
+        end = run_command(command)
     Path(folder).chmod(0o755)
-    assert is_one_line(end) and folder in end.said, end
+    assert is_one_line(end) and folder in end.stderr, end
     tally("folders that nobody may enter")
 
 
@@ -226,30 +226,30 @@ def test_names_of_all_kinds_go_through_all_commands(tmp_path, monkeypatch, name,
     val = named_data("x" if name == "\udcff" else name)  # annotations refuse names that are no text
     data = f"{base / 'data' / name}"
     ann = ["--train", base / "train.json", base / "photos", "--val", base / "val.json", base / "photos"]
-    does("preprocess --min-count 1 --workers 1", *ann, "--", data)
+    run_ok("preprocess --min-count 1 --workers 1", *ann, "--", data)
     recipe = EXTRACT.split("data/small")
-    does(recipe[0], *recipe[1].split(), "--", data)
+    run_ok(recipe[0], *recipe[1].split(), "--", data)
     train = TRAIN.split("data/small")
-    does(train[0], *train[1].split(), "--", data)
+    run_ok(train[0], *train[1].split(), "--", data)
     shutil.move("checkpoints/new", f"checkpoints/{name}")
     outputs = {kind: base / f"{name}.{kind}" for kind in ("json", "csv", "html", "submission", "scores", "extremes")}
     flags = [word for kind, path in outputs.items() for word in (f"--{kind}", path)]
     more = "generate.py --device cpu --workers 0 --length-penalty 9 --max-length 4"
     run = base / "checkpoints" / name
-    does(more, "--data", data, "--pictures", base / f"{name} drawn", *flags, "--", run)
+    run_ok(more, "--data", data, "--pictures", base / f"{name} drawn", *flags, "--", run)
     assert [line["image_id"] for line in json.loads(outputs["json"].read_text())] == list(val)
     with open(outputs["csv"], encoding="utf-8-sig", newline="") as file:
         assert [line["photo"] for line in csv.DictReader(file)] == list(val)
     text = StringArray(outputs["html"].read_text("utf-8")).found
     assert all(id in text for id in val) and text.count("CIDEr-D") == len(val)
     assert len(list((base / f"{name} drawn").iterdir())) == len(val)
-    told = does(more, "--", run, base / "photos").splitlines()
+    told = run_ok(more, "--", run, base / "photos").splitlines()
     assert len(told) == 12, "a line a photo"
-    does("generate.py --references", data, "--score", outputs["json"])
-    end = end_of(f"dashboard {NOWHERE}", "--replay", run)
-    assert is_one_line(end) and "no visdom server answers" in end.said
-    end = end_of(more, "--", run, base / "no such photo")
-    assert is_one_line(end) and "no such photo" in end.said
+    run_ok("generate.py --references", data, "--score", outputs["json"])
+    end = run_command(f"dashboard {NOWHERE}", "--replay", run)
+    assert is_one_line(end) and "no visdom server answers" in end.stderr
+    end = run_command(more, "--", run, base / "no such photo")
+    assert is_one_line(end) and "no such photo" in end.stderr
     tally("names of all kinds")
 
 
@@ -257,8 +257,8 @@ def test_unreadable_photos_are_a_line_each_whatever_they_are_called(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     named_data("new\nline")
     Path("photos/new\nline 3.png").write_bytes(b"no photo")
-    does("preprocess data --min-count 1 --train train.json photos --val val.json photos")
+    run_ok("preprocess data --min-count 1 --train train.json photos --val val.json photos")
     settings = [word for flag, value in SMALL_ENCODER.items() for word in (f"--{flag.replace('_', '-')}", value)]
-    told = does("extract_features.py data --allow-missing 0.1", *settings)
+    told = run_ok("extract_features.py data --allow-missing 0.1", *settings)
     assert "skipped: photos/new\\nline 3.png: not an image\n" in told
     assert Path("data/features.unreadable.txt").read_text() == "photos/new\\nline 3.png: not an image\n"
