@@ -106,7 +106,8 @@ def small_runs(small_data: Path) -> Path:
         patch.chdir(folder)
         extract_features.main(ExtractFeatures(small_data, **ENCODER))
         for decoder in DECODERS:
-            train.main(Train(Path("data/small"), decoder, decoder=decoder, epochs=3, precision="float32", **TINY))
+            settings = {"decoder": decoder, "epochs": 3, "precision": "float32", "preview_photos": 1, **TINY}
+            train.main(Train(Path("data/small"), decoder, **settings))
     return folder
 
 

@@ -29,6 +29,7 @@ TINY = {
     "learning_rate": 1e-2,
     "device": "cpu",  # sums on a GPU are not reproducible
 }
+QUICK = {**TINY, "max_length": 12, "preview_photos": 1}  # less validation; the captions have up to 5 words
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 
 

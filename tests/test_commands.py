@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,9 +34,9 @@ from captioning.training.trainer import Trainer
 from config import ExtractFeatures, Generate, Train
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
-from tests.small import ENCODER, TINY, log_of, same, weights
-
-HOUSE = Path(__file__).parents[1]
+from tests.small import ENCODER, QUICK, log_of, same, weights
+from tests.torture.artefacts import EXTRACT
+from tests.torture.processes import exit_status, has_exited, start
 
 TALKATIVE = SearchOptions(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
 
@@ -79,46 +78,24 @@ def test_native_cells_and_the_14x14_file_train_to_the_same_losses(here, tmp_path
     extract_features.main(ExtractFeatures(Path("data/small"), **ENCODER, grid="native", out=tmp_path / "native.h5"))
     assert (tmp_path / "native.h5").stat().st_size < Path("data/small/features.h5").stat().st_size / 2
     train.main(
-        Train(Path("data/small"), "native", features=tmp_path / "native.h5", epochs=3, precision="float32", **TINY)
+        Train(Path("data/small"), "native", features=tmp_path / "native.h5", epochs=3, precision="float32", **QUICK)
     )
     for line, other in zip(log_of("native"), log_of("attention"), strict=True):
         assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
 
 
-def test_a_killed_extraction_goes_on_and_ends_bit_equal(here, tmp_path):
-    command = [
-        sys.executable,
-        HOUSE / "extract_features.py",
-        "data/small",
-        "--encoder",
-        "resnet18.layer2",
-        "--weights",
-        "random",
-        "--image-size",
-        "64",
-        "--precision",
-        "float32",
-        "--workers",
-        "0",
-        "--batch-size",
-        "2",
-        "--out",
-        tmp_path / "killed.h5",
-    ]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (tmp_path / "killed.h5").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    extract_features.main(
-        ExtractFeatures(Path("data/small"), **{**ENCODER, "batch_size": 2}, out=tmp_path / "killed.h5")
-    )
-    extract_features.main(
-        ExtractFeatures(Path("data/small"), **{**ENCODER, "batch_size": 2}, out=tmp_path / "whole.h5")
-    )
-    assert (tmp_path / "killed.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+def test_a_killed_extraction_continues_and_ends_bit_equal(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(here / "data")
+    process = start(f"{EXTRACT} --batch-size 2 --out killed.h5")
+    while not has_exited(process) and not Path("killed.h5").exists():
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    exit_status(process)
+    settings = {**ENCODER, "batch_size": 2}
+    for name in ("killed.h5", "undisturbed.h5"):
+        extract_features.main(ExtractFeatures(Path("data/small"), **settings, out=Path(name)))
+    assert Path("killed.h5").read_bytes() == Path("undisturbed.h5").read_bytes()
 
 
 def test_unreadable_photos_are_skipped_up_to_the_allowed_share(here, tmp_path, monkeypatch, capsys):
@@ -150,7 +127,7 @@ def test_training_learns_and_logs(here):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
-    run, setting = f"resumed-{decoder}", {"decoder": decoder, "precision": "float32", **TINY}
+    run, setting = f"resumed-{decoder}", {"decoder": decoder, "precision": "float32", **QUICK}
     train.main(Train(Path("data/small"), run, epochs=1, **setting))
     train.main(Train(Path("data/small"), run, epochs=3, resume=True, **setting))
     assert same(weights(run), weights(decoder))
@@ -158,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
 
 
 def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_weights(here, monkeypatch):
-    setting = {"epochs": 3, "precision": "float32", **TINY}
+    setting = {"epochs": 3, "precision": "float32", **QUICK}
     steps, plain = [], Trainer.train_step
 
     def stop_at_the_seventh(self, *batch, **last):
@@ -187,26 +164,26 @@ def test_patience_ends_a_run_that_no_longer_improves(here):
             epochs=9,
             patience=1,
             learning_rate=1e-9,
-            **{k: v for k, v in TINY.items() if k != "learning_rate"},
+            **{k: v for k, v in QUICK.items() if k != "learning_rate"},
         )
     )
     assert len(log_of("patient")) == 2
 
 
 def test_the_best_checkpoint_is_chosen_by_the_named_score(here):
-    train.main(Train(Path("data/small"), "by-loss", epochs=3, best_metric="loss", **TINY))
+    train.main(Train(Path("data/small"), "by-loss", epochs=3, best_metric="loss", **QUICK))
     losses = [line["val_loss"] for line in log_of("by-loss")]
     assert load_checkpoint(Path("checkpoints/by-loss/best.pt"))["progress"]["best"] == pytest.approx(-min(losses))
 
 
 def test_the_learning_rate_decays_in_steps(here):
-    train.main(Train(Path("data/small"), "decays", epochs=4, lr_decay=0.5, lr_decay_every=2, **TINY))
+    train.main(Train(Path("data/small"), "decays", epochs=4, lr_decay=0.5, lr_decay_every=2, **QUICK))
     assert [line["learning_rate"] for line in log_of("decays")] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
 
 
 def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
     setting = {"fine_tune": True, "weights": "random", "encoder": "resnet18.layer2", "image_size": 64, "workers": 0}
-    train.main(Train(Path("data/small"), "tuned", epochs=1, **setting, **TINY))
+    train.main(Train(Path("data/small"), "tuned", epochs=1, **setting, **QUICK))
     tuned = load_checkpoint(Path("checkpoints/tuned"))
     before = load_encoder("resnet18.layer2", "random", 64, seed=0).body.state_dict()
     for name in ("conv1.weight", "layer2.1.conv2.weight"):  # not BatchNorm alone, whose statistics move by themselves
@@ -227,11 +204,11 @@ def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
             epochs=1,
             features=Path("data/tuned.h5"),
             start_from=Path("checkpoints/tuned"),
-            **TINY,
+            **QUICK,
         )
     )
     with pytest.raises(UserError, match="another encoder"):
-        train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **TINY))
+        train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **QUICK))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -246,7 +223,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
             Path("data/small"), **encoder, dtype=dtype, workers=0, precision="float32", out=tmp_path / "f.h5"
         )
     )
-    setting = {**TINY, "decoder": decoder, "precision": "float32", "dropout": 0.0}
+    setting = {**QUICK, "decoder": decoder, "precision": "float32", "dropout": 0.0}
     live = train.make_trainer(Train(Path("data/small"), "none", fine_tune=True, **encoder, **setting))
     cached = train.make_trainer(Train(Path("data/small"), "none", features=tmp_path / "f.h5", **setting))
     assert same(live.decoder.state_dict(), cached.decoder.state_dict())
@@ -274,7 +251,7 @@ def test_fine_tuning_in_float16_scales_its_loss_and_resumes(here):
         "precision": "float16",
         "flip": True,
         "crop": 0.8,
-        **TINY,
+        **QUICK,
     }
     train.main(Train(Path("data/small"), "half", epochs=2, **setting))
     train.main(Train(Path("data/small"), "half-resumed", epochs=1, **setting))
@@ -290,7 +267,7 @@ def test_the_log_of_fine_tuning_tells_photos_a_second_and_peak_memory(here):
 
 
 def test_an_average_of_the_weights_is_what_is_kept_and_it_resumes(here):
-    setting = {"precision": "float32", "ema_decay": 0.9, "best_metric": "loss", **TINY}
+    setting = {"precision": "float32", "ema_decay": 0.9, "best_metric": "loss", **QUICK}
     train.main(Train(Path("data/small"), "average", epochs=3, **setting))
     train.main(Train(Path("data/small"), "average-resumed", epochs=1, **setting))
     train.main(Train(Path("data/small"), "average-resumed", epochs=3, resume=True, **setting))
@@ -306,7 +283,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_photos(here, monk
     nan = torch.tensor(float("nan"))
     monkeypatch.setattr(Trainer, "train_step", lambda *a, **k: plain(*a, **k)._replace(objective=nan))
     with pytest.raises(UserError, match="nan.*photo.*--learning-rate"):
-        train.main(Train(Path("data/small"), "nan", epochs=1, **TINY))
+        train.main(Train(Path("data/small"), "nan", epochs=1, **QUICK))
 
 
 # ---- generate.py
@@ -489,7 +466,7 @@ def test_features_of_another_data_set_are_refused(here, tmp_path):
     write_captions(other / CAPTIONS_FILE, photos)
     Vocabulary.load(Path("data/small") / VOCABULARY_FILE).save(other / VOCABULARY_FILE)
     with pytest.raises(UserError, match="another data set.*extract_features.py"):
-        train.main(Train(other, "other", features=Path("data/small/features.h5"), **TINY))
+        train.main(Train(other, "other", features=Path("data/small/features.h5"), **QUICK))
 
 
 def test_captions_are_not_generated_from_the_features_of_another_encoder(here, tmp_path, capsys):
@@ -508,9 +485,9 @@ def test_captions_are_not_generated_from_the_features_of_another_encoder(here, t
 
 def test_a_run_is_not_overwritten_or_resumed_by_mistake(here):
     with pytest.raises(UserError, match="--resume.*--overwrite"):
-        train.main(Train(Path("data/small"), "attention", **TINY))
+        train.main(Train(Path("data/small"), "attention", **QUICK))
     with pytest.raises(UserError, match="--hidden-size 99.*trained with 24"):
-        train.main(Train(Path("data/small"), "attention", resume=True, epochs=9, **{**TINY, "hidden_size": 99}))
+        train.main(Train(Path("data/small"), "attention", resume=True, epochs=9, **{**QUICK, "hidden_size": 99}))
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(here, tmp_path):
@@ -524,7 +501,7 @@ def test_another_vocabulary_is_refused_with_both_sizes(here, tmp_path):
                 "start",
                 features=Path("data/small/features.h5"),
                 start_from=Path("checkpoints/attention"),
-                **TINY,
+                **QUICK,
             )
         )
 
