@@ -73,6 +73,22 @@ class ThinResNet(models.ResNet):
         super().__init__(block, [1] * len(layers), width_per_group=4, **settings)
 
 
+class ThinMobileNet(models.MobileNetV2):
+    """MobileNetV2 without expansions: the same blocks and output channels, half the operations."""
+
+    def __init__(self, **settings):
+        rows = [
+            [1, 16, 1, 1],
+            [1, 24, 2, 2],
+            [1, 32, 3, 2],
+            [1, 64, 4, 2],
+            [1, 96, 3, 1],
+            [1, 160, 3, 2],
+            [1, 320, 1, 1],
+        ]
+        super().__init__(inverted_residual_setting=rows, **settings)
+
+
 def calibrate(model: torch.nn.Module) -> torch.nn.Module:
     """Set the BatchNorm statistics from a batch of noise and the scales to 0.1, so that features fit in float16."""
     for module in model.modules():
@@ -113,6 +129,7 @@ def user_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # hides Java: METEOR would take seconds in each of many commands
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(models.resnet, "ResNet", ThinResNet)
+    monkeypatch.setattr(models.mobilenetv2, "MobileNetV2", ThinMobileNet)
     torch.save(
         calibrate(models.resnet101()).state_dict(),
         cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2],

@@ -144,7 +144,7 @@ CONTAINERS = {"zipped": zipped, "legacy": legacy, "plain pickle": plain}
 READERS = {
     "a checkpoint": load_checkpoint,
     "a run to caption with": Captioner.load,
-    "weights": lambda path: load_encoder("resnet18.layer1", str(path), 32),
+    "weights": lambda path: load_encoder("squeezenet1_1", str(path), 64),
     "a run's encoder": lambda path: load_encoder(None, str(path), None),
 }
 
@@ -161,7 +161,7 @@ def refusal(work, *arguments):
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_crafted_pickle_is_refused_and_not_executed(tmp_path, reader, container, tally):
-    path, trace = tmp_path / ("resnet18.pth" if reader == "weights" else "best.pt"), tmp_path / "executed"
+    path, trace = tmp_path / ("squeezenet1_1.pth" if reader == "weights" else "best.pt"), tmp_path / "executed"
     for payload in payloads(trace).values():
         for data in (payload, {"format": FORMAT, "decoder": payload}, {"state_dict": payload}, [{"a": payload}]):
             CONTAINERS[container](data, path)
