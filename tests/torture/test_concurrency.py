@@ -1,4 +1,4 @@
-"""Two processes that would write to one place: the second is refused with one line, and the first ends undisturbed."""
+"""Two processes that write to the same output: the second is refused with one line, the first is not disturbed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.torture.processes import (
     stderr_text,
 )
 
-TWICE = {
+OUTPUTS = {  # command of WORK -> what it locks
     "preprocess": "out/data",
     "preprocess --scenes": "out/data",
     "extract_features.py": "out/features.h5",
@@ -36,9 +36,9 @@ TWICE = {
 }
 
 
-def holder(of: str) -> str:
-    """What the lock file says, once there is one."""
-    lock = Path(f"{of}.lock") if of.endswith(".h5") else Path(of, ".lock")
+def lock_text(output: str) -> str:
+    """Wait for the lock of an output and return its text."""
+    lock = Path(f"{output}.lock") if output.endswith(".h5") else Path(output, ".lock")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
@@ -48,49 +48,53 @@ def holder(of: str) -> str:
     raise AssertionError("never locked")
 
 
-@pytest.mark.parametrize("what", TWICE)
-def test_a_second_process_is_refused_and_told_which_is_the_first(workdir, undisturbed, what, tally):
-    wanted, _ = undisturbed(what)
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_a_second_process_is_refused_with_the_process_id_of_the_first(workdir, undisturbed, what, tally):
+    expected, _ = undisturbed(what)
     first = start(WORK[what])
-    assert holder(TWICE[what]).startswith(f"{first} on ")
+    assert lock_text(OUTPUTS[what]).startswith(f"{first} on ")
     os.kill(first, signal.SIGSTOP)
     for more in ("", " --overwrite", " --resume") if what.startswith("train") else ("", " --overwrite"):
         end = run_command(WORK[what] + more)
         assert end.status == 1 and "\n" not in end.stderr, end
-        assert end.stderr.startswith(f"error: {TWICE[what]}: process {first} on ") and "; wait for it, or" in end.stderr
+        assert (
+            end.stderr.startswith(f"error: {OUTPUTS[what]}: process {first} on ") and "; wait for it, or" in end.stderr
+        )
         tally("second processes")
     os.kill(first, signal.SIGCONT)
     assert exit_status(first) == 0, stderr_text()
-    assert outputs() == wanted
+    assert outputs() == expected
 
 
-def speaks_into(name: str):
-    """For `started`: what the process says is in a file of its own."""
+def redirect_stderr(name: str):
+    """For `start`: give the process a file of its own for its stderr."""
     return lambda: os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
 
-@pytest.mark.parametrize("what", TWICE)
-def test_of_several_started_at_once_one_works_and_the_others_name_it(workdir, undisturbed, what, times, tally):
-    wanted, _ = undisturbed(what)
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_of_several_processes_started_at_once_one_works_and_the_others_name_it(
+    workdir, undisturbed, what, times, tally
+):
+    expected, _ = undisturbed(what)
     for _ in range(times(1, 10)):
-        processes = [start(WORK[what], speaks_into(f"said-{place}")) for place in range(3)]
+        processes = [start(WORK[what], redirect_stderr(f"stderr-{number}")) for number in range(3)]
         statuses = [exit_status(process) for process in processes]
         assert 0 in statuses and set(statuses) <= {0, 1}, statuses
-        for place, status in enumerate(statuses):
-            text = Path(f"said-{place}").read_text()
+        for number, status in enumerate(statuses):
+            text = Path(f"stderr-{number}").read_text()
             named = re.match(r"error: .*: process (\d+) on ", text)
             late = what.startswith("train") and "is there already; go on with --resume" in text
             assert status == 0 or late or int(named[1]) in processes, text
-        assert outputs() == wanted
+        assert outputs() == expected
         remove_outputs()
     tally("starts of three at once", times(1, 10))
 
 
-@pytest.mark.parametrize("what", TWICE)
-def test_a_kill_frees_the_lock_at_once_even_while_workers_live_on(workdir, what, tally):
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_a_kill_frees_the_lock_at_once_even_while_workers_are_still_alive(workdir, what, tally):
     command = WORK[what].replace("--workers 0", "--workers 1")
     first = start(command)
-    holder(TWICE[what])
+    lock_text(OUTPUTS[what])
     time.sleep(0.3)
     os.kill(first, signal.SIGKILL)
     exit_status(first)
@@ -108,7 +112,7 @@ def test_readers_are_never_refused(workdir):
         run_alone(WORK[what])
         again = WORK[what] + (" --overwrite" if what == "train.py" else "")
         first = start(again)
-        holder(TWICE[what])
+        lock_text(OUTPUTS[what])
         os.kill(first, signal.SIGSTOP)
         for command in read:
             run_ok(command)
@@ -117,33 +121,33 @@ def test_readers_are_never_refused(workdir):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
-def test_where_files_cannot_be_locked_it_works_without(workdir, undisturbed, number, monkeypatch):
+def test_commands_work_without_locks_where_files_cannot_be_locked(workdir, undisturbed, number, monkeypatch):
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    wanted, _ = undisturbed("preprocess")
+    expected, _ = undisturbed("preprocess")
     monkeypatch.setattr(fcntl, "lockf", fails)
     run_ok(WORK["preprocess"])
-    assert outputs() == wanted
+    assert outputs() == expected
 
 
-def test_a_lock_that_its_holder_has_just_removed_is_made_anew(tmp_path, monkeypatch):
-    """Else this process would hold a file that nobody finds any more, and the next one another."""
+def test_a_lock_that_its_holder_has_just_removed_is_created_again(tmp_path, monkeypatch):
+    """Otherwise this process would hold a deleted file, and the next process would lock a new one."""
     lock, plain, calls = tmp_path / ".lock", fcntl.lockf, []
 
-    def first_without_a_name(*arguments):
+    def remove_before_first_lock(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
             lock.unlink()
         return plain(*arguments)
 
-    monkeypatch.setattr(fcntl, "lockf", first_without_a_name)
+    monkeypatch.setattr(fcntl, "lockf", remove_before_first_lock)
     with locked(tmp_path, lock):
         assert lock.read_text().startswith(f"{os.getpid()} on ") and len(calls) == 2
     assert not lock.exists()
 
 
-def test_of_two_that_write_one_file_the_later_one_wins_and_the_other_is_told(tmp_path):
+def test_of_two_processes_that_write_one_file_the_later_one_wins_and_the_other_gets_an_error(tmp_path):
     path = tmp_path / "captions.csv"
     with (
         pytest.raises(UserError, match="captions.csv: another process writes it, too; write to"),
@@ -155,7 +159,7 @@ def test_of_two_that_write_one_file_the_later_one_wins_and_the_other_is_told(tmp
     assert path.read_bytes() == b"a line" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".lock").symlink_to("victim")
     with locked(tmp_path, tmp_path / ".lock"):
@@ -163,7 +167,7 @@ def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_a_lock_that_is_refused_or_comes_to_nothing_leaves_no_folder(tmp_path):
+def test_a_lock_whose_work_fails_leaves_no_folder(tmp_path):
     with pytest.raises(RuntimeError), locked(tmp_path / "a", tmp_path / "a/.lock"):
         assert (tmp_path / "a/.lock").read_text().startswith(f"{os.getpid()} on ")
         raise RuntimeError
