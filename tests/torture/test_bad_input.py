@@ -82,8 +82,8 @@ def captions(**changes: object) -> Callable[[], None]:
 
 
 def vocabulary(**changes: object) -> Callable[[], None]:
-    vocabulary = {"language": "en", "tokenizer": "whitespace", "min_count": 1, "words": WORDS}
-    return put("data/small/vocab.json", {**vocabulary, **changes})
+    content = {"language": "en", "tokenizer": "whitespace", "min_count": 1, "words": WORDS}
+    return put("data/small/vocab.json", {**content, **changes})
 
 
 def without(attribute: str) -> Callable[[], None]:
@@ -1065,7 +1065,7 @@ ODD = {
 
 
 def test_a_command_works_in_the_oddest_environment(here):
-    """Without HOME, on an ASCII terminal, with nonsense in every variable that a library reads, a photo is captioned."""
+    """Without HOME, on an ASCII terminal and with nonsense in every variable of a library, a photo is captioned."""
     Path("照片.png").write_bytes(Path("data/small/photos/0.png").read_bytes())
     command = [
         sys.executable,

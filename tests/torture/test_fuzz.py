@@ -13,7 +13,7 @@ MEMORY = 2000  # MB, for one allocation; a limit on the process would include wh
 
 
 def fuzz(target, corpus, seconds):
-    """Run a target on its seeds and their mutations. Return the number of inputs. Fails with the stderr of the target."""
+    """Run a target on its seeds and their mutations. Return the number of inputs. Fails with its stderr."""
     command = [
         sys.executable,
         "-m",
