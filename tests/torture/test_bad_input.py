@@ -1081,7 +1081,7 @@ def test_a_command_works_in_the_oddest_environment(here):
         "--length-penalty",
         "9",
     ]
-    done = subprocess.run(command, env=ODD, capture_output=True, text=True, encoding="ascii", timeout=120)
+    done = subprocess.run(command, env=ODD, capture_output=True, text=True, encoding="ascii", timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert ".html: 1 captions" in done.stdout and Path("页.html").is_file() and any(Path("画").iterdir())
 

@@ -19,7 +19,9 @@ from tests.torture.artefacts import run_ok
 from tests.torture.commands import run_command
 from tests.torture.processes import (
     WORK,
+    cpu_seconds,
     exit_status,
+    has_exited,
     outputs,
     remove_outputs,
     run_alone,
@@ -39,7 +41,7 @@ OUTPUTS = {  # command of WORK -> what it locks
 def lock_text(output: str) -> str:
     """Wait for the lock of an output and return its text."""
     lock = Path(f"{output}.lock") if output.endswith(".h5") else Path(output, ".lock")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
             if text := lock.read_text():
@@ -90,12 +92,21 @@ def test_of_several_processes_started_at_once_one_works_and_the_others_name_it(
     tally("starts of three at once", times(1, 10))
 
 
+def wait_for_worker(process: int) -> None:
+    """Wait until the process has a child. Some commands need none: then for 0.3 CPU seconds, or until it exits."""
+    children, began = Path(f"/proc/{process}/task/{process}/children"), time.monotonic()
+    while not has_exited(process) and cpu_seconds(process, began) < 0.3:
+        if children.exists() and children.read_text():
+            return
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("what", OUTPUTS)
 def test_a_kill_frees_the_lock_at_once_even_while_workers_are_still_alive(workdir, what, tally):
     command = WORK[what].replace("--workers 0", "--workers 1")
     first = start(command)
     lock_text(OUTPUTS[what])
-    time.sleep(0.3)
+    wait_for_worker(first)
     os.kill(first, signal.SIGKILL)
     exit_status(first)
     end = run_command(command)
