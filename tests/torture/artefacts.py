@@ -44,17 +44,18 @@ class Artefacts:
         patch.setenv("PATH", "")  # hides Java, which takes seconds to start
 
     def restore(self) -> None:
-        """Write back what was damaged or removed and delete what is new. The folder must be the current one."""
-        for path in sorted(Path("").rglob("*"), reverse=True):
-            if path.is_symlink() or (path.is_file() and path not in self.files):
+        """Write back what was damaged or removed, and delete what is new, in this folder and nowhere else."""
+        files = {self.folder / path: path for path in self.files}
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_symlink() or (path.is_file() and path not in files):
                 path.unlink()
-            elif path.is_dir() and (path in self.files or not any(path.iterdir())):
+            elif path.is_dir() and (path in files or not any(path.iterdir())):
                 path.rmdir()
-        for path, content in self.files.items():
-            if not path.exists() or stamp(path) != self.stamps[path]:
+        for path, name in files.items():
+            if not path.exists() or stamp(path) != self.stamps[name]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-                self.stamps[path] = stamp(path)
+                path.write_bytes(self.files[name])
+                self.stamps[name] = stamp(path)
 
 
 def make_artefacts(scenes: bool = True) -> None:
