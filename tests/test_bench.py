@@ -1,4 +1,4 @@
-"""The benchmarks run, and check that both sides compute the same before timing them. Their results are not tested."""
+"""The benchmarks run, and check that results are equal before they time anything. The times are not tested."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ def bench(name):
     path = BENCH / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look the module up there
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -38,15 +38,15 @@ def test_the_cache_benchmark_runs_and_removes_its_files(tmp_path, capsys):
     cache = bench("cache")
     cache.main(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2, rounds=1, sizes=()))
     output = capsys.readouterr().out
-    assert output.count(" photos/s ") == 13 and "times as fast as the plain way" in output
-    cache.grow(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2), 1000)
+    assert output.count(" photos/s ") == 13 and "times as fast as with plain h5py" in output
+    cache.measure_size(cache.Bench(tmp_path, photos=5, channels=4, batch_size=2), 1000)
     assert re.search(r" 1,000 +0.0 GB .* MB\n$", capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_waiting_benchmark_runs_and_removes_its_files(tmp_path, capsys):
     waiting = bench("waiting")
-    waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, places=("ram",), device="cpu"))
+    waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, features_on=("ram",), device="cpu"))
     output = capsys.readouterr().out
     assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", output)
     assert list(tmp_path.iterdir()) == []
@@ -69,11 +69,11 @@ def test_the_decoder_benchmark_compares_the_results_before_it_times_them(capsys,
     for name in ("attention", "lstm"):
         decoders.main(decoders.Bench(name, **small, threads=1))
         output = capsys.readouterr().out
-        assert re.search(r"float64: ours and the tutorial's differ by \S+ in the loss, (0|[1-9])e[-+]\d+", output)
+        assert re.search(r"float64: Kantu and the tutorial differ by \S+ in the loss, (0|[1-9])e[-+]\d+", output)
         assert re.findall(r"(\w+)  .*times as fast", output) == ["tutorial", *precisions]
 
 
-def test_the_bench_of_the_decoders_refuses_to_time_decoders_that_differ(capsys, monkeypatch):
+def test_the_decoder_benchmark_times_nothing_if_the_results_differ(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
     original = decoders.TutorialLstm.loss
@@ -83,7 +83,7 @@ def test_the_bench_of_the_decoders_refuses_to_time_decoders_that_differ(capsys, 
     assert "times as fast" not in capsys.readouterr().out
 
 
-def test_the_bench_of_beam_search_gives_the_captions_of_the_plain_search(capsys, monkeypatch):
+def test_the_beam_search_benchmark_finds_the_captions_of_the_tutorial(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     search = bench("beam_search")
     search.main(search.Bench(photos=6, batch_size=4, vocabulary=40, channels=8, size=6, max_length=5, threads=1))
@@ -107,7 +107,7 @@ def test_the_scoring_benchmark_runs(small_data, capsys):
     assert re.search(r"30 photos, 45 references, +word: [\d.]+ s", capsys.readouterr().out)
 
 
-def test_complete_prefixes_score_as_references_and_empty_ones_give_greedy_captions(here, capsys):
+def test_complete_given_captions_score_like_references_and_without_given_words_decoding_is_greedy(here, capsys):
     beginnings = bench("beginnings")
     data, run = Path("data/small"), Path("checkpoints/attention")
     photos = [photo for photo in read_captions(data) if photo.split == "val"]

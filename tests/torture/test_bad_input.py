@@ -1106,7 +1106,9 @@ def test_a_font_without_the_letters_of_a_caption_gives_one_line(here, monkeypatc
     fonts._find_font.cache_clear()
     try:
         end = run_command(f"{PHOTO} --pictures drawn --max-length 3 --length-penalty 9")
-        assert end.status == 1 and end.stderr.startswith("error: no installed font has the letters ; install one that does")
+        assert end.status == 1 and end.stderr.startswith(
+            "error: no installed font has the letters ; install one that does"
+        )
     finally:
         fonts._find_font.cache_clear()
 

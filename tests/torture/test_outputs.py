@@ -128,11 +128,11 @@ def make_log(caption, references, setting):
 @given(caption=text, references=st.lists(text, max_size=2), setting=text, run=text)
 def test_the_dashboard_shows_text_as_text(tmp_path_factory, caption, references, setting, run):
     events = make_log(caption, references, setting)
-    shown = windows(events, tmp_path_factory.mktemp("run"))
+    shown = run_windows(events, tmp_path_factory.mktemp("run"))
     card, table = (Page(shown[name]["data"][0]["content"]) for name in ("photo 1", "settings"))
     assert card.is_harmless(CARD_TAGS) and table.is_harmless(CARD_TAGS)
     assert all(part in card.text for part in [caption, *references]) and table.text.count(setting) >= 3
-    for window in compared({run: events}).values():
+    for window in comparison_windows({run: events}).values():
         for curve in window["data"]:
             assert "<" not in curve["name"] and html.unescape(curve["name"]).startswith(f"{run}: ")
 
