@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no screen, no network, and the data beside the project, where it is."""
+"""Settings and fixtures of all tests: one thread, no display, no network, no Java, and small data sets and runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
-NOTES = tempfile.TemporaryDirectory(prefix="kantu-tests-")
-CALLS = Path(NOTES.name, "calls")  # to other machines than this one: see tests/loopback
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they gain on small tensors
+CALLS_FOLDER = tempfile.TemporaryDirectory(prefix="kantu-tests-")
+CALLS = Path(CALLS_FOLDER.name, "calls")  # lists attempted calls to other machines: see tests/loopback
 os.environ["KANTU_CALLS"] = str(CALLS)
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).with_name("loopback")), os.environ.get("PYTHONPATH")])
@@ -25,34 +25,35 @@ import torch  # noqa: E402
 import extract_features  # noqa: E402
 import train  # noqa: E402
 from captioning.decoders import DECODERS  # noqa: E402
+from captioning.evaluation import score_report  # noqa: E402
 from config import ExtractFeatures, Train  # noqa: E402
 from tests.loopback.sitecustomize import watch  # noqa: E402
 from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 
 sys.addaudithook(watch)
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
-hypothesis.settings.load_profile("house")
+hypothesis.settings.register_profile("kantu", deadline=None)  # a busy machine must not fail a test
+hypothesis.settings.load_profile("kantu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--torture", action="store_true", help="tests/torture at full length: make torture")
+    parser.addoption("--torture", action="store_true", help="run tests/torture at full length, as make torture does")
 
 
 @pytest.fixture(scope="session")
 def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """times(few, many): how often to attack, few in the suite, many under --torture."""
+    """times(few, many): the number of repetitions: `few` in the suite, `many` under --torture."""
     return lambda few, many: many if request.config.getoption("--torture") else few
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
-    """tally("kills of train.py", 50): counted in the table of RELIABILITY.md, if the test passes."""
+    """tally("kills of train.py", 50): if the test passes, add 50 to that row of the table in RELIABILITY.md."""
     return lambda attack, count=1: request.node.user_properties.append(("attack", (attack, count)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of RELIABILITY.md."""
+    """Print the table of RELIABILITY.md."""
     counts: Counter[str] = Counter()
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
@@ -66,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def no_network() -> Iterator[None]:
-    """A test that calls another machine fails, in whatever process, even where the code that called forgave it."""
+    """Fail a test if any of its processes calls another machine, even if the calling code ignores the error."""
     yield
     if CALLS.exists():
         calls = CALLS.read_text("utf-8")
@@ -74,35 +75,44 @@ def no_network() -> Iterator[None]:
         pytest.fail(f"called another machine: {calls}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_java() -> Iterator[None]:
+    """Leave METEOR out of all score reports: it takes Java 10 CPU seconds. tests/test_java_metrics.py runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_report, "meteor_score", lambda candidates, references: "skipped: not in the tests")
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real photos, captions and weights beside the project."""
+    """The folder of real photos, captions and weights next to the project."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("no real data beside the project (../shared)")
+        pytest.skip("no real data next to the project (../shared)")
     return folder
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder data/small of 24 tiny photos with captions; see tests/small.py. Tests only read it."""
+    """The data folder data/small: 24 tiny photos with captions, made by tests/small.py. Tests must not change it."""
     return make_small_data(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
-def made(small_data, tmp_path_factory):
-    """The small data set with cached features, and a run of each decoder on them -> the folder they lie in."""
+def small_runs(small_data: Path) -> Path:
+    """The folder with data/small, its cached features, and checkpoints/NAME: a trained run of each decoder NAME."""
     folder = small_data.parents[1]
-    before = os.getcwd()
-    os.chdir(folder)
-    extract_features.main(ExtractFeatures(small_data, **ENCODER))
-    for decoder in DECODERS:
-        train.main(Train(Path("data/small"), decoder, decoder=decoder, epochs=3, precision="float32", **TINY))
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        extract_features.main(ExtractFeatures(small_data, **ENCODER))
+        for decoder in DECODERS:
+            settings = {"decoder": decoder, "epochs": 3, "precision": "float32", "preview_photos": 1, **TINY}
+            train.main(Train(Path("data/small"), decoder, **settings))
     return folder
 
 
 @pytest.fixture
-def here(made, monkeypatch):
-    monkeypatch.chdir(made)
-    return made
+def here(small_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`small_runs` as the current folder."""
+    monkeypatch.chdir(small_runs)
+    return small_runs

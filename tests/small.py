@@ -1,4 +1,4 @@
-"""A small data set, made once: coloured squares, a caption or two each; and what tests ask of the runs on it."""
+"""A small data set: photos of coloured squares with one or two captions each; and helpers that read runs on it."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ TINY = {
     "hidden_size": 24,
     "batch_size": 6,
     "learning_rate": 1e-2,
-    "device": "cpu",
-}  # a GPU adds up in another order every time
+    "device": "cpu",  # sums on a GPU are not reproducible
+}
+QUICK = {**TINY, "max_length": 12, "preview_photos": 1}  # less validation; the captions have up to 5 words
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 
 
 def make_small_data(folder: Path, photos: int = 24, seed: int = 0) -> Path:
-    """data/small with photos of 64x64 pixels, captions.jsonl and vocab.json -> the data folder."""
+    """Write data/small below `folder`: photos of 64x64 pixels, captions.jsonl and vocab.json. Return data/small."""
     random = np.random.default_rng(seed)
     data = folder / "data" / "small"
     (data / "photos").mkdir(parents=True)
     records = []
     for i in range(photos):
-        colour, ground = map(str, random.choice(list(COLOURS), 2, replace=False))
-        pixels = np.full((64, 64, 3), COLOURS[ground], np.uint8)
+        colour, background = map(str, random.choice(list(COLOURS), 2, replace=False))
+        pixels = np.full((64, 64, 3), COLOURS[background], np.uint8)
         x, y = random.integers(4, 36, 2)
         pixels[y : y + 24, x : x + 24] = COLOURS[colour]
         path = data / "photos" / f"{i}.png"
         Image.fromarray(pixels).save(path)
-        captions = [("a", colour, "square", "on", ground), ("a", colour, "square")][: 1 + i % 2]
+        captions = [("a", colour, "square", "on", background), ("a", colour, "square")][: 1 + i % 2]
         split = "val" if i % 6 == 5 else "train"
         records.append(Photo(str(path), f"photo{i}", split, tuple(captions)))
     write_captions(data / CAPTIONS_FILE, records)
@@ -56,14 +57,17 @@ def make_small_data(folder: Path, photos: int = 24, seed: int = 0) -> Path:
     return data
 
 
-def weights(run):
+def weights(run: str) -> dict[str, torch.Tensor]:
+    """The decoder's weights in the last checkpoint of a run."""
     return load_checkpoint(Path("checkpoints") / run / "last.pt")["decoder"]["state"]
 
 
-def same(one, other):
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two states are bit-equal."""
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def log_of(run):
+def log_of(run: str) -> list[dict]:
+    """The epochs in the log of a run."""
     lines = [json.loads(line) for line in (Path("checkpoints") / run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == "epoch"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,17 +34,17 @@ from captioning.training.trainer import Trainer
 from config import ExtractFeatures, Generate, Train
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
-from tests.small import ENCODER, TINY, log_of, same, weights
+from tests.small import ENCODER, QUICK, log_of, same, weights
+from tests.torture.artefacts import EXTRACT
+from tests.torture.processes import exit_status, has_exited, start
 
-HOUSE = Path(__file__).parents[1]
-
-TALKATIVE = SearchOptions(length_penalty=9.0, max_length=6)  # trained so little, the runs would say nothing
+LONG = SearchOptions(length_penalty=9.0, max_length=6)  # these barely trained runs would write empty captions
 
 
 # ---- extract_features.py
 
 
-def test_every_row_is_the_tutorials_encoder_to_half_precision(here, tmp_path):
+def test_every_row_equals_the_encoder_of_the_tutorial_to_half_precision(here, tmp_path):
     """torchvision's body, AdaptiveAvgPool2d(14), NHWC; in batches of one, where the file was made in batches."""
     torch.manual_seed(1)
     model = models.resnet18().eval()
@@ -79,49 +78,27 @@ def test_native_cells_and_the_14x14_file_train_to_the_same_losses(here, tmp_path
     extract_features.main(ExtractFeatures(Path("data/small"), **ENCODER, grid="native", out=tmp_path / "native.h5"))
     assert (tmp_path / "native.h5").stat().st_size < Path("data/small/features.h5").stat().st_size / 2
     train.main(
-        Train(Path("data/small"), "native", features=tmp_path / "native.h5", epochs=3, precision="float32", **TINY)
+        Train(Path("data/small"), "native", features=tmp_path / "native.h5", epochs=3, precision="float32", **QUICK)
     )
     for line, other in zip(log_of("native"), log_of("attention"), strict=True):
         assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
 
 
-def test_a_killed_extraction_goes_on_and_ends_bit_equal(here, tmp_path):
-    command = [
-        sys.executable,
-        HOUSE / "extract_features.py",
-        "data/small",
-        "--encoder",
-        "resnet18.layer2",
-        "--weights",
-        "random",
-        "--image-size",
-        "64",
-        "--precision",
-        "float32",
-        "--workers",
-        "0",
-        "--batch-size",
-        "2",
-        "--out",
-        tmp_path / "killed.h5",
-    ]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (tmp_path / "killed.h5").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    extract_features.main(
-        ExtractFeatures(Path("data/small"), **{**ENCODER, "batch_size": 2}, out=tmp_path / "killed.h5")
-    )
-    extract_features.main(
-        ExtractFeatures(Path("data/small"), **{**ENCODER, "batch_size": 2}, out=tmp_path / "whole.h5")
-    )
-    assert (tmp_path / "killed.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+def test_a_killed_extraction_continues_and_ends_bit_equal(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(here / "data")
+    process = start(f"{EXTRACT} --batch-size 2 --out killed.h5")
+    while not has_exited(process) and not Path("killed.h5").exists():
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    exit_status(process)
+    settings = {**ENCODER, "batch_size": 2}
+    for name in ("killed.h5", "undisturbed.h5"):
+        extract_features.main(ExtractFeatures(Path("data/small"), **settings, out=Path(name)))
+    assert Path("killed.h5").read_bytes() == Path("undisturbed.h5").read_bytes()
 
 
-def test_unreadable_photos_are_skipped_up_to_the_allowed_share(here, tmp_path, monkeypatch, capsys):
+def test_unreadable_photos_are_skipped_up_to_the_allowed_fraction(here, tmp_path, monkeypatch, capsys):
     photos = list(read_captions(Path("data/small")))
     Path(tmp_path / "data").mkdir()
     broken = tmp_path / "broken.jpg"
@@ -139,7 +116,7 @@ def test_unreadable_photos_are_skipped_up_to_the_allowed_share(here, tmp_path, m
 # ---- train.py
 
 
-def test_training_learns_and_logs(here):
+def test_training_lowers_the_loss_and_writes_a_log(here):
     for run in DECODERS:
         epochs = log_of(run)
         assert epochs[-1]["val_loss"] < epochs[0]["val_loss"]
@@ -150,7 +127,7 @@ def test_training_learns_and_logs(here):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
-    run, setting = f"resumed-{decoder}", {"decoder": decoder, "precision": "float32", **TINY}
+    run, setting = f"resumed-{decoder}", {"decoder": decoder, "precision": "float32", **QUICK}
     train.main(Train(Path("data/small"), run, epochs=1, **setting))
     train.main(Train(Path("data/small"), run, epochs=3, resume=True, **setting))
     assert same(weights(run), weights(decoder))
@@ -158,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here, decoder):
 
 
 def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_weights(here, monkeypatch):
-    setting = {"epochs": 3, "precision": "float32", **TINY}
+    setting = {"epochs": 3, "precision": "float32", **QUICK}
     steps, plain = [], Trainer.train_step
 
     def stop_at_the_seventh(self, *batch, **last):
@@ -187,26 +164,26 @@ def test_patience_ends_a_run_that_no_longer_improves(here):
             epochs=9,
             patience=1,
             learning_rate=1e-9,
-            **{k: v for k, v in TINY.items() if k != "learning_rate"},
+            **{k: v for k, v in QUICK.items() if k != "learning_rate"},
         )
     )
     assert len(log_of("patient")) == 2
 
 
 def test_the_best_checkpoint_is_chosen_by_the_named_score(here):
-    train.main(Train(Path("data/small"), "by-loss", epochs=3, best_metric="loss", **TINY))
+    train.main(Train(Path("data/small"), "by-loss", epochs=3, best_metric="loss", **QUICK))
     losses = [line["val_loss"] for line in log_of("by-loss")]
     assert load_checkpoint(Path("checkpoints/by-loss/best.pt"))["progress"]["best"] == pytest.approx(-min(losses))
 
 
 def test_the_learning_rate_decays_in_steps(here):
-    train.main(Train(Path("data/small"), "decays", epochs=4, lr_decay=0.5, lr_decay_every=2, **TINY))
+    train.main(Train(Path("data/small"), "decays", epochs=4, lr_decay=0.5, lr_decay_every=2, **QUICK))
     assert [line["learning_rate"] for line in log_of("decays")] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
 
 
 def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
     setting = {"fine_tune": True, "weights": "random", "encoder": "resnet18.layer2", "image_size": 64, "workers": 0}
-    train.main(Train(Path("data/small"), "tuned", epochs=1, **setting, **TINY))
+    train.main(Train(Path("data/small"), "tuned", epochs=1, **setting, **QUICK))
     tuned = load_checkpoint(Path("checkpoints/tuned"))
     before = load_encoder("resnet18.layer2", "random", 64, seed=0).body.state_dict()
     for name in ("conv1.weight", "layer2.1.conv2.weight"):  # not BatchNorm alone, whose statistics move by themselves
@@ -227,11 +204,11 @@ def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
             epochs=1,
             features=Path("data/tuned.h5"),
             start_from=Path("checkpoints/tuned"),
-            **TINY,
+            **QUICK,
         )
     )
     with pytest.raises(UserError, match="another encoder"):
-        train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **TINY))
+        train.main(Train(Path("data/small"), "mixed", epochs=1, start_from=Path("checkpoints/tuned"), **QUICK))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -246,7 +223,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
             Path("data/small"), **encoder, dtype=dtype, workers=0, precision="float32", out=tmp_path / "f.h5"
         )
     )
-    setting = {**TINY, "decoder": decoder, "precision": "float32", "dropout": 0.0}
+    setting = {**QUICK, "decoder": decoder, "precision": "float32", "dropout": 0.0}
     live = train.make_trainer(Train(Path("data/small"), "none", fine_tune=True, **encoder, **setting))
     cached = train.make_trainer(Train(Path("data/small"), "none", features=tmp_path / "f.h5", **setting))
     assert same(live.decoder.state_dict(), cached.decoder.state_dict())
@@ -274,7 +251,7 @@ def test_fine_tuning_in_float16_scales_its_loss_and_resumes(here):
         "precision": "float16",
         "flip": True,
         "crop": 0.8,
-        **TINY,
+        **QUICK,
     }
     train.main(Train(Path("data/small"), "half", epochs=2, **setting))
     train.main(Train(Path("data/small"), "half-resumed", epochs=1, **setting))
@@ -284,29 +261,29 @@ def test_fine_tuning_in_float16_scales_its_loss_and_resumes(here):
     assert log_of("half")[1]["train_loss"] < log_of("half")[0]["train_loss"]
 
 
-def test_the_log_of_fine_tuning_tells_photos_a_second_and_peak_memory(here):
+def test_the_log_of_fine_tuning_has_photos_per_second_and_peak_memory(here):
     for line in log_of("half"):
         assert 0 < line["photos_per_second"] < line["captions_per_second"] and line["peak_memory_gb"] > 0
 
 
-def test_an_average_of_the_weights_is_what_is_kept_and_it_resumes(here):
-    setting = {"precision": "float32", "ema_decay": 0.9, "best_metric": "loss", **TINY}
+def test_the_moving_average_of_the_weights_is_saved_as_best_and_resumes(here):
+    setting = {"precision": "float32", "ema_decay": 0.9, "best_metric": "loss", **QUICK}
     train.main(Train(Path("data/small"), "average", epochs=3, **setting))
     train.main(Train(Path("data/small"), "average-resumed", epochs=1, **setting))
     train.main(Train(Path("data/small"), "average-resumed", epochs=3, resume=True, **setting))
     assert same(weights("average"), weights("average-resumed")) and log_of("average")[-1]["best"]
-    assert same(weights("average"), weights("attention")), "the average only watches"
+    assert same(weights("average"), weights("attention")), "averaging does not change training"
     kept = [load_checkpoint(Path("checkpoints") / run)["decoder"]["state"] for run in ("average", "average-resumed")]
     assert same(*kept) and not same(kept[0], weights("average"))
     assert [line["val_loss"] for line in log_of("average")] == [line["val_loss"] for line in log_of("average-resumed")]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_photos(here, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_and_names_the_photos(here, monkeypatch):
     plain = Trainer.train_step
     nan = torch.tensor(float("nan"))
     monkeypatch.setattr(Trainer, "train_step", lambda *a, **k: plain(*a, **k)._replace(objective=nan))
     with pytest.raises(UserError, match="nan.*photo.*--learning-rate"):
-        train.main(Train(Path("data/small"), "nan", epochs=1, **TINY))
+        train.main(Train(Path("data/small"), "nan", epochs=1, **QUICK))
 
 
 # ---- generate.py
@@ -321,7 +298,7 @@ def test_a_photo_a_folder_and_a_split_are_captioned(here, capsys):
 
 
 @pytest.mark.parametrize("run", DECODERS)
-def test_a_split_gives_coco_results_and_scores_from_cache_or_photos_alike(here, tmp_path, run):
+def test_a_split_gives_the_same_coco_results_and_scores_from_cache_and_from_photos(here, tmp_path, run):
     def results(name, **more):
         generate.main(
             Generate(
@@ -361,10 +338,10 @@ def test_batched_captions_equal_those_of_one_photo_at_a_time(here):
     assert together == [caption.text for caption in captioner.caption(images)]
 
 
-def test_pictures_of_attention_are_drawn(here, tmp_path):
+def test_attention_is_drawn(here, tmp_path):
     run, photos = Path("checkpoints/attention"), (Path("data/small/photos/0.png"),)
     for name, more in (("drawn", {}), ("cells", {"view": "grid"}), ("moving", {"animate": True})):
-        generate.main(Generate(run, photos, pictures=tmp_path / name, search=TALKATIVE, **more))
+        generate.main(Generate(run, photos, pictures=tmp_path / name, search=LONG, **more))
     drawn, cells, moving = (next((tmp_path / name).iterdir()) for name in ("drawn", "cells", "moving"))
     assert Image.open(drawn).width > 200 and drawn.read_bytes() != cells.read_bytes()
     assert moving.suffix == ".gif" and Image.open(moving).n_frames > 2
@@ -372,25 +349,25 @@ def test_pictures_of_attention_are_drawn(here, tmp_path):
         generate.main(Generate(Path("checkpoints/lstm"), (Path("data/small/photos/0.png"),), pictures=tmp_path))
 
 
-def test_the_sentinels_share_of_each_word_is_told_and_drawn(here, tmp_path):
+def test_the_sentinel_weight_of_each_word_is_written_and_drawn(here, tmp_path):
     generate.main(
         Generate(
             Path("checkpoints/adaptive"),
             data=Path("data/small"),
-            json=tmp_path / "told.json",
+            json=tmp_path / "captions.json",
             pictures=tmp_path / "drawn",
             precision="float32",
         )
     )
-    for line in json.loads((tmp_path / "told.json").read_text()):
+    for line in json.loads((tmp_path / "captions.json").read_text()):
         assert line["caption"].split() == line["words"] and len(line["sentinel"]) == len(line["words"])
         assert all(0 < beta < 1 for beta in line["sentinel"])
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
 
 
-def test_a_split_gives_a_table_a_page_and_the_extremes(here, tmp_path, capsys):
+def test_a_split_gives_a_csv_table_an_html_report_and_the_extremes(here, tmp_path, capsys):
     files = {name: tmp_path / name for name in ("csv", "html", "extremes")}
-    setting = {"search": TALKATIVE}  # trained so little, it would say nothing
+    setting = {"search": LONG}  # otherwise the captions would be empty
     generate.main(Generate(Path("checkpoints/attention"), data=Path("data/small"), **files, **setting))
     assert "photo5" not in capsys.readouterr().out, "captions are in the files"
     header, *lines = files["csv"].read_text("utf-8-sig").splitlines()
@@ -399,33 +376,32 @@ def test_a_split_gives_a_table_a_page_and_the_extremes(here, tmp_path, capsys):
     assert page.count("<article>") == 4 and page.count("CIDEr-D") == 4 and "data:image/png" in page
     assert files["extremes"].read_text("utf-8").count("<article>") == 4
     generate.main(Generate(Path("checkpoints/attention"), (Path("data/small/photos/0.png"),), html=files["html"]))
-    assert "CIDEr-D" not in files["html"].read_text("utf-8"), "nobody described it"
+    assert "CIDEr-D" not in files["html"].read_text("utf-8"), "this photo has no references"
 
 
-def test_captions_in_a_file_score_as_they_did_when_they_were_made(here, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # without Java: it takes seconds to start
-
+def test_captions_in_a_file_score_the_same_as_when_they_were_generated(here, tmp_path, capsys):
     def scored(**settings):
-        search = TALKATIVE if "run" in settings else SearchOptions()
+        search = LONG if "run" in settings else SearchOptions()
         generate.main(Generate(scores=tmp_path / "scores.json", search=search, **settings))
         return json.loads((tmp_path / "scores.json").read_text())
 
-    made = scored(run=Path("checkpoints/attention"), data=Path("data/small"), json=tmp_path / "a.json")
-    read = scored(score=(tmp_path / "a.json",), references=Path("data/small"))
-    assert all(made[key] == read[key] for key in ("word", "intervals", "facts", "photos"))
-    assert made["word"]["BLEU-1"] > 0
+    generated = scored(run=Path("checkpoints/attention"), data=Path("data/small"), json=tmp_path / "a.json")
+    from_file = scored(score=(tmp_path / "a.json",), references=Path("data/small"))
+    assert all(generated[key] == from_file[key] for key in ("word", "intervals", "facts", "photos"))
+    assert generated["word"]["BLEU-1"] > 0
     scored(run=Path("checkpoints/lstm"), data=Path("data/small"), json=tmp_path / "b.json")
     capsys.readouterr()
     both = scored(score=(tmp_path / "a.json", tmp_path / "b.json"), references=Path("data/small"))
     gap = both["difference"]["word"]["ROUGE-L"]["difference"]
     one, other = (both[str(tmp_path / name)]["word"]["ROUGE-L"] for name in ("a.json", "b.json"))
     assert (
-        one == made["word"]["ROUGE-L"] and gap == pytest.approx(other - one) and "better in" in capsys.readouterr().out
+        one == generated["word"]["ROUGE-L"]
+        and gap == pytest.approx(other - one)
+        and "better in" in capsys.readouterr().out
     )
 
 
-def test_captions_of_some_photos_are_scored_but_not_compared_with_those_of_others(here, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "")
+def test_captions_of_some_photos_are_scored_but_not_compared_with_captions_of_others(here, tmp_path, capsys):
     for name, ids in (("some", ["photo5"]), ("others", ["photo11"])):
         (tmp_path / name).write_text(json.dumps([{"image_id": id, "caption": "a red square"} for id in ids]))
     generate.main(Generate(score=(tmp_path / "some",), references=Path("data/small")))
@@ -452,25 +428,25 @@ def test_captions_of_some_photos_are_scored_but_not_compared_with_those_of_other
         ({"run": Path("r"), "photos": (Path("a"),), "view": "grid"}, "--view requires --pictures"),
     ],
 )
-def test_settings_of_generate_that_do_not_go_together_are_refused(wrong, words):
+def test_contradictory_settings_of_generate_are_refused(wrong, words):
     with pytest.raises(UserError, match=words) as error:
         Generate(**wrong)
     assert "\n" not in str(error.value)
 
 
-def test_photos_of_which_none_can_be_read_are_no_captions(here, tmp_path):
+def test_a_command_on_only_unreadable_photos_is_refused(here, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no photo")
     with pytest.raises(UserError, match="none of the photos could be read"):
         generate.main(Generate(Path("checkpoints/lstm"), (tmp_path / "broken.jpg",), allow_missing=1.0, workers=0))
 
 
-def test_english_captions_are_no_submission(here, tmp_path):
+def test_english_captions_are_refused_as_a_submission(here, tmp_path):
     with pytest.raises(UserError, match="AI Challenger is Chinese"):
         generate.main(Generate(Path("checkpoints/lstm"), data=Path("data/small"), submission=tmp_path / "a.json"))
 
 
 def test_a_checkpoint_needs_no_other_file(here, tmp_path):
-    """Random encoder weights, vocabulary and transform all travel in it."""
+    """It contains random encoder weights, the vocabulary and the transform."""
     photo = Path("data/small/photos/3.png").resolve()
     expected = Captioner.load("checkpoints/attention", precision="float32").caption([photo])[0].text
     moved = tmp_path / "moved.pt"
@@ -479,7 +455,7 @@ def test_a_checkpoint_needs_no_other_file(here, tmp_path):
     assert Captioner.load(moved, precision="float32").caption([photo])[0].text == expected
 
 
-# ---- what users get wrong: one line each, and nothing harmed
+# ---- mistakes of users: one line each, and nothing is damaged
 
 
 def test_features_of_another_data_set_are_refused(here, tmp_path):
@@ -489,7 +465,7 @@ def test_features_of_another_data_set_are_refused(here, tmp_path):
     write_captions(other / CAPTIONS_FILE, photos)
     Vocabulary.load(Path("data/small") / VOCABULARY_FILE).save(other / VOCABULARY_FILE)
     with pytest.raises(UserError, match="another data set.*extract_features.py"):
-        train.main(Train(other, "other", features=Path("data/small/features.h5"), **TINY))
+        train.main(Train(other, "other", features=Path("data/small/features.h5"), **QUICK))
 
 
 def test_captions_are_not_generated_from_the_features_of_another_encoder(here, tmp_path, capsys):
@@ -508,9 +484,9 @@ def test_captions_are_not_generated_from_the_features_of_another_encoder(here, t
 
 def test_a_run_is_not_overwritten_or_resumed_by_mistake(here):
     with pytest.raises(UserError, match="--resume.*--overwrite"):
-        train.main(Train(Path("data/small"), "attention", **TINY))
+        train.main(Train(Path("data/small"), "attention", **QUICK))
     with pytest.raises(UserError, match="--hidden-size 99.*trained with 24"):
-        train.main(Train(Path("data/small"), "attention", resume=True, epochs=9, **{**TINY, "hidden_size": 99}))
+        train.main(Train(Path("data/small"), "attention", resume=True, epochs=9, **{**QUICK, "hidden_size": 99}))
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(here, tmp_path):
@@ -524,13 +500,13 @@ def test_another_vocabulary_is_refused_with_both_sizes(here, tmp_path):
                 "start",
                 features=Path("data/small/features.h5"),
                 start_from=Path("checkpoints/attention"),
-                **TINY,
+                **QUICK,
             )
         )
 
 
 @pytest.mark.parametrize("content", ["text", "pickle", "foreign", "nothing"])
-def test_a_checkpoint_that_is_not_ours_is_refused_and_never_run(here, tmp_path, content):
+def test_a_foreign_checkpoint_is_refused_and_never_executed(here, tmp_path, content):
     path, proof = tmp_path / "best.pt", tmp_path / "executed"
     if content == "text":
         path.write_text("hello")
@@ -548,7 +524,7 @@ def test_a_checkpoint_that_is_not_ours_is_refused_and_never_run(here, tmp_path, 
     assert "\n" not in str(error.value) and not proof.exists()
 
 
-def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_atomically(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space"):
@@ -570,7 +546,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         (["extract_features.py", "data/small", "--weights", "none.pth"], "none.pth"),
     ],
 )
-def test_a_mistake_is_one_line_on_stderr_and_status_1(here, monkeypatch, capsys, arguments, words):
+def test_a_mistake_gives_one_line_on_stderr_and_status_1(here, monkeypatch, capsys, arguments, words):
     commands = {
         "train.py": (Train, train.work),
         "generate.py": (Generate, generate.work),
@@ -585,17 +561,19 @@ def test_a_mistake_is_one_line_on_stderr_and_status_1(here, monkeypatch, capsys,
     assert stop.value.code.startswith("error: ") and words in stop.value.code and "\n" not in stop.value.code
 
 
-def test_other_captions_are_told_and_kept_and_drawn_ones_are_those_of_the_seed(here, tmp_path, capsys):
+def test_several_captions_are_printed_and_written_and_samples_depend_on_the_seed_only(here, tmp_path, capsys):
     photos = (Path("data/small/photos/0.png"),)
 
-    def told(**settings):
+    def printed(**settings):
         generate.main(Generate(Path("checkpoints/attention"), photos, precision="float32", **settings))
         return capsys.readouterr().out.splitlines()
 
-    assert len(told(search=SearchOptions(6, num_captions=3, beam_groups=3, diversity_penalty=9.0, max_length=5))) == 3
+    assert (
+        len(printed(search=SearchOptions(6, num_captions=3, beam_groups=3, diversity_penalty=9.0, max_length=5))) == 3
+    )
     drawing = SearchOptions(num_captions=4, temperature=3.0, max_length=5)
-    assert told(search=drawing, seed=1) == told(search=drawing, seed=1) != told(search=drawing, seed=2)
-    told(search=drawing, json=tmp_path / "all.json")
+    assert printed(search=drawing, seed=1) == printed(search=drawing, seed=1) != printed(search=drawing, seed=2)
+    printed(search=drawing, json=tmp_path / "all.json")
     (line,) = json.loads((tmp_path / "all.json").read_text())
     assert len(line["others"]) == 3 and line["others"][0].keys() == {"caption", "log_probability", "finished"}
 

@@ -1,7 +1,7 @@
-"""The commands of the README, of the pages in docs/ and of RELIABILITY.md, run as they stand, on small stand-ins that
-lie where the README says the data lie.
+"""Run every command of README.md, docs/*.md and RELIABILITY.md on small stand-in data, in one process.
 
-Only what costs time is cut: one epoch instead of twenty, no worker processes. The stand-in weights are random.
+Each command is parsed as written; then only settings that cost time and that it leaves at their defaults are reduced
+(see `reduced`). The stand-in photos and weights are random and lie at the paths that the README names.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from captioning.errors import UserError
 from captioning.runtime import command_line
 from captioning.viewing import dashboard
 
-HOUSE = Path(__file__).parents[1]
-PAGES = [HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md")), HOUSE / "RELIABILITY.md"]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "RELIABILITY.md"]
 README = "\n".join(page.read_text("utf-8") for page in PAGES)
 ZH = ["一个男人在骑马。", "草地上有两只狗", "一个穿红色衣服的小孩在玩球"]
 EN = ["A man rides a horse .", "Two dogs run on the grass .", "A child in a red shirt plays with a ball ."]
 
 
 def commands(language: str) -> list[str]:
-    """The lines of the README's fenced blocks in this language, without comments, continued lines joined."""
+    """Return the lines of the pages' fenced blocks in `language`, with continued lines joined and comments removed."""
     blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines) if line]
@@ -53,21 +53,44 @@ def draw_photos(folder: Path, names: list[str]) -> None:
 
 def write_aic(folder: Path, file: str, images: str, names: list[str]) -> None:
     draw_photos(folder / images, names)
-    listed = [{"url": "", "image_id": name, "caption": ZH} for name in names]
-    (folder / file).write_text(json.dumps(listed, ensure_ascii=False), encoding="utf-8")
+    annotations = [{"url": "", "image_id": name, "caption": ZH} for name in names]
+    (folder / file).write_text(json.dumps(annotations, ensure_ascii=False), encoding="utf-8")
 
 
 def write_karpathy(file: Path, images: Path, names: list[str], splits: list[str]) -> None:
     draw_photos(images, names)
-    listed = [
-        {"filename": name, "split": split, "sentences": [{"raw": raw, "tokens": raw.lower().split()} for raw in EN]}
-        for name, split in zip(names, splits, strict=True)
+    sentences = [{"raw": raw, "tokens": raw.lower().split()} for raw in EN]
+    records = [
+        {"filename": name, "split": split, "sentences": sentences} for name, split in zip(names, splits, strict=True)
     ]
-    file.write_text(json.dumps({"images": listed, "dataset": "stand-in"}), encoding="utf-8")
+    file.write_text(json.dumps({"images": records, "dataset": "stand-in"}), encoding="utf-8")
 
 
-def stand_in(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights whose features float16 can hold by far: BatchNorm has seen a batch of noise, and says a tenth."""
+class ThinResNet(models.ResNet):
+    """A ResNet with one narrow block per stage: the same stages and output channels, a fraction of the work."""
+
+    def __init__(self, block, layers, **settings):
+        super().__init__(block, [1] * len(layers), width_per_group=4, **settings)
+
+
+class ThinMobileNet(models.MobileNetV2):
+    """MobileNetV2 without expansions: the same blocks and output channels, half the operations."""
+
+    def __init__(self, **settings):
+        rows = [
+            [1, 16, 1, 1],
+            [1, 24, 2, 2],
+            [1, 32, 3, 2],
+            [1, 64, 4, 2],
+            [1, 96, 3, 1],
+            [1, 160, 3, 2],
+            [1, 320, 1, 1],
+        ]
+        super().__init__(inverted_residual_setting=rows, **settings)
+
+
+def calibrate(model: torch.nn.Module) -> torch.nn.Module:
+    """Set the BatchNorm statistics from a batch of noise and the scales to 0.1, so that features fit in float16."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
@@ -78,8 +101,8 @@ def stand_in(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture
-def user(tmp_path, monkeypatch):
-    """A user's folder, with everything that the README tells them to fetch."""
+def user_folder(tmp_path, monkeypatch):
+    """A user's working folder with everything that the README tells them to download."""
     monkeypatch.chdir(tmp_path)
     names = [f"{i}.jpg" for i in range(6)]
     write_aic(tmp_path, "caption_train_annotations_20170902.json", "caption_train_images_20170902", names)
@@ -103,16 +126,19 @@ def user(tmp_path, monkeypatch):
     draw_photos(tmp_path / "folder", names[:2])
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    monkeypatch.setenv("PATH", "")  # without Java: METEOR would take ten seconds each of many times
+    monkeypatch.setenv("PATH", "")  # hides Java: METEOR would take seconds in each of many commands
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(models.resnet, "ResNet", ThinResNet)
+    monkeypatch.setattr(models.mobilenetv2, "MobileNetV2", ThinMobileNet)
     torch.save(
-        stand_in(models.resnet101()).state_dict(), cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+        calibrate(models.resnet101()).state_dict(),
+        cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2],
     )
-    torch.save(stand_in(models.mobilenet_v2()).state_dict(), tmp_path / "mobilenet_v2_imagenet.pth")
+    torch.save(calibrate(models.mobilenet_v2()).state_dict(), tmp_path / "mobilenet_v2_imagenet.pth")
     return tmp_path
 
 
-ROOMS = {
+COMMANDS = {
     "-m preprocess": (config.Preprocess, preprocess.__main__.main),
     "extract_features.py": (config.ExtractFeatures, extract_features.main),
     "train.py": (config.Train, train.work),
@@ -122,44 +148,75 @@ ROOMS = {
 }
 
 
-def run_as_it_stands(command: str) -> None:
-    room = next(room for room in ROOMS if command.startswith(f"python {room} "))
-    dataclass, work = ROOMS[room]
-    settings = command_line.parse(dataclass, shlex.split(command.removeprefix(f"python {room} ")))
-    cheaper = {"epochs": 1, "workers": 1 if room == "-m preprocess" else 0, "min_count": 1}
-    fields = {field.name for field in dataclasses.fields(dataclass)}
-    work(dataclasses.replace(settings, **{key: value for key, value in cheaper.items() if key in fields}))
+CHEAPER = {
+    "epochs": 1,
+    "workers": 0,
+    "min_count": 1,
+    "embedding_size": 16,
+    "attention_size": 16,
+    "hidden_size": 16,
+    "max_length": 6,
+    "preview_photos": 1,
+}
 
 
-def test_every_command_of_the_readme_runs(user, monkeypatch):
-    sent = []
-    lines = [re.sub(r"^torchrun .* --\s+", "python ", line) for line in commands("bash")]  # one process does
+def reduced(settings: object) -> object:
+    """Return the settings with one epoch and no workers, and with small sizes where the command line gives none."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    always = {"epochs", "workers", "min_count"}
+    changes = {
+        name: value
+        for name, value in CHEAPER.items()
+        if name in defaults and (name in always or getattr(settings, name) == defaults[name])
+    }
+    if isinstance(settings, config.Preprocess):
+        changes["workers"] = 1  # it needs one
+    if isinstance(settings, config.Generate) and settings.run:
+        changes["search"] = dataclasses.replace(settings.search, max_length=6)
+    return dataclasses.replace(settings, **changes)
+
+
+def run_command(line: str) -> None:
+    name = next(name for name in COMMANDS if line.startswith(f"python {name} "))
+    dataclass, main = COMMANDS[name]
+    main(reduced(command_line.parse(dataclass, shlex.split(line.removeprefix(f"python {name} ")))))
+
+
+def runnable_lines() -> list[str]:
+    """Return the Python commands of all pages in an order in which each finds what it reads."""
+    lines = [re.sub(r"^torchrun .* --\s+", "python ", line) for line in commands("bash")]  # as a single process
     lines = [line for line in lines if line.startswith("python ")]
     try:
         export.check_onnx()
-    except UserError:  # what it writes is an extra, and wants a newer torch than the rest
+    except UserError:  # the export extra needs a newer torch than the rest
         lines = [line for line in lines if " -m captioning.export " not in line]
+    last = (" generate.py ", " -m captioning.viewing.dashboard ", " -m captioning.export ")
+
+    def stage(line: str) -> int:
+        if " -m preprocess " in line:
+            return 0
+        return 2 if any(name in line for name in last) else 1
+
+    return sorted(lines, key=stage)  # the README shows generate.py before the commands that train its runs
+
+
+def test_every_command_of_the_readme_runs(user_folder, monkeypatch):
+    sent = []
     monkeypatch.setattr(dashboard.VisdomClient, "send", lambda self, windows: sent.append((self.environment, windows)))
-    order = {
-        "-m preprocess": 0,
-        "generate.py": 2,
-        "-m captioning.viewing.dashboard": 2,
-        "-m captioning.export": 2,
-    }  # what the first blocks of the README show needs what the later ones make
-    lines.sort(key=lambda line: next((place for room, place in order.items() if f" {room} " in line), 1))
+    lines = runnable_lines()
     assert len(lines) >= 10
     for line in lines:
         try:
-            run_as_it_stands(line)
+            run_command(line)
         except Exception as error:
             raise AssertionError(f"{line}\n{type(error).__name__}: {error}") from error
     assert {name for name, _ in sent} == {"watched", "watched and att"} and all("loss" in shown for _, shown in sent)
-    assert (user / "captions.json").exists() and list((user / "attention").glob("*.png"))
+    assert (user_folder / "captions.json").exists() and list((user_folder / "attention").glob("*.png"))
     for line in commands("python"):
         exec(line, globals())  # the Python interface, line by line
 
 
-def test_torchrun_takes_the_flags_that_the_readme_gives_it():
+def test_torchrun_accepts_the_flags_that_the_readme_gives_it():
     lines = [shlex.split(line)[1:] for line in commands("bash") if line.startswith("torchrun ")]
     assert len(lines) >= 3
     for line in lines:
@@ -167,29 +224,29 @@ def test_torchrun_takes_the_flags_that_the_readme_gives_it():
         assert [options.training_script, *options.training_script_args] == line[line.index("--") + 1 :]
 
 
-def test_every_make_target_of_the_readme_is_there():
-    targets = re.findall(r"^(\w+):", (HOUSE / "Makefile").read_text(), re.MULTILINE)
+def test_every_make_target_of_the_readme_exists():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     wanted = [line.split()[1] for line in commands("bash") if line.startswith("make ")]
     assert wanted and set(wanted) <= set(targets)
 
 
-def test_make_bench_runs_what_made_the_table_of_speed():
+def test_make_bench_runs_the_commands_behind_the_table_of_speed():
     table = re.findall(r"^\|.*`(python bench/.*)` \|$", PAGES[0].read_text("utf-8"), re.MULTILINE)
-    run = re.findall(r"^\t\.venv/bin/(python bench/.*)", (HOUSE / "Makefile").read_text(), re.MULTILINE)
+    run = re.findall(r"^\t\.venv/bin/(python bench/.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert table and run == table
 
 
 def headings(page: Path) -> set[str]:
-    """As links call them."""
+    """Return the page's headings in the form of link anchors."""
     lines = re.findall(r"^#+ (.*)", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
 
 
-def test_every_file_that_the_readme_names_is_there():
+def test_every_file_and_heading_that_the_readme_names_exists():
     for page in PAGES:
         text = page.read_text("utf-8")
         for name in re.findall(r"`((?:captioning|preprocess|docs|tests|bench)/[\w./]*)`", text):
-            assert (HOUSE / name).exists(), name
+            assert (ROOT / name).exists(), name
         for link, heading in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", text):
             assert (page.parent / link).exists(), link
             assert not heading or heading in headings(page.parent / link), heading

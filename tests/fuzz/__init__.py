@@ -1,4 +1,4 @@
-"""Fuzz targets, each a program of its own; tests/torture/test_fuzz.py runs them for a while."""
+"""Fuzz targets. Each is a program; tests/torture/test_fuzz.py runs them for a limited time."""
 
 import os
 import sys
@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-# What an input is written to, thousands of times a second: in memory where there is such a place.
+# Inputs are written thousands of times a second: to a file system in memory, if there is one.
 _HOLDER = tempfile.TemporaryDirectory(prefix="kantu-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 FOLDER = Path(_HOLDER.name)
 
 
-def lay_down(seeds: Iterable[bytes]) -> None:
-    """The first inputs, into the folder that the command line names."""
+def write_seeds(seeds: Iterable[bytes]) -> None:
+    """Write the first inputs into the corpus folder, the first argument of the command line."""
     corpus = Path(sys.argv[1])
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds):

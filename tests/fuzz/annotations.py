@@ -1,8 +1,8 @@
-"""Fuzzing the reader of annotations, guided by what of it ran: whatever the bytes, records or one line, nothing else.
+"""Coverage-guided fuzzing of the annotation reader: any bytes give records or a UserError of one line.
 
     python -m tests.fuzz.annotations CORPUS -max_total_time=60        (pip install atheris; CORPUS: a folder)
 
-Half of the new inputs are mutations of the JSON itself, since bytes turned at random are seldom JSON any more.
+Half of the new inputs are mutations of the JSON tree, since randomly changed bytes are seldom valid JSON.
 """
 
 import copy
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atheris
 
-from tests.fuzz import FOLDER, lay_down
+from tests.fuzz import FOLDER, write_seeds
 from tests.torture.annotations import FORMS
 
 with atheris.instrument_imports(include=["preprocess.annotations", "preprocess.readers"]):
@@ -62,7 +62,7 @@ KEYS = [
 
 
 def read_bytes(data: bytes) -> None:
-    """The target: any other exception than UserError is a fault, and so is a record that breaks its promises."""
+    """The fuzz target: fails on exceptions other than UserError and on invalid records."""
     path = FOLDER / "annotations.json"
     path.write_bytes(data)
     for split in ("train", None):
@@ -82,7 +82,7 @@ def check(records: list) -> None:
         assert f"{os.path.normpath(record.image)}/".startswith(f"{FOLDER}/")
         assert record.split in annotations.SPLITS and any(map(str.strip, record.captions))
         assert all(type(text) is str for text in (record.image, record.id, *record.captions))
-        assert (record.image + record.id).encode()  # it can be written
+        assert (record.image + record.id).encode()  # can be encoded
 
 
 def check_line(error: UserError, path: Path) -> None:
@@ -91,34 +91,34 @@ def check_line(error: UserError, path: Path) -> None:
 
 
 def mutate(data: bytes, most: int, seed: int) -> bytes:
-    """Another input: its bytes turned by libFuzzer, or a place in its JSON by us."""
-    dice = random.Random(seed)
-    if dice.random() < 0.5:
+    """Mutate an input: its bytes with libFuzzer, or one node of its JSON tree with `change`."""
+    generator = random.Random(seed)
+    if generator.random() < 0.5:
         return atheris.Mutate(data, most)
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
-        tree = copy.deepcopy(dice.choice(SEEDS))
+        tree = copy.deepcopy(generator.choice(SEEDS))
     holder = [tree]
-    change(holder, dice)
+    change(holder, generator)
     return json.dumps(holder[0]).encode()[:most]
 
 
-def change(holder: list, dice: random.Random) -> None:
-    """Walk down to some place and put something else there, once more, or nothing."""
+def change(holder: list, generator: random.Random) -> None:
+    """Walk to a random node and rename, repeat or replace it."""
     node, key = holder, 0
-    while isinstance(node[key], (list, dict)) and node[key] and dice.random() < 0.8:
+    while isinstance(node[key], (list, dict)) and node[key] and generator.random() < 0.8:
         node = node[key]
-        key = dice.choice(list(node)) if isinstance(node, dict) else dice.randrange(len(node))
-    if isinstance(node, dict) and dice.random() < 0.3:
-        node[dice.choice(KEYS)] = node.pop(key)
-    elif isinstance(node, list) and node is not holder and dice.random() < 0.3:
+        key = generator.choice(list(node)) if isinstance(node, dict) else generator.randrange(len(node))
+    if isinstance(node, dict) and generator.random() < 0.3:
+        node[generator.choice(KEYS)] = node.pop(key)
+    elif isinstance(node, list) and node is not holder and generator.random() < 0.3:
         node.insert(key, copy.deepcopy(node[key]))
     else:
-        node[key] = copy.deepcopy(dice.choice(VALUES + SEEDS))
+        node[key] = copy.deepcopy(generator.choice(VALUES + SEEDS))
 
 
 if __name__ == "__main__":
-    lay_down(json.dumps(seed).encode() for seed in SEEDS)
+    write_seeds(json.dumps(seed).encode() for seed in SEEDS)
     atheris.Setup(sys.argv, read_bytes, custom_mutator=mutate)
     atheris.Fuzz()

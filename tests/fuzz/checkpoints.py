@@ -1,9 +1,9 @@
-"""Fuzzing the reader of checkpoints, guided by what of it ran: whatever the bytes, a captioner or one line.
+"""Coverage-guided fuzzing of the checkpoint reader: any bytes give a captioner or a UserError of one line.
 
     python -m tests.fuzz.checkpoints CORPUS -max_total_time=60        (pip install atheris; CORPUS: a folder)
 
-An input is the pickle inside a checkpoint, which is then a sound archive around it; or, after a first byte of 0, the
-whole file.
+An input is the pickle of a checkpoint, which is placed in a valid archive; or, after a first byte of 0, the complete
+file.
 """
 
 import importlib
@@ -20,20 +20,20 @@ from captioning.decoders.factory import build_decoder
 from captioning.errors import UserError
 from captioning.runtime import checkpoint
 from preprocess.vocabulary import SPECIAL, Vocabulary
-from tests.fuzz import FOLDER, lay_down
+from tests.fuzz import FOLDER, write_seeds
 
-# What guides it: to watch all of torch would take minutes to prepare.
+# Coverage of these functions guides the search: instrumenting all of torch would take minutes.
 with atheris.instrument_imports(include=["torch._weights_only_unpickler"]):
     importlib.reload(_weights_only_unpickler)
 for function in (checkpoint.load_checkpoint, Captioner.__init__, Vocabulary.__post_init__):
     atheris.instrument_func(function)
 
 SIZES = {"vocabulary_size": 5, "channels": 2, "embedding_size": 2, "attention_size": 2, "hidden_size": 2, "dropout": 0}
-STORAGE = bytes(64)  # of every tensor there
+STORAGE = bytes(64)  # the bytes of each tensor in the archive
 
 
-def sound_checkpoint(name: str) -> bytes:
-    """A run's checkpoint, as small as can be."""
+def valid_checkpoint(name: str) -> bytes:
+    """The smallest possible checkpoint of a run."""
     decoder = build_decoder(name, SIZES)
     saved = {
         "format": checkpoint.FORMAT,
@@ -48,8 +48,8 @@ def sound_checkpoint(name: str) -> bytes:
     return file.getvalue()
 
 
-def pickle_of(whole: bytes) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+def pickle_of(checkpoint_file: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(checkpoint_file)) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
@@ -64,7 +64,7 @@ def archive_around(pickled: bytes) -> bytes:
 
 
 def read_bytes(data: bytes) -> None:
-    """The target: any other exception than UserError is a fault."""
+    """The fuzz target: fails on exceptions other than UserError."""
     path = FOLDER / "best.pt"
     path.write_bytes(data[1:] if data[:1] == b"\0" else archive_around(data))
     try:
@@ -75,11 +75,11 @@ def read_bytes(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    whole = [sound_checkpoint(name) for name in ("lstm", "attention")]
-    return [*map(pickle_of, whole), *(b"\0" + file for file in whole)]
+    files = [valid_checkpoint(name) for name in ("lstm", "attention")]
+    return [*map(pickle_of, files), *(b"\0" + file for file in files)]
 
 
 if __name__ == "__main__":
-    lay_down(seeds())
+    write_seeds(seeds())
     atheris.Setup(sys.argv, read_bytes)
     atheris.Fuzz()

@@ -1,14 +1,14 @@
-"""No network: Python imports this by its name when it starts, in whatever process tests/conftest.py has as an ancestor.
+"""Block the network in the tests: Python imports this module at startup in every process that the tests start.
 
-What looks up or calls another machine than this one fails, and is written into the file that KANTU_CALLS names, so that
-code that swallows the failure is found, too. An audit hook sees every socket of Python's, and cannot be taken away.
+Looking up or calling another machine raises RuntimeError. The call is also written to the file named by KANTU_CALLS,
+which reveals code that ignores the error. An audit hook sees every socket of Python and cannot be removed.
 """
 
 import ipaddress
 import os
 import sys
 
-# Which of an event's arguments is the address.
+# Audit event -> index of the argument that is the address.
 EVENTS = {
     "socket.connect": 1,
     "socket.sendto": 1,
@@ -17,28 +17,28 @@ EVENTS = {
     "socket.gethostbyname": 0,
     "socket.gethostbyaddr": 0,
 }
-HERE = (None, "", b"", "localhost", "ip6-localhost", "localhost.localdomain")
+LOCAL_NAMES = (None, "", b"", "localhost", "ip6-localhost", "localhost.localdomain")
 
 
-def is_here(address):
-    """Is this address (a host, or a tuple that begins with one; or that of a Unix socket) on this machine?"""
+def is_local(address):
+    """Whether an address (a host, a tuple that begins with a host, or a Unix socket's path) is on this machine."""
     if not isinstance(address, tuple):
-        return True  # a Unix socket's path, or none: the socket was connected before
+        return True  # a Unix socket's path, or None if the socket is already connected
     host = address[0].decode() if isinstance(address[0], bytes) else address[0]
     try:
         ip = ipaddress.ip_address(host.partition("%")[0])
     except (ValueError, AttributeError):
-        return host in HERE
+        return host in LOCAL_NAMES
     return ip.is_loopback or ip.is_unspecified
 
 
 def watch(event, arguments):
     if event in EVENTS:
         address = arguments[EVENTS[event]]
-        if not is_here(address if EVENTS[event] else (address,)):
+        if not is_local(address if EVENTS[event] else (address,)):
             with open(os.environ["KANTU_CALLS"], "a", encoding="utf-8") as calls:
                 calls.write(f"{event} {address!r}\n")
-            raise RuntimeError(f"{event} {address!r}: tests call no other machine")
+            raise RuntimeError(f"{event} {address!r}: tests must not call other machines")
 
 
 if "KANTU_CALLS" in os.environ:

@@ -1,4 +1,4 @@
-"""The three forms of an annotation file, each about one photo, for attacks on whatever reads them."""
+"""Annotations of one photo in each supported format, for attacks on their readers."""
 
 
 def ai_challenger(name, captions=("a dog",)):
@@ -17,7 +17,7 @@ def karpathy(name, captions=("a dog",)):
 
 
 def karpathy_folder(name, captions=("a dog",)):
-    """Here the name is that of the photo's folder."""
+    """`name` is the name of the photo's folder."""
     data = karpathy("a.jpg", captions)
     data["images"][0]["filepath"] = name
     return data

@@ -1,4 +1,4 @@
-"""A data set, its features, a run, and every other kind of file that a command reads, in the current folder."""
+"""Make a data set, its features, a run, and one of every other kind of file that a command reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from captioning.encoders.loading import load_encoder
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.small import make_small_data
-from tests.torture.ends import end_of, stamp
+from tests.torture.commands import run_command, stamp
 
 ENCODER = "--encoder resnet18.layer2 --image-size 64 --workers 0"
 EXTRACT = f"extract_features.py data/small {ENCODER} --weights random --precision float32"
@@ -24,11 +24,11 @@ SCORE = "generate.py --score results.json --references data/small"
 PREPROCESS = "preprocess data/read --min-count 1 --workers 1"
 READ_AIC = f"{PREPROCESS} --train aic.json data/small/photos"
 SCENES = "preprocess data/scenes --scenes 20 --language en --min-count 1 --workers 1 --overwrite"
-NOWHERE = "--url http://127.0.0.1:9"  # where no visdom answers
+NOWHERE = "--url http://127.0.0.1:9"  # no visdom server answers there
 
 
 class Artefacts:
-    """All of them in a folder, to be damaged and mended."""
+    """A folder of these files, which tests damage and `restore` repairs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -36,44 +36,46 @@ class Artefacts:
             patch.chdir(folder)
             make_artefacts()
             paths = [path for path in sorted(Path("").rglob("*")) if path.is_file()]
-            self.files, self.stamps = {path: path.read_bytes() for path in paths}, {path: stamp(path) for path in paths}
+            self.files = {path: path.read_bytes() for path in paths}
+            self.stamps = {path: stamp(path) for path in paths}
 
     def enter(self, patch: pytest.MonkeyPatch) -> None:
         patch.chdir(self.folder)
-        patch.setenv("PATH", "")  # without Java: METEOR takes seconds to start
+        patch.setenv("PATH", "")  # hides Java, which takes seconds to start
 
-    def mend(self) -> None:
-        """What was damaged or removed is back, and what is new goes; from within the folder."""
-        for path in sorted(Path("").rglob("*"), reverse=True):
-            if path.is_symlink() or (path.is_file() and path not in self.files):
+    def restore(self) -> None:
+        """Write back what was damaged or removed, and delete what is new, in this folder and nowhere else."""
+        files = {self.folder / path: path for path in self.files}
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_symlink() or (path.is_file() and path not in files):
                 path.unlink()
-            elif path.is_dir() and (path in self.files or not any(path.iterdir())):
+            elif path.is_dir() and (path in files or not any(path.iterdir())):
                 path.rmdir()
-        for path, content in self.files.items():
-            if not path.exists() or stamp(path) != self.stamps[path]:
+        for path, name in files.items():
+            if not path.exists() or stamp(path) != self.stamps[name]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-                self.stamps[path] = stamp(path)
+                path.write_bytes(self.files[name])
+                self.stamps[name] = stamp(path)
 
 
 def make_artefacts(scenes: bool = True) -> None:
-    """About a second."""
+    """Write all files into the current folder, in about a second."""
     data = make_small_data(Path(""))
     write_annotations()
-    does(EXTRACT)
-    does(TRAIN.replace("--run new", "--run att"))
-    does(f"{GENERATE} --data data/small --json results.json")
+    run_ok(EXTRACT)
+    run_ok(TRAIN.replace("--run new", "--run att"))
+    run_ok(f"{GENERATE} --data data/small --json results.json")
     torch.save(load_encoder("resnet18.layer2", "random", 64).body.state_dict(), "weights.pth")
     words = Vocabulary.load(data / VOCABULARY_FILE).words[4:]
     lines = [f"{len(words)} 16", *(f"{word} {' '.join(['0.25'] * 16)}" for word in words)]
     Path("vectors.vec").write_text("\n".join(lines) + "\n")
     Path("vectors.vec.gz").write_bytes(gzip.compress(Path("vectors.vec").read_bytes()))
     if scenes:
-        does(SCENES)
+        run_ok(SCENES)
 
 
 def write_annotations() -> None:
-    """Of the first twelve photos, in the three forms."""
+    """Write the annotations of the first twelve photos in the three supported formats."""
     names, texts = [f"{i}.png" for i in range(12)], ["a red square", "a square"]
     aic = [{"image_id": name, "caption": texts} for name in names]
     images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
@@ -86,13 +88,13 @@ def write_annotations() -> None:
         }
         for name in names
     ]
-    forms = {"aic": aic, "coco": {"images": images, "annotations": annotations}, "karpathy": {"images": karpathy}}
-    for name, form in forms.items():
-        Path(f"{name}.json").write_text(json.dumps(form))
+    formats = {"aic": aic, "coco": {"images": images, "annotations": annotations}, "karpathy": {"images": karpathy}}
+    for name, content in formats.items():
+        Path(f"{name}.json").write_text(json.dumps(content))
 
 
-def does(command: str, *more: object) -> str:
-    """Run a command that must work -> what it told."""
-    end = end_of(command, *more)
-    assert end.status == 0, end.said
-    return end.told
+def run_ok(command: str, *more: object) -> str:
+    """Run a command that must succeed and return its stdout."""
+    outcome = run_command(command, *more)
+    assert outcome.status == 0, outcome.stderr
+    return outcome.stdout

@@ -1,39 +1,40 @@
-"""What the tests share that run commands on real files."""
+"""Fixtures of the tests that run commands on real files."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.torture.artefacts import Artefacts, does
-from tests.torture.processes import WORK, does_alone, forget, write_many_captions, written
+from tests.torture.artefacts import Artefacts, run_ok
+from tests.torture.processes import WORK, outputs, remove_outputs, run_alone, write_many_captions
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+@pytest.fixture(scope="session")
+def artefacts(tmp_path_factory):
+    """One folder of files for all tests; each test restores what it changes."""
     return Artefacts(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture
-def at_work(workplace, monkeypatch):
-    """The current folder has what the commands of WORK read."""
-    workplace.enter(monkeypatch)
+def workdir(artefacts, monkeypatch):
+    """The current folder, with everything that the commands of WORK read."""
+    artefacts.enter(monkeypatch)
     write_many_captions()
-    yield workplace.folder
-    workplace.mend()
+    yield artefacts.folder
+    artefacts.restore()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed():
-    """undisturbed(what): what a command writes that nobody disturbs, and how many seconds it computes."""
-    known = {}
+    """undisturbed(name): the outputs of that command of WORK when nothing disturbs it, and its CPU seconds."""
+    results = {}
 
-    def of(what: str) -> tuple[dict, float]:
-        if what not in known:
-            does(WORK[what])  # in this process: those that it forks have then imported all, and know the fonts
-            forget()
-            seconds = does_alone(WORK[what])
-            known[what] = written(), seconds
-            forget()
-        return known[what]
+    def measure(name: str) -> tuple[dict, float]:
+        if name not in results:
+            run_ok(WORK[name])  # in this process: its forks inherit the imports and the font cache
+            remove_outputs()
+            seconds = run_alone(WORK[name])
+            results[name] = outputs(), seconds
+            remove_outputs()
+        return results[name]
 
-    return of
+    return measure

@@ -1,6 +1,6 @@
-"""Every kind of file, cut short, zeroed, locked, of the future, of another data set: one line that names it.
+"""Every kind of file, truncated, zeroed, unreadable, of a future version, of another data set: one line names it.
 
-And nothing else is touched.
+No other file changes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tests.torture.artefacts import (
     SCENES,
     SCORE,
     TRAIN,
-    does,
     make_artefacts,
+    run_ok,
 )
-from tests.torture.ends import End, bound_by_permissions, contents, end_of
+from tests.torture.commands import Outcome, bound_by_permissions, contents, run_command
 
 READERS = {  # a file -> the commands that read it
     "aic.json": [READ_AIC, "generate.py --score results.json --references aic.json"],
@@ -69,102 +69,109 @@ READERS = {  # a file -> the commands that read it
     ],
     "data/small/photos/0.png": [f"{EXTRACT} --out new.h5", f"{GENERATE} data/small/photos/0.png"],
 }
-LITTER = (".tmp", ".lock", ".draft")
+TEMPORARY = (".tmp", ".lock", ".draft")
 
 
 @pytest.fixture
-def whole(workplace, monkeypatch):
-    """The current folder has all the files: path -> bytes."""
-    workplace.enter(monkeypatch)
-    yield workplace.files
-    workplace.mend()
+def files(artefacts, monkeypatch):
+    """All the files in the current folder: path -> bytes."""
+    artefacts.enter(monkeypatch)
+    yield artefacts.files
+    artefacts.restore()
 
 
 @pytest.fixture
-def mended(workplace, whole):
-    """mended() brings them back."""
-    return workplace.mend
+def restore(artefacts, files):
+    """restore() repairs all files."""
+    return artefacts.restore
 
 
-def attacked(command: str) -> End:
-    """How the command ends. Nothing that was there is other than before, unless it ends well; no litter is left."""
+def run_attacked(command: str) -> Outcome:
+    """Run the command. Unless it succeeds, no existing file may change. No temporary file may remain."""
     before = contents()
-    end = end_of(command)
+    end = run_command(command)
     after = contents()
     assert end.status == 0 or before.items() <= after.items(), (command, before.items() - after.items())
-    assert not [name for name in after.keys() - before.keys() if any(part in name for part in LITTER)]
+    assert not [name for name in after.keys() - before.keys() if any(part in name for part in TEMPORARY)]
     return end
 
 
-def is_one_line_that_names(end: End, file: str) -> bool:
-    return end.status == 1 and end.said.startswith("error: ") and "\n" not in end.said and file in end.said
+def is_one_line_that_names(end: Outcome, file: str) -> bool:
+    return end.status == 1 and end.stderr.startswith("error: ") and "\n" not in end.stderr and file in end.stderr
 
 
 def refused(file: str, command: str) -> bool:
-    end = attacked(command)
+    end = run_attacked(command)
     assert is_one_line_that_names(end, file), (command, end)
     return True
 
 
-PLACES = [0, 0.5, -1, *(share / 20 for share in range(1, 19) if share != 10)]  # a share of the file; -1: its last byte
+# A fraction of the file; -1: all but its last byte.
+CUTS = [0, 0.5, -1, *(twentieth / 20 for twentieth in range(1, 19) if twentieth != 10)]
 
 
 @pytest.mark.parametrize("file", READERS)
-def test_a_file_cut_short_is_one_line_that_names_it(whole, mended, file, times, tally):
+def test_a_truncated_file_gives_one_line_that_names_it(files, restore, file, times, tally):
     count = 0
-    for place in PLACES[: times(3, 20)]:
-        content = whole[Path(file)]
-        cut = content[:-1] if place < 0 else content[: int(len(content) * place)]
+    for position in CUTS[: times(3, 20)]:
+        content = files[Path(file)]
+        cut = content[:-1] if position < 0 else content[: int(len(content) * position)]
         for command in READERS[file]:
             Path(file).write_bytes(cut)
-            if content == cut + b"\n" or file.endswith("log.jsonl") or (file.endswith(".png") and not 0 <= place < 0.9):
-                end = attacked(command)  # lost is what nobody needs: a PNG's last bytes, the log to go on
-                assert end.status == 0 or NOWHERE.split()[1] in end.said, (command, end)
+            if (
+                content == cut + b"\n"
+                or file.endswith("log.jsonl")
+                or (file.endswith(".png") and not 0 <= position < 0.9)
+            ):
+                end = run_attacked(command)  # the last bytes of a PNG and the log of a resumed run are not needed
+                assert end.status == 0 or NOWHERE.split()[1] in end.stderr, (command, end)
             else:
                 refused(file, command)
-            mended()
+            restore()
             count += 1
     tally("files cut short", count)
 
 
 @pytest.mark.parametrize("file", [name for name in READERS if not name.endswith((".h5", ".png"))])
-def test_a_file_zeroed_in_its_middle_is_one_line_that_names_it(whole, mended, file, tally):
+def test_a_file_with_zeros_in_its_middle_gives_one_line_that_names_it(files, restore, file, tally):
     for share in (3, 100):  # the middle third, the middle hundredth
         for command in READERS[file]:
-            content = bytearray(whole[Path(file)])
+            content = bytearray(files[Path(file)])
             length = max(8, len(content) // share)
             start = (len(content) - length) // 2
             content[start : start + length] = bytes(length)
             Path(file).write_bytes(content)
             refused(file, command)
-            mended()
+            restore()
     tally("files zeroed in the middle", 2 * len(READERS[file]))
 
 
-def test_a_zeroed_photo_is_skipped_or_read_as_the_decoder_can(whole):
+def test_a_zeroed_photo_is_refused_or_skipped(files):
     path = Path("data/small/photos/0.png")
-    path.write_bytes(whole[path][:60] + bytes(len(whole[path]) - 60))
+    path.write_bytes(files[path][:60] + bytes(len(files[path]) - 60))
     refused(str(path), READERS[str(path)][0])
-    does(f"{READERS[str(path)][0]} --allow-missing 0.1")
+    run_ok(f"{READERS[str(path)][0]} --allow-missing 0.1")
     assert Path("new.unreadable.txt").read_text().startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("damage", ["a third", "a page", "the means"])
-def test_zeroed_features_are_found_by_verify_and_made_anew(whole, damage, tally):
-    """Training does not look: it would have to read every row twice."""
+def test_zeroed_features_are_found_by_verify_and_extracted_again(files, damage, tally):
+    """Training does not check this: it would have to read every row twice."""
     path = Path("data/small/features.h5")
     block = FeatureReader(path).arrays["pooled" if damage == "the means" else "features"]
     start = block.offset + 9 * block.row_bytes
     length = {"a third": 8 * block.row_bytes, "a page": 4096, "the means": block.row_bytes}[damage]
-    content = bytearray(whole[path])
+    content = bytearray(files[path])
     content[start : start + length] = bytes(length)
     path.write_bytes(content)
-    end = end_of(f"{EXTRACT} --verify")
-    assert is_one_line_that_names(end, str(path))
-    assert "such as that of photo9; they are now marked as not done" in end.said
-    does(EXTRACT)
-    np.testing.assert_allclose(rows(path), rows_of(whole[path], path), rtol=1e-2, atol=1e-3)
-    assert "24 of 24 rows are done and undamaged" in does(f"{EXTRACT} --verify")
+    end = run_command(f"{EXTRACT} --verify")
+    assert (
+        is_one_line_that_names(end, str(path))
+        and "such as that of photo9; they are now marked as not done" in end.stderr
+    )
+    run_ok(EXTRACT)
+    np.testing.assert_allclose(rows(path), rows_of(files[path], path), rtol=1e-2, atol=1e-3)
+    assert "24 of 24 rows are done and undamaged" in run_ok(f"{EXTRACT} --verify")
     tally("zeroed features found by --verify")
 
 
@@ -173,49 +180,49 @@ def rows(path: Path) -> np.ndarray:
 
 
 def rows_of(content: bytes, path: Path) -> np.ndarray:
-    there = path.with_name("whole.h5")
-    there.write_bytes(content)
-    return rows(there)
+    copy = path.with_name("copy.h5")
+    copy.write_bytes(content)
+    return rows(copy)
 
 
-def test_zeros_and_garbage_in_what_describes_the_features_end_at_once(whole, times, tally):
-    """HDF5 never ended where the heap of its texts was zeroed: there is no such heap now."""
+def test_zeros_and_garbage_in_the_metadata_of_a_feature_file_give_a_result_or_one_line_at_once(files, times, tally):
+    """HDF5 hung when its string heap was zeroed, so the file no longer has one."""
     path, random, count = Path("data/small/features.h5"), np.random.default_rng(0), times(40, 1000)
     spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).arrays.values()]
     first, last = min(spans)[0], max(spans)[1]
-    places = [place for place in (*range(first), *range(last, len(whole[path]))) if whole[path][place]]
+    places = [place for place in (*range(first), *range(last, len(files[path]))) if files[path][place]]
     for attack in range(count):
-        content = bytearray(whole[path])
+        content = bytearray(files[path])
         start, length = int(random.choice(places)), int(random.choice([1, 8, 64, 512]))
         end = min(start + length, first if start < first else len(content))
         content[start:end] = bytes(end - start) if attack % 2 else random.bytes(end - start)
         path.write_bytes(content)
-        told = attacked(f"{EXTRACT} --info")
-        assert told.status == 0 or is_one_line_that_names(told, str(path)), (start, length, told)
+        end = run_attacked(f"{EXTRACT} --info")
+        assert end.status == 0 or is_one_line_that_names(end, str(path)), (start, length, end)
     tally("damaged descriptions of features.h5", count)
 
 
 @pytest.mark.parametrize("file", READERS)
-def test_a_folder_in_the_place_of_a_file_is_one_line(whole, mended, file, tally):
+def test_a_folder_in_place_of_a_file_gives_one_line(files, restore, file, tally):
     for command in READERS[file]:
         Path(file).unlink()
         Path(file).mkdir()
         refused(file, command)
-        mended()
+        restore()
     tally("folders in the place of files", len(READERS[file]))
 
 
 @pytest.mark.parametrize("file", READERS)
-def test_a_file_without_permission_is_one_line(whole, mended, file, tally):
+def test_a_file_without_permission_gives_one_line(files, restore, file, tally):
     for command in READERS[file]:
         before = contents()
         Path(file).chmod(0)
         with bound_by_permissions():
-            end = end_of(command)
+            end = run_command(command)
         Path(file).chmod(0o644)
-        assert is_one_line_that_names(end, file) and "Permission denied" in end.said, (command, end)
+        assert is_one_line_that_names(end, file) and "Permission denied" in end.stderr, (command, end)
         assert before.items() <= contents().items()
-        mended()
+        restore()
     tally("files without permission", len(READERS[file]))
 
 
@@ -235,7 +242,7 @@ def of_the_future(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [name for name in READERS if name.endswith((".h5", ".pt", "l", ".json"))])
-def test_a_file_of_a_future_version_is_one_line(whole, file, tally):
+def test_a_file_of_a_future_version_is_one_line(files, file, tally):
     of_the_future(Path(file))
     for command in READERS[file]:
         refused(file, command)
@@ -257,9 +264,9 @@ def other(tmp_path_factory):
         write_captions(data / CAPTIONS_FILE, photos)
         words = [photo.captions[0] for photo in photos]
         Vocabulary.build(words, language="zh", tokenizer="jieba", min_count=1, max_words=9).save(data / "vocab.json")
-        does(f"{EXTRACT} --overwrite --image-size 96")
-        does(f"{TRAIN.replace('--run new', '--run att')} --overwrite")
-        does(f"{GENERATE} --data data/small --json results.json")
+        run_ok(f"{EXTRACT} --overwrite --image-size 96")
+        run_ok(f"{TRAIN.replace('--run new', '--run att')} --overwrite")
+        run_ok(f"{GENERATE} --data data/small --json results.json")
     return folder
 
 
@@ -286,45 +293,45 @@ def other(tmp_path_factory):
         ("results.json", [SCORE], "results.json: image_id xphoto5 has no references"),
     ],
 )
-def test_a_file_of_another_data_set_is_one_line(whole, other, file, commands, words, tally):
+def test_a_file_of_another_data_set_gives_one_line(files, other, file, commands, words, tally):
     shutil.copy(other / file, file)
     for command in commands:
-        end = attacked(command)
+        end = run_attacked(command)
         assert is_one_line_that_names(end, words), (command, end)
     tally("files of another data set", len(commands))
 
 
-def test_captions_cut_at_the_end_of_a_line_are_noticed_where_there_are_features(whole):
-    """Without features beside them, or with --features, nothing is left that could tell."""
+def test_captions_truncated_at_the_end_of_a_line_are_noticed_if_there_are_features(files):
+    """Without features beside them, or with --features, nothing shows the loss."""
     path = Path("data/small/captions.jsonl")
-    path.write_bytes(b"".join(whole[path].splitlines(True)[:-3]))
+    path.write_bytes(b"".join(files[path].splitlines(True)[:-3]))
     for command in (TRAIN, f"{GENERATE} --data data/small"):
-        end = attacked(command)
+        end = run_attacked(command)
         assert is_one_line_that_names(end, f"{path}: lacks 3 of the 24 photos of data/small/features.h5"), end
-        assert "--features data/small/features.h5" in end.said
-        does(f"{command} --features data/small/features.h5")
-    assert "of its 24 photos are among these 21" in attacked(EXTRACT).said
+        assert "--features data/small/features.h5" in end.stderr
+        run_ok(f"{command} --features data/small/features.h5")
+    assert "of its 24 photos are among these 21" in run_attacked(EXTRACT).stderr
 
 
-def test_a_bit_that_has_changed_in_a_checkpoint_is_found(whole, times, tally):
+def test_a_changed_bit_in_a_checkpoint_is_found(files, times, tally):
     path, random, count = Path("checkpoints/att/best.pt"), np.random.default_rng(1), times(20, 300)
     found = 0
     for _ in range(count):
-        content = bytearray(whole[path])
+        content = bytearray(files[path])
         content[random.integers(len(content))] ^= 1 << int(random.integers(8))
         path.write_bytes(content)
-        end = attacked(f"{GENERATE} data/small/photos/0.png")
+        end = run_attacked(f"{GENERATE} data/small/photos/0.png")
         found += end.status == 1
         assert end.status == 0 or is_one_line_that_names(end, str(path)), end
-    assert found > 0.9 * count  # the others are in the gaps between its parts, or in what the parts are called
+    assert found > 0.9 * count  # the others are in the gaps between the archive's members, or in their names
     tally("changed bits in checkpoints", count)
 
 
-def test_a_checkpoint_without_its_training_state_is_not_resumed(whole):
+def test_a_checkpoint_without_its_training_state_is_not_resumed(files):
     shutil.copy("checkpoints/att/best.pt", "checkpoints/att/last.pt")
     refused("checkpoints/att/last.pt: a checkpoint without optimizer; start another --run from its best.pt", RESUME)
 
 
-def test_the_encoder_beside_the_features_is_no_run(whole):
+def test_the_encoder_file_beside_the_features_is_not_accepted_as_a_run(files):
     command = GENERATE.replace("checkpoints/att", "data/small/features.encoder.pt")
     refused("features.encoder.pt: a checkpoint without config; give a run in checkpoints/", f"{command} a.jpg")

@@ -1,4 +1,4 @@
-"""The fuzz targets of tests/fuzz, for a bounded time: libFuzzer looks for bytes that lead where none have led."""
+"""Run the fuzz targets of tests/fuzz for a limited time: libFuzzer searches for inputs that reach new code."""
 
 import importlib.util
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).parents[2]
-MEMORY = 2000  # MB, the most in one piece; the whole would count what the process that starts it has
+ROOT = Path(__file__).parents[2]
+MEMORY = 2000  # MB, for one allocation; a limit on the process would include what the parent has allocated
 
 
 def fuzz(target, corpus, seconds):
-    """Run a target from its first inputs on -> how many inputs it tried. Fails with what the target said."""
+    """Run a target on its seeds and their mutations. Return the number of inputs. Fails with its stderr."""
     command = [
         sys.executable,
         "-m",
@@ -26,7 +26,7 @@ def fuzz(target, corpus, seconds):
         "-print_final_stats=1",
         f"-artifact_prefix={corpus}/crash-",
     ]
-    done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr[-3000:]
     return int(re.search(r"stat::number_of_executed_units: *(\d+)", done.stderr)[1])
 
@@ -34,12 +34,12 @@ def fuzz(target, corpus, seconds):
 @pytest.fixture(autouse=True)
 def atheris():
     if importlib.util.find_spec("atheris") is None:
-        pytest.skip("atheris is not installed: make torture brings it where there is one for this Python")
+        pytest.skip("atheris is not installed; make torture installs it if it supports this Python")
 
 
-def test_whatever_the_bytes_of_annotations_there_are_records_or_one_line(tmp_path, times, tally):
+def test_any_bytes_as_annotations_give_records_or_one_line(tmp_path, times, tally):
     tally("inputs to the reader of annotations", fuzz("annotations", tmp_path, times(1, 60)))
 
 
-def test_whatever_the_bytes_of_a_checkpoint_there_is_a_captioner_or_one_line(tmp_path, times, tally):
+def test_any_bytes_as_a_checkpoint_give_a_captioner_or_one_line(tmp_path, times, tally):
     tally("inputs to the reader of checkpoints", fuzz("checkpoints", tmp_path, times(1, 120)))

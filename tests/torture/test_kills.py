@@ -1,9 +1,9 @@
-"""Killed or stopped at any moment: the next start works, and ends as if nothing had been.
+"""Kill or stop a command at any moment: the next start works, and ends as if nothing had happened.
 
-What cannot be had: in the first hundredths of a second, until our first line runs, Python has its own handlers, and
-Ctrl-C ends in Python's own traceback; nothing has been read or written by then. In the last ones, when all is written,
-Python has given our handlers back, and the process ends without a word. A worker that a Python newer than 3.13
-starts anew, instead of forking it, has such a moment, too, where the whole process group is told to stop.
+Exceptions: in the first hundredths of a second, until our first line runs, Python's own handlers are in place, and
+Ctrl-C ends in Python's own traceback; nothing has been read or written by then. In the last hundredths, when all is
+written, Python has restored its handlers, and the process ends without a message. A worker that Python 3.14 or newer
+starts afresh instead of forking it has such a moment, too, when the whole process group is stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing import get_context
@@ -24,48 +25,53 @@ import pytest
 
 from captioning.encoders.images import init_worker
 from captioning.runtime.signals import STOPPED
-from tests.torture.artefacts import does
+from tests.torture.artefacts import run_ok
 from tests.torture.processes import (
     STOPS,
     WORK,
-    ended,
-    ends_as_if_nothing_had_been,
-    forget,
-    killed_at,
-    phase,
-    said,
-    started,
-    worked,
-    written,
+    cpu_seconds,
+    exit_status,
+    files_so_far,
+    has_exited,
+    kill_after,
+    outputs,
+    remove_outputs,
+    rerun_equals,
+    start,
+    stderr_text,
+    wait_for_cpu_seconds,
 )
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = {"preprocess": ["-m", "preprocess"]}
 
 
 def moments(count: int, seconds: float, seed: str) -> Iterator[float]:
-    """One by chance in each part of the time; then more of them, earlier and earlier, where some came too late."""
-    chance = random.Random(seed)
+    """Yield one random moment in each of `count` parts of the time, then earlier and earlier ones.
+
+    The later ones replace those that came after the end of the command.
+    """
+    generator = random.Random(seed)
     for attack in range(6 * count):
-        yield (attack % count + chance.random()) / count * seconds * 0.8 ** (attack // count)
+        yield (attack % count + generator.random()) / count * seconds * 0.8 ** (attack // count)
 
 
 # ---- kills
 
 
 @pytest.mark.parametrize("what", WORK)
-def test_killed_at_any_moment_the_next_start_ends_as_if_nothing_had_been(at_work, undisturbed, what, times, tally):
-    wanted, seconds = undisturbed(what)
-    count, killed, phases = times(2, 50), 0, set()
+def test_killed_at_any_moment_the_next_start_ends_as_if_nothing_had_happened(workdir, undisturbed, what, times, tally):
+    expected, seconds = undisturbed(what)
+    count, killed, phases = times(1, 50), 0, set()
     for moment in moments(count, seconds, what):
-        status = killed_at(WORK[what], moment)
-        assert status in (0, -signal.SIGKILL), said()
+        status = kill_after(WORK[what], moment)
+        assert status in (0, -signal.SIGKILL), stderr_text()
         killed += status != 0
-        phases.add(phase())
-        if killed % 3 == 1:  # and the next start, too
-            killed_at(WORK[what] + (" --resume" if what.startswith("train") else ""), moment / 2)
-        assert ends_as_if_nothing_had_been(what, wanted)
-        forget()
+        phases.add(files_so_far())
+        if killed % 3 == 1:  # kill the next start as well
+            kill_after(WORK[what] + (" --resume" if what.startswith("train") else ""), moment / 2)
+        assert rerun_equals(what, expected)
+        remove_outputs()
         if killed == count:
             break
     assert killed == count and len(phases) >= times(1, 3), (killed, phases)
@@ -73,7 +79,7 @@ def test_killed_at_any_moment_the_next_start_ends_as_if_nothing_had_been(at_work
 
 
 def orphan(pipe: int) -> None:
-    """A worker whose command is killed before it has looked who that is."""
+    """A worker whose command is killed before the worker has asked for its parent's id."""
     parent = os.getppid()
     os.kill(parent, signal.SIGKILL)
     while os.getppid() == parent:
@@ -82,14 +88,14 @@ def orphan(pipe: int) -> None:
     os.write(pipe, b"lives on")
 
 
-def test_a_worker_ends_even_where_the_command_was_killed_as_it_began():
+def test_a_worker_ends_even_if_the_command_is_killed_while_the_worker_starts():
     read, write = os.pipe()
     process = os.fork()
     if not process:
         get_context("fork").Process(target=orphan, args=(write,)).start()
         signal.pause()
     os.close(write)
-    assert ended(process) == -signal.SIGKILL
+    assert exit_status(process) == -signal.SIGKILL
     with open(read, "rb") as pipe:
         assert pipe.read() == b""
 
@@ -98,13 +104,13 @@ CHANGES = ("replace", "unlink", "mkdir", "rmdir", "truncate", "ftruncate", "fsyn
 
 
 def dies_before(number: int):
-    """The process kills itself before its number-th change of what lies on the disk."""
-    left = [number]
+    """Return a function after which the process kills itself before its number-th change of the disk."""
+    remaining = [number]
 
     def counted(change):
         def do(*arguments, **settings):
-            left[0] -= 1
-            if left[0] < 0:
+            remaining[0] -= 1
+            if remaining[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return change(*arguments, **settings)
 
@@ -119,13 +125,15 @@ def dies_before(number: int):
 
 
 @pytest.mark.parametrize("what", WORK)
-def test_killed_before_any_change_of_the_disk_too(at_work, undisturbed, what, times, tally):
-    """Chance seldom hits the moment between two renames."""
-    wanted, _ = undisturbed(what)
+def test_killed_before_any_change_of_the_disk_the_next_start_ends_as_if_nothing_had_happened(
+    workdir, undisturbed, what, times, tally
+):
+    """Random moments seldom fall between two renames."""
+    expected, _ = undisturbed(what)
     number, step, kills = (0, 1, 0) if times(0, 1) else (5, 1, 0)
-    while ended(started(WORK[what], dies_before(number))):
-        assert ends_as_if_nothing_had_been(what, wanted)
-        forget()
+    while exit_status(start(WORK[what], dies_before(number))):
+        assert rerun_equals(what, expected)
+        remove_outputs()
         number, kills = number + step, kills + 1
         if kills == times(1, 40):
             break
@@ -137,49 +145,50 @@ def pair_of(found: dict) -> list:
     return [found.get(f"out/data/{name}") for name in ("captions.jsonl", "vocab.json")]
 
 
-def test_killed_while_it_replaces_a_data_set_preprocess_never_leaves_captions_beside_a_foreign_vocabulary(
-    at_work, undisturbed, tally
+def test_killed_while_it_replaces_a_data_set_preprocess_never_leaves_captions_with_the_vocabulary_of_another(
+    workdir, undisturbed, tally
 ):
-    """Neither with --overwrite nor, later, without it does a start ask for anything."""
+    """The next start works with --overwrite and, where the captions are missing, without it."""
     other = WORK["preprocess"].replace("many.json", "aic.json") + " --overwrite"
-    wanted, _ = undisturbed("preprocess")
-    does(other)
-    old, new = pair_of(written()), pair_of(wanted)
+    expected, _ = undisturbed("preprocess")
+    run_ok(other)
+    old, new = pair_of(outputs()), pair_of(expected)
     number, seen = 0, set()
-    while ended(started(f"{WORK['preprocess']} --overwrite", dies_before(number))):
-        pair = pair_of(written())
+    while exit_status(start(f"{WORK['preprocess']} --overwrite", dies_before(number))):
+        pair = pair_of(outputs())
         assert pair in (old, new) or pair[0] is None, number
         seen.add("old" if pair == old else "new" if pair == new else "none")
         if pair[0] is None:
-            does(WORK["preprocess"])  # even without --overwrite
-            assert written() == wanted
-        does(f"{WORK['preprocess']} --overwrite")
-        assert written() == wanted
-        does(other)
+            run_ok(WORK["preprocess"])  # even without --overwrite
+            assert outputs() == expected
+        run_ok(f"{WORK['preprocess']} --overwrite")
+        assert outputs() == expected
+        run_ok(other)
         number += 1
     assert seen >= {"old", "none"} and number > 6  # Pythons differ in how they remove a folder
     tally("kills while preprocess replaces a data set", number)
 
 
-def test_an_encoder_that_was_left_alone_is_replaced(at_work):
-    """As by a kill before features.h5 was there, or by whoever removed that one."""
-    does(WORK["extract_features.py"])
+def test_an_encoder_file_without_its_features_is_replaced(workdir):
+    """A kill before features.h5 exists leaves such a file, and so does the removal of features.h5."""
+    run_ok(WORK["extract_features.py"])
     Path("out/features.h5").unlink()
     other = WORK["extract_features.py"].replace("--image-size 64", "--image-size 96")
-    does(other)
-    assert "24 of 24 rows are done and undamaged" in does(f"{other} --verify")
+    run_ok(other)
+    assert "24 of 24 rows are done and undamaged" in run_ok(f"{other} --verify")
 
 
 # ---- Ctrl-C and SIGTERM
 
 
-def saves_what_there_is(what: str, begun: bool) -> bool:
-    """A run that had begun has its last.pt."""
+def has_checkpoint_if_begun(what: str, begun: bool) -> bool:
+    """Whether a training run that had begun has its last.pt."""
     return not (begun and what.startswith("train")) or Path("checkpoints/new/last.pt").exists()
 
 
-def is_quiet(text: str) -> bool:
-    lines = text.splitlines()  # the bars of tqdm are lines, too
+def is_one_message(text: str) -> bool:
+    """Whether the only message is that of the stop, after any progress bars."""
+    lines = text.splitlines()
     return (
         bool(lines)
         and lines[-1].endswith(STOPPED)
@@ -189,99 +198,128 @@ def is_quiet(text: str) -> bool:
 
 
 @pytest.mark.parametrize("what", WORK)
-def test_stopped_at_any_moment_a_command_says_one_line_and_the_next_start_goes_on(
-    at_work, undisturbed, what, times, tally
+def test_stopped_at_any_moment_a_command_prints_one_line_and_the_next_start_continues(
+    workdir, undisturbed, what, times, tally
 ):
-    wanted, seconds = undisturbed(what)
-    count, stopped = times(2, 50), 0
-    for turn, moment in enumerate(moments(count, seconds, f"{what} stops")):
-        process = started(WORK[what])
-        worked(process, moment)
+    """Ctrl-C and SIGTERM in turn, to the command alone and to its whole process group in turn."""
+    expected, seconds = undisturbed(what)
+    count, stopped = times(1, 50), 0
+    first = list(WORK).index(what)  # in the suite, which stops each command once, the six commands cover the turns
+    for turn, moment in enumerate(moments(count, seconds, f"{what} stops"), start=first):
+        process = start(WORK[what])
+        wait_for_cpu_seconds(process, moment)
         log = Path("checkpoints/new/log.jsonl")
         begun = log.exists() and '"start"' in log.read_text()
-        (os.killpg if turn // 2 % 2 else os.kill)(process, STOPS[turn % 2])  # with its workers, and without
-        status = ended(process)
-        assert status == 0 or (status == 130 and is_quiet(said())), (status, moment, said())
-        assert status == 0 or saves_what_there_is(what, begun)
+        send = os.killpg if turn // 2 % 2 else os.kill
+        send(process, STOPS[turn % 2])
+        status = exit_status(process)
+        assert status == 0 or (status == 130 and is_one_message(stderr_text())), (status, moment, stderr_text())
+        assert status == 0 or has_checkpoint_if_begun(what, begun)
         stopped += status == 130
-        assert ends_as_if_nothing_had_been(what, wanted)
-        forget()
+        assert rerun_equals(what, expected)
+        remove_outputs()
         if stopped == count:
             break
     assert stopped == count
     tally(f"Ctrl-C and SIGTERM to {what}", stopped)
 
 
-# ---- real ones, from their first moment on
+# ---- new Python processes, from their first moment on
 
 
 def popen(command: str) -> subprocess.Popen:
-    """As a user starts it."""
+    """Start the command as a user does."""
     name, *words = shlex.split(command)
-    code = SCRIPTS.get(name, [str(HOUSE / name)])
-    return subprocess.Popen(  # whose stderr fits in a pipe
+    code = SCRIPTS.get(name, [str(ROOT / name)])
+    return subprocess.Popen(
         [sys.executable, *code, *words],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE,  # fits into the pipe's buffer: nobody reads it before the end
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), os.environ["PYTHONPATH"]])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])},
     )
 
 
-def real_end(command: str, moment: float, number: int) -> tuple[int, str]:
-    """Its status and stderr, sent a signal after so many seconds of work."""
+def signal_after(command: str, seconds: float, number: int) -> tuple[int, str]:
+    """Send the command a signal after that many CPU seconds. Return its exit status and stderr."""
     process = popen(command)
-    worked(process.pid, moment)
+    wait_for_cpu_seconds(process.pid, seconds)
+    return finish(process, number)
+
+
+def signal_once_written(command: str, path: Path, number: int) -> tuple[int, str]:
+    """Send the command a signal once the file exists. Return its exit status and stderr."""
+    process = popen(command)
+    while not path.exists() and not has_exited(process.pid):
+        time.sleep(0.001)
+    return finish(process, number)
+
+
+def finish(process: subprocess.Popen, number: int) -> tuple[int, str]:
     os.kill(process.pid, number)
     _, text = process.communicate()
     return process.returncode, text
 
 
 def seconds_of(command: str) -> float:
+    """The CPU seconds of an undisturbed process."""
+    began = time.monotonic()
     process = popen(command)
-    seconds = worked(process.pid)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    seconds = cpu_seconds(process.pid, began)
     assert process.wait() == 0, process.stderr.read()
     return seconds
 
 
-def test_real_processes_are_killed_and_go_on_as_well(at_work, undisturbed, times, tally):
+def test_new_processes_are_killed_and_the_next_start_ends_as_if_nothing_had_happened(
+    workdir, undisturbed, times, tally
+):
+    """In the suite: train.py, as soon as its log exists. With --torture: all commands, at two random moments each."""
     killed = 0
-    for what in list(WORK)[times(3, 0) : times(4, 6)]:
-        wanted, _ = undisturbed(what)
+    if times(True, False):
+        expected, _ = undisturbed("train.py")
+        status, text = signal_once_written(WORK["train.py"], Path("checkpoints/new/log.jsonl"), signal.SIGKILL)
+        assert status == -signal.SIGKILL, text
+        assert rerun_equals("train.py", expected)
+        remove_outputs()
+        killed = 1
+    for what in times([], list(WORK)):
+        expected, _ = undisturbed(what)
         seconds = seconds_of(WORK[what])
-        forget()
-        for moment in islice(moments(2, seconds, what), times(1, 2)):
-            status, text = real_end(WORK[what], moment if times(0, 1) else 0.9 * seconds, signal.SIGKILL)
+        remove_outputs()
+        for moment in islice(moments(2, seconds, what), 2):
+            status, text = signal_after(WORK[what], moment, signal.SIGKILL)
             assert status in (0, -signal.SIGKILL), text
             killed += status != 0
-            assert ends_as_if_nothing_had_been(what, wanted)
-            forget()
+            assert rerun_equals(what, expected)
+            remove_outputs()
     tally("kills of commands that a user starts", killed)
 
 
-def before_our_first_line(text: str) -> bool:
-    """Python's own words on a Ctrl-C while it starts: none of ours has been asked for anything but `stop`."""
-    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|leave_quietly\(\)"
+def is_before_our_first_line(text: str) -> bool:
+    """Whether a traceback of Ctrl-C is Python's own: no module has been imported yet but `signals`."""
+    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|install_exit_handlers\(\)"
     return "KeyboardInterrupt" in text and not re.search(later, text)
 
 
-def test_a_real_process_that_is_stopped_while_it_imports_says_one_line(at_work, undisturbed, times, tally):
-    """Or nothing, in its first moments, and in its last ones, when all is written."""
+def test_a_new_process_that_is_stopped_during_its_imports_prints_one_line(workdir, undisturbed, times, tally):
+    """Or nothing in its first moments, and in its last moments, when all is written."""
     stopped, silent = 0, 0
-    for what in list(WORK)[times(3, 0) : times(4, 6)]:
-        wanted, _ = undisturbed(what)
-        seconds = seconds_of(WORK[what]) if times(0, 1) else 2.0
-        forget()
-        for turn, moment in enumerate(islice(moments(times(4, 8), seconds, f"{what} real"), times(4, 8))):
-            status, text = real_end(WORK[what], moment, STOPS[turn % 2])
+    for what in times(["train.py"], list(WORK)):
+        expected, _ = undisturbed(what)
+        seconds = seconds_of(WORK[what]) if times(False, True) else 2.0
+        remove_outputs()
+        count = times(2, 8)
+        for turn, moment in enumerate(islice(moments(count, seconds, f"{what} real"), count)):
+            status, text = signal_after(WORK[what], moment, STOPS[turn % 2])
             if status in (130, 0):
-                assert status == 0 or is_quiet(text), (moment, text)
+                assert status == 0 or is_one_message(text), (moment, text)
                 stopped += status == 130
             else:
-                assert moment < 1 + seconds / 4 or written() == wanted, (moment, status, text)
+                assert moment < 1 + seconds / 4 or outputs() == expected, (moment, status, text)
                 assert status in (1, -signal.SIGTERM, -signal.SIGINT), (status, text)
-                assert not re.search("Traceback|Exception|Error", text) or before_our_first_line(text), text
+                assert not re.search("Traceback|Exception|Error", text) or is_before_our_first_line(text), text
                 silent += 1
-            forget()
+            remove_outputs()
     assert stopped > silent
     tally("Ctrl-C and SIGTERM to commands that a user starts", stopped)

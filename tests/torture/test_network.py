@@ -1,4 +1,4 @@
-"""No network without being asked: the whole suite runs under the guard of tests/loopback; here it is tried itself."""
+"""No call to another machine unless the user asks for it: tests of the block in tests/loopback, used by all tests."""
 
 import socket
 import subprocess
@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from tests.conftest import CALLS
-from tests.loopback.sitecustomize import is_here
+from tests.loopback.sitecustomize import is_local
 
-ELSEWHERE = "192.0.2.1"  # of a net that is kept for examples: nobody answers there
+ELSEWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737): no machine answers
 CALLING = [
     f"socket.create_connection(('{ELSEWHERE}', 80), 0.1)",
     "socket.getaddrinfo('example.invalid', 80)",
@@ -20,33 +20,33 @@ CALLING = [
 ]
 
 
-def calls_noted():
-    """The calls so far, which are then forgotten: these were meant."""
+def recorded_calls():
+    """Return the recorded calls and clear the record, since these calls are intended."""
     calls = CALLS.read_text("utf-8").splitlines() if CALLS.exists() else []
     CALLS.unlink(missing_ok=True)
     return calls
 
 
 @pytest.mark.parametrize("call", CALLING)
-def test_a_call_to_another_machine_fails_and_is_noted_even_where_it_is_forgiven(call, tally):
-    with pytest.raises(RuntimeError, match="tests call no other machine"):
+def test_a_call_to_another_machine_fails_and_is_recorded_even_if_the_error_is_ignored(call, tally):
+    with pytest.raises(RuntimeError, match="tests must not call other machines"):
         exec(call)
-    assert len(calls_noted()) == 1
+    assert len(recorded_calls()) == 1
     tally("calls to other machines")
 
 
-def test_it_fails_in_other_processes_too(tally):
+def test_calls_fail_in_child_processes_too(tally):
     program = "import socket\n" + "\n".join(f"try:\n    {call}\nexcept RuntimeError:\n    pass" for call in CALLING)
     subprocess.run([sys.executable, "-c", program], check=True)
-    assert len(calls_noted()) == len(CALLING)
+    assert len(recorded_calls()) == len(CALLING)
     tally("calls to other machines", len(CALLING))
 
 
-def test_this_machine_may_be_called():
+def test_calls_to_this_machine_are_allowed():
     with socket.create_server(("127.0.0.1", 0)) as server:
         for host in ("127.0.0.1", "localhost"):
             socket.create_connection((host, server.getsockname()[1])).close()
-    here = [
+    local = [
         ("127.8.8.8", 1),
         ("::1", 1, 0, 0),
         "/tmp/a.socket",
@@ -55,5 +55,5 @@ def test_this_machine_may_be_called():
         ("localhost", 80),
         ("0.0.0.0", 1),
     ]
-    there = [(ELSEWHERE, 80), ("::2", 1, 0, 0), ("10.0.0.1", 1), ("kantu.example", 1)]
-    assert all(map(is_here, here)) and not any(map(is_here, there))
+    remote = [(ELSEWHERE, 80), ("::2", 1, 0, 0), ("10.0.0.1", 1), ("kantu.example", 1)]
+    assert all(map(is_local, local)) and not any(map(is_local, remote))

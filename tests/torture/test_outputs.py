@@ -1,4 +1,4 @@
-"""What is written: text of anyone is only text in it, and it lies where it was asked for. And what is not decoded."""
+"""Outputs contain foreign text only as text and lie where the user wants them; oversized inputs are not decoded."""
 
 import html
 import os
@@ -59,7 +59,7 @@ CARD_TAGS = set("p b ul li img table tr td".split())
 
 
 class Page(HTMLParser):
-    """What a browser would find in it: elements with their attributes, and text."""
+    """A parsed page, as a browser sees it: elements with their attributes, and text."""
 
     def __init__(self, content):
         super().__init__(convert_charrefs=True)
@@ -100,7 +100,7 @@ class Page(HTMLParser):
     references=st.lists(words, min_size=1, max_size=2),
     attends=st.booleans(),
 )
-def test_a_page_is_only_text_whatever_captions_ids_and_paths_say(
+def test_captions_ids_and_paths_are_plain_text_in_a_page(
     tmp_path_factory, title, heading, id, image, caption, references, attends
 ):
     path = tmp_path_factory.mktemp("page") / "page.html"
@@ -113,11 +113,11 @@ def test_a_page_is_only_text_whatever_captions_ids_and_paths_say(
     write_page(path, title, "en", [(heading, [card]), *worst_and_best([card, card])])
     page = Page(path.read_bytes().decode())
     assert page.is_harmless(PAGE_TAGS)
-    for said in [title, heading, id, " ".join(caption), *map(" ".join, references)]:
-        assert said in page.text
+    for shown in [title, heading, id, " ".join(caption), *map(" ".join, references)]:
+        assert shown in page.text
 
 
-def a_log(caption, references, setting):
+def make_log(caption, references, setting):
     panel = [{"id": caption, "caption": caption, "references": references, "picture": None}]
     return [
         {"event": "start", "config": {setting: setting}, "versions": {}, "device": setting, "commit": setting},
@@ -128,21 +128,21 @@ def a_log(caption, references, setting):
 @settings(max_examples=60)
 @given(caption=text, references=st.lists(text, max_size=2), setting=text, run=text)
 def test_the_dashboard_shows_text_as_text(tmp_path_factory, caption, references, setting, run):
-    events = a_log(caption, references, setting)
+    events = make_log(caption, references, setting)
     shown = run_windows(events, tmp_path_factory.mktemp("run"))
     card, table = (Page(shown[name]["data"][0]["content"]) for name in ("photo 1", "settings"))
     assert card.is_harmless(CARD_TAGS) and table.is_harmless(CARD_TAGS)
-    assert all(said in card.text for said in [caption, *references]) and table.text.count(setting) >= 3
+    assert all(part in card.text for part in [caption, *references]) and table.text.count(setting) >= 3
     for window in comparison_windows({run: events}).values():
         for curve in window["data"]:
             assert "<" not in curve["name"] and html.unescape(curve["name"]).startswith(f"{run}: ")
 
 
 @pytest.mark.parametrize("picture", ["../secret.png", "{}/secret.png", "pictures/../../secret.png", "..", "", None])
-def test_a_log_shows_no_other_files_than_its_runs_pictures(tmp_path, picture):
+def test_a_log_shows_no_files_but_the_pictures_of_its_run(tmp_path, picture):
     (tmp_path / "secret.png").write_bytes(b"secret")
     (tmp_path / "run/pictures").mkdir(parents=True)
-    events = a_log("a dog", [], "x")
+    events = make_log("a dog", [], "x")
     events[1]["preview"][0]["picture"] = picture and picture.format(tmp_path)
     assert "data:" not in run_windows(events, tmp_path / "run")["photo 1"]["data"][0]["content"]
 
@@ -151,7 +151,7 @@ def test_a_log_shows_no_other_files_than_its_runs_pictures(tmp_path, picture):
 
 
 @given(id=st.text(max_size=12) | st.lists(st.sampled_from(["..", "/", "\\", "C:", ".", "a", "\0", "~"])).map("".join))
-def test_a_picture_lies_in_its_folder_whatever_the_id_says(id):
+def test_a_picture_lies_in_its_folder_whatever_the_id(id):
     drawn = []
     config = SimpleNamespace(pictures=Path("pictures"), animate=False, view="smooth")
     with pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def test_a_picture_lies_in_its_folder_whatever_the_id_says(id):
     assert not set(path.name) & set("/\\\0:") and not path.name.startswith(".")
 
 
-# ---- files that would grow when they are read
+# ---- files that grow when they are read
 
 
 def png(side):
@@ -212,21 +212,21 @@ BOMBS = {"png": png, "gif": gif, "tif": tiff, "bmp": bmp, "jpg": jpeg, "webp": w
 
 
 @pytest.mark.parametrize("ending", BOMBS)
-def test_a_photo_that_would_fill_the_memory_is_refused_and_not_decoded(tmp_path, monkeypatch, ending, tally):
+def test_a_decompression_bomb_is_refused_and_not_decoded(tmp_path, monkeypatch, ending, tally):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     path = tmp_path / f"bomb.{ending}"
     path.write_bytes(BOMBS[ending](60_000))
     tracemalloc.start()
     batch = read_photos([path], [0], Transform())
-    most = tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 10**7 and batch.indices == []
+    assert peak < 10**7 and batch.indices == []
     (failure,) = batch.failures
     assert failure == f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels" or ending == "webp", failure
     tally("decompression bombs")
 
 
-def test_text_beside_a_picture_cannot_fill_the_memory_either(tmp_path):
+def test_compressed_text_in_an_image_cannot_fill_the_memory(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     text = b"zTXtComment\0\0" + zlib.compress(b"a" * 2 * 10**8)
@@ -244,15 +244,15 @@ def test_text_beside_a_picture_cannot_fill_the_memory_either(tmp_path):
         b"8BPS\0\1" + bytes(40),
     ],
 )
-def test_a_photo_that_is_a_program_or_an_exotic_form_is_no_photo(tmp_path, monkeypatch, content):
-    """Pillow would hand PostScript to Ghostscript, whatever the file is called."""
+def test_programs_and_exotic_formats_are_refused_as_photos(tmp_path, monkeypatch, content):
+    """Pillow would pass PostScript to Ghostscript, whatever the name of the file."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("executed"))
     (tmp_path / "photo.jpg").write_bytes(content)
     with pytest.raises(PhotoError, match="photo.jpg: not an image"):
         open_photo(tmp_path / "photo.jpg")
 
 
-def test_photos_of_two_pictures_as_telephones_make_them_are_read(tmp_path):
+def test_photos_that_contain_two_images_as_phones_write_them_are_read(tmp_path):
     first, second = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (30, 20), "blue")
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
     assert np.asarray(open_photo(tmp_path / "a.jpg"))[0, 0, 0] > 200
@@ -285,7 +285,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("what", WRITERS)
-def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, what, tally):
+def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path, what, tally):
     (tmp_path / "victim").write_text("mine")
     path = tmp_path / "out.png"
     for name in ("out.png.tmp", f"out.png.{os.getpid()}.tmp"):

@@ -1,4 +1,4 @@
-"""Nothing that is read is ever executed, and nothing that is read chooses what else is read."""
+"""No file that is read is ever executed, and none chooses which other files are read."""
 
 import ast
 import contextlib
@@ -35,7 +35,7 @@ from tests.small import ENCODER, TINY
 from tests.test_architecture import SOURCES
 from tests.torture.annotations import FORMS
 
-# ---- code: nothing in the house can execute what it reads
+# ---- source code: nothing in it can execute what it reads
 
 MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "imp", "code", "runpy"}
 NAMES = {
@@ -50,12 +50,12 @@ NAMES = {
     "unpack_archive",
     "load_state_dict_from_url",
 }
-METHODS = {"eval", "compile"}  # of a torch module, or of re: other things than the functions of those names
+METHODS = {"eval", "compile"}  # as methods of a torch module or of re these are harmless
 LOADERS = ("jit.load", "hub.load", "package.PackageImporter", "np.load", "numpy.load")
 
 
-def dangers(tree):
-    """What could execute data, a line each."""
+def find_dangers(tree):
+    """Yield the source of each statement that could execute data."""
     for node in ast.walk(tree):
         names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
         names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
@@ -74,8 +74,8 @@ def dangers(tree):
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_nothing_in_the_house_can_run_what_it_reads(module):
-    assert list(dangers(ast.parse(SOURCES[module].read_text("utf-8")))) == []
+def test_no_module_can_execute_what_it_reads(module):
+    assert list(find_dangers(ast.parse(SOURCES[module].read_text("utf-8")))) == []
 
 
 @pytest.mark.parametrize(
@@ -97,15 +97,15 @@ def test_nothing_in_the_house_can_run_what_it_reads(module):
         "torch.hub.load('a', 'b')",
     ],
 )
-def test_what_could_run_it_is_recognised(code):
-    assert len(list(dangers(ast.parse(code)))) == 1
+def test_code_that_could_execute_data_is_recognised(code):
+    assert len(list(find_dangers(ast.parse(code)))) == 1
 
 
-# ---- crafted files: refused with one line, and not executed
+# ---- crafted files are refused with one line and not executed
 
 
 class Payload:
-    """Pickled, it is a call: here of something harmless that leaves a trace."""
+    """An object whose unpickling calls a function, here a harmless one that leaves a trace."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -115,7 +115,7 @@ class Payload:
 
 
 def payloads(trace):
-    """Objects whose unpickling would make the folder `trace`, each in another way."""
+    """Objects whose unpickling would create the folder `trace`, each in another way."""
     program = f"import os; os.mkdir({str(trace)!r})"
     return {
         "os.mkdir": Payload(os.mkdir, str(trace)),
@@ -144,13 +144,13 @@ CONTAINERS = {"zipped": zipped, "legacy": legacy, "plain pickle": plain}
 READERS = {
     "a checkpoint": load_checkpoint,
     "a run to caption with": Captioner.load,
-    "weights": lambda path: load_encoder("resnet18.layer1", str(path), 32),
+    "weights": lambda path: load_encoder("squeezenet1_1", str(path), 64),
     "a run's encoder": lambda path: load_encoder(None, str(path), None),
 }
 
 
 def refusal(work, *arguments):
-    """The text with which a user's file is refused, which must be one line."""
+    """Call `work`, which must raise a UserError of one line. Return its text."""
     with pytest.raises(UserError) as error:
         work(*arguments)
     text = str(error.value)
@@ -161,7 +161,7 @@ def refusal(work, *arguments):
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_crafted_pickle_is_refused_and_not_executed(tmp_path, reader, container, tally):
-    path, trace = tmp_path / ("resnet18.pth" if reader == "weights" else "best.pt"), tmp_path / "executed"
+    path, trace = tmp_path / ("squeezenet1_1.pth" if reader == "weights" else "best.pt"), tmp_path / "executed"
     for payload in payloads(trace).values():
         for data in (payload, {"format": FORMAT, "decoder": payload}, {"state_dict": payload}, [{"a": payload}]):
             CONTAINERS[container](data, path)
@@ -170,20 +170,20 @@ def test_a_crafted_pickle_is_refused_and_not_executed(tmp_path, reader, containe
             tally("crafted pickles")
 
 
-def test_the_crafted_pickles_would_work_elsewhere(tmp_path):
-    """Else the test above could not fail."""
+def test_the_crafted_pickles_work_without_protection(tmp_path):
+    """Otherwise the test above could not fail."""
     zipped({"format": payloads(tmp_path / "executed")["exec"]}, tmp_path / "best.pt")
     torch.load(tmp_path / "best.pt", weights_only=False)
     assert (tmp_path / "executed").is_dir()
 
 
-def test_a_program_of_torchscript_is_no_checkpoint(tmp_path):
+def test_a_torchscript_program_is_refused_as_a_checkpoint(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "best.pt")
     refusal(load_checkpoint, tmp_path / "best.pt")
     refusal(READERS["weights"], tmp_path / "best.pt")
 
 
-def test_the_commands_refuse_them_too(here, tmp_path, tally):
+def test_the_commands_refuse_crafted_pickles(here, tmp_path, tally):
     evil, trace = tmp_path / "best.pt", tmp_path / "executed"
     zipped({"format": FORMAT, "config": payloads(trace)["os.mkdir"]}, evil)
     photo, data = Path("data/small/photos/0.png"), Path("data/small")
@@ -210,8 +210,8 @@ def test_the_commands_refuse_them_too(here, tmp_path, tally):
 SECRET = b"a line of a private file\n" * 200
 
 
-def lay_features(path, **odd):
-    """A feature file of three photos; odd: what makes one of its arrays, otherwise than usual."""
+def write_features(path, **odd):
+    """Write a feature file of three photos. odd: name of an array -> the function that writes it instead."""
     usual = {
         "features": np.ones((3, 2, 2, 4), np.float16),
         "pooled": np.ones((3, 4), np.float32),
@@ -286,11 +286,11 @@ ODD = (linked, soft, external, virtual, group, chunks, objects, numbers, more, e
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("name", ["features", "pooled", "done", "images"])
-def test_a_feature_file_never_leads_elsewhere(tmp_path, name, odd, tally):
+def test_a_feature_file_never_refers_to_another_file(tmp_path, name, odd, tally):
     (tmp_path / "secret.txt").write_bytes(SECRET)
-    lay_features(tmp_path / "other.h5")
-    path = lay_features(tmp_path / "features.h5", **{name: odd})
-    if (name, odd) == ("images", chunks):  # that is no harm: it is in the file
+    write_features(tmp_path / "other.h5")
+    path = write_features(tmp_path / "features.h5", **{name: odd})
+    if (name, odd) == ("images", chunks):  # harmless: the data are in the file
         assert [*FeatureReader(path).ids] == ["a", "b", "c"]
         return
     text = refusal(FeatureReader, path)
@@ -299,12 +299,12 @@ def test_a_feature_file_never_leads_elsewhere(tmp_path, name, odd, tally):
 
 
 def full_size(file, name):
-    file[name] = np.ones((3, 14, 14, 4), np.float16)  # as of any CNN
+    file[name] = np.ones((3, 14, 14, 4), np.float16)  # the default grid
 
 
 @pytest.mark.parametrize("wrong", [None, "8x8", 2, [2], [2, 2, 2], [0, 2], [-1, -4], [10**9, 10**9], [2.5, 2]])
-def test_a_feature_file_with_an_absurd_grid_is_one_line(tmp_path, wrong):
-    path = lay_features(tmp_path / "features.h5", features=lambda file, name, values: full_size(file, name))
+def test_a_feature_file_with_an_invalid_grid_gives_one_line(tmp_path, wrong):
+    path = write_features(tmp_path / "features.h5", features=lambda file, name, values: full_size(file, name))
     with h5py.File(path, "r+") as file:
         del file.attrs["native_grid"]
         if wrong is not None:
@@ -312,11 +312,11 @@ def test_a_feature_file_with_an_absurd_grid_is_one_line(tmp_path, wrong):
     refusal(FeatureReader, path)
 
 
-# ---- caches of others in the folder of temporary files
+# ---- caches in the shared folder for temporary files
 
 
 def test_jiebas_cache_is_neither_read_nor_written(tmp_path, monkeypatch):
-    """jieba itself unmarshals jieba.cache from there: anyone could have written it."""
+    """By default jieba unmarshals jieba.cache from there, which any user could have written."""
     poison = marshal.dumps(({"毒": 1, "毒药": 99_999}, 100_000))
     (tmp_path / "jieba.cache").write_bytes(poison)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -326,7 +326,7 @@ def test_jiebas_cache_is_neither_read_nor_written(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"jieba.cache": poison}
 
 
-def test_compiled_code_is_kept_at_home_and_not_where_anyone_writes(tmp_path, monkeypatch):
+def test_compiled_code_is_cached_in_the_home_folder_where_no_other_user_can_write(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -336,7 +336,7 @@ def test_compiled_code_is_kept_at_home_and_not_where_anyone_writes(tmp_path, mon
     assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "inductor")
 
 
-# ---- ids never leave the image folder
+# ---- ids never lead out of the image folder
 
 UNSAFE = [
     "../a.jpg",
@@ -367,7 +367,7 @@ def records_of(folder, data):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)
-def test_an_id_that_leaves_the_image_folder_is_refused(tmp_path, form, name, tally):
+def test_an_id_that_leads_out_of_the_image_folder_is_refused(tmp_path, form, name, tally):
     assert "not a path in the image folder" in refusal(records_of, tmp_path, FORMS[form](name))
     tally("ids that leave the image folder")
 
@@ -377,7 +377,7 @@ def test_an_id_that_leaves_the_image_folder_is_refused(tmp_path, form, name, tal
     between=st.sampled_from(["/", "\\", "//", ""]),
     form=st.sampled_from(sorted(FORMS)),
 )
-def test_whatever_an_id_is_its_photo_lies_in_the_image_folder(parts, between, form):
+def test_the_photo_of_any_accepted_id_lies_in_the_image_folder(parts, between, form):
     folder = Path(tempfile.gettempdir()).resolve()
     with contextlib.suppress(UserError):
         for record in records_of(folder, FORMS[form](between.join(parts))):
@@ -386,7 +386,7 @@ def test_whatever_an_id_is_its_photo_lies_in_the_image_folder(parts, between, fo
 
 @pytest.fixture
 def photos_at(tmp_path):
-    """An image folder with a photo, another outside of it, and their annotations -> preprocess one name."""
+    """An image folder, and a photo outside it. Returns a function that preprocesses annotations of the given names."""
     for folder in ("images/sub", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("images/1.jpg", "images/sub/2.jpg", "elsewhere/private.jpg"):
@@ -408,10 +408,10 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path, photos_at, target):
     for name in ("link.jpg", "folder/private.jpg"):
         assert f"images/{name}: links to a file outside" in refusal(photos_at, "1.jpg", "sub/2.jpg", name)
     assert not (tmp_path / "data/captions.jsonl").exists()
-    assert photos_at("1.jpg", "sub/2.jpg") == {"1.jpg", "sub/2.jpg"}, "a link that no entry names does no harm"
+    assert photos_at("1.jpg", "sub/2.jpg") == {"1.jpg", "sub/2.jpg"}, "a link that no annotation names is harmless"
 
 
-def test_links_inside_the_image_folder_and_to_it_are_photos_like_others(tmp_path, photos_at):
+def test_links_within_the_image_folder_and_to_it_are_accepted(tmp_path, photos_at):
     (tmp_path / "images/link.jpg").symlink_to("sub/2.jpg")
     (tmp_path / "images/folder").symlink_to("sub")
     (tmp_path / "linked").symlink_to("images")

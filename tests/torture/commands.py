@@ -1,4 +1,4 @@
-"""How a command ends, run in this process; what lies in a folder; and root without its rights."""
+"""Run commands in this process; list the contents of a folder; make permissions bind root."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ COMMANDS = {
 }
 
 
-class End(NamedTuple):
+class Outcome(NamedTuple):
     status: int
-    said: str  # the line of the end, on stderr
-    told: str  # stdout
+    stderr: str  # without what logging and tqdm write
+    stdout: str
 
 
-def end_of(command: str, *more: object) -> End:
-    """How `command`, such as "train.py data/small --run a", ends. An exception that is no exit goes through.
+def run_command(command: str, *more: object) -> Outcome:
+    """Run a command line such as "train.py data/small --run a". Exceptions other than SystemExit propagate.
 
-    more: further words, which may have any characters.
+    more: further arguments, which may contain any characters.
     """
     words = [*shlex.split(command), *map(str, more)]
     out, err = io.StringIO(), io.StringIO()
@@ -49,20 +49,20 @@ def end_of(command: str, *more: object) -> End:
         try:
             command_line.run(*COMMANDS[words[0]])
         except SystemExit as stop:
-            if isinstance(stop.code, str):  # Python prints it, and ends with 1
-                return End(1, stop.code, out.getvalue())
-            return End(stop.code or 0, err.getvalue().strip(), out.getvalue())
-    return End(0, "", out.getvalue())
+            if isinstance(stop.code, str):  # Python would print it and exit with status 1
+                return Outcome(1, stop.code, out.getvalue())
+            return Outcome(stop.code or 0, err.getvalue().strip(), out.getvalue())
+    return Outcome(0, "", out.getvalue())
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Another one whenever the file was written to or replaced; of a folder always the same."""
+    """A value that changes whenever the file is written or replaced; for folders always the same."""
     status = path.lstat()
     return () if path.is_dir() else (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def contents() -> dict[str, tuple[int, ...]]:
-    """Every file and folder below the current one, with its stamp."""
+    """The path of every file and folder below the current folder -> its stamp."""
     return {str(path): stamp(path) for path in Path("").rglob("*")}
 
 
@@ -70,7 +70,7 @@ class _Header(ctypes.Structure):
     _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
 
 
-class _Rights(ctypes.Structure):
+class _Capabilities(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint32)
         for name in ("effective", "permitted", "inheritable", "effective_2", "permitted_2", "inheritable_2")
@@ -82,17 +82,17 @@ OVERRIDE = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
 @contextlib.contextmanager
 def bound_by_permissions() -> Iterator[None]:
-    """Permissions bind even root, in this thread and those it starts (Linux; others are bound as they are)."""
+    """Apply file permissions even to root, in this thread and the threads it starts (Linux; elsewhere a no-op)."""
     if os.geteuid() != 0:
         yield
         return
-    system, header, rights = ctypes.CDLL(None), _Header(0x20080522, 0), _Rights()
-    assert system.capget(ctypes.byref(header), ctypes.byref(rights)) == 0
-    before = rights.effective
-    rights.effective = before & ~OVERRIDE
+    libc, header, capabilities = ctypes.CDLL(None), _Header(0x20080522, 0), _Capabilities()
+    assert libc.capget(ctypes.byref(header), ctypes.byref(capabilities)) == 0
+    before = capabilities.effective
+    capabilities.effective = before & ~OVERRIDE
     try:
-        assert system.capset(ctypes.byref(header), ctypes.byref(rights)) == 0
+        assert libc.capset(ctypes.byref(header), ctypes.byref(capabilities)) == 0
         yield
     finally:
-        rights.effective = before
-        system.capset(ctypes.byref(header), ctypes.byref(rights))
+        capabilities.effective = before
+        libc.capset(ctypes.byref(header), ctypes.byref(capabilities))

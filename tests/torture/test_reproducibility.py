@@ -1,0 +1,126 @@
+"""The same seed gives the same run to the byte, for any hash seed of Python and any start method of worker processes;
+another seed gives another run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioning.encoders.encoder import load_encoder
+from captioning.evaluation import score_report
+from captioning.evaluation.java_metrics import meteor_score
+from captioning.runtime.checkpoint import load_checkpoint
+from tests.small import make_small_data, same
+from tests.torture.artefacts import RECIPE, run_ok
+
+ROOT = Path(__file__).parents[2]
+ENCODER = "--encoder resnet18.layer2 --image-size 64 --weights random"
+TUNE = (
+    f"train.py data/small {RECIPE} --epochs 1 --fine-tune --flip --crop 0.8 {ENCODER.replace('random', 'weights.pth')}"
+)
+RUN = f"train.py data/drawn {RECIPE} --epochs 2 --dropout 0.3"
+EVERY_COMMAND = (
+    "preprocess data/drawn --scenes 24 --language zh --min-count 1",
+    f"extract_features.py data/drawn {ENCODER} --precision float32 --workers 1",
+    f"{RUN} --run att",
+    f"{RUN} --run att-1 --seed 1",
+    f"{RUN} --run hard --decoder hard-attention --scheduled-sampling 0.5",
+    f"{RUN} --run cider --objective cider --start-from checkpoints/att",
+    "generate.py checkpoints/att --data data/drawn --split val --json out.json --scores scores.json --workers 1",
+)
+MEASURED = ("seconds", "per_second", "waiting", "time", "peak_memory")  # parts of log keys that no seed decides
+
+
+def files(folder: Path) -> dict[str, object]:
+    """The path of every file below the folder -> its content; of a log, what does not depend on the clock."""
+    return {
+        str(path.relative_to(folder)): reproducible_part(path) if path.name == "log.jsonl" else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def reproducible_part(log: Path) -> list[dict]:
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    lines = [line for line in lines if line["event"] != "step"]  # written every few seconds
+    return [{key: line[key] for key in line if not any(word in key for word in MEASURED)} for line in lines]
+
+
+def run_in_new_process(folder: Path, hash_seed: str, commands: tuple[str, ...] = EVERY_COMMAND) -> dict[str, object]:
+    """Run the commands in a new Python with this hash seed. Return what they write."""
+    folder.mkdir()
+    script = f"from tests.torture.artefacts import run_ok\nfor command in {commands}: run_ok(command)"
+    paths = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths, "PATH": ""}  # hides Java
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=True)
+    return files(folder)
+
+
+def run_here(folder: Path) -> dict[str, object]:
+    """Run every command in this process, whose hash seed is random unless PYTHONHASHSEED is set."""
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PATH", "")  # as in a new process: hides Java and git
+        patch.setattr(score_report, "meteor_score", meteor_score)
+        for command in EVERY_COMMAND:
+            run_ok(command)
+    return files(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, times):
+    """What every command writes with hash seed 0, and the folder. In the suite: with the hash seed of the tests."""
+    folder = tmp_path_factory.mktemp("same") / "0"
+    written = run_here(folder) if times(True, False) else run_in_new_process(folder, "0")
+    return written, folder
+
+
+@pytest.mark.parametrize("hash_seed, few", [("1", len(EVERY_COMMAND)), ("random", 3)], ids=["1", "random"])
+def test_the_same_seed_writes_the_same_bytes_for_any_hash_seed(undisturbed, tmp_path, hash_seed, few, times, tally):
+    commands = EVERY_COMMAND[: times(few, len(EVERY_COMMAND))]
+    expected, _ = undisturbed
+    found = run_in_new_process(tmp_path / hash_seed, hash_seed, commands)
+    assert {"data/drawn/captions.jsonl", "data/drawn/features.h5", "checkpoints/att/last.pt"} <= found.keys()
+    assert found.keys() <= expected.keys() and (len(found) == len(expected)) == (commands == EVERY_COMMAND)
+    assert commands != EVERY_COMMAND or {"checkpoints/hard/last.pt", "out.json"} <= found.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    tally("commands with other hashes", len(commands))
+
+
+def test_another_seed_gives_another_run(undisturbed):
+    one, other = (load_checkpoint(undisturbed[1] / "checkpoints" / run / "last.pt") for run in ("att", "att-1"))
+    assert not same(one["decoder"]["state"], other["decoder"]["state"])
+
+
+def run_with_workers(method: str, workers: int) -> tuple:
+    """Features, and a fine-tuned run, whose photos are read by workers with this start method."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        run_ok(f"extract_features.py data/small {ENCODER} --precision float32 --overwrite --workers {workers}")
+        run_ok(f"{TUNE} --run tuned --overwrite --workers {workers}")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    return Path("data/small/features.h5").read_bytes(), load_checkpoint(Path("checkpoints/tuned/last.pt"))
+
+
+def test_workers_give_the_same_results_with_any_start_method(tmp_path, monkeypatch, times, tally):
+    """The same as no workers: they receive all they need and draw no random numbers of their own."""
+    monkeypatch.chdir(tmp_path)
+    make_small_data(Path(""), photos=12)
+    torch.save(load_encoder("resnet18.layer2", "random", 64).body.state_dict(), "weights.pth")
+    features, alone = run_with_workers("fork", 0)
+    for method in ("fork", "spawn", "forkserver")[: times(2, 3)]:
+        found, run = run_with_workers(method, times(1, 2))
+        assert found == features, method
+        for part in ("decoder", "encoder"):
+            assert same(run[part]["state"], alone[part]["state"]), (method, part)
+        tally("commands with workers of another start", 2)
