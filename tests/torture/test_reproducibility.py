@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioning.encoders.encoder import load_encoder
+from captioning.encoders.loading import load_encoder
 from captioning.evaluation import score_report
 from captioning.evaluation.java_metrics import meteor_score
 from captioning.runtime.checkpoint import load_checkpoint
