@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 import extract_features
 import train
 from config import ExtractFeatures, Train
 from tests.small import TINY
 from tests.test_bench import bench
-from tests.torture.processes import has_exited, start
 
 SLACK = 100e6  # bytes: prefetched batches, which few photos never fill, and up to 5,000 val photos that are scored
 BYTES_PER_PHOTO = 500  # its features would be 8,448, its captions as Python objects 2,500
 
 
-class ForkedCommand:
-    """Stands in for the subprocess.Popen of bench/memory.py: a fork of this process, which has imported torch."""
-
-    def __init__(self, command: list[str | Path], cwd: Path, **_: object):
-        _python, script, *flags = map(str, command)
-        self.returncode: int | None = None
-        self.pid = start(" ".join([Path(script).name, *flags]), before=lambda: os.chdir(cwd))
-
-    def poll(self) -> int | None:
-        if self.returncode is None and has_exited(self.pid):
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-
-def test_a_further_photo_takes_no_more_memory_than_its_words(tmp_path, monkeypatch, times, tally):
-    """Under --torture with thousands of photos, in new processes."""
-    monkeypatch.chdir(tmp_path)
-    memory, photos = bench("memory"), times(40, 50_000)
-    monkeypatch.setattr(memory, "subprocess", times(SimpleNamespace(Popen=ForkedCommand), subprocess))
-    few = memory.measure(tmp_path, times(20, 2_000))
-    many = memory.measure(tmp_path, photos)
+def test_a_further_photo_takes_no_more_memory_than_its_words(tmp_path, request, tally):
+    """The peak memory of whole processes: their features would be larger than SLACK from 12,000 photos on."""
+    if not request.config.getoption("--torture"):
+        pytest.skip("needs tens of thousands of photos: make torture")
+    memory, photos = bench("memory"), 50_000
+    few, many = memory.measure(tmp_path, 2_000), memory.measure(tmp_path, photos)
     for command, taken in many.items():
         assert 0 < taken.own < few[command].own + SLACK + BYTES_PER_PHOTO * photos, command
     tally("photos whose features take no memory", photos)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "the data sets are removed"
+    assert list(tmp_path.iterdir()) == [], "the data sets are removed"
 
 
 def test_a_photo_takes_a_few_hundred_bytes_in_an_extraction_and_in_a_trainer(tmp_path, monkeypatch, times):
