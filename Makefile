@@ -16,7 +16,7 @@ help:
 	@echo "make test        lint and the tests (PYTEST_ARGS='-k beam' selects some)"
 	@echo "make lint        ruff check, ruff format --check, mypy on the public interface"
 	@echo "make bench       the speed table of the README, on this machine"
-	@echo "make torture     the tests of RELIABILITY.md at full length"
+	@echo "make torture     all tests at full length: those of RELIABILITY.md, and the long forms of others"
 	@echo "make matrix      the tests on the oldest supported packages, and on Python 3.10 and 3.13"
 	@echo "make dashboard   visdom on http://127.0.0.1:8097, for train.py --dashboard"
 	@echo "The first call creates .venv, about 6 GB. Another Python: make test PYTHON=python3.12"
@@ -36,7 +36,7 @@ bench: $(PACKAGES)
 torture: $(PACKAGES)
 	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \
 	  echo "atheris does not support this Python; the fuzz targets are skipped"
-	.venv/bin/python -m pytest --torture tests/torture tests/test_encoder.py tests/test_extraction.py $(SHARED_OUT) $(PYTEST_ARGS)
+	.venv/bin/python -m pytest --torture $(SHARED_OUT) $(PYTEST_ARGS)
 
 matrix: $(PACKAGES)
 	.ci/matrix $(SHARED_OUT) $(PYTEST_ARGS)
