@@ -41,7 +41,7 @@ HardAttention = Literal["expectation", "argmax"]
 
 
 class Captioner:
-    """An encoder, a decoder and their vocabulary. Any number of threads may use one captioner at once."""
+    """An encoder, a decoder and their vocabulary. Safe to use from several threads at once."""
 
     def __init__(
         self,

@@ -48,16 +48,18 @@ SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
+    """The module encoder: photos (B, 3, S, S) uint8 -> cells (B, N, C)."""
     return (encoder(photos).cells,)
 
 
 def init_state(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+    """The module begin: cells (B, N, C) -> the tensors of the state per photo, then those per caption."""
     state = decoder.init_state(Grid(cells, pooling))
     return (*state.per_photo, *state.per_caption)
 
 
 def step(decoder: Decoder, num_per_photo: int, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    """One step with one caption per photo.
+    """The module step: one step with one caption per photo.
 
     With independent batch sizes of photos and captions, torch.export would exclude equal ones, or fail.
     """
@@ -83,12 +85,14 @@ class ExportModule(nn.Module):
         self.outputs = dict(zip(outputs, self(*inputs.values()), strict=True))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
         return self.compute(*self.constants, *inputs)
 
 
 def make_modules(captioner: Captioner) -> dict[str, ExportModule]:
     """The modules encoder, begin and step, with examples of two photos."""
-    encoder, decoder = captioner.encoder, captioner.decoder
+    encoder = captioner.encoder
+    decoder = captioner.decoder
     size = encoder.transform.image_size
     photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     grid = encoder(photos)
@@ -148,7 +152,8 @@ def _dynamic_shapes(module: ExportModule) -> Any:
 
 def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format: str) -> dict:
     """The content of description.json: what a program must know to use the files. never: words not to be generated."""
-    transform, vocabulary = captioner.encoder.transform, captioner.vocabulary
+    transform = captioner.encoder.transform
+    vocabulary = captioner.vocabulary
     return {
         "encoder": captioner.encoder.name,
         "decoder": captioner.decoder_name,
@@ -199,6 +204,7 @@ def check_onnx() -> None:
 
 @torch.no_grad()
 def main(config: Export) -> None:
+    """Write the export of a run. Raises UserError."""
     if config.format == "onnx":
         check_onnx()
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"

@@ -35,6 +35,7 @@ class Batch:
 
     @property
     def num_captions(self) -> int:
+        """R."""
         return len(self.photo_index)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -114,7 +115,7 @@ class LivePhotos(Dataset):
 def plan_batches(split: CaptionDataset, batch_size: int, order: Iterable[int], world_size: int = 1) -> list[np.ndarray]:
     """Group photos, in the given order, into batches of at most `batch_size` captions -> the photos of each batch.
 
-    All captions of a photo are in one batch; a photo with more than `batch_size` captions is a batch of its own. Each
+    All captions of a photo are in one batch; a photo with more than `batch_size` captions is alone in its batch. Each
     of `world_size` processes takes a shard of every batch, so a last batch with fewer photos than processes joins the
     batch before it. Raises UserError if another batch has fewer photos than processes.
     """
@@ -125,7 +126,8 @@ def plan_batches(split: CaptionDataset, batch_size: int, order: Iterable[int], w
         captions = split.num_captions(photo)
         if batch and batch_captions + captions > batch_size:
             plan.append(np.array(batch))
-            batch, batch_captions = [], 0
+            batch = []
+            batch_captions = 0
         batch.append(photo)
         batch_captions += captions
     if batch:

@@ -89,7 +89,8 @@ class AdaptiveDecoder(nn.Module):
         gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 5H)
         from_hidden = DeferredGradLinear(self.hidden_gates)
         hidden = memory = self._zeros(gates, len(photo_index))
-        hiddens, sentinels = [], []
+        hiddens: list[Tensor] = []
+        sentinels: list[Tensor] = []
         for step_gates in gates.split(step_sizes):
             rows = len(step_gates)
             hidden, memory, sentinel = self.lstm_cell(step_gates + from_hidden(hidden[:rows]), memory[:rows])
@@ -119,6 +120,7 @@ class AdaptiveDecoder(nn.Module):
         cell_scores = ChunkedAttentionScores("tanh", keys, self.score.weight)(query.view(shape))  # (B, K, P)
         sentinel_score = self.score((self.sentinel_key(sentinel) + query).tanh()).view(shape)  # (B, K, 1)
         weights = torch.cat([upcast(cell_scores), upcast(sentinel_score)], 2).softmax(2)
-        attention, beta = weights[..., :-1], weights[..., -1:]
+        attention = weights[..., :-1]
+        beta = weights[..., -1:]
         context = attention.to(values.dtype) @ values + beta * sentinel.view(shape)  # (B, K, H)
         return attention.flatten(0, 1), context.flatten(0, 1) + hidden

@@ -87,7 +87,7 @@ class AttentionDecoder(nn.Module):
     def init_state(self, grid: Grid) -> State:
         """per_photo: cells (B, N, C), keys (B, P, A), pooling (B, P, N). per_caption: h and c (B, H)."""
         keys = grid.spread(self.key(grid.cells))  # P (W_f F): project the N native cells, once per photo
-        pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view without memory of its own
+        pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view: allocates nothing
         hidden, cell = upcast(self.initial(grid.mean())).chunk(2, 1)
         return State((grid.cells, keys, pooling), (hidden, cell))
 
@@ -111,7 +111,9 @@ class AttentionDecoder(nn.Module):
         operations = self._training_operations(cells, keys, grid.pooling, photo_index)
         state = State((), per_caption).expand_to_captions(photo_index)  # (R, H)
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): independent of the hidden state
-        hiddens, attentions, samples = [], [], []
+        hiddens: list[Tensor] = []
+        attentions: list[Tensor] = []
+        samples: list[HardSamples | None] = []
         for step_gates in word_gates.split(words.batch_sizes.tolist()):
             state = state.truncate(len(step_gates))
             per_caption, attention, step_samples = self._advance(operations, step_gates, state.per_caption)
@@ -124,7 +126,8 @@ class AttentionDecoder(nn.Module):
 
     def _training_operations(self, cells: Tensor, keys: Tensor, pooling: Tensor, photo_index: Tensor) -> Operations:
         """The fastest operations for one forward pass over captions of the photos photo_index (R,)."""
-        from_hidden, context_gates = DeferredGradLinear(self.from_hidden), DeferredGradLinear(self.context_gates)
+        from_hidden = DeferredGradLinear(self.from_hidden)
+        context_gates = DeferredGradLinear(self.context_gates)
         kernels = kernels_for(cells) if self.supports_kernels else None
         if kernels is not None:
             fused = kernels.FusedAttention(cells, keys, pooling, self.score.weight, photo_index)
@@ -156,7 +159,10 @@ class GridAttention:
 
     def __init__(self, cells: Tensor, pooling: Tensor, scores: ChunkedAttentionScores, weigh_cells: WeighCells):
         """cells (B, N, C), or (R, N, C) with a photo_index in scores; pooling (P, N) or (B, P, N)."""
-        self.cells, self.pooling, self.scores, self.weigh_cells = cells, pooling, scores, weigh_cells
+        self.cells = cells
+        self.pooling = pooling
+        self.scores = scores
+        self.weigh_cells = weigh_cells
 
     def __call__(self, query: Tensor, gate: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor, HardSamples | None]:
         """query (R, A), gate (R, C) of R = B K rows -> z_t (R, C), a_t (R, P), samples (R,)."""

@@ -9,7 +9,8 @@ small ones.
     class Step(torch.autograd.Function):
         @staticmethod
         def forward(ctx, inputs, anchor, deferred):
-            ctx.deferred, ctx.step = deferred, deferred.next_step()
+            ctx.deferred = deferred
+            ctx.step = deferred.next_step()
             ...
 
         @staticmethod
@@ -63,7 +64,8 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: ComputeGradients, saved: dict[int, Saved], *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.compute, ctx.saved = compute, saved  # not the DeferredGradient, which refers to the anchor: a cycle
+        ctx.compute = compute
+        ctx.saved = saved  # not the DeferredGradient, which refers to the anchor: a cycle
         first = next(tensor for tensor in tensors if tensor is not None)
         return first.new_empty(0)
 

@@ -64,7 +64,8 @@ class _LinearStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, anchor: Tensor, linear: DeferredGradLinear) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.linear, ctx.step = linear, linear.deferred.next_step()
+        ctx.linear = linear
+        ctx.step = linear.deferred.next_step()
         return F.linear(inputs, linear.weight, linear.bias)
 
     @staticmethod
@@ -91,13 +92,15 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
         from captioning.decoders import kernels
 
         kernels.smoke_test(device)
-    except Exception as error:  # no Triton, no C compiler for it, an unsupported GPU: each raises an error of its own
+    except Exception as error:  # no Triton, no C compiler for it, an unsupported GPU: each raises a different error
         print(f"the attention decoder runs without its fused GPU kernels, which is slower: {reason(error)}")
         return None
     return kernels
 
 
 class Activation(NamedTuple):
+    """An activation function and its derivative. Both overwrite their argument."""
+
     apply_: Callable[[Tensor], Tensor]  # x -> f(x), in place
     derivative_: Callable[[Tensor], Tensor]  # f(x) -> f'(x), in place
 
@@ -132,10 +135,12 @@ class ChunkedAttentionScores:
 
         Without photo_index, each call has K adjacent rows per photo.
         """
-        self.activation, self.photo_index = activation, photo_index
+        self.activation = activation
+        self.photo_index = photo_index
         self.chunked = keys.device.type == "cpu" and not torch.compiler.is_compiling()  # no loops in exported graphs
         if self.chunked:
-            self.keys, self.weight = upcast(keys.detach()), upcast(weight.detach())
+            self.keys = upcast(keys.detach())
+            self.weight = upcast(weight.detach())
             self.deferred = DeferredGradient(partial(_score_gradients, activation), keys, weight)
         else:
             self.keys = keys if photo_index is None else keys.index_select(0, photo_index)
@@ -167,7 +172,8 @@ def _score_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of keys and w from query (R, A), gradient of the scores (R, P) and photo_index (R,) of each step."""
     query, gradient, photo_index = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # of W rows
-    keys_gradient, weight_gradient = upcast(torch.zeros_like(keys)), upcast(torch.zeros_like(weight[0]))
+    keys_gradient = upcast(torch.zeros_like(keys))
+    weight_gradient = upcast(torch.zeros_like(weight[0]))
     chunks = _Chunks(upcast(keys), photo_index)
     for photo, scores_gradient, activations in zip(
         chunks.photos, chunks.split(gradient), chunks.activations(activation, query), strict=True
@@ -183,7 +189,8 @@ class _ScoresStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, anchor: Tensor, scores: ChunkedAttentionScores, photo_index: Tensor) -> Tensor:
         ctx.save_for_backward(query, photo_index)
-        ctx.scores, ctx.step = scores, scores.deferred.next_step()
+        ctx.scores = scores
+        ctx.step = scores.deferred.next_step()
         chunks = _Chunks(scores.keys, photo_index)
         weight = scores.weight[0]
         by_photo = [
@@ -194,7 +201,8 @@ class _ScoresStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (query, photo_index), scores = ctx.saved_tensors, ctx.scores
+        query, photo_index = ctx.saved_tensors
+        scores = ctx.scores
         if ctx.needs_input_grad[1]:
             scores.deferred.save(ctx.step, query, gradient, photo_index)
         chunks = _Chunks(scores.keys, photo_index)
@@ -267,6 +275,7 @@ def photo_by_photo(
     photo_index: Tensor,
     step_sizes: list[int],
 ) -> Tensor:
+    """Like `attend_all_steps`: one call of `attend` per photo, with all words of its captions."""
     photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
     order = photo_of_word.argsort(stable=True)
     words_per_photo = photo_of_word.bincount(minlength=len(per_photo[0])).tolist()
@@ -285,6 +294,7 @@ def step_by_step(
     photo_index: Tensor,
     step_sizes: list[int],
 ) -> Tensor:
+    """Like `attend_all_steps`: one call of `attend` per step, with one word of each caption."""
     per_caption = [tensor.index_select(0, photo_index) for tensor in per_photo]  # (R, ...)
     steps = zip(*(tensor.split(step_sizes) for tensor in per_word), strict=True)
     return torch.cat(

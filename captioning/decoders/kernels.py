@@ -1,7 +1,7 @@
 """Triton kernels for NVIDIA GPUs: one step of soft attention, and the gates of an LSTM, forward and backward.
 
-They compute the equations of captioning/decoders/attention.py, which is the readable form. Between the products with
-weights, a step of the plain form makes about a dozen passes over tensors of (R, P, A) and (R, C). Here a program reads
+They compute the equations of captioning/decoders/attention.py, which is their readable form. Between the products with
+weights, a step of that form makes about a dozen passes over tensors of (R, P, A) and (R, C). Here, a program reads
 the keys and cells of its row in place, once, and writes no tensor of that size. Sums are float32 in any precision.
 
 The gradients of the keys and of w are sums over all steps. They are deferred to the end of the backward pass, as in
@@ -25,7 +25,9 @@ from torch import Tensor
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
 
-A_BLOCK, C_BLOCK, H_BLOCK = 64, 128, 256
+A_BLOCK = 64
+C_BLOCK = 128
+H_BLOCK = 256
 KEY_CELLS = 32  # cells per tile of keys
 # Fused multiply-add, which was Triton's default: Triton 3.9 warns if neither the launch nor the environment sets it.
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
@@ -36,8 +38,11 @@ class FusedAttention:
 
     def __init__(self, cells: Tensor, keys: Tensor, pooling: Tensor, score_weight: Tensor, photo_index: Tensor):
         """cells (B, N, C), F; keys (B, P, A); pooling (P, N), P; score_weight (1, A), w; photo_index (R,) int64."""
-        self.cells, self.keys, self.pooling = cells.contiguous(), keys.detach().contiguous(), pooling.contiguous()
-        self.score_weight, self.photo_index = score_weight.detach(), photo_index
+        self.cells = cells.contiguous()
+        self.keys = keys.detach().contiguous()
+        self.pooling = pooling.contiguous()
+        self.score_weight = score_weight.detach()
+        self.photo_index = photo_index
         self.deferred = DeferredGradient(_keys_gradients, keys, score_weight, photo_index)
 
     def __call__(self, query: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -47,7 +52,8 @@ class FusedAttention:
 
     def launch_arguments(self) -> dict[str, Any]:
         """The sizes and options of a launch of the two attention kernels."""
-        (_, num_native, channels), (_, num_cells, attention_size) = self.cells.shape, self.keys.shape
+        _, num_native, channels = self.cells.shape
+        _, num_cells, attention_size = self.keys.shape
         return {
             "P": num_cells,
             "N": num_native,
@@ -66,7 +72,8 @@ def _keys_gradients(
     steps: Sequence[Saved], keys: Tensor, score_weight: Tensor, photo_index: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of keys (B, P, A) and w (1, A) from query (R, A) and gradient of the scores (R, P) of each step."""
-    keys, (num_photos, num_cells, attention_size) = keys.contiguous(), keys.shape
+    keys = keys.contiguous()
+    num_photos, num_cells, attention_size = keys.shape
     queries, d_scores = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # (W, A), (W, P)
     photo_of_word = torch.cat([photo_index[: len(query)] for query, _ in steps])  # (W,)
     sorted_photos, word_order = photo_of_word.sort(stable=True)
@@ -114,12 +121,14 @@ class _AttentionStep(torch.autograd.Function):
             **fused.launch_arguments(),
         )
         ctx.save_for_backward(query, gate, attention)
-        ctx.fused, ctx.step = fused, fused.deferred.next_step()
+        ctx.fused = fused
+        ctx.step = fused.deferred.next_step()
         return context, attention
 
     @staticmethod
     def backward(ctx: Any, d_context: Tensor, d_attention: Tensor) -> tuple[Tensor | None, ...]:
-        fused, (query, gate, attention) = ctx.fused, ctx.saved_tensors
+        fused = ctx.fused
+        query, gate, attention = ctx.saved_tensors
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         d_scores = torch.empty_like(attention)
@@ -299,7 +308,8 @@ class _LstmCell(torch.autograd.Function):
     def forward(
         ctx: Any, word_gates: Tensor, context_gates: Tensor, hidden_gates: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor]:
-        new_hidden, new_cell = torch.empty_like(cell), torch.empty_like(cell)
+        new_hidden = torch.empty_like(cell)
+        new_cell = torch.empty_like(cell)
         _lstm_kernel[_lstm_grid(cell)](
             word_gates,
             context_gates,
@@ -321,7 +331,8 @@ class _LstmCell(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_hidden: Tensor, d_cell: Tensor) -> tuple[Tensor, ...]:
         word_gates, context_gates, hidden_gates, cell = ctx.saved_tensors
-        d_gates, d_old_cell = torch.empty_like(context_gates), torch.empty_like(cell)
+        d_gates = torch.empty_like(context_gates)
+        d_old_cell = torch.empty_like(cell)
         _lstm_backward_kernel[_lstm_grid(cell)](
             word_gates,
             context_gates,

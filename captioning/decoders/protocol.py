@@ -97,7 +97,7 @@ class State(NamedTuple):
         )
 
     def truncate(self, rows: int) -> State:
-        """Keep the first `rows` rows of both parts: captions are packed longest first, so the others have ended."""
+        """Keep the first `rows` rows of both parts. Captions are packed longest first: the dropped ones have ended."""
         if rows == len(self.per_caption[0]):  # the gradient of a slice is a zero-filled tensor of full size: avoid it
             return self
         return State(
@@ -178,7 +178,7 @@ def concat_samples(steps: list[HardSamples | None]) -> HardSamples | None:
 
 
 def sample_categorical(probabilities: Tensor) -> Tensor:
-    """Draw one index per row of probabilities (..., N): int64 (...). Rows need not be normalised.
+    """Sample one index per row of probabilities (..., N): int64 (...). Rows need not be normalised.
 
     Like torch.multinomial, without its device synchronisation.
     """

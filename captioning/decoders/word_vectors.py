@@ -57,7 +57,8 @@ def _read_vectors(file: TextIO, path: Path, size: int) -> Iterator[tuple[str, li
     Raises ValueError for a damaged line; UserError for vectors of another size, or for fewer vectors than the header
     announces.
     """
-    num_lines, expected = 0, None
+    num_lines = 0
+    expected = None  # vectors, as the header announces
     for num_lines, line in enumerate(iter(lambda: file.readline(MAX_LINE_LENGTH), ""), 1):
         fields = line.rstrip().split(" ")
         if num_lines == 1 and len(fields) == 2 and all(field.isdecimal() for field in fields):  # a header

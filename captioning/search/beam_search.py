@@ -1,7 +1,7 @@
 """Beam search over a batch of photos, for any decoder of `captioning.decoders.protocol`.
 
 At every step the `beam_size` most probable continuations of all live hypotheses of a photo are kept. Those that end
-with <end> are finished and leave the beam; the next step refills it with continuations of the others. The finished
+with <end> are finished and leave the beam; the next step refills it with continuations of the live ones. The finished
 hypotheses with the highest score win:
 
     score(y) = log p(y) / |y|^a        |y| words, including <end>; a, the length penalty: 0 is the sum, 1 the mean
@@ -16,7 +16,7 @@ groups, which choose one after the other. A word loses `diversity_penalty` for e
 chose it at this step. The penalty affects only the choice: finished captions are ranked by their unpenalised score.
 
 Letters: B photos, L photos still searched, G groups per photo, S = L G groups still searched (those of a photo are
-adjacent), K hypotheses per group, N wanted captions per group, V vocabulary, P cells, T steps.
+adjacent), K hypotheses per group, N wanted captions per group, V vocabulary size, P cells, T steps.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class _Hypotheses(NamedTuple):
 
     @classmethod
     def empty(cls, groups: int, captions: int, device: torch.device) -> _Hypotheses:
+        """Only unused entries."""
         score = torch.full((groups, captions), -torch.inf, device=device)
         zero = torch.zeros(groups, captions, dtype=torch.long, device=device)
         return cls(score, score.clone(), zero, zero.clone())
@@ -102,7 +103,7 @@ class _Hypotheses(NamedTuple):
         """Keep the N best of the present and the `new` (S, K) hypotheses of these groups, in place.
 
         At equal score a present hypothesis comes first. keep_mask (S, 1) bool: groups whose present hypotheses count;
-        the others drop them. None keeps all.
+        in the other groups they are dropped. None keeps all.
         """
         present_score = self.score[groups]
         if keep_mask is not None:
@@ -235,7 +236,8 @@ class _Beam:
 
         K' is below the full beam where fewer continuations exist.
         """
-        groups, vocab_size = self.search.beam_groups, continuations.shape[2]
+        groups = self.search.beam_groups
+        vocab_size = continuations.shape[2]
         continuations = continuations.unflatten(0, (-1, groups))  # (L, G, K, V)
         size = min(self.search.beam_size // groups, continuations.shape[2] * vocab_size)
         penalties = continuations.new_zeros(len(continuations), 1, vocab_size)  # of words that earlier groups chose

@@ -1,6 +1,7 @@
 """Sampling from a decoder: whole captions, and the input words of scheduled sampling.
 
-Letters: B photos, R captions, W words of all captions packed, K captions per photo, T steps, V vocabulary, P cells.
+Letters: B photos, R captions, W words of all captions packed, K captions per photo, T steps, V vocabulary size,
+P cells.
 """
 
 from __future__ import annotations

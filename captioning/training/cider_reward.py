@@ -100,8 +100,9 @@ class CiderReward:
         return np.divide(dot_products, norms, out=np.zeros_like(dot_products), where=norms > 0)
 
     def _references_of(self, photos: np.ndarray) -> References:
-        """photos (K,) int64, distinct."""
-        photo_offsets, caption_offsets = self.references.photo_offsets, self.references.caption_offsets
+        """The references of these photos (K,) int64, distinct."""
+        photo_offsets = self.references.photo_offsets
+        caption_offsets = self.references.caption_offsets
         counts = photo_offsets[photos + 1] - photo_offsets[photos]
         captions = _ranges(photo_offsets[photos], counts)
         lengths = caption_offsets[captions + 1] - caption_offsets[captions]
@@ -132,11 +133,12 @@ def _reference_grid(references: References, photo_index: np.ndarray) -> tuple[np
 
 
 def _count_ngrams(words: np.ndarray, offsets: np.ndarray) -> NGrams:
-    """words (M,) int; caption i is words[offsets[i] : offsets[i + 1]]."""
+    """Count the n-grams of captions: words (M,) int, of which caption i is words[offsets[i] : offsets[i + 1]]."""
     caption = np.arange(len(offsets) - 1).repeat(np.diff(offsets))
     remaining = offsets[1:][caption] - np.arange(len(words))  # words from here to the end of the caption
     key = np.zeros(len(words), np.uint64)  # of the n-gram that starts here
-    starts_by_order, keys_by_order = [], []
+    starts_by_order: list[np.ndarray] = []
+    keys_by_order: list[np.ndarray] = []
     for order in range(MAX_ORDER):
         starts = np.flatnonzero(remaining > order)
         key[starts] = _extend_hash(key[starts], words[starts + order])
@@ -149,7 +151,7 @@ def _count_ngrams(words: np.ndarray, offsets: np.ndarray) -> NGrams:
 def _count_equal(caption: np.ndarray, order: np.ndarray, key: np.ndarray) -> NGrams:
     """Merge the equal n-grams of each caption."""
     by_caption_and_key = np.lexsort((key, caption))
-    caption, order, key = caption[by_caption_and_key], order[by_caption_and_key], key[by_caption_and_key]
+    caption, order, key = (column[by_caption_and_key] for column in (caption, order, key))
     first = np.flatnonzero(_is_first(caption, key))
     return NGrams(caption[first], order[first], key[first], np.diff(first, append=len(key)))
 

@@ -29,6 +29,8 @@ CALIBRATION_BATCH_SIZE = 32  # photos
 
 
 class TrainingData(NamedTuple):
+    """Batches of the two splits, and the encoder of their features."""
+
     train: CachedPhotos | LivePhotos
     val: CachedPhotos | LivePhotos
     channels: int  # of the features

@@ -47,6 +47,7 @@ class EMA:
             parameter.data, average.data = average.data, parameter.data
 
     def state_dict(self) -> dict[str, int | list[Tensor]]:
+        """The averages and the number of updates."""
         return {"updates": self.updates, "averages": self.averages}
 
     def load_state_dict(self, state: dict) -> None:

@@ -19,7 +19,9 @@ class LossModule(nn.Module):
     def __init__(self, encoder: Encoder | None, decoder: nn.Module, objective: Objective, feature_dropout: float):
         """encoder: None with cached features."""
         super().__init__()
-        self.encoder, self.decoder, self.objective = encoder, decoder, objective
+        self.encoder = encoder
+        self.decoder = decoder
+        self.objective = objective
         self.feature_dropout = feature_dropout
 
     def encode(self, batch: Batch) -> Grid:
@@ -30,5 +32,6 @@ class LossModule(nn.Module):
         return self.encoder(batch.photos)
 
     def forward(self, batch: Batch, weights: LossWeights) -> Loss:
+        """Return the objective's loss of a batch on the device."""
         grid = self.encode(batch).dropout_channels(self.feature_dropout)
         return self.objective(self.decoder, grid, batch, weights)

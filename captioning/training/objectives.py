@@ -4,7 +4,7 @@ To add one, write an nn.Module that implements `Objective` and a factory (option
 register the factory in OBJECTIVES (captioning/training/__init__.py). Its settings are fields of TrainingOptions. State
 that it updates while training must be in its state_dict, so that a resumed run continues it.
 
-Letters: B photos, R captions, W words of all captions packed, P cells, V vocabulary, K captions sampled per photo,
+Letters: B photos, R captions, W words of all captions packed, P cells, V vocabulary size, K captions sampled per photo,
 T words of the longest sample.
 """
 
@@ -29,6 +29,8 @@ from preprocess.vocabulary import PAD
 
 
 class Loss(NamedTuple):
+    """The loss of one batch."""
+
     objective: Tensor  # scalar: minimised; the contribution of this batch to its update
     value: Tensor  # scalar, detached, for the log: a mean over ...
     count: int  # ... this many words or captions
@@ -55,9 +57,13 @@ class Objective(Protocol):
     def __call__(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
         """Return the loss of a batch on the device. The decoder is in training mode; grid: the photos' features."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Restore a state_dict."""
+        ...
 
 
 class CrossEntropy(nn.Module):
@@ -85,6 +91,7 @@ class CrossEntropy(nn.Module):
         self.reinforce = Reinforce(options.reinforce_weight, options.entropy_weight)
 
     def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
+        """See Objective."""
         logits, attention_sum, samples = self._decode(decoder, grid, batch)
         logits = upcast(logits)
         objective = cross_entropy = F.cross_entropy(logits, batch.targets, ignore_index=PAD)
@@ -97,9 +104,8 @@ class CrossEntropy(nn.Module):
         objective = weights.words * objective
         if attention_sum is not None and self.alpha_c:
             caption_mask = mask[: len(attention_sum)]  # the first step has a target for every real caption
-            penalty = (1 - attention_sum).square().mean(1)  # (R,)
-            mean_penalty = (penalty * caption_mask).sum() / caption_mask.sum()
-            objective = objective + weights.captions * self.alpha_c * mean_penalty
+            penalty = _coverage_penalty(attention_sum, caption_mask)
+            objective = objective + weights.captions * self.alpha_c * penalty
         return Loss(objective, cross_entropy.detach(), len(batch.targets))
 
     def _decode(self, decoder: nn.Module, grid: Grid, batch: Batch) -> DecoderOutput:
@@ -107,6 +113,12 @@ class CrossEntropy(nn.Module):
         if sampling_prob:
             return scheduled_sampling_forward(decoder, grid, batch.words, batch.photo_index, sampling_prob)
         return decoder(grid, batch.words, batch.photo_index)
+
+
+def _coverage_penalty(attention_sum: Tensor, mask: Tensor) -> Tensor:
+    """The mean of (1 - attention_sum)^2 over the captions in the mask (R,) bool; attention_sum (R, P) -> scalar."""
+    penalty = (1 - attention_sum).square().mean(1)  # (R,)
+    return (penalty * mask).sum() / mask.sum()
 
 
 class Reinforce(nn.Module):
@@ -171,6 +183,7 @@ class Cider(nn.Module):
         self.epoch = 0
 
     def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
+        """See Objective. Loss.value is the mean reward, times 100."""
         captions, rewards, baseline = self._sample(decoder, grid, batch)
         words, targets, order = pack_sampled(captions.flatten(0, 1))
         log_probabilities = self._log_probabilities(decoder, grid, words, targets, order // self.samples)

@@ -1,4 +1,4 @@
-"""What a run trains, and how it goes into checkpoints and comes back."""
+"""The trained parts of a run, and their conversion to and from checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from preprocess.vocabulary import Vocabulary
 
 @dataclass
 class Progress:
-    """How far a run is, as plain data: what --resume needs besides the weights."""
+    """The progress of a run, as plain data for checkpoints."""
 
     epoch: int = 0  # finished epochs, with their validation
     step: int = 0  # updates of the weights in the current epoch
@@ -49,6 +49,7 @@ class Progress:
         return better
 
     def finish_epoch(self) -> None:
+        """Count the current epoch as finished and start the next."""
         self.epoch += 1
         self.step = 0
         self.count = 0
@@ -77,7 +78,8 @@ class RunState:
 
     def checkpoint(self, for_resume: bool = True) -> dict:
         """Return everything a checkpoint holds. for_resume: with the state that only --resume needs."""
-        decoder, encoder = self.loss_module.decoder, self.loss_module.encoder
+        decoder = self.loss_module.decoder
+        encoder = self.loss_module.encoder
         checkpoint = {
             "config": as_plain_data(self.options),
             "vocabulary": self.vocabulary.to_dict(),
@@ -127,7 +129,8 @@ class RunState:
 
     def _check_encoder(self, saved: dict, source: str) -> None:
         """Cached features must come from the run's encoder."""
-        found, expected = saved["encoder"], self.encoder_recipe
+        found = saved["encoder"]
+        expected = self.encoder_recipe
         if expected and expected["sha256"] != found["sha256"]:
             raise UserError(
                 f"{source}: was trained on another encoder ({found['name']}, {found['weights']}) than the features "

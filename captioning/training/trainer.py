@@ -60,11 +60,14 @@ class Trainer:
         self.options = options
         self.device = device
         self.distributed = distributed
-        self.train, self.val = data.train, data.val
+        self.train = data.train
+        self.val = data.val
         self.precision = pick_precision(options.precision, device)
         self.state = build_run_state(options, vocabulary, data, objective, device, self.precision)
         self.loss_module = self.state.loss_module
-        self.encoder, self.decoder, self.objective = data.encoder, self.loss_module.decoder, objective
+        self.encoder = data.encoder
+        self.decoder = self.loss_module.decoder
+        self.objective = objective
         self.encoder_from_scratch = options.weights == "random"  # its BatchNorm statistics are trained
         self.parallel_module = self.make_parallel()
         self.cuda_graphs = None
@@ -104,7 +107,8 @@ class Trainer:
 
     def fit(self, log: Log, stop: StopRequest) -> None:
         """Train, validate, log and save epoch by epoch, until --epochs, or --patience epochs without a better score."""
-        progress, options = self.state.progress, self.options
+        progress = self.state.progress
+        options = self.options
         best_metric = BEST_METRICS[options.best_metric]
         self.seed_rank()
         while progress.epoch < options.epochs and progress.epochs_without_better < options.patience:
@@ -175,9 +179,11 @@ class Trainer:
         return iter(self.load(self.train, plan))
 
     def load(self, photos: CachedPhotos | LivePhotos, plan: list[np.ndarray]) -> Iterable[Batch]:
+        """Load the batches of a plan: see `load_batches`."""
         return load_batches(photos, plan, self.device, live=bool(self.encoder), workers=self.options.workers)
 
     def log_step(self, log: Log, meter: Meter, num_updates: int, mean: float) -> None:
+        """Log the update that was just made, of num_updates in the epoch. mean: of its losses."""
         event = {
             "epoch": self.state.progress.epoch + 1,
             "step": self.state.progress.step,
@@ -188,6 +194,7 @@ class Trainer:
         log.step(event, self.objective.quantity, mean)
 
     def progress_bar(self, iterable: Iterable | None = None, **settings: Any) -> tqdm:
+        """A progress bar that only rank 0 shows."""
         return tqdm(iterable, disable=not self.distributed.is_main, **settings)
 
     # ---- updates
@@ -242,6 +249,7 @@ class Trainer:
         return loss._replace(objective=loss.objective.detach())
 
     def optimizer_step(self) -> None:
+        """Update the weights, and their average, from the accumulated gradients."""
         state = self.state
         state.scaler.unscale_(state.optimizer)
         if self.options.grad_clip:
@@ -274,6 +282,7 @@ class Trainer:
         return loss_sum / count, saves
 
     def check_finite(self, pending: PendingLoss) -> None:
+        """Raise UserError, naming the photos, if the loss is not finite."""
         loss = float(pending.loss.objective)
         if not np.isfinite(loss):
             ids = ", ".join(self.train.split.ids[index] for index in pending.photos[:8])
@@ -283,7 +292,7 @@ class Trainer:
             )
 
     def abort(self, what: str) -> NoReturn:
-        """End the run without saving weights that are not finite."""
+        """Raise UserError, so that the run ends without saving weights that are not finite. what: what happened."""
         raise UserError(
             f"{what}; no weights were saved since; --resume continues from the last checkpoint; if it happens again, "
             f"lower --learning-rate, now {self.options.learning_rate}"
@@ -308,7 +317,7 @@ class Trainer:
         stop.check()
 
     def describe(self) -> dict:
-        """Return the facts of the log's first line."""
+        """Return the description of the run for the log's start event."""
         if self.encoder:
             encoder = self.encoder.recipe()
         else:

@@ -76,7 +76,10 @@ class Validation:
     def evaluate_shard(
         self, loss_module: LossModule, precision: torch.dtype, batches: Iterable[Batch], stop: StopRequest
     ) -> ShardResult:
-        """Raises UserError if a loss is not finite, or too many photos cannot be read."""
+        """Compute the results of this process's batches.
+
+        Raises UserError if a loss is not finite, or too many photos cannot be read.
+        """
         device = next(loss_module.parameters()).device
         sums = torch.zeros(3, dtype=torch.float64)
         captions: dict[str, list[str]] = {}
@@ -98,13 +101,13 @@ class Validation:
         return ShardResult(sums.tolist(), captions, list(self.failures.reasons), preview_captions)
 
     def _sums(self, logits: Tensor, batch: Batch) -> Tensor:
-        """logits (W, V) -> (3,): cross entropy, top-5 hits and words."""
+        """logits (W, V) -> (3,): cross entropy, top-5 hits and words. Raises UserError if the loss is not finite."""
         cross_entropy = F.cross_entropy(logits, batch.targets, reduction="sum")
         if not cross_entropy.isfinite():
             ids = ", ".join(self.split.ids[index] for index in batch.indices[:8])
             raise UserError(
                 f"the loss of the validation photos {ids} is {float(cross_entropy)}; continue from the last checkpoint "
-                "with --resume, perhaps with --precision float32"
+                "with --resume; if it happens again, add --precision float32"
             )
         likelier = logits > logits.gather(1, batch.targets[:, None])  # (W, V); cheaper than topk
         hits = (likelier.sum(1) < TOP_K).sum()
