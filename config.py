@@ -101,6 +101,7 @@ class ExtractFeatures:
 
     @property
     def file(self) -> Path:
+        """The feature file."""
         return self.out or self.data / "features.h5"
 
 

@@ -41,6 +41,7 @@ class Demo:
 
 
 def main(config: Demo) -> None:
+    """Run all stages, and evaluate the captions."""
     started = time.monotonic()
     data = Path("data") / f"scenes-{config.language}"
     run = Path("checkpoints") / data.name
@@ -52,7 +53,7 @@ def main(config: Demo) -> None:
 def run_commands(config: Demo, data: Path, run: Path) -> None:
     """Run the commands of all stages, exactly as a user would."""
     # Small and without dropout, because drawn scenes are easy. alpha_c is 0: attention need not cover every cell.
-    recipe = (
+    settings = (
         "--embedding-size 128 --attention-size 64 --hidden-size 256 --dropout 0 --alpha-c 0 "
         "--batch-size 64 --learning-rate 2e-3 --lr-decay 0.3"
     )
@@ -63,7 +64,7 @@ def run_commands(config: Demo, data: Path, run: Path) -> None:
     run_command(
         "Training a small ResNet from random weights, together with a decoder",
         f"train.py {data} --run {run.name}-encoder --fine-tune --encoder resnet18.layer1 --weights random "
-        f"--image-size 56 --encoder-learning-rate 5e-4 --epochs 10 --lr-decay-every 7 {recipe} "
+        f"--image-size 56 --encoder-learning-rate 5e-4 --epochs 10 --lr-decay-every 7 {settings} "
         f"--overwrite",
     )
     run_command(
@@ -71,7 +72,7 @@ def run_commands(config: Demo, data: Path, run: Path) -> None:
     )
     run_command(
         "Training a new attention decoder on the cached features",
-        f"train.py {data} --run {run.name} --epochs 5 --lr-decay-every 3 {recipe} --overwrite",
+        f"train.py {data} --run {run.name} --epochs 5 --lr-decay-every 3 {settings} --overwrite",
     )
     run_command(
         "Captioning the test scenes",
@@ -93,7 +94,8 @@ def evaluate(data: Path, run: Path, language: str) -> None:
     photos = [photo for photo in read_captions(data) if photo.split == "test"]
     results = caption_cached(data, run, photos)
     truths = [is_true(result.words, scenes[photo.id], language) for photo, result in zip(photos, results, strict=True)]
-    hits, chances = [], []
+    hits: list[bool] = []
+    chances: list[float] = []
     for photo, result in zip(photos, results, strict=True):
         for word, boxes in named_objects(result.words, scenes[photo.id], language):
             hits.append(peak_is_inside(attention_of(result)[word], boxes))
@@ -107,6 +109,7 @@ def evaluate(data: Path, run: Path, language: str) -> None:
 
 
 def caption_cached(data: Path, run: Path, photos: list[Photo]) -> list[CaptionResult]:
+    """Caption photos from their cached features."""
     captioner = Captioner.load(run)
     reader = FeatureReader(data / "features.h5")
     return captioner.caption_grid(reader.read(reader.rows_of(photo.id for photo in photos)))
@@ -121,7 +124,8 @@ def attention_of(result: CaptionResult) -> np.ndarray:
 def peak_is_inside(attention: np.ndarray, boxes: list[Box]) -> bool:
     """Whether the centre of the cell with the most attention is in one of the boxes. attention: (196,), 14x14 cells."""
     row, column = divmod(int(attention.argmax()), GRID_SIZE)
-    x, y = (column + 0.5) / GRID_SIZE, (row + 0.5) / GRID_SIZE
+    x = (column + 0.5) / GRID_SIZE
+    y = (row + 0.5) / GRID_SIZE
     return any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes)
 
 

@@ -54,7 +54,8 @@ from config import ExtractFeatures
 from preprocess.captions import read_captions
 
 
-def main(config: ExtractFeatures, ranks: DistributedContext = SINGLE) -> None:
+def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> None:
+    """Extract features, or describe or verify the file. Raises UserError."""
     if config.info:
         print(describe(FeatureReader(config.file)))
         return
@@ -66,16 +67,17 @@ def main(config: ExtractFeatures, ranks: DistributedContext = SINGLE) -> None:
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
-    encoder, writer, rows = prepare_on_all_ranks(config, ids, paths, device, precision, ranks)
+    encoder, writer, rows = prepare_on_all_ranks(config, ids, paths, device, precision, distributed)
     print_plan(config, encoder, writer, num_rows=len(rows))
     if config.compile and len(rows):
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    extract_rows(config, encoder, writer, paths, rows, precision, ranks)
+    extract_rows(config, encoder, writer, paths, rows, precision, distributed)
 
 
 def read_photo_list(data: Path) -> tuple[StringArray, StringArray]:
     """The ids and the paths of all photos in captions.jsonl, in order."""
-    ids, paths = StringArray(), StringArray()
+    ids = StringArray()
+    paths = StringArray()
     for photo in read_captions(data):
         ids.append(photo.id)
         paths.append(photo.image)
@@ -88,14 +90,14 @@ def prepare_on_all_ranks(
     paths: Sequence[str],
     device: torch.device,
     precision: torch.dtype,
-    ranks: DistributedContext,
+    distributed: DistributedContext,
 ) -> tuple[Encoder, FeatureWriter, np.ndarray]:
     """Each rank's encoder and writer, and the rows still to extract, (M,) int64, of all ranks together."""
-    if ranks.is_main:
+    if distributed.is_main:
         encoder, writer = prepare(config, ids, paths, device, precision)
-        rows = ranks.broadcast(writer.missing())
+        rows = distributed.broadcast(writer.missing())
     else:  # rank 0 has created the file and stored the encoder; the broadcast waits for that
-        rows = ranks.broadcast(None)
+        rows = distributed.broadcast(None)
         encoder, writer = prepare(replace(config, overwrite=False), ids, paths, device, precision)
     return encoder, writer, rows
 
@@ -153,25 +155,25 @@ def extract_rows(
     paths: Sequence[str],
     rows: np.ndarray,
     precision: torch.dtype,
-    ranks: DistributedContext,
+    distributed: DistributedContext,
 ) -> None:
     """Extract this rank's shard of the rows (M,) int64, and report the photos that cannot be read.
 
     Raises PhotoError if there are too many of them.
     """
     failures = FailureLimit(writer.shape[0], config.allow_missing)
-    batches = ranks.shard(aligned_batches(rows, config.batch_size))
+    batches = distributed.shard(aligned_batches(rows, config.batch_size))
     num_photos = sum(map(len, batches))
     try:
-        with tqdm(total=num_photos, unit="photo", desc="extract", disable=not ranks.is_main) as progress_bar:
+        with tqdm(total=num_photos, unit="photo", desc="extract", disable=not distributed.is_main) as progress_bar:
             extract(encoder, writer, paths, batches, precision, config.workers, failures, progress_bar)
-        for reasons in ranks.all_gather(list(failures.reasons)):
+        for reasons in distributed.all_gather(list(failures.reasons)):
             failures.add(reasons)
     except PhotoError:  # too many photos failed: report which
-        if ranks.is_main:
+        if distributed.is_main:
             report_failures(config, failures)
         raise
-    if ranks.is_main:
+    if distributed.is_main:
         report_failures(config, failures)
     print(f"done: {len(rows) - len(failures.reasons):,} photos, {len(failures.reasons):,} skipped")
 
@@ -179,7 +181,7 @@ def extract_rows(
 def aligned_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
     """Split the rows to extract so that a batch never crosses a multiple of `size`.
 
-    A row is then always encoded with the same others. The last bit of a CNN's output may depend on the batch size.
+    A row is then always encoded in the same batch. The last bit of a CNN's output may depend on the batch size.
     """
     return [batch for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(batch)]
 
@@ -238,12 +240,13 @@ def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:
 
 
 def work(config: ExtractFeatures) -> None:
+    """`main` on all processes of the job, with the feature file locked."""
     remedy = f"lower --batch-size, now {config.batch_size}"
     lock = config.file.with_name(config.file.name + ".lock")
     writes = not (config.info or config.verify)
-    with init_distributed("the same command goes on") as ranks, oom_as_user_error(remedy):
-        with locked(config.file, lock, ranks.is_main and writes):
-            main(config, ranks)
+    with init_distributed("the same command goes on") as distributed, oom_as_user_error(remedy):
+        with locked(config.file, lock, distributed.is_main and writes):
+            main(config, distributed)
 
 
 if __name__ == "__main__":

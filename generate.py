@@ -51,13 +51,14 @@ from config import Generate
 from preprocess.captions import Photo, read_captions
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
-RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "search")  # written beside the scores
+RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "search")  # written with the scores
 RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
 
 CaptionedPhoto = tuple[Photo, CaptionResult]
 
 
 def main(config: Generate) -> None:
+    """Score files of captions, or caption photos."""
     if config.score:
         score_files(config)
     else:
@@ -68,11 +69,13 @@ def main(config: Generate) -> None:
 
 
 def caption_photos(config: Generate) -> None:
+    """Caption photos, score the captions if there are references, and write the requested files."""
     captioner = Captioner.load(config.run, config.device, config.precision, config.hard, config.ensemble)
     torch.manual_seed(config.seed)
     check_supported(config, captioner)
     captioned = caption_all(config, captioner)
-    language, tokenizer = captioner.vocabulary.language, captioner.vocabulary.tokenizer
+    language = captioner.vocabulary.language
+    tokenizer = captioner.vocabulary.tokenizer
     scores = None
     if config.data and (config.scores or config.csv or config.html or config.extremes):
         scores = score_captions(captioned, language, tokenizer, java=bool(config.scores))
@@ -82,7 +85,7 @@ def caption_photos(config: Generate) -> None:
 
 
 def check_supported(config: Generate, captioner: Captioner) -> None:
-    """Raises UserError if the run cannot produce a requested output."""
+    """Raise UserError if the run cannot produce a requested output."""
     if config.pictures and not captioner.decoder.uses_attention:
         raise UserError(
             f"--pictures: the decoder {captioner.decoder_name} of {config.run} has no attention; leave out --pictures"
@@ -177,7 +180,7 @@ def iterate_captions(
 def caption_from_cache(
     config: Generate, captioner: Captioner, reader: FeatureReader, photos: list[Photo], rows: np.ndarray
 ) -> Iterator[list[CaptionedPhoto]]:
-    """rows (N,) int64: the row of each photo in the feature file."""
+    """Yield captions batch by batch. rows (N,) int64: the row of each photo in the feature file."""
     read = reader.read if captioner.decoder.uses_attention else reader.read_pooled
     for indices in split_batches(range(len(photos)), config.batch_size):
         captions = captioner.caption_grid(read(rows[list(indices)]), config.search)
@@ -187,7 +190,7 @@ def caption_from_cache(
 def caption_from_files(
     config: Generate, captioner: Captioner, photos: list[Photo], failures: FailureLimit
 ) -> Iterator[list[CaptionedPhoto]]:
-    """Photos that cannot be read are left out and added to `failures`."""
+    """Yield captions batch by batch. Photos that cannot be read are left out and added to `failures`."""
     indices = split_batches(range(len(photos)), config.batch_size)
     workers = config.workers if len(indices) > 1 else 0
     paths = [photo.image for photo in photos]
@@ -199,7 +202,7 @@ def caption_from_files(
 
 
 def print_caption(photo: Photo, caption: CaptionResult) -> None:
-    """Print the caption beside the photo's name, and further captions of the photo below."""
+    """Print the caption after the photo's name, and further captions of the photo below."""
     name = one_line(photo.id)
     tqdm.write(f"{name}: {display_text(caption)}")
     for other in caption.others:
@@ -207,6 +210,7 @@ def print_caption(photo: Photo, caption: CaptionResult) -> None:
 
 
 def display_text(caption: CaptionResult) -> str:
+    """The caption, marked if it is unfinished."""
     return caption.text if caption.finished else f"{caption.text} [unfinished]"
 
 
@@ -246,7 +250,7 @@ def score_files(config: Generate) -> None:
 
 
 def check_same_photos(paths: tuple[Path, ...], captioned: list[list[CaptionedPhoto]]) -> None:
-    """Raises UserError if two files caption different photos."""
+    """Raise UserError if two files caption different photos."""
     first, last = ([photo.id for photo, _ in pairs] for pairs in (captioned[0], captioned[-1]))
     if first != last:
         raise UserError(
@@ -311,6 +315,7 @@ def write_scores(config: Generate, table: dict[str, Any]) -> None:
 
 
 def work(config: Generate) -> None:
+    """`main`, with a message if memory runs out."""
     with oom_as_user_error(f"lower --batch-size {config.batch_size}, or --beam-size {config.search.beam_size}"):
         main(config)
 

@@ -39,6 +39,7 @@ from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
 
 def main(config: Train, distributed: DistributedContext = SINGLE) -> None:
+    """Train a new run, or resume one. Raises UserError."""
     saved = load_for_resume(config.folder, as_plain_data(config))
     if len(set(distributed.all_gather(saved is None))) > 1:
         raise UserError(f"{config.folder}: not visible to all processes; put it on a disk that all machines share")
@@ -99,6 +100,7 @@ def load_weights(trainer: Trainer, config: Train, saved: dict | None, start: dic
 
 
 def work(config: Train) -> None:
+    """`main` on all processes of the job, with the run locked."""
     remedy = (
         f"lower --batch-size, now {config.batch_size}, and raise --grad-accumulation, now {config.grad_accumulation}; "
         "when fine-tuning, give --checkpoint-activations"

@@ -29,7 +29,7 @@ class CaptionResult:
     text: str
     words: list[str]
     log_probability: float | None = None  # natural logarithm, of the whole caption
-    finished: bool | None = None  # False: cut at max_length
+    finished: bool | None = None  # False: truncated at max_length
     attention: Tensor | None = None  # (T, P), one row per word; None for a decoder without attention
     # (T,) the sentinel gate beta: the weight of the language model, rather than the photo, in each word; None for a
     # decoder without a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887, eq. 10-13)

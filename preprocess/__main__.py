@@ -41,11 +41,13 @@ DEFAULT_MIN_COUNT = {"zh": 2, "en": 5}
 
 
 def main(config: Preprocess) -> None:
+    """Preprocess, with the data folder locked."""
     with locked(config.data, config.data / ".lock"):
         preprocess(config)
 
 
 def preprocess(config: Preprocess) -> None:
+    """Write captions.jsonl and vocab.json, and print a summary. Raises UserError."""
     started = time.monotonic()
     records = _read_records(config)
     existing = _existing_photos(records, _image_folders(config), config.allow_missing)
@@ -88,7 +90,7 @@ def _read_records(config: Preprocess) -> list[Record]:
 
 
 def _check_ids(records: list[Record]) -> None:
-    """Raises UserError for an id that occurs in two splits."""
+    """Raise UserError for an id that occurs in two splits."""
     splits: dict[str, str] = {}
     for record in records:
         other = splits.setdefault(record.id, record.split)
@@ -126,7 +128,8 @@ def _existing_photos(records: list[Record], folders: list[Path], allow_missing: 
     """
     roots = tuple(map(os.path.realpath, folders))
     list_files = functools.cache(functools.partial(_list_files, roots))
-    existing, missing = [], []
+    existing: list[Record] = []
+    missing: list[Record] = []
     for record in records:
         folder, name = os.path.split(record.image)
         inside = list_files(folder).get(name)
@@ -148,7 +151,7 @@ def _existing_photos(records: list[Record], folders: list[Path], allow_missing: 
 def _list_files(roots: tuple[str, ...], folder: str) -> dict[str, bool]:
     """The names of the files in a folder, each with whether the file is in one of the roots, links resolved.
 
-    The folder is listed once: that is faster than to ask the file system for each of up to 240,000 photos.
+    The folder is listed once: that is faster than asking the file system for each of up to 240,000 photos.
     """
     folder_is_inside = _is_inside(folder or ".", roots)
     try:
@@ -189,7 +192,7 @@ def _tokenized_photos(
 
 
 def _build_vocabulary(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> Vocabulary:
-    """Raises UserError where train has no photos, or no word occurs often enough."""
+    """The vocabulary of the train split. Raises UserError if it has no photos, or no word occurs often enough."""
     if not train.photos:
         source, *_ = config.karpathy or config.train or ["--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
@@ -223,7 +226,7 @@ def _draft_folder(data: Path) -> Iterator[Path]:
 def _publish(drafts: Path, data: Path, overwrite: bool) -> None:
     """Move the files from `drafts` to `data`. Raises UserError if a file there differs and `overwrite` is off.
 
-    captions.jsonl is removed first and written last, so that a kill never leaves it beside the vocabulary of other
+    captions.jsonl is removed first and written last, so that a kill never leaves it with the vocabulary of other
     captions. A vocabulary without captions.jsonl is left over from a kill and may be replaced.
     """
     if (data / CAPTIONS_FILE).exists():

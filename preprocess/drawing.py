@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE = 128  # pixels a side
-SUPERSAMPLING = 8  # shapes are drawn this many times larger and scaled down, for smooth edges
+SIZE = 128  # pixels per side
+SUPERSAMPLING = 8  # shapes are rendered this many times larger and scaled down, for smooth edges
 SIDES = {"big": 54, "small": 36}  # pixels of a shape's box; in the order in which captions name two objects
 GAP = 6  # pixels between boxes, and from a box to the border
 
@@ -38,6 +38,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, as fraction
 
 @dataclass(frozen=True)
 class Background:
+    """The colours and the noise behind the shapes."""
+
     top: tuple[int, int, int]  # RGB at the upper edge; it changes linearly to `bottom`
     bottom: tuple[int, int, int]  # RGB at the lower edge
     noise_shape: tuple[int, int]  # rows and columns of the noise, before it is interpolated to the size of the photo
@@ -65,6 +67,7 @@ class SceneObject:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """The centre of the box (x, y)."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
@@ -78,7 +81,7 @@ class Scene:
 
 
 def random_scene(split: str, rng: random.Random) -> Scene:
-    """A random scene of this split: scenes are drawn until one belongs to it."""
+    """A random scene of this split: scenes are generated until one belongs to it."""
     count = rng.choice((1, 2))
     while True:
         background = rng.choice(list(BACKGROUNDS))
@@ -131,7 +134,7 @@ def _belongs_to_split(scene: Scene, split: str) -> bool:
 
 
 def relation_holds(relation: str, first: SceneObject, second: SceneObject, ratio: float = 1) -> bool:
-    """Whether the first object lies in this direction from the second.
+    """Whether this relation holds from the first object to the second.
 
     Its distance in the direction must be at least `ratio` times its distance across. Objects do not overlap, so the two
     distances are never both zero.
@@ -192,7 +195,8 @@ def _draw_outline(shape: str, side: int) -> Image.Image:
     if shape == "circle":
         canvas.ellipse((first, first, last - 1, last - 1), fill=255)
     else:
-        centre, radius = full / 2, (last - first) / 2
+        centre = full / 2
+        radius = (last - first) / 2
         canvas.polygon([(centre + radius * x, centre + radius * y) for x, y in CORNERS[shape]], fill=255)
     # Blurring and thresholding at one half rounds convex and concave corners alike.
     return mask.filter(ImageFilter.GaussianBlur(1.2 * SUPERSAMPLING)).point(lambda value: 255 * (value > 127))

@@ -24,9 +24,11 @@ class SplitStats:
 
     @property
     def captions(self) -> int:
+        """Number of captions."""
         return self.lengths.total()
 
     def add(self, photo: Photo) -> None:
+        """Count a photo and its captions."""
         self.photos += 1
         self.lengths.update(map(len, photo.captions))
         for words in photo.captions:
@@ -44,8 +46,8 @@ class SplitStats:
 
     def unknown_fraction(self, vocabulary: Vocabulary) -> float:
         """The fraction of the words that are not in the vocabulary."""
-        known = sum(self.words[word] for word in vocabulary.words[len(SPECIAL) :])
-        return 1 - known / max(self.words.total(), 1)
+        in_vocabulary = sum(self.words[word] for word in vocabulary.words[len(SPECIAL) :])
+        return 1 - in_vocabulary / max(self.words.total(), 1)
 
 
 def split_table(stats: Mapping[str, SplitStats], vocabulary: Vocabulary) -> str:
@@ -64,10 +66,10 @@ def vocabulary_line(counts: Counter[str], vocabulary: Vocabulary, max_words: int
     """
     words = len(vocabulary) - len(SPECIAL)
     rare = sum(count < vocabulary.min_count for count in counts.values())
-    cut = len(counts) - rare - words
+    beyond_limit = len(counts) - rare - words
     line = f"vocabulary: {words:,} words, without {rare:,} that occur fewer than {vocabulary.min_count} times in train"
-    if cut:
-        line += f" and {cut:,} beyond --max-words {max_words}"
+    if beyond_limit:
+        line += f" and {beyond_limit:,} beyond --max-words {max_words}"
     return line
 
 

@@ -67,8 +67,9 @@ WORDS = {
     },
 }  # fmt: skip
 # The templates of a noun phrase. Two properties help soft attention, whose query depends on the previous words, to
-# learn the shapes, which are the hardest words. Another word separates colour and noun, so that attention knows the
-# colour when it looks for the shape. And some phrases have no colour: the noun stands where others have the colour.
+# learn the shapes, which are the hardest words. Another word separates colour and noun, so that the query
+# contains the colour when attention must find the shape. And some phrases have no colour, so that the noun also follows
+# the article directly.
 PHRASES = {
     "zh": ("{article}{colour}的{size}{shape}",) * 2 + ("{article}{shape}",),
     "en": ("{article} {colour}, {size} {shape}",) * 2 + ("{article} {shape}",),
@@ -124,8 +125,9 @@ def draw_scenes(folder: Path, count: int, language: str, seed: int) -> list[Reco
     """
     if count < 3:
         raise UserError(f"--scenes {count}: must be 3 or more, one for each split")
-    existing = read_scenes(folder) if (folder / "scenes.json").exists() else {}  # drawn with other seeds
-    scenes, records = {}, []
+    existing = read_scenes(folder) if (folder / "scenes.json").exists() else {}  # of other seeds
+    scenes: dict[str, Scene] = {}
+    records: list[Record] = []
     for split, number in tqdm(_split_numbers(count), "drawing scenes", unit=" photos"):
         id = f"{split}-{seed}-{number:05}"
         scene = random_scene(split, random.Random(f"{id} scene"))

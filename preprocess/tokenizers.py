@@ -64,14 +64,17 @@ NORMALIZATION = _Normalization()
 
 
 def separate_with_jieba(caption: str) -> str:
+    """The tokenizer jieba."""
     return " ".join(jieba_cut(caption.translate(NORMALIZATION)))
 
 
 def separate_at_whitespace(caption: str) -> str:
+    """The tokenizer whitespace."""
     return caption.translate(NORMALIZATION).lower()
 
 
 def separate_characters(caption: str) -> str:
+    """The tokenizer character."""
     return " ".join(HAN_CHARACTER_OR_RUN.findall(caption.translate(NORMALIZATION).lower()))
 
 
@@ -95,13 +98,14 @@ def _load_jieba() -> ModuleType:
 
 
 def detect_language(captions: Sequence[str]) -> str:
-    """zh if more than half of the letters are Han characters, else en. Looks at up to 2,000 captions, evenly spaced."""
+    """zh if more than half of the letters are Han characters, else en. Samples up to 2,000 captions, evenly spaced."""
     letters = "".join(captions[:: len(captions) // LANGUAGE_SAMPLE + 1])
     num_han = len(HAN_CHARACTER.findall(letters))
     return "zh" if 2 * num_han > sum(map(str.isalpha, letters)) else "en"
 
 
 def default_tokenizer(language: str) -> str:
+    """The tokenizer of a language, unless --tokenizer names another."""
     return "jieba" if language == "zh" else "whitespace"
 
 
@@ -135,12 +139,12 @@ def _tokenize_chunk(tokenizer: str, captions: Sequence[str]) -> str:
 
 
 def _map_in_processes(function: Callable[..., str], chunks: Iterable, processes: int) -> Iterator[str]:
-    # spawn: the same on every system, safe beside threads, and a process starts without a copy of our memory.
+    # spawn: the same on every system, safe with threads, and a process starts without a copy of this one's memory.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _ignore_interrupts)
     try:
         yield from pool.map(function, chunks)
     except BrokenProcessPool:
-        raise UserError("a tokenizing process was killed, perhaps for lack of memory; give fewer --workers") from None
+        raise UserError("a tokenizing process was killed; if memory ran out, give fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -59,7 +59,7 @@ def _is_in_place(body: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _segment(body: fx.GraphModule, before: fx.Node, nodes: list[fx.Node]) -> fx.GraphModule:
-    """The nodes as a module of their own; its input takes the place of `before`."""
+    """The nodes as a separate module, whose input replaces `before`."""
     graph = fx.Graph()
     copies = {before: graph.placeholder("x")}
     for node in nodes:

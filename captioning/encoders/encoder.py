@@ -29,7 +29,7 @@ class Encoder(nn.Module):
     """A CNN without its classification head, and the transform of its input. Created in eval mode.
 
     name: of the CNN in its family, such as `resnet101`, or `resnet101.LAYER` to truncate it after a layer.
-    weights: where they came from, for people and for files; this class does not load them (see loading.py).
+    weights: their source, for messages and files; this class does not load them (see loading.py).
     Raises UserError for an unknown name.
     """
 
@@ -42,10 +42,10 @@ class Encoder(nn.Module):
         self.body = family.build(name_in_family)
         self.segments: tuple[nn.Module, ...] = ()  # of the body, for activation checkpointing
         self.compiled_batch_size = 0  # smaller batches are padded to it, since another size would recompile the body
-        self.eval()  # eval: BatchNorm must not learn from our photos
+        self.eval()  # BatchNorm must keep its statistics
 
     def forward(self, photos: Tensor) -> Grid:
-        """Photos (B, 3, S, S) uint8 -> their Grid; under autocast its cells have the lower precision."""
+        """Photos (B, 3, S, S) uint8 -> their Grid. Under autocast its cells have the lower precision."""
         features = self._check_spatial(self._run_body(self.transform.normalise(photos)))  # (B, C, h, w)
         height, width = features.shape[2:]
         cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C), no copy: the memory is channels-last
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def checkpoint_activations(self) -> None:
-        """Store only the activations between segments of the body; the backward pass recomputes the others.
+        """Store only the activations between segments of the body; the backward pass recomputes those within.
 
         Raises UserError if the body has no torch.fx graph to split.
         """

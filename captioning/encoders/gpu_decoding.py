@@ -1,6 +1,6 @@
 """Copies photos to the device that encodes them, and features back, while it computes.
 
-On a GPU both copies use pinned memory and a CUDA stream of their own. With nvJPEG the GPU also decodes, and worker
+On a GPU both copies use pinned memory and a separate CUDA stream. With nvJPEG the GPU also decodes, and worker
 processes only read the files. Files that nvJPEG cannot decode, or may decode differently from Pillow, are decoded by
 Pillow: CMYK, grey or damaged JPEGs and all other formats.
 
@@ -57,7 +57,7 @@ def load_photos(
     copy_stream = torch.cuda.Stream(device)
     compute_stream = torch.cuda.current_stream(device)
     for files in make_loader(read_files, paths, batches, transform, workers, pin=True):
-        copy_stream.synchronize()  # nvJPEG writes on a stream unknown to torch, perhaps while this one still reads
+        copy_stream.synchronize()  # nvJPEG writes on a stream unknown to torch, and must not overtake this one
         with torch.cuda.stream(copy_stream):
             batch = decode_files(files, paths, transform, device)
         compute_stream.wait_stream(copy_stream)
@@ -195,7 +195,7 @@ def upright(photo: Tensor, orientation: int) -> Tensor:
 
 
 def check_nvjpeg(device: torch.device) -> None:
-    """Raises UserError if JPEGs cannot be decoded on the device."""
+    """Raise UserError if JPEGs cannot be decoded on the device."""
     if device.type != "cuda":
         raise UserError(f"--nvjpeg: decodes on a CUDA GPU, but this extraction runs on {device}; leave it out")
     file = io.BytesIO()

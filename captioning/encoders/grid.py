@@ -51,7 +51,7 @@ class Grid:
         return weights @ self.cells
 
     def dropout_channels(self, probability: float) -> Grid:
-        """Drop whole channels, the same ones in all cells of a photo; the others are scaled to keep the mean."""
+        """Drop channels, the same ones in all cells of a photo; those kept are scaled to preserve the mean."""
         if not probability:
             return self
         mask = F.dropout(self.cells.new_ones(len(self), 1, self.cells.shape[2]), probability)  # (B, 1, C)

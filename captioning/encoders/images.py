@@ -1,4 +1,4 @@
-"""Photo decoding and the transform that turns a photo into a tensor, for extraction, training and captioning alike.
+"""Photo decoding and the transform that turns a photo into a tensor, for extraction, training and captioning.
 
 The transform resizes the whole photo to a square (bilinear, antialiased), scales RGB to 0..1 and normalises it with
 ImageNet's mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
@@ -114,9 +114,9 @@ class Augment:
         width, height = photo.size
         width_fraction, height_fraction = rng.uniform(self.crop, 1, 2)
         left, top = rng.uniform(0, (width * (1 - width_fraction), height * (1 - height_fraction)))
-        right, bottom = left + width * width_fraction, top + height * height_fraction
-        left, top = round(left), round(top)
-        return photo.crop((left, top, max(round(right), left + 1), max(round(bottom), top + 1)))
+        right = max(round(left + width * width_fraction), round(left) + 1)
+        bottom = max(round(top + height * height_fraction), round(top) + 1)
+        return photo.crop((round(left), round(top), right, bottom))
 
 
 def open_photo(path: Path | str, min_side: int | None = None) -> Image.Image:
@@ -246,9 +246,8 @@ class SignalSafeLoader(DataLoader):
         )
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, STOP_SIGNALS
-        )  # workers inherit the mask until init_worker runs
+        # Workers inherit this mask and keep it until init_worker runs.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             return super().__iter__()
         finally:
@@ -257,9 +256,8 @@ class SignalSafeLoader(DataLoader):
 
 def init_worker(_: int) -> None:
     """Prepare a worker process: ignore the stop signals, and end if the main process no longer exists."""
-    for (
-        number
-    ) in STOP_SIGNALS:  # a terminal sends them to the whole process group, and torch has just set its own handler
+    # A terminal sends the signals to the whole process group, and torch has just set its own handlers.
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()

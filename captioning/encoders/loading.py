@@ -29,8 +29,8 @@ def load_encoder(name: str | None, weights: str | None, image_size: int | None, 
     """An encoder from the flags --encoder, --weights and --image-size; None selects the default.
 
     weights: "imagenet" (default), "random", a state-dict file, or a run, which determines all three.
-    Random weights are drawn with `seed`; call `calibrate_batch_norm` before using them.
-    Raises UserError.
+    Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
+    Raises UserError if a name, a file or a run is unknown or damaged.
     """
     weights = weights or "imagenet"
     if weights not in ("imagenet", "random") and _is_run(Path(weights)):
@@ -49,7 +49,7 @@ def load_encoder(name: str | None, weights: str | None, image_size: int | None, 
 
 
 def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None) -> Encoder:
-    """The encoder stored in a checkpoint. weights: replaces where its weights came from.
+    """The encoder stored in a checkpoint. weights: replaces the recorded source of its weights.
 
     Raises UserError if the checkpoint is damaged, or its weights are no longer the same.
     """
@@ -67,12 +67,12 @@ def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None) -> Enc
 
 
 def encoder_file(features: Path) -> Path:
-    """The file beside a feature file that stores its encoder, for the runs that are trained on it."""
+    """The file, next to a feature file, that stores its encoder for the runs trained on it."""
     return features.with_suffix(".encoder.pt")
 
 
 def read_encoder_checkpoint(features: Path, sha256: str | None = None) -> dict:
-    """The checkpoint {"encoder": ...} beside a feature file.
+    """The checkpoint {"encoder": ...} next to a feature file.
 
     sha256: of the weights, from the feature file's attributes.
     Raises UserError if the checkpoint is missing or damaged, or its sha256 differs.
@@ -128,9 +128,8 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights {path}: holds no state dict; save model.state_dict() there")
-    return {
-        key.removeprefix("module."): value for key, value in state.items()
-    }  # DistributedDataParallel adds "module."
+    # DistributedDataParallel adds "module." to each key.
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _select_body_weights(state: dict[str, Tensor], encoder: Encoder, source: str) -> dict[str, Tensor]:

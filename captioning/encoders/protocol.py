@@ -45,5 +45,5 @@ def find_family(encoder: str) -> tuple[EncoderFamily, str]:
     """
     prefix, slash, name = encoder.partition("/")
     if not slash:
-        prefix, name = DEFAULT_FAMILY, encoder
+        return ENCODER_FAMILIES[DEFAULT_FAMILY](), encoder
     return ENCODER_FAMILIES[prefix](), name

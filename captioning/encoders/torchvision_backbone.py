@@ -1,9 +1,9 @@
 """torchvision's classifiers as encoders, truncated before their last pooling with torch.fx.
 
-ResNet, MobileNet, VGG, Inception, ConvNeXt and others need no code of their own. `resnet18.layer3` truncates earlier,
+ResNet, MobileNet, VGG, Inception, ConvNeXt and others need no special code. `resnet18.layer3` truncates earlier,
 after that layer, for a finer map at a lower cost.
 
-torchvision's `create_feature_extractor` does not serve here: it takes the names of nodes, and the input of the last
+torchvision's `create_feature_extractor` is not used: it takes the names of nodes, and the input of the last
 pooling must be found in the same graph anyway; its module returns a dict and holds two graphs, where
 activation checkpointing needs one that returns a tensor.
 """

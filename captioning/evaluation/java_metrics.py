@@ -126,7 +126,9 @@ def _run_spice(candidates: Captions, references: References, folder: Path) -> fl
         {"image_id": photo, "test": " ".join(words), "refs": [" ".join(reference) for reference in references[photo]]}
         for photo, words in candidates.items()
     ]
-    captions_file, scores_file, cache = folder / "captions.json", folder / "scores.json", folder / "cache"
+    captions_file = folder / "captions.json"
+    scores_file = folder / "scores.json"
+    cache = folder / "cache"
     captions_file.write_text(json.dumps(captions), "utf-8")
     cache.mkdir()
     command: list[str | Path] = ["java", "-Xmx8G", "-jar", SPICE_JAR, captions_file]

@@ -6,7 +6,7 @@ smoothing; CIDEr-D takes its document frequencies from the references given. Ref
 their <unk> version.
 
 Every score is a function of sums over photos. One table of per-photo statistics therefore gives the scores of the whole
-set, of each caption alone, and of photos drawn with replacement (the bootstrap).
+set, of each caption alone, and of photos sampled with replacement (the bootstrap).
 
     BLEU          Papineni et al. 2002, https://aclanthology.org/P02-1040/
     ROUGE-L       Lin 2004, https://aclanthology.org/W04-1013/
@@ -83,7 +83,7 @@ def _cider_d(candidates: list[str], references: list[list[str]]) -> np.ndarray:
     scorer = CiderScorer()
     scorer.ctest = _LazyNGrams(cook_test, candidates)
     scorer.crefs = _LazyNGrams(cook_refs, references)
-    scorer.document_frequency = Counter()  # holds small ints, which Python shares; the scorer's own holds floats
+    scorer.document_frequency = Counter()  # of small ints, which Python caches; the scorer's default counts in floats
     return scorer.compute_score()[1]
 
 
@@ -108,24 +108,23 @@ def aggregate(stats: np.ndarray) -> np.ndarray:
     """
     sums = stats.sum(-2)
     num_photos = stats.shape[-2]
-    matches, total, words, closest = sums[..., :4], sums[..., 4:8], sums[..., 8:9], sums[..., 9:10]
+    matches, total, words, closest, averaged = np.split(sums, [4, 8, 9, 10], axis=-1)
     precision = (matches + 1e-15) / (total + 1e-9)  # coco-caption's guards against division by zero
     brevity = np.exp(np.minimum(0, 1 - (closest + 1e-9) / (words + 1e-15)))
     bleu = brevity * precision.cumprod(-1) ** (1 / np.arange(1, 5))
-    means = sums[..., 10:] / num_photos
-    return 100 * np.concatenate([bleu, means], -1)
+    return 100 * np.concatenate([bleu, averaged / num_photos], -1)
 
 
 def bootstrap(stats: np.ndarray) -> np.ndarray:
-    """Score 1,000 resamples of N photos drawn with replacement: stats (N, 12) -> (R, 6).
+    """Score 1,000 resamples of N photos, with replacement: stats (N, 12) -> (R, 6).
 
-    The draws depend on N alone, so resamples of two sets of captions of the same photos are paired. The document
+    The indices depend on N alone, so resamples of two sets of captions of the same photos are paired. The document
     frequencies of CIDEr-D stay those of the original set.
     """
     rng = np.random.default_rng(0)
     num_photos = len(stats)
-    draws = (rng.integers(num_photos, size=num_photos) for _ in range(NUM_RESAMPLES))
-    return np.stack([aggregate(stats[indices]) for indices in draws])
+    resamples = (rng.integers(num_photos, size=num_photos) for _ in range(NUM_RESAMPLES))
+    return np.stack([aggregate(stats[indices]) for indices in resamples])
 
 
 def confidence_interval(scores: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Files of captions: COCO results, AI Challenger submissions and CSV tables; and reading anyone's captions for scoring.
+"""Files of captions: write COCO results, AI Challenger submissions and CSV; read captions of any system for scoring.
 
-COCO results    [{"image_id": 9, "caption": "a dog"}, ...]; ours also have log_probability and finished
+COCO results    [{"image_id": 9, "caption": "a dog"}, ...]; Kantu adds log_probability and finished
 submission      [{"image_id": "8f00f3d0", "caption": "..."}, ...]: no file suffix, no spaces, no empty caption
 
 The format of COCO results is that of the COCO caption server, Chen et al. 2015, https://arxiv.org/abs/1504.00325.
@@ -32,7 +32,7 @@ from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
 def write_json(path: Path, data: object) -> None:
-    """Raises UserError if the file cannot be written."""
+    """Write data as indented JSON. Raises UserError if the file cannot be written."""
     with atomic_text(path) as file:
         json.dump(data, file, ensure_ascii=False, indent=1)
 

@@ -67,6 +67,8 @@ def by_challenge(words: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Protocol:
+    """How captions and references are tokenized before they are compared."""
+
     tokenize_caption: Callable[[CaptionResult], Sequence[str]]
     tokenize_reference: Callable[[Sequence[str]], Sequence[str]]  # from the words of the data set
 
@@ -83,18 +85,18 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class CaptionStats:
-    """Statistics of a set of captions, beside its scores. Fractions are between 0 and 1."""
+    """Statistics of a set of captions, other than its scores. Fractions are between 0 and 1."""
 
     words: float  # mean number per caption
     vocabulary: int  # number of different words
     distinct: float  # number of different captions / number of captions
     repeated_words: float  # fraction of words that occur earlier in their caption
     function_word_endings: float  # fraction of captions that end in a function word, a known flaw of CIDEr optimisation
-    unfinished: float | None = None  # fraction of captions cut at the maximum length; None if unknown
+    unfinished: float | None = None  # fraction of captions truncated at the maximum length; None if unknown
 
     @classmethod
     def compute(cls, captions: Sequence[Sequence[str]], language: str, unfinished: float | None = None) -> CaptionStats:
-        """captions: in words, at least one; language: "en" or "zh"."""
+        """Compute the statistics of captions, given in words, of which there must be one. language: "en" or "zh"."""
         total = sum(len(words) for words in captions)
         repeated = sum(len(words) - len(set(words)) for words in captions)
         endings = sum(bool(words) and words[-1] in FUNCTION_WORDS[language] for words in captions)

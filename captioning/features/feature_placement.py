@@ -1,4 +1,4 @@
-"""Where features are while a decoder trains: on the GPU, in main memory, or on disk.
+"""Where features are held while a decoder trains: on the GPU, in main memory, or on disk.
 
 gpu   all rows are on the GPU, as stored: a batch is one index_select, without a copy from the host
 ram   all rows are in main memory, native cells only: a third of a 14x14 file
@@ -33,13 +33,13 @@ class FeaturePlacement(NamedTuple):
     """Where features are placed, and why."""
 
     location: str  # gpu, ram or disk
-    reason: str  # for people
+    reason: str  # for the message that is printed
 
 
 def choose_placement(requested: str, nbytes: int, device: torch.device) -> FeaturePlacement:
     """Where to place `nbytes` of features. requested: auto, gpu, ram or disk.
 
-    Raises UserError if they do not fit in the requested place.
+    Raises UserError if they do not fit there.
     """
     free = {"gpu": free_gpu_memory(device), "ram": free_main_memory()}
     fits = {location: nbytes <= fraction * free[location] for location, fraction in MEMORY_FRACTIONS.items()}

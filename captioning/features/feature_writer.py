@@ -23,7 +23,7 @@ from captioning.errors import UserError
 from captioning.features.hdf5_layout import FORMAT, create_file, data_bytes, read_layout
 from captioning.runtime.library_errors import reason
 
-QUEUE_SIZE = 4  # batches that wait for the disk; as many again may be in the hands of the writing thread
+QUEUE_SIZE = 4  # batches that wait for the disk; the writing thread may hold as many again
 LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False}  # absent from files that older versions created
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
@@ -43,7 +43,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "precision": precision,
         "scaled_decoding": transform.get("scaled_decoding", False),
         "nvjpeg": transform.get("nvjpeg", False),
-        "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all the others
+        "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all settings above
     }
 
 
@@ -84,7 +84,7 @@ class FeatureWriter:
         self.thread.start()
 
     def _check_resumable(self, ids: Sequence[str], attributes: dict) -> None:
-        """Raises UserError if the existing file has other attributes or photos."""
+        """Raise UserError if the existing file has other attributes or photos."""
         layout = read_layout(self.path)
         features = layout.arrays["features"]
         attributes = {**attributes, "shape": list(self.shape[1:])}
@@ -100,7 +100,7 @@ class FeatureWriter:
             raise UserError(f"{self.path}: belongs to another data set ({overlap}); {remedy}")
 
     def _check_free_space(self) -> None:
-        """Raises UserError if the disk cannot hold the file."""
+        """Raise UserError if the disk cannot hold the file."""
         needed = self.nbytes()
         freed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         free = shutil.disk_usage(self.path.parent).free + freed
@@ -126,9 +126,8 @@ class FeatureWriter:
         if not len(rows):
             return
         features = features.to(getattr(torch, str(self.dtype)))
-        if (
-            not torch.stack(features.aminmax()).isfinite().all()
-        ):  # NaN propagates to both; 50 times faster than isfinite
+        # aminmax propagates NaN and is 50 times faster than isfinite of all values.
+        if not torch.stack(features.aminmax()).isfinite().all():
             raise UserError(
                 f"{self.path}: features too large for {self.dtype}, or not finite; "
                 "give --dtype float32 --overwrite, or check the --weights"
@@ -161,7 +160,7 @@ class FeatureWriter:
             self._mark_done(batch.rows)
 
     def _mark_done(self, rows: np.ndarray) -> None:
-        """Mark consecutive rows with one write, so that a kill leaves a batch done or not done as a whole.
+        """Mark consecutive rows with one write, so that after a kill either all rows of a batch are done or none.
 
         A batch that is encoded again then has the same photos, and bit-equal features.
         """
@@ -196,7 +195,10 @@ class FeatureWriter:
 
 
 def mark_not_done(path: Path, rows: Iterable[int]) -> None:
-    """Mark rows of a feature file as not done, so that the next extraction encodes them again. Raises UserError."""
+    """Mark rows of a feature file as not done: the next extraction encodes them again.
+
+    Raises UserError if the file cannot be written.
+    """
     done = read_layout(path).arrays["done"]
     with _write_errors(path), open(path, "r+b") as file:
         for row in rows:

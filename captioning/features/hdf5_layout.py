@@ -72,7 +72,7 @@ def data_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
 
 
 def create_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, ids: Sequence[str], attributes: dict) -> None:
-    """Create a feature file with no row done, in place of an existing one.
+    """Create a feature file with no row done; it replaces an existing one.
 
     shape: (N, h, w, C) of features. All metadata is written here, to a temporary file that is then renamed.
     Raises OSError.
@@ -144,7 +144,7 @@ def _plain(value: object) -> object:
 def _read_arrays(file: h5py.File, attributes: dict, size: int) -> dict[str, ContiguousArray]:
     """Locate features, pooled and done in a file of `size` bytes.
 
-    Raises ValueError if one is missing, not contiguous, or contradicts the others or the attributes; EOFError if the
+    Raises ValueError if one is missing, not contiguous, or contradicts another or the attributes; EOFError if the
     file is truncated.
     """
     arrays = {name: _locate(file, name, dtypes) for name, dtypes in DTYPES.items()}
@@ -163,7 +163,7 @@ def _read_arrays(file: h5py.File, attributes: dict, size: int) -> dict[str, Cont
 
 
 def _check_native_grid(native_grid: Any, shape: tuple[int, ...]) -> None:
-    """Raises ValueError if features of this shape (N, h, w, C) do not fit the attribute."""
+    """Raise ValueError if features of this shape (N, h, w, C) do not fit the attribute."""
     if native_grid is None:
         raise ValueError("no native_grid")
     is_pair = isinstance(native_grid, list) and len(native_grid) == 2

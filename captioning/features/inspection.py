@@ -44,7 +44,7 @@ def describe(reader: FeatureReader) -> str:
 def verify(reader: FeatureReader, ids: Sequence[str], paths: Sequence[str], device: torch.device) -> str:
     """Check every done row for damage, and compare a sample with what the stored encoder computes now.
 
-    Returns a summary for people. Raises UserError if rows are wrong; damaged rows are first marked as not done, so
+    Returns a summary in one line. Raises UserError if rows are wrong; damaged rows are first marked as not done, so
     that the next extraction encodes them again.
     """
     if [*reader.ids] != [*ids]:

@@ -88,7 +88,7 @@ def _outcome(
         work(config)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return KeyboardInterrupt()  # a new one: the traceback would keep progress bars alive past our last line
+        return KeyboardInterrupt()  # a new one: the traceback would keep progress bars alive past the last line
     except (UserError, OSError) as error:
         return error
     return None
@@ -113,8 +113,8 @@ def _exit(outcome: BaseException) -> None:
 
 
 def _exit_after_system_error(error: OSError, prefix: str) -> None:
-    """Handle what no other code had a better remedy for: disk full, no permission, or an I/O error."""
-    if isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has ended
+    """Report an OSError for which no other code had a better remedy: disk full, no permission, or an I/O error."""
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as head, has ended
         _discard_stdout()
         return
     if not error.filename:
@@ -143,13 +143,16 @@ class _InterruptHandlers:
         self.previous: dict[signal.Signals, object] = {}
 
     def install(self) -> None:
+        """Replace the handlers of the stop signals, and remember them."""
         self.previous = {number: signal.signal(number, self._interrupt) for number in stop_signals()}
 
     def ignore(self) -> None:
+        """Ignore the stop signals from now on."""
         for number in self.previous:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
+        """Set the previous handlers again."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

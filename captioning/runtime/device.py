@@ -13,7 +13,7 @@ from captioning.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name. `auto` is the GPU if there is one; each process of torchrun takes a GPU of its own.
+    """The device of this name. `auto` is the GPU if there is one. Each process of torchrun uses a different GPU.
 
     Raises UserError if this machine does not have the device.
     """

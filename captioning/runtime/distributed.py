@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 -- train.py data/aic --run att --batch-size 512
 
-(The lone -- keeps torchrun from reading --run as a flag of its own.) Every rank runs the same command on its shard of
+(The lone -- keeps torchrun from reading --run as its own flag.) Every rank runs the same command on its shard of
 each batch. Only rank 0 prints, scores and saves; the ranks agree on events such as signals.
 """
 
@@ -32,13 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's rank among `size` ranks. A single process communicates with nobody."""
+    """This process's rank among `size` ranks. A single process does not communicate."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which prints, scores and saves."""
         return self.rank == 0
 
     def shard(self, items: T) -> T:
@@ -88,11 +89,11 @@ def init_distributed(remedy: str) -> Iterator[DistributedContext]:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         except ValueError as error:
             raise UserError(f"RANK and WORLD_SIZE are set, but not by torchrun ({error}); unset them") from None
-        ranks = DistributedContext(dist.get_rank(), dist.get_world_size())
-        if not ranks.is_main:
+        distributed = DistributedContext(dist.get_rank(), dist.get_world_size())
+        if not distributed.is_main:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
-        yield ranks
-        _leave_group()  # not after an error: it would wait for the others
+        yield distributed
+        _leave_group()  # not after an error: it would wait for the other ranks
 
 
 @contextlib.contextmanager
@@ -134,7 +135,7 @@ def _leave_group() -> None:
 
 
 def data_parallel(module: nn.Module, sync_buffers: bool) -> DistributedDataParallel:
-    """Wrap a module for training on all ranks. sync_buffers: rank 0's buffers replace the others' at each forward."""
+    """Wrap a module for training on all ranks. sync_buffers: copy rank 0's buffers to all ranks at each forward."""
     name = "forward_sync_buffers"  # torch 2.13 deprecates broadcast_buffers in its favour
     if name not in inspect.signature(DistributedDataParallel).parameters:
         name = "broadcast_buffers"
@@ -153,6 +154,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
     momentum: float
 
     def forward(self, rows: Tensor) -> Tensor:
+        """Normalise rows (B, E); in training, update the running statistics."""
         if self.training and dist.is_initialized() and dist.get_world_size() > 1:
             return self._forward_distributed(rows.float())
         return F.batch_norm(

@@ -1,4 +1,4 @@
-"""Atomic writes, and locks that keep two processes from writing to the same place."""
+"""Atomic writes, and locks that keep two processes from writing to the same path."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from captioning.runtime.library_errors import reason
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; at the end of the block, sync it and rename it to `path`.
+    """Open a temporary file next to `path`; at the end of the block, sync it and rename it to `path`.
 
     If the block raises, `path` stays as it was. The temporary file always has the same name, so the next writer
-    removes what a killed process left there, and any link that someone put in its place.
+    removes what a killed process left, or a link that someone created under that name.
 
     Raises OSError if the file cannot be written, and UserError if another process writes it at the same time.
     """

@@ -57,7 +57,7 @@ def _is_event(event: object) -> bool:
 
 
 class Log:
-    """Appends events to RUN/log.jsonl, one whole line at a time, and prints them in words."""
+    """Appends events to RUN/log.jsonl, one complete line at a time, and prints them in words."""
 
     def __init__(self, folder: Path, settings: dict, resumes_from: tuple[int, int] | None, is_main: bool):
         """folder: the run's. settings: the run's, as plain data.
@@ -104,8 +104,9 @@ class Log:
         print(self._start_line(description), flush=True)
 
     def step(self, metrics: dict, quantity: str, value: float) -> None:
-        """Write a step event if the last is STEP_SECONDS old. quantity: "loss" or "reward", written as the mean of
-        the values since then.
+        """Write a step event if the last one is STEP_SECONDS old.
+
+        quantity: "loss" or "reward", the key under which the mean of the values since then is written.
         """
         self._values.append(value)
         if time.monotonic() - self._last_step_at >= STEP_SECONDS:

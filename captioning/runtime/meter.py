@@ -40,9 +40,11 @@ class Meter:
             self.saved_at = time.monotonic()
 
     def seconds_since_save(self) -> float:
+        """Seconds since the last checkpoint, or since the start."""
         return time.monotonic() - self.saved_at
 
     def seconds(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self.started_at
 
     def rate(self) -> float:

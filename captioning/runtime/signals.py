@@ -139,7 +139,7 @@ class StopRequest:
 def defer_signals() -> Iterator[None]:
     """Hold back stop signals until the block ends, then deliver them to the previous handlers.
 
-    For C++ code that calls Python: it would turn KeyboardInterrupt into an error of its own, or end the process.
+    For C++ code that calls Python: it would turn KeyboardInterrupt into another error, or end the process.
     """
     with StopRequest() as stop:
         yield

@@ -19,6 +19,7 @@ class StringArray(Sequence[str]):
             self.append(string)
 
     def append(self, string: str) -> None:
+        """Add a string at the end."""
         self._data += string.encode("utf-8", "surrogatepass")  # a file's name may contain undecodable bytes
         self._offsets.append(len(self._data))
 

@@ -61,8 +61,8 @@ class TrainingOptions:
     weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
     schedule: ScheduleName = "step"  # of the learning rates; cosine: to 0 at --epochs
     warmup_epochs: float = 0.0  # epochs of linear warm-up
-    lr_decay: float = 0.8  # with --schedule step: factor of the learning rates ...
-    lr_decay_every: int = 3  # ... every so many epochs
+    lr_decay: float = 0.8  # with --schedule step: factor of the learning rates, every --lr-decay-every epochs
+    lr_decay_every: int = 3  # with --schedule step: epochs between two reductions of the learning rates
     ema_decay: float = 0.0  # such as 0.999: validate and keep an exponential moving average of the weights; 0 is off
     grad_clip: float = 5.0  # clamp every gradient element to +- this; 0 is off
     alpha_c: float = 1.0  # with --decoder attention: weight of the doubly stochastic term
@@ -189,4 +189,5 @@ class TrainingOptions:
 
     @property
     def folder(self) -> Path:
+        """The folder of the run."""
         return Path("checkpoints") / self.run

@@ -1,4 +1,4 @@
-"""Captions and runs to look at: plots, HTML, the dashboard."""
+"""Show captions and runs: plots, HTML, the dashboard."""
 
 from __future__ import annotations
 

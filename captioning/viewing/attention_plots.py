@@ -1,7 +1,7 @@
 """Plots of the attention over a photo, one panel per word, and contact sheets of captioned photos.
 
 Pillow draws them: no display is needed. Attention shows as a warm glow on a dimmed photo. The glow is scaled per word,
-so that every word's most attended position is equally bright; the attention of that cell is printed beside the word. If
+so that every word's most attended cell is equally bright; the attention of that cell is printed next to the word. If
 the decoder has a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887), its fraction, beta, is printed instead.
 
 Letters: T words, P cells (P = rows x columns of the grid).
@@ -45,7 +45,8 @@ CAPTION_SIZE, CAPTION_LEADING = 25, 38
 FRAME = 480  # photo of an animation
 FRAME_TEXT_SIZE, FRAME_LEADING = 26, 36
 
-WORD_DURATION, LAST_DURATION = 700, 2500  # milliseconds per frame of an animation, and for the last one
+WORD_DURATION = 700  # milliseconds per frame of an animation
+LAST_DURATION = 2500  # milliseconds of the last frame
 MIN_BETA = 1e-3  # attention that sums to less than 1 - MIN_BETA has a sentinel
 
 
@@ -197,7 +198,7 @@ def _draw_label(
     font: Font,
     size: int,
 ) -> None:
-    """Write the word under its panel, and beside it the attention of the most attended cell, in percent.
+    """Write the word under its panel, and next to it the attention of the most attended cell, in percent.
 
     Attention that sums to less than one leaves the rest to a sentinel: that fraction, beta, is written instead.
     """
@@ -237,7 +238,8 @@ def _flow_words(
 ) -> tuple[list[tuple[float, int]], int]:
     """Position (x, y) of each word in lines of at most `width` pixels, and y of the last line."""
     positions: list[tuple[float, int]] = []
-    x, y = 0.0, 0
+    x = 0.0
+    y = 0
     for word in words:
         length = font.getlength(word)
         if x and x + length > width:

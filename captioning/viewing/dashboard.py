@@ -50,6 +50,8 @@ class Source(NamedTuple):
 
 
 class Curve(NamedTuple):
+    """A curve of a plot."""
+
     name: str
     x: list[float]  # epochs, and fractions of them
     y: list[float]
@@ -67,7 +69,7 @@ PLOTS = {  # window -> its curves
         Source("encoder", "epoch", "encoder_learning_rate"),
     ],
 }
-SHOWN_SETTINGS = (  # keys of the start event, beside config and versions
+SHOWN_SETTINGS = (  # keys of the start event that are shown, in addition to config and versions
     "time",
     "commit",
     "device",
@@ -204,13 +206,17 @@ class VisdomClient:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https"):
             raise UserError(f"{url}: is no URL; give one such as http://127.0.0.1:8097")
-        self.url, self.environment = url.rstrip("/"), environment
+        self.url = url.rstrip("/")
+        self.environment = environment
         self.sent: Windows = {}
         handlers = [urllib.request.ProxyHandler({})] if parts.hostname in LOOPBACK else []  # no proxy for this machine
         self.opener = urllib.request.build_opener(*handlers)
 
     def send(self, windows: Windows) -> None:
-        """Raises OSError if the server does not answer; the next call then sends all windows."""
+        """Send the windows that have changed.
+
+        Raises OSError if the server does not answer; the next call then sends all windows.
+        """
         try:
             self._send_changed(windows)
         except (OSError, http.client.HTTPException) as error:
@@ -252,6 +258,7 @@ class LogTailer(threading.Thread):
         self.windows: Windows = {}
 
     def run(self) -> None:
+        """The thread: poll the log until the run ends."""
         while not self.finished.is_set():
             self._update()
             self.finished.wait(POLL_INTERVAL)
@@ -311,6 +318,7 @@ def compare(folders: Iterable[Path], url: str) -> None:
 
 
 def main(config: Dashboard) -> None:
+    """Replay a run, compare several, or start the server."""
     if config.replay:
         replay(config.replay, config.url)
     elif config.compare:

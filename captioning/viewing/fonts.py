@@ -44,6 +44,8 @@ PACKAGE_FOLDERS = {"mplfonts": "fonts", "matplotlib": "mpl-data/fonts/ttf"}  # p
 
 
 class Font(NamedTuple):
+    """A face of an installed font file."""
+
     path: str
     face: int  # index of the face in a font collection (.ttc); 0 for any other file
 
@@ -59,12 +61,14 @@ def find_font(text: str) -> Font:
 
 @functools.cache
 def _find_font(characters: frozenset[str]) -> Font:
-    best, missing = None, characters
+    best: Font | None = None
+    missing = characters
     for path in _font_files():
         for face, supported in _read_faces(path):
             lacking = frozenset(char for char in characters if ord(char) not in supported)
             if best is None or len(lacking) < len(missing):
-                best, missing = Font(path, face), lacking
+                best = Font(path, face)
+                missing = lacking
         if best and not missing:
             return best
     letters = {char for char in characters if char.isalpha() and not char.isascii()}
@@ -86,7 +90,7 @@ def _font_files() -> tuple[str, ...]:
         for name in names
         if Path(name).suffix.lower() in EXTENSIONS
     }
-    # The Last Resort font claims every character but draws each as a box.
+    # The Last Resort font claims every character but renders each as a box.
     usable = [path for path in files if "lastresort" not in path.lower()]
     return tuple(sorted(usable, key=lambda path: (_preference(path), path)))
 

@@ -49,6 +49,8 @@ INSTRUCTIONS = (
 
 
 class ReportEntry(NamedTuple):
+    """A captioned photo of the report."""
+
     photo: Photo
     caption: CaptionResult
     cider: float | None  # CIDEr-D of the caption, times 100; None without references

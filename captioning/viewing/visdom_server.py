@@ -29,6 +29,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Source(NamedTuple):
+    """An npm package that visdom's page needs."""
+
     package: str  # its name in the npm registry
     version: str  # the one that visdom 0.2.4 uses
     paths: dict[str, str]  # path in the package -> path in visdom's static folder

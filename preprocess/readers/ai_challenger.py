@@ -16,9 +16,11 @@ class AiChallengerReader:
     has_splits = False
 
     def recognises(self, data: object) -> bool:
+        """Whether parsed JSON has this format: see AnnotationReader."""
         return first_has_key(data, "image_id") and first_has_key(data, "caption")
 
     def read(self, path: Path, data: list, images: str, split: str) -> Iterator[Record]:
+        """Yield the records: see AnnotationReader."""
         for index, entry in enumerate(data):
             location = f"{path}: entry {index}"
             name = read_field(location, entry, "image_id", str)

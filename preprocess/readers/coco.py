@@ -17,11 +17,13 @@ class CocoReader:
     has_splits = False
 
     def recognises(self, data: object) -> bool:
+        """Whether parsed JSON has this format: see AnnotationReader."""
         if not isinstance(data, dict):
             return False
         return isinstance(data.get("images"), list) and isinstance(data.get("annotations"), list)
 
     def read(self, path: Path, data: dict, images: str, split: str) -> Iterator[Record]:
+        """Yield the records: see AnnotationReader."""
         captions = _captions_by_image(path, data)
         for index, entry in enumerate(data["images"]):
             location = f"{path}: image {index}"

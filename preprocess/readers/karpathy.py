@@ -22,9 +22,11 @@ class KarpathyReader:
     has_splits = True
 
     def recognises(self, data: object) -> bool:
+        """Whether parsed JSON has this format: see AnnotationReader."""
         return isinstance(data, dict) and first_has_key(data.get("images"), "sentences")
 
     def read(self, path: Path, data: dict, images: str, split: str) -> Iterator[Record]:
+        """Yield the records: see AnnotationReader."""
         for index, entry in enumerate(data["images"]):
             yield _read_entry(f"{path}: image {index}", entry, images)
 
