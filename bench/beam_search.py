@@ -91,7 +91,8 @@ def main(bench: Bench) -> None:
     torch.set_num_threads(bench.threads)
     decoder, grid = load_trained(bench) if bench.run else make_random(bench)
     device = pick_device(bench.device)
-    decoder, grid = decoder.to(device).eval(), grid.to(device, torch.float32)
+    decoder = decoder.to(device).eval()
+    grid = grid.to(device, torch.float32)
     seconds = {}
     if device.type == "cpu":
         seconds = time_tutorial(bench, decoder, grid)

@@ -63,7 +63,8 @@ def continuation_cider(
     captioner: Captioner, reader: FeatureReader, photos: list[Photo], words: int, index: int, batch_size: int
 ) -> float:
     """CIDEr-D of captions that continue the first `words` words of the reference `index` of each photo."""
-    candidates, references = {}, {}
+    candidates: dict[str, list[str]] = {}
+    references: dict[str, list] = {}
     for batch in split_batches(photos, batch_size):
         captions = [photo.captions[index % len(photo.captions)] for photo in batch]
         given = torch.full((len(batch), words), PAD)

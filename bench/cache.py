@@ -99,8 +99,8 @@ def main(bench: Bench) -> None:
 class SparseWriter(FeatureWriter):
     """Creates sparse files that would not fit on the disk if all rows were written."""
 
-    def _check_room(self) -> None:
-        pass
+    def _check_free_space(self) -> None:
+        """The disk need not hold all rows."""
 
 
 def measure_size(bench: Bench, size: int) -> None:
@@ -162,19 +162,19 @@ def write_with_h5py(bench: Bench, path: Path, features: torch.Tensor) -> None:
 
 def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold: bool) -> None:
     """Print the speed of each method. Every call opens its file again: mapped pages would stay in the page cache."""
-    block = FeatureReader(paths["native"]).arrays["features"]
+    native = FeatureReader(paths["native"]).arrays["features"]
 
     def pread() -> None:
         with open(paths["native"], "rb", buffering=0) as file:
             for rows in plan:
-                batch = np.empty((len(rows), block.row_bytes), np.uint8)
+                batch = np.empty((len(rows), native.row_bytes), np.uint8)
                 for target, row in zip(batch, rows, strict=True):
-                    os.preadv(file.fileno(), [target], block.offset + int(row) * block.row_bytes)
+                    os.preadv(file.fileno(), [target], native.offset + int(row) * native.row_bytes)
 
     def copy() -> None:
-        mapped = block.map(paths["native"])
+        mapped = native.map(paths["native"])
         for rows in plan:
-            batch = np.empty((len(rows), *block.shape[1:]), np.float16)
+            batch = np.empty((len(rows), *native.shape[1:]), np.float16)
             for target, row in zip(batch, rows, strict=True):
                 target[:] = mapped[row]
 
@@ -206,7 +206,7 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
                 load_into_page_cache(paths[name])
             best[method] = min(best[method], timeit(read, number=1))
     for method, seconds in best.items():
-        row_bytes = 14 * 14 * 2 * bench.channels if method.startswith("plain") else block.row_bytes
+        row_bytes = 14 * 14 * 2 * bench.channels if method.startswith("plain") else native.row_bytes
         print_rate(method, bench, row_bytes, seconds)
     limit = "os.pread, native file" if cold else "memmap copy, native file"
     print(

@@ -71,9 +71,9 @@ class PycocoevalcapReward:
         self.vocabulary = vocabulary
         self.references = [[" ".join([*words, "<end>"]) for words in photo.captions] for photo in photos]
         self.frequencies = Counter(
-            gram
+            ngram
             for captions in self.references
-            for gram in set().union(*(precook(caption, out=True) for caption in captions))
+            for ngram in set().union(*(precook(caption, out=True) for caption in captions))
         )
 
     def __call__(self, photos: np.ndarray, captions: np.ndarray) -> np.ndarray:
@@ -115,9 +115,8 @@ def main(bench: Bench) -> None:
     settings = {**as_plain_data(config), "vocabulary_size": len(vocabulary), "channels": bench.channels}
     decoder = build_decoder(bench.decoder, settings).to(device).train()
     with torch.no_grad():
-        decoder.output_layer.bias[END] = np.log(
-            len(vocabulary) / 10
-        )  # without it, an untrained decoder hardly ever samples <end>
+        # Without this bias, an untrained decoder hardly ever samples <end>.
+        decoder.output_layer.bias[END] = np.log(len(vocabulary) / 10)
     objective = Cider(config, reward)
     optimizer = torch.optim.AdamW(decoder.parameters(), 1e-9)
     order = np.random.default_rng(0).permutation(len(split))

@@ -85,7 +85,8 @@ def train_two_epochs(bench: Bench, data: CachedPhotos, device: torch.device) -> 
     config = Train("data", "run", decoder=bench.decoder)
     sizes = {"vocabulary_size": bench.vocabulary, "channels": bench.channels, **as_plain_data(config)}
     decoder = build_decoder(bench.decoder, decoder_arguments(bench.decoder, sizes)).to(device).train()
-    optimizer, parameters = make_optimizer(decoder.parameters()), list(decoder.parameters())
+    parameters = list(decoder.parameters())
+    optimizer = make_optimizer(parameters)
     objective = CrossEntropy(config).to(device)
 
     def backward(batch: Batch) -> Loss:

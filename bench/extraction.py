@@ -77,9 +77,11 @@ def main(bench: Bench) -> None:
         for name, function in functions.items():
             best[name] = max(best[name], len(paths) / timeit(function, number=1))
     if device.type == "cpu":
-        bound, formula = 1 / (1 / best["decode"] + 1 / best["CNN"]), "1 / (1/decode + 1/CNN)"
+        bound = 1 / (1 / best["decode"] + 1 / best["CNN"])
+        formula = "1 / (1/decode + 1/CNN)"
     else:
-        bound, formula = min(best["decode"], best["CNN"]), "the slower of the two"
+        bound = min(best["decode"], best["CNN"])
+        formula = "the slower of the two"
     for name, rate in best.items():
         print(f"{name:>12}  {rate:8.1f} photos/s")
     print(f"{'upper bound':>12}  {bound:8.1f} photos/s, {formula}")

@@ -32,7 +32,9 @@ from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 ROOT = Path(__file__).parents[1]
-CAPTIONS, LENGTH, WORDS = 5, 11, 200  # captions per photo, words per caption, size of the vocabulary
+CAPTIONS = 5  # per photo
+LENGTH = 11  # words per caption
+WORDS = 200  # size of the vocabulary
 COMMANDS = {
     "extract": "extract_features.py . --encoder resnet18.layer1 --weights random --image-size 32 --grid native "
     "--batch-size 128 --workers 1 --device cpu",
@@ -107,7 +109,8 @@ def make_data(folder: Path, photos: int) -> None:
 
 def run_and_watch(command: str, folder: Path) -> Usage:
     """Run a command and sample its memory. Exits if the command fails."""
-    own, held = 0, 0
+    own = 0
+    held = 0
     started = time.monotonic()
     script, *flags = command.split()
     with open(folder / "output", "w+") as output:

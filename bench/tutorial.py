@@ -94,9 +94,11 @@ class TutorialAttention(nn.Module):
         In the tutorial, a finished hypothesis leaves the beam, which becomes smaller until it is empty. refill: as in
         captioning/search/beam_search.py, the beam keeps its size until no unfinished hypothesis can become the best.
         """
-        vocabulary, width = self.output_layer.out_features, beams
+        vocab_size = self.output_layer.out_features
+        width = beams
         cells = features.flatten(0, 1).expand(beams, -1, -1)
-        words, totals = torch.full((beams, 1), START), torch.zeros(beams, 1)
+        words = torch.full((beams, 1), START)
+        totals = torch.zeros(beams, 1)
         h, c = self.init_state(cells)
         finished: list[tuple[float, list[int]]] = []
         for step in range(max_length + 1):
@@ -105,7 +107,8 @@ class TutorialAttention(nn.Module):
             log_probabilities[:, : START + 1] = -torch.inf  # never <pad>, <unk>, <start>
             candidates = totals + log_probabilities
             best, indices = (candidates[0] if step == 0 else candidates.flatten()).topk(width)
-            parents, following = indices // vocabulary, indices % vocabulary
+            parents = indices // vocab_size
+            following = indices % vocab_size
             for row in (following == END).nonzero()[:, 0].tolist():
                 finished.append((best[row].item(), words[parents[row], 1:].tolist()))
             unfinished = following != END
@@ -116,9 +119,12 @@ class TutorialAttention(nn.Module):
                 or (refill and finished and best[unfinished].max() <= max(finished)[0])
             ):
                 break
-            parents, totals = parents[unfinished], best[unfinished][:, None]
+            parents = parents[unfinished]
+            totals = best[unfinished][:, None]
             words = torch.cat([words[parents], following[unfinished][:, None]], 1)
-            h, c, cells = h[parents], c[parents], features.flatten(0, 1).expand(len(parents), -1, -1)
+            h = h[parents]
+            c = c[parents]
+            cells = features.flatten(0, 1).expand(len(parents), -1, -1)
         return max(finished)[1] if finished else words[0, 1:].tolist()
 
     @torch.no_grad()

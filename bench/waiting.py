@@ -31,7 +31,9 @@ from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 RECIPE = {"name": "bench", "weights": "none", "sha256": "", "transform": Transform().to_dict()}
-CAPTIONS, LENGTH, WORDS = 5, 11, 5000  # captions per photo, words per caption, size of the vocabulary
+CAPTIONS = 5  # per photo
+LENGTH = 11  # words per caption
+WORDS = 5000  # size of the vocabulary
 
 
 @dataclass(frozen=True)
