@@ -122,7 +122,7 @@ def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
 
 
 def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
-    """The given photos and those in the given folders, which are sorted by path; each once."""
+    """The given photos, and those in the given folders, sorted by path. Each photo occurs once."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():

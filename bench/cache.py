@@ -16,6 +16,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from timeit import timeit
@@ -160,8 +161,11 @@ def write_with_h5py(bench: Bench, path: Path, features: torch.Tensor) -> None:
         os.fsync(file.fileno())
 
 
-def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold: bool) -> None:
-    """Print the speed of each method. Every call opens its file again: mapped pages would stay in the page cache."""
+def reading_methods(paths: dict[str, Path], plan: list[np.ndarray]) -> dict[str, tuple[Callable[[], None], str]]:
+    """Method -> a function that reads all batches of the plan, and the name of its file.
+
+    Every call opens its file again: mapped pages would stay in the page cache.
+    """
     native = FeatureReader(paths["native"]).arrays["features"]
 
     def pread() -> None:
@@ -188,15 +192,20 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
             for rows in plan:
                 torch.stack([torch.from_numpy(file["features"][row]) for row in rows])
 
-    methods = {
+    return {
         "plain h5py, 14x14": (read_with_h5py, "plain"),
         "Kantu, 14x14 file": (lambda: read_with_kantu("14"), "14"),
         "Kantu, native file": (lambda: read_with_kantu("native"), "native"),
         "os.pread, native file": (pread, "native"),
         "memmap copy, native file": (copy, "native"),
     }
+
+
+def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold: bool) -> None:
+    """Print the speed of each method."""
     one, other = (FeatureReader(paths[name]).read(plan[0]).cells for name in ("14", "native"))
     np.testing.assert_array_equal(one, other)
+    methods = reading_methods(paths, plan)
     best = dict.fromkeys(methods, float("inf"))
     for _ in range(bench.rounds):
         for method, (read, name) in methods.items():
@@ -206,7 +215,8 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
                 load_into_page_cache(paths[name])
             best[method] = min(best[method], timeit(read, number=1))
     for method, seconds in best.items():
-        row_bytes = 14 * 14 * 2 * bench.channels if method.startswith("plain") else native.row_bytes
+        num_cells = 14 * 14 if method.startswith("plain") else 8 * 8
+        row_bytes = num_cells * 2 * bench.channels
         print_rate(method, bench, row_bytes, seconds)
     limit = "os.pread, native file" if cold else "memmap copy, native file"
     print(

@@ -96,7 +96,7 @@ class CaptionStats:
 
     @classmethod
     def compute(cls, captions: Sequence[Sequence[str]], language: str, unfinished: float | None = None) -> CaptionStats:
-        """Compute the statistics of captions, given in words, of which there must be one. language: "en" or "zh"."""
+        """Compute the statistics of one caption or more, given in words. language: "en" or "zh"."""
         total = sum(len(words) for words in captions)
         repeated = sum(len(words) - len(set(words)) for words in captions)
         endings = sum(bool(words) and words[-1] in FUNCTION_WORDS[language] for words in captions)

@@ -87,7 +87,7 @@ def locked(path: Path, lock: Path, enabled: bool = True) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             if descriptor is not None:
-                lock.unlink()  # before it is released: a process that has opened it notices that it is gone
+                lock.unlink()  # before it is released: a process that has opened it notices that it no longer exists
                 os.close(descriptor)
             if creates_folder:
                 lock.parent.rmdir()  # fails unless it is empty
