@@ -89,7 +89,7 @@ class StaticBatch:
     """A batch whose tensors keep their shapes and addresses."""
 
     def __init__(self, like: Grid, photos: int, batch_sizes: np.ndarray, device: torch.device, precision: torch.dtype):
-        """like: a Grid of the same (N, C) and pooling. batch_sizes (T,) int64, non-increasing: the captions of each step."""
+        """like: a Grid of the same N, C and pooling. batch_sizes (T,) int64, non-increasing: captions of each step."""
         self.batch_sizes = batch_sizes
         self.num_words = int(batch_sizes.sum())
         captions = int(batch_sizes[0])
