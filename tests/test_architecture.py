@@ -226,9 +226,9 @@ def test_what_only_fine_tuning_can_do_is_refused_without_it(flags):
 def test_an_unknown_flag_is_one_line_and_exit_status_2(command, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.parse(command, [*SHORTEST[command], "--no-such-flag", "3"])
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert stop.value.code == 2
-    assert re.fullmatch(r"error: .*--no-such-flag.*\n", said), said
+    assert re.fullmatch(r"error: .*--no-such-flag.*\n", stderr), stderr
 
 
 def test_the_tested_versions_let_visdom_build_and_serve():

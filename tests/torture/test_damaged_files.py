@@ -190,10 +190,10 @@ def test_zeros_and_garbage_in_the_metadata_of_a_feature_file_give_a_result_or_on
     path, random, count = Path("data/small/features.h5"), np.random.default_rng(0), times(40, 1000)
     spans = [(block.offset, block.offset + 24 * block.row_bytes) for block in FeatureReader(path).arrays.values()]
     first, last = min(spans)[0], max(spans)[1]
-    places = [place for place in (*range(first), *range(last, len(files[path]))) if files[path][place]]
+    positions = [position for position in (*range(first), *range(last, len(files[path]))) if files[path][position]]
     for attack in range(count):
         content = bytearray(files[path])
-        start, length = int(random.choice(places)), int(random.choice([1, 8, 64, 512]))
+        start, length = int(random.choice(positions)), int(random.choice([1, 8, 64, 512]))
         end = min(start + length, first if start < first else len(content))
         content[start:end] = bytes(end - start) if attack % 2 else random.bytes(end - start)
         path.write_bytes(content)

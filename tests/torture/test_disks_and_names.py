@@ -249,8 +249,8 @@ def test_all_commands_accept_names_of_all_kinds(tmp_path, monkeypatch, name, abs
     text = PageText(outputs["html"].read_text("utf-8")).found
     assert all(id in text for id in val) and text.count("CIDEr-D") == len(val)
     assert len(list((base / f"{name} drawn").iterdir())) == len(val)
-    told = run_ok(more, "--", run, base / "photos").splitlines()
-    assert len(told) == 12, "one line per photo"
+    stdout = run_ok(more, "--", run, base / "photos").splitlines()
+    assert len(stdout) == 12, "one line per photo"
     run_ok("generate.py --references", data, "--score", outputs["json"])
     end = run_command(f"dashboard {NOWHERE}", "--replay", run)
     assert is_one_line(end) and "no visdom server answers" in end.stderr
@@ -265,6 +265,6 @@ def test_each_unreadable_photo_gives_one_line_whatever_its_name(tmp_path, monkey
     Path("photos/new\nline 3.png").write_bytes(b"no photo")
     run_ok("preprocess data --min-count 1 --train train.json photos --val val.json photos")
     settings = [word for flag, value in SMALL_ENCODER.items() for word in (f"--{flag.replace('_', '-')}", value)]
-    told = run_ok("extract_features.py data --allow-missing 0.1", *settings)
-    assert "skipped: photos/new\\nline 3.png: not an image\n" in told
+    stdout = run_ok("extract_features.py data --allow-missing 0.1", *settings)
+    assert "skipped: photos/new\\nline 3.png: not an image\n" in stdout
     assert Path("data/features.unreadable.txt").read_text() == "photos/new\\nline 3.png: not an image\n"

@@ -132,12 +132,12 @@ def sabotage(update, what):
     with pytest.MonkeyPatch.context() as patch:
         plain, seen = Trainer.train_step, []
 
-        def learn(self, *arguments, **settings):
+        def train_step(self, *arguments, **settings):
             loss = plain(self, *arguments, **settings)
             seen.append(1)
             return what(self, loss) if len(seen) == update else loss
 
-        patch.setattr(Trainer, "train_step", learn)
+        patch.setattr(Trainer, "train_step", train_step)
         yield
 
 
