@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import extract_features
 import train
@@ -182,7 +185,7 @@ def test_every_rank_has_a_photo_of_every_batch(photos, ranks):
         plan_batches(split, 1, range(photos), 2)
 
 
-# ---- torchrun, as a user runs it
+# ---- torchrun, as a user runs it; or its launcher and its ranks as forks of this process, which import nothing
 
 
 def torchrun(*arguments, size=2):
@@ -195,8 +198,56 @@ def environment(**variables):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables}
 
 
-def run(command):
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+class ForkedTorchrun:
+    """torchrun's launcher in a fork of this process, with two forks of its own that run a script; output: a folder.
+
+    The folder receives stdout and stderr of all three, and the process id of each rank.
+    """
+
+    def __init__(self, output, script, *arguments):
+        output.mkdir()
+        self.output = output
+        self.process = mp.get_context("fork").Process(target=self._launch, args=([script, *arguments],))
+        self.process.start()
+
+    def _launch(self, arguments):
+        os.setpgid(0, 0)
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(self.output / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        socket.getfqdn = lambda name="": "localhost"  # tests must not look up names
+        configuration = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=2,
+            run_id="forked",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="fork",
+        )
+        elastic_launch(configuration, self._run_rank)(list(map(str, arguments)))
+
+    def _run_rank(self, arguments):
+        torch.set_num_threads(1)
+        (self.output / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+    def process_of_rank(self, rank):
+        return int((self.output / f"rank-{rank}").read_text())
+
+    def wait(self):
+        """The exit status, stdout and stderr."""
+        self.process.join(timeout=300)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode, *((self.output / name).read_text() for name in ("stdout", "stderr"))
+
+    def kill(self):
+        """End whatever still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
 
 
 def epochs_of(name):
@@ -227,9 +278,9 @@ def test_ranks_that_leave_never_wait_for_one_another(tmp_path):
 def test_two_ranks_extract_the_same_file_as_one(data_folder, tmp_path):
     flags = "--encoder resnet18.layer2 --weights random --image-size 64 --precision float32 --workers 0 --batch-size 1"
     command = [REPOSITORY / "extract_features.py", "data/small", *flags.split(), "--out", tmp_path / "two.h5"]
-    done = run(torchrun(*command))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done: 24 photos, 0 skipped") == 1
+    status, stdout, stderr = ForkedTorchrun(tmp_path / "output", *command).wait()
+    assert status == 0, stderr
+    assert stdout.count("done: 24 photos, 0 skipped") == 1
     setting = {"precision": "float32", "workers": 0, "batch_size": 1, "out": tmp_path / "one.h5"}
     extract_features.main(ExtractFeatures(Path("data/small"), "resnet18.layer2", "random", 64, **setting))
     assert (tmp_path / "two.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
@@ -240,7 +291,8 @@ TRAIN = [REPOSITORY / "train.py", "data/small", "--device", "cpu", "--batch-size
 
 
 def test_a_run_of_two_ranks_is_logged_once_without_warnings_and_resumes_with_one(data_folder):
-    done = run(torchrun(*TRAIN, "--run", "two", "--epochs", "1"))
+    command = torchrun(*TRAIN, "--run", "two", "--epochs", "1")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1:") == 1 and "2 processes" in done.stdout
     assert "warn" not in done.stderr.lower(), done.stderr
@@ -253,32 +305,17 @@ def test_a_run_of_two_ranks_is_logged_once_without_warnings_and_resumes_with_one
 
 
 @contextlib.contextmanager
-def endless_run(name):
+def endless_run(folder, name):
     """Two ranks that train without end, once they have written their first checkpoint."""
-    process = subprocess.Popen(
-        torchrun(*TRAIN, "--run", name, "--epochs", "100000", "--patience", "100000"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    run = ForkedTorchrun(folder / "output", *TRAIN, "--run", name, "--epochs", "100000", "--patience", "100000")
     deadline = time.monotonic() + 600
     try:
         while not (Path("checkpoints") / name / "last.pt").exists():
-            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint"
-            time.sleep(0.1)
-        yield process
+            assert run.process.is_alive() and time.monotonic() < deadline, "no checkpoint"
+            time.sleep(0.02)
+        yield run
     finally:
-        process.terminate()
-
-
-def process_of_rank(launcher, rank):
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    for child in map(int, children):
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in variables:
-            return child
-    raise AssertionError(f"no rank {rank} among {children}")
+        run.kill()
 
 
 def resume_lines(stderr):
@@ -287,22 +324,22 @@ def resume_lines(stderr):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_all_with_one_line_that_says_resume(data_folder, killed):
+def test_a_killed_rank_ends_all_with_one_line_that_says_resume(data_folder, tmp_path, killed):
     """The launcher may stop the other rank before that one notices the loss, so there are two such lines."""
-    with endless_run(f"killed-{killed}") as process:
-        os.kill(process_of_rank(process, killed), signal.SIGKILL)
-        _, stderr = process.communicate(timeout=300)
-    assert process.returncode != 0
+    with endless_run(tmp_path, f"killed-{killed}") as run:
+        os.kill(run.process_of_rank(killed), signal.SIGKILL)
+        status, _, stderr = run.wait()
+    assert status != 0
     (line,) = resume_lines(stderr)
     prefix = "error (process 1)" if killed == 0 else "error"
     assert line in (f"{prefix}: another of the 2 processes was lost; continue with --resume", STOPPED), stderr
     assert "KeyboardInterrupt" not in stderr
 
 
-def test_ranks_that_are_stopped_print_one_line(data_folder):
-    with endless_run("stopped") as process:
-        process.terminate()  # torchrun forwards it
-        _, stderr = process.communicate(timeout=300)
+def test_ranks_that_are_stopped_print_one_line(data_folder, tmp_path):
+    with endless_run(tmp_path, "stopped") as run:
+        run.process.terminate()  # torchrun forwards it
+        _, _, stderr = run.wait()
     assert resume_lines(stderr) == [STOPPED]
 
 

@@ -253,7 +253,7 @@ def test_weights_and_photos_have_channels_last_memory_format(tmp_path):
     assert encoder.transform.normalise(photos()).is_contiguous(memory_format=torch.channels_last)
 
 
-def measure_memory(results):
+def measure_memory(results, photos_per_step):
     """Put the peak memory that a training step adds to this process, in bytes: with recomputation, and without."""
     torch.set_num_threads(1)
     encoder = Encoder("mobilenet_v2", "random", Transform(128))
@@ -263,14 +263,14 @@ def measure_memory(results):
     before = peak_resident_memory()
     for segments in (encoder.segments, ()):  # the smaller first: a peak never falls
         encoder.segments = segments
-        encoder(photos(24, 128)).cells.square().mean().backward()
+        encoder(photos(photos_per_step, 128)).cells.square().mean().backward()
         results.put(peak_resident_memory() - before)
 
 
-def test_recomputed_activations_take_less_memory():
+def test_recomputed_activations_take_less_memory(times):
     context = mp.get_context("spawn")  # a forked process would first reuse what this one has freed
     results = context.SimpleQueue()
-    process = context.Process(target=measure_memory, args=(results,))
+    process = context.Process(target=measure_memory, args=(results, times(12, 24)))
     process.start()
     recomputed, stored = results.get(), results.get()
     process.join()

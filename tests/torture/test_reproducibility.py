@@ -53,13 +53,19 @@ def reproducible_part(log: Path) -> list[dict]:
     return [{key: line[key] for key in line if not any(word in key for word in MEASURED)} for line in lines]
 
 
-def run_in_new_process(folder: Path, hash_seed: str, commands: tuple[str, ...] = EVERY_COMMAND) -> dict[str, object]:
-    """Run the commands in a new Python with this hash seed. Return what they write."""
+def run_in_new_process(folder: Path, hash_seed: str) -> dict[str, object]:
+    """Run every command in a new Python with this hash seed. Return what they write."""
     folder.mkdir()
-    script = f"from tests.torture.artefacts import run_ok\nfor command in {commands}: run_ok(command)"
+    script = (
+        "import sys; from tests.torture.artefacts import run_ok; print('imported', file=sys.stderr, flush=True)\n"
+        f"for command in {EVERY_COMMAND}: run_ok(command)"
+    )
     paths = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths, "PATH": ""}  # hides Java
-    subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("imported\n"), f"importing the commands emits a warning: {done.stderr}"
     return files(folder)
 
 
@@ -83,16 +89,17 @@ def undisturbed(tmp_path_factory, times):
     return written, folder
 
 
-@pytest.mark.parametrize("hash_seed, few", [("1", len(EVERY_COMMAND)), ("random", 3)], ids=["1", "random"])
-def test_the_same_seed_writes_the_same_bytes_for_any_hash_seed(undisturbed, tmp_path, hash_seed, few, times, tally):
-    commands = EVERY_COMMAND[: times(few, len(EVERY_COMMAND))]
+@pytest.mark.parametrize("hash_seed", ["1", "random"])
+def test_the_same_seed_writes_the_same_bytes_for_any_hash_seed(undisturbed, tmp_path, hash_seed, times, tally):
+    """Also, importing the commands, and so every encoder, emits no warning."""
+    if hash_seed == "random" and times(True, False):
+        pytest.skip("long form: make torture")
     expected, _ = undisturbed
-    found = run_in_new_process(tmp_path / hash_seed, hash_seed, commands)
+    found = run_in_new_process(tmp_path / hash_seed, hash_seed)
     assert {"data/drawn/captions.jsonl", "data/drawn/features.h5", "checkpoints/att/last.pt"} <= found.keys()
-    assert found.keys() <= expected.keys() and (len(found) == len(expected)) == (commands == EVERY_COMMAND)
-    assert commands != EVERY_COMMAND or {"checkpoints/hard/last.pt", "out.json"} <= found.keys()
+    assert found.keys() == expected.keys() and {"checkpoints/hard/last.pt", "out.json"} <= found.keys()
     assert [name for name in found if found[name] != expected[name]] == []
-    tally("commands with other hashes", len(commands))
+    tally("commands with other hashes", len(EVERY_COMMAND))
 
 
 def test_another_seed_gives_another_run(undisturbed):
@@ -118,7 +125,7 @@ def test_workers_give_the_same_results_with_any_start_method(tmp_path, monkeypat
     make_small_data(Path(""), photos=12)
     torch.save(load_encoder("resnet18.layer2", "random", 64).body.state_dict(), "weights.pth")
     features, alone = run_with_workers("fork", 0)
-    for method in ("fork", "spawn", "forkserver")[: times(2, 3)]:
+    for method in ("spawn", "fork", "forkserver")[: times(1, 3)]:
         found, run = run_with_workers(method, times(1, 2))
         assert found == features, method
         for part in ("decoder", "encoder"):
