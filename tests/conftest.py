@@ -32,12 +32,17 @@ from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 
 sys.addaudithook(watch)
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("kantu", deadline=None)  # a busy machine must not fail a test
-hypothesis.settings.load_profile("kantu")
+hypothesis.settings.register_profile("torture", deadline=None)  # a busy machine must not fail a test
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=30)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torture", action="store_true", help="run tests/torture at full length, as make torture does")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the number of examples of each property, before a test file is imported: 30 in the suite, else 100."""
+    hypothesis.settings.load_profile("torture" if config.getoption("--torture") else "suite")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont, ImageSequence
 
@@ -58,7 +58,6 @@ def only_dejavu(monkeypatch):
     fonts._find_font.cache_clear()
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(GRIDS))
 def test_the_brightest_pixel_is_in_the_most_attended_cell(data, grid):
     row, column = (data.draw(st.integers(0, cells - 1)) for cells in grid)
@@ -78,14 +77,15 @@ def test_uniform_attention_lights_the_photo_evenly_and_no_attention_dims_it():
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_any_grid_and_any_number_of_words_can_be_drawn(tmp_path, times, grid):
-    for count in (0, 1, 52 if grid == (5, 9) else times(4, 52)):  # a GIF of 52 words takes seconds
+    for count in (0, 1, 4, 52):
         item = captioned(["word"] * count, grid, caption="a title")
         draw_attention(item, tmp_path / "a.png")
         page = Image.open(tmp_path / "a.png")
         page.load()
         assert max(page.size) < 2300 and page.getpixel((2, 2)) == BACKGROUND
-        animate_attention(item, tmp_path / "a.gif")
-        assert Image.open(tmp_path / "a.gif").n_frames == count + 1
+        if count <= times(4, 52):  # a GIF of 52 words takes seconds
+            animate_attention(item, tmp_path / "a.gif")
+            assert Image.open(tmp_path / "a.gif").n_frames == count + 1
         assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.png"]
 
 
@@ -232,7 +232,6 @@ def test_formulas_and_markup_are_drawn_as_plain_text(tmp_path, word):
     assert abs(inked[0] - expected[0]) <= 1 and abs(inked[-1] + 1 - expected[2]) <= 1
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("ab 绿色，。\n\t$") | st.characters(codec="utf-8"), max_size=80), st.integers(60, 400))
 def test_wrapped_text_keeps_every_letter_and_stays_within_the_width(text, width):
     font = fonts.load_font(fonts.Font(DEJAVU, 0), 20)

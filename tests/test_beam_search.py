@@ -165,7 +165,6 @@ def test_a_beam_of_one_equals_greedy(seed, max_length):
         assert (found.words, found.finished) == greedy(table, photo, max_length)
 
 
-@settings(max_examples=60)
 @given(seeds, st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.7, 1.5]))
 def test_a_beam_of_any_width_equals_the_definition_written_plainly(
     seed, beam_size, max_length, impossible, length_penalty
@@ -234,7 +233,6 @@ def test_the_most_probable_unfinished_hypothesis_is_returned_where_none_finishes
     assert found.log_probability == pytest.approx(highest, abs=1e-5)
 
 
-@settings(max_examples=40)
 @given(seeds, st.integers(1, 4))
 def test_each_attention_row_belongs_to_its_word(seed, beam_size):
     for photo, found in enumerate(best_captions(TableDecoder(seed, end=-1.0), make_grid(0, 1, 2, 3), beam_size, 6)):

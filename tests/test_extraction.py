@@ -65,7 +65,7 @@ def test_an_extraction_killed_at_any_moment_ends_bit_equal_and_keeps_its_rows(da
     started = time.monotonic()
     extract(data, tmp_path / "timed.h5")
     seconds = time.monotonic() - started
-    for _ in range(times(12, 50)):
+    for _ in range(times(4, 50)):
         process = context.Process(target=extract_in_a_process, args=(data, out))
         before = done_rows(out)
         process.start()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -146,7 +146,6 @@ def test_a_deterministic_decoder_in_training_computes_what_it_computes_in_eval_m
     assert banned_ids(torch.device("cpu")).tolist() == [PAD, UNKNOWN, START]
 
 
-@settings(max_examples=50)
 @given(st.integers(0, 10_000), st.floats(0.2, 3), st.floats(0.05, 1))
 def test_the_nucleus_is_that_of_the_paper(seed, temperature, top_p):
     log_probabilities = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed)).double().log_softmax(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -88,7 +88,6 @@ def false_changes(scene: Scene, caption: str, language: str) -> list[tuple[str, 
 # ---- captions and their truth
 
 
-@settings(max_examples=150)
 @given(captioned_scenes())
 def test_every_caption_is_true_of_its_own_scene_as_text_and_as_words(captioned_scene):
     language, scene, caption = captioned_scene
@@ -96,7 +95,6 @@ def test_every_caption_is_true_of_its_own_scene_as_text_and_as_words(captioned_s
     assert is_true(words_of(caption, language), scene, language), caption
 
 
-@settings(max_examples=150)
 @given(captioned_scenes(), st.data())
 def test_a_caption_with_one_fact_changed_is_false(captioned_scene, data):
     language, scene, caption = captioned_scene
@@ -106,7 +104,6 @@ def test_a_caption_with_one_fact_changed_is_false(captioned_scene, data):
     assert not is_true(false_caption, scene, language), false_caption
 
 
-@settings(max_examples=100)
 @given(captioned_scenes(), st.data())
 def test_a_caption_that_repeats_its_end_is_false(captioned_scene, data):
     language, scene, caption = captioned_scene
@@ -208,7 +205,6 @@ def test_a_shape_fills_its_box(shape, size, side):
     assert np.abs(edges - SIZE * np.array(box)).max() <= 3
 
 
-@settings(max_examples=60)
 @given(st.integers(0, 2**32))
 def test_every_shape_stands_out_from_its_background_in_its_own_colour(seed):
     scene = random_scene("train", random.Random(seed))
@@ -232,7 +228,6 @@ def _within(box: tuple, margin: int) -> np.ndarray:
     return mask
 
 
-@settings(max_examples=100)
 @given(st.integers(0, 2**32), st.sampled_from(["train", "val", "test"]))
 def test_objects_are_apart_inside_the_photo_and_unlike_their_background(seed, split):
     scene = random_scene(split, random.Random(seed))
