@@ -37,7 +37,7 @@ hypothesis.settings.register_profile("suite", deadline=None, max_examples=30)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--torture", action="store_true", help="run tests/torture at full length, as make torture does")
+    parser.addoption("--torture", action="store_true", help="run tests at full length, as make torture does")
 
 
 def pytest_configure(config: pytest.Config) -> None:
