@@ -50,7 +50,15 @@ def lock_text(output: str) -> str:
     raise AssertionError("never locked")
 
 
-@pytest.mark.parametrize("what", OUTPUTS)
+@pytest.fixture
+def what(request):
+    """A command. The lock of fine-tuning is that of training: both in the suite only where its workers matter."""
+    if request.param == "train.py --fine-tune" and not request.config.getoption("--torture"):
+        pytest.skip("long form: make torture")
+    return request.param
+
+
+@pytest.mark.parametrize("what", OUTPUTS, indirect=True)
 def test_a_second_process_is_refused_with_the_process_id_of_the_first(workdir, undisturbed, what, tally):
     expected, _ = undisturbed(what)
     first = start(WORK[what])
@@ -73,7 +81,7 @@ def redirect_stderr(name: str):
     return lambda: os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
 
-@pytest.mark.parametrize("what", OUTPUTS)
+@pytest.mark.parametrize("what", OUTPUTS, indirect=True)
 def test_of_several_processes_started_at_once_one_works_and_the_others_name_it(
     workdir, undisturbed, what, times, tally
 ):

@@ -32,7 +32,7 @@ def test_a_further_photo_takes_no_more_memory_than_its_words(tmp_path, request, 
 
 
 def test_a_photo_takes_a_few_hundred_bytes_in_an_extraction_and_in_a_trainer(tmp_path, monkeypatch, times):
-    """Memory allocated by Python and numpy. The lower of two measurements: some of Python's tables grow at times."""
+    """Memory allocated by Python and numpy. Some of Python's tables grow at times: then the lower of two attempts."""
     memory, extract, allocated = bench("memory"), extract_features.extract, []
 
     def stop_tracing() -> None:
@@ -67,6 +67,13 @@ def test_a_photo_takes_a_few_hundred_bytes_in_an_extraction_and_in_a_trainer(tmp
     monkeypatch.setattr(extract_features, "extract", lambda *settings: (stop_tracing(), extract(*settings)))
     measure(10)  # to warm up
     few, many = times(200, 400), times(600, 1_200)
-    least = [np.minimum(measure(photos), measure(photos)) for photos in (few, many)]
-    extraction, training = (least[1] - least[0]) / (many - few)
+
+    def bytes_per_photo(attempts: int) -> tuple[float, float]:
+        lowest = [np.min([measure(photos) for _ in range(attempts)], axis=0) for photos in (few, many)]
+        extraction, training = (lowest[1] - lowest[0]) / (many - few)
+        return extraction, training
+
+    extraction, training = bytes_per_photo(1)
+    if not (0 < extraction < 200 and 0 < training < 300):
+        extraction, training = bytes_per_photo(2)
     assert 0 < extraction < 200 and 0 < training < 300
