@@ -244,11 +244,25 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
 
 
-def test_every_file_and_heading_that_the_readme_names_exists():
+def test_every_file_that_the_pages_name_exists():
     for page in PAGES:
         text = page.read_text("utf-8")
         for name in re.findall(r"`((?:captioning|preprocess|docs|tests|bench)/[\w./]*)`", text):
             assert (ROOT / name).exists(), name
-        for link, heading in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", text):
+
+
+def test_every_link_of_a_page_leads_to_a_file_and_its_heading():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for link, heading in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), link
             assert not heading or heading in headings(page.parent / link), heading
+
+
+def test_every_name_of_the_architecture_page_is_defined_in_the_file_it_gives():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    found = re.findall(r"`([\w.]+)` in\s+`((?:captioning|preprocess)/[\w./]*\.py)`", text)
+    assert len(found) > 10
+    for name, file in found:
+        source = (ROOT / file).read_text("utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(class|def) {part}\b|^{part} = ", source, re.MULTILINE), f"{name} in {file}"
