@@ -385,7 +385,7 @@ def test_a_stopped_rank_that_is_blocked_reports_it_unless_another_has(tmp_path, 
     with pytest.raises(subprocess.TimeoutExpired):  # the thread only reports: torchrun ends the process
         process.wait(timeout=2.5)
     process.kill()
-    assert process.stderr.read() == ("" if reported else f"{STOPPED}\n")
+    assert process.stderr.read() == ("" if reported else f"\n{STOPPED}\n")
 
 
 @pytest.mark.parametrize("error_file", ["", "/dev/null", "/tmp/error.json"])

@@ -41,7 +41,12 @@ def _report_stop() -> None:
     """Print the line of a stop, unless another process does; safe in any thread and in signal handlers."""
     if claim_report(without_torchrun=os.environ.get("RANK", "0") == "0"):
         with contextlib.suppress(OSError):
-            os.write(2, f"{STOPPED}\n".encode())
+            os.write(2, f"{line_start()}{STOPPED}\n".encode())
+
+
+def line_start() -> str:
+    """The start of a report: a line break if rank 0, which may be lost, could have left a progress bar on the line."""
+    return "" if os.environ.get("RANK", "0") == "0" else "\n"
 
 
 def claim_report(without_torchrun: bool) -> bool:
