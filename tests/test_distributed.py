@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 import extract_features
 import train
@@ -215,6 +217,7 @@ class ForkedTorchrun:
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(self.output / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by all forks: a killed one never releases it
         socket.getfqdn = lambda name="": "localhost"  # tests must not look up names
         configuration = LaunchConfig(
             min_nodes=1,
