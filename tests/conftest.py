@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import extract_features  # noqa: E402
 import train  # noqa: E402
@@ -30,6 +32,10 @@ from config import ExtractFeatures, Train  # noqa: E402
 from tests.loopback.sitecustomize import watch  # noqa: E402
 from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
 
+# tqdm's own lock is shared by all forks: a killed one would never release it. Its monitor thread could hold any lock
+# while a test forks.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 sys.addaudithook(watch)
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("torture", deadline=None)  # a busy machine must not fail a test
