@@ -88,9 +88,13 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_java() -> Iterator[None]:
-    """Leave METEOR out of all score reports: it takes Java 10 CPU seconds. tests/test_java_metrics.py runs it."""
+    """Leave METEOR out of all score reports, as on a machine without Java, which takes 10 CPU seconds to start.
+
+    tests/test_java_metrics.py runs it. A test that starts a new process hides Java from it with an empty PATH.
+    """
+    skipped = "skipped: METEOR needs Java, which is not installed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_report, "meteor_score", lambda candidates, references: "skipped: not in the tests")
+        patch.setattr(score_report, "meteor_score", lambda candidates, references: skipped)
         yield
 
 

@@ -11,7 +11,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captioning.caption import CaptionResult
-from captioning.evaluation import score_report
+from captioning.evaluation import java_metrics, score_report
 from captioning.evaluation.metrics import aggregate, score
 from captioning.evaluation.results import read_reference_photos, read_results
 from captioning.evaluation.score_report import (
@@ -42,8 +42,9 @@ ENGLISH = [
 
 
 def test_chinese_is_scored_by_word_by_character_and_by_the_challenges_protocol(monkeypatch, times):
-    if times(True, False):  # METEOR takes seconds to start, and test_java_metrics.py runs it
-        monkeypatch.setattr(score_report, "meteor_score", lambda candidates, references: 50.0)
+    """METEOR takes seconds to start, so it runs only under --torture."""
+    meteor = times(lambda candidates, references: 50.0, java_metrics.meteor_score)
+    monkeypatch.setattr(score_report, "meteor_score", meteor)
     scores = score_captions([CHINESE], "zh", "jieba")
     table = scores.to_dict()
     assert table["word"]["METEOR"] == "skipped: METEOR is for English"

@@ -236,8 +236,8 @@ def popen(command: str) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,  # fits into the pipe's buffer: nobody reads it before the end
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])},
-    )
+        env={**os.environ, "PATH": "", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])},
+    )  # PATH: without Java, as the tests themselves (see no_java in conftest.py)
 
 
 def signal_after(command: str, seconds: float, number: int) -> tuple[int, str]:
