@@ -1,7 +1,5 @@
 """Stage 1a: annotation files -> captions.jsonl and vocab.json."""
 
-from __future__ import annotations
-
 from captioning.runtime.registry import Registry
 
 # name -> class, see preprocess/readers/protocol.py; a file is read by the first reader that recognises it
