@@ -43,7 +43,7 @@ from captioning.evaluation.score_report import CaptionedPhotos, Scores, compare,
 from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
-from captioning.runtime.library_errors import reason
+from captioning.runtime.files import write_errors
 from captioning.runtime.settings import as_plain_data
 from captioning.viewing.attention_plots import CaptionedImage, animate_attention, draw_attention
 from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page
@@ -222,11 +222,10 @@ def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None
     attention = caption.attention.numpy()
     captioned = CaptionedImage(open_photo(photo.image), caption.text, caption.words, attention, caption.grid)
     try:
-        draw(captioned, path, config.view)
+        with write_errors(path, "free space or give another folder"):
+            draw(captioned, path, config.view)
     except LookupError as error:  # no installed font has the caption's characters
         raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}); free space or give another folder") from None
 
 
 # ---- scoring

@@ -22,8 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from captioning.errors import UserError
-from captioning.runtime.files import atomic_text
-from captioning.runtime.library_errors import reason
+from captioning.runtime.files import atomic_text, write_errors
 from preprocess.annotations import Record
 from preprocess.drawing import (
     COLOURS,
@@ -180,16 +179,12 @@ def _write_scenes(folder: Path, scenes: dict[str, Scene]) -> None:
 def _save_photo(photo: Image.Image, path: Path) -> None:
     """Write a PNG atomically, but without syncing each of thousands of files to the disk."""
     temporary = path.with_suffix(".tmp")
-    try:
+    with write_errors(path, "remove what is there or write elsewhere"):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # a leftover, or a symbolic link to anywhere
         with open(temporary, "xb") as file:
             photo.save(file, "png", compress_level=3)  # a third of the time, a tenth larger
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({reason(error)}); remove what is there or write elsewhere"
-        ) from error
 
 
 # ---- captions

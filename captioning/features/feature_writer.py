@@ -5,12 +5,11 @@ Letters: N photos, B photos per batch, h x w cells, C channels.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +20,9 @@ from torch import Tensor
 from captioning.encoders.grid import GRID_SIZE
 from captioning.errors import UserError
 from captioning.features.hdf5_layout import FORMAT, create_file, data_bytes, read_layout
-from captioning.runtime.library_errors import reason
+from captioning.runtime.files import write_errors
 
+WRITE_REMEDY = "fix that and run the same command, or give --out elsewhere"
 QUEUE_SIZE = 4  # batches that wait for the disk; the writing thread may hold as many again
 LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False}  # absent from files that older versions created
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
@@ -69,7 +69,7 @@ class FeatureWriter:
         grid = (GRID_SIZE, GRID_SIZE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
         self.shape = (len(ids), *grid, channels)
         attributes = {**attributes, "dtype": dtype}
-        with _write_errors(path):
+        with write_errors(path, WRITE_REMEDY):
             if path.exists() and not overwrite:
                 self._check_resumable(ids, attributes)
             else:
@@ -179,7 +179,7 @@ class FeatureWriter:
 
     def _raise_failure(self) -> None:
         if self.failure:
-            with _write_errors(self.path):
+            with write_errors(self.path, WRITE_REMEDY):
                 raise self.failure
 
     def close(self) -> None:
@@ -200,18 +200,7 @@ def mark_not_done(path: Path, rows: Iterable[int]) -> None:
     Raises UserError if the file cannot be written.
     """
     done = read_layout(path).arrays["done"]
-    with _write_errors(path), open(path, "r+b") as file:
+    with write_errors(path, WRITE_REMEDY), open(path, "r+b") as file:
         for row in rows:
             file.seek(done.offset + int(row))
             file.write(b"\0")
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({reason(error)}); fix that and run the same command, or give --out elsewhere"
-        ) from None

@@ -20,7 +20,7 @@ import tyro
 
 from captioning.errors import LostProcessError, UserError
 from captioning.runtime.library_errors import reason
-from captioning.runtime.signals import STOPPED, claim_report, line_start, stop_signals
+from captioning.runtime.signals import claim_report, line_start, stop_report, stop_signals
 
 DASHBOARD_URL = "http://127.0.0.1:8097"  # the value of --dashboard without an argument
 Config = TypeVar("Config")
@@ -99,8 +99,7 @@ def _exit(outcome: BaseException) -> None:
     rank = os.environ.get("RANK", "0")  # set by torchrun
     prefix = "error: " if rank == "0" else f"error (process {rank}): "
     if isinstance(outcome, KeyboardInterrupt):
-        if claim_report(without_torchrun=rank == "0"):
-            print(f"{line_start()}{STOPPED}", file=sys.stderr, flush=True)
+        print(stop_report(), end="", file=sys.stderr, flush=True)
         sys.exit(130)
     if isinstance(outcome, LostProcessError):  # all remaining processes notice the loss; one reports it
         if claim_report(without_torchrun=True):

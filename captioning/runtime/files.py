@@ -54,12 +54,12 @@ def atomic_text(path: Path) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError raised while `path` is written into a UserError."""
+def write_errors(path: Path, remedy: str = "free the path or write elsewhere") -> Iterator[None]:
+    """Turn an OSError raised while `path` is written into a UserError that ends in `remedy`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}); free the path or write elsewhere") from error
+        raise UserError(f"{path}: cannot be written ({reason(error)}); {remedy}") from error
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:

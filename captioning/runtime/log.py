@@ -11,18 +11,18 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 
 from captioning.errors import UserError
-from captioning.runtime.files import atomic_text
+from captioning.runtime.files import atomic_text, write_errors
 from captioning.runtime.library_errors import reason
 from captioning.runtime.settings import OLDER_VERSION, has_old_settings
 
 STEP_SECONDS = 10.0
+WRITE_REMEDY = "correct that, and continue with --resume"
 POSITION = {"start": (), "step": ("epoch", "step", "of"), "epoch": ("epoch",)}  # event -> its required numbers
 
 
@@ -74,7 +74,7 @@ class Log:
         self._values: list[float] = []  # since the last step event
         if is_main and resumes_from and self.path.exists():
             self._remove_after(*resumes_from)
-        with self._write_errors():
+        with write_errors(self.path, WRITE_REMEDY):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mode = "a" if resumes_from else "w"
             self._file = open(self.path, mode, encoding="utf-8", errors="backslashreplace")
@@ -141,18 +141,9 @@ class Log:
                     file.write(_to_line(event))
 
     def _write(self, event: dict) -> None:
-        with self._write_errors():
+        with write_errors(self.path, WRITE_REMEDY):
             self._file.write(_to_line(event))
             self._file.flush()
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({reason(error)}); correct that, and continue with --resume"
-            ) from None
 
 
 def _is_before(event: dict, epochs: int, step: int) -> bool:

@@ -39,9 +39,14 @@ def _exit_at_once(number: int, frame: FrameType | None) -> None:
 
 def _report_stop() -> None:
     """Print the line of a stop, unless another process does; safe in any thread and in signal handlers."""
-    if claim_report(without_torchrun=os.environ.get("RANK", "0") == "0"):
-        with contextlib.suppress(OSError):
-            os.write(2, f"{line_start()}{STOPPED}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, stop_report().encode())
+
+
+def stop_report() -> str:
+    """The line of a stop; empty if another process prints it."""
+    claimed = claim_report(without_torchrun=os.environ.get("RANK", "0") == "0")
+    return f"{line_start()}{STOPPED}\n" if claimed else ""
 
 
 def line_start() -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from captioning.errors import UserError
-from captioning.runtime.files import atomic_write
+from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
 
 CDN = "https://unpkg.com/{package}@{version}/{path}"
@@ -152,13 +152,8 @@ def _read_member(archive: tarfile.TarFile, path: str) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     """Write atomically: a file that exists is complete."""
-    try:
-        with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({reason(error)}); install Kantu in a folder that you may write to"
-        ) from None
+    with write_errors(path, "install Kantu in a folder that you may write to"), atomic_write(path) as file:
+        file.write(content)
 
 
 def serve(host: str, port: int, folder: Path) -> None:
