@@ -1,9 +1,7 @@
 """A batch that is padded into a static batch and replayed, against the batch itself."""
 
-import contextlib
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +14,9 @@ from captioning.decoders import DECODERS
 from captioning.decoders.factory import build_decoder
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
+from captioning.runtime.cuda_graphs import CaptureError, GraphCapture
 from captioning.runtime.distributed import SINGLE
-from captioning.training.cuda_graphs import CudaGraphRunner, GraphCapture
+from captioning.training.cuda_graphs import CudaGraphRunner
 from captioning.training.objectives import CrossEntropy, LossWeights
 from captioning.training.trainer import Trainer
 from config import Train
@@ -146,27 +145,63 @@ def test_a_run_with_cuda_graphs_trains_the_same_weights(here, monkeypatch):
     assert log_of("replayed")[-1]["train_loss"] == pytest.approx(log_of("eager")[-1]["train_loss"], rel=1e-4)
 
 
+class FakeGraph:
+    """In place of torch.cuda.CUDAGraph and of the context torch.cuda.graph; `ends`: the capture can be ended."""
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def __call__(self, *arguments, **options):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if not self.ends:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def pool(self):
+        return "pool"
+
+
 @pytest.mark.parametrize(
-    "error, raised",
+    "error, ends, raised, message",
     [
-        (RuntimeError("CUDA error: it depends on another stream\nSearch for it in"), UserError),
-        (torch.OutOfMemoryError("of 80 GB"), torch.OutOfMemoryError),
+        (ValueError("no compiler\nsecond line"), True, CaptureError, "no compiler"),
+        (
+            RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for it in"),
+            False,
+            UserError,
+            "work cannot be captured as a CUDA graph (CUDA error: operation not permitted when stream is capturing), "
+            "and the GPU is left in an unknown state; run again with --no-cuda-graphs",
+        ),
+        (torch.OutOfMemoryError("of 80 GB"), True, torch.OutOfMemoryError, "of 80 GB"),
+        (torch.OutOfMemoryError("of 80 GB"), False, torch.OutOfMemoryError, "of 80 GB"),
     ],
 )
-def test_work_that_cannot_be_captured_is_an_error_of_one_line(error, raised, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: 1))
-    monkeypatch.setattr(torch.cuda, "graph", lambda *graph, **how: contextlib.nullcontext())
+def test_a_failed_capture_reports_its_first_error(error, ends, raised, message, monkeypatch):
+    graph = FakeGraph(ends)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
 
     def work():
         raise error
 
     with pytest.raises(raised) as caught:
         GraphCapture()(work)
-    if raised is UserError:
-        assert str(caught.value) == (
-            "a batch cannot be captured as a CUDA graph (CUDA error: it depends on another stream); "
-            "give --no-cuda-graphs"
-        )
+    assert str(caught.value) == message
+
+
+def test_a_captured_graph_is_never_destroyed(monkeypatch):
+    graph = FakeGraph(ends=True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    capture = GraphCapture()
+    capture(lambda: 1)
+    capture(lambda: 2)
+    assert capture.graphs == [graph, graph]
+    assert capture.pool == "pool"
 
 
 # ---- on a GPU

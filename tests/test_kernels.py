@@ -207,6 +207,9 @@ def test_the_kernels_apply_where_the_features_need_no_gradient(monkeypatch):
 
     cells = GpuCells()
     assert fused_ops.kernels_for(cells) == "kernels"
+    with fused_ops.use_kernels(False):
+        assert fused_ops.kernels_for(cells) is None
+    assert fused_ops.kernels_for(cells) == "kernels"
     cells.requires_grad = True
     assert fused_ops.kernels_for(cells) is None
     assert fused_ops.kernels_for(torch.zeros(2)) is None

@@ -11,7 +11,9 @@ O outputs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -75,13 +77,30 @@ class _LinearStep(torch.autograd.Function):
         return gradient @ ctx.linear.weight, None, None
 
 
+_kernels_enabled: ContextVar[bool] = ContextVar("kernels_enabled", default=True)
+
+
+@contextlib.contextmanager
+def use_kernels(enabled: bool) -> Iterator[None]:
+    """Context manager: inside it, in this thread, `kernels_for` returns kernels only if `enabled`."""
+    token = _kernels_enabled.set(enabled)
+    try:
+        yield
+    finally:
+        _kernels_enabled.reset(token)
+
+
 def kernels_for(cells: Tensor) -> ModuleType | None:
-    """Return the module of Triton kernels if they apply to these cells, else None.
+    """Return the module of Triton kernels if they apply to these cells and are enabled, else None.
 
     They apply to cells on an NVIDIA GPU that require no gradient, such as those of the feature cache.
     """
     applicable = (
-        cells.is_cuda and torch.version.cuda is not None and not cells.requires_grad and cells.element_size() <= 4
+        _kernels_enabled.get()
+        and cells.is_cuda
+        and torch.version.cuda is not None
+        and not cells.requires_grad
+        and cells.element_size() <= 4
     )
     return _load_kernels(cells.device) if applicable else None
 

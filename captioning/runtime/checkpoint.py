@@ -40,6 +40,8 @@ CHANGEABLE_ON_RESUME = {
     "start_from",
     "checkpoint_activations",
     "cuda_graphs",
+    "fast_path",
+    "kernels",
     "preview_photos",
     "dashboard",
 }

@@ -8,7 +8,6 @@ by a larger one, until all batches fit.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from captioning.dataset.batches import Batch
 from captioning.encoders.grid import Grid
-from captioning.errors import UserError
-from captioning.runtime.library_errors import reason
+from captioning.runtime.cuda_graphs import GraphCapture
 from captioning.training.objectives import Loss
 from preprocess.vocabulary import PAD
 
@@ -120,37 +118,6 @@ class StaticBatch:
         step_starts = np.cumsum(sizes) - sizes
         shifts = step_starts - (np.cumsum(batch_sizes) - batch_sizes)
         return torch.from_numpy(np.arange(batch_sizes.sum()) + np.repeat(shifts, batch_sizes))
-
-
-class GraphCapture:
-    """work -> a function that replays the work on the same tensors with one launch.
-
-    Raises UserError if the GPU cannot capture it.
-    """
-
-    def __init__(self) -> None:
-        self.pool: Any = None  # one memory pool: graphs that never run at the same time can share it
-
-    def __call__(self, work: Callable[[], Loss]) -> Callable[[], Loss]:
-        gc.collect()  # autograd graphs still in reference cycles would tie their streams to the capture's
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # thread_local: the prefetching thread may call CUDA during the capture
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                loss = work()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UserError(
-                f"a batch cannot be captured as a CUDA graph ({reason(error)}); give --no-cuda-graphs"
-            ) from None
-        self.pool = self.pool or graph.pool()
-
-        def replay() -> Loss:
-            graph.replay()
-            return loss
-
-        return replay
 
 
 def round_up(number: Any, multiple: int) -> Any:

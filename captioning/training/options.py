@@ -83,7 +83,9 @@ class TrainingOptions:
     resume: bool = False  # continue this run where it stopped
     save_every: float = 10.0  # minutes between checkpoints within an epoch
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic; weights stay float32
-    cuda_graphs: bool = True  # on a GPU, with cached features: run each batch as one CUDA graph
+    fast_path: bool = True  # on a GPU: CUDA graphs and fused kernels, where they prove right and faster
+    cuda_graphs: bool = True  # with --fast-path: run each batch as one CUDA graph
+    kernels: bool = True  # with --fast-path: compute attention and LSTM gates with fused kernels
     preview_photos: int = 6  # validation photos whose captions and attention are drawn every epoch; 0 is none
     dashboard: str | None = None  # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
