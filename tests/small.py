@@ -67,7 +67,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def log_of(run: str) -> list[dict]:
-    """The epochs in the log of a run."""
+def log_of(run: str, *events: str) -> list[dict]:
+    """The events of these kinds in the log of a run; without kinds, its epochs."""
     lines = [json.loads(line) for line in (Path("checkpoints") / run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "epoch"]
+    return [line for line in lines if line["event"] in (events or ["epoch"])]

@@ -9,18 +9,20 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import train
-from captioning.dataset.batches import Batch
+from captioning.dataset.batches import Batch, epoch_order, plan_batches
+from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders import DECODERS
 from captioning.decoders.factory import build_decoder
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
 from captioning.runtime.cuda_graphs import CaptureError, GraphCapture
-from captioning.runtime.distributed import SINGLE
-from captioning.training.cuda_graphs import CudaGraphRunner
-from captioning.training.objectives import CrossEntropy, LossWeights
-from captioning.training.trainer import Trainer
+from captioning.runtime.distributed import DistributedContext
+from captioning.training import cuda_graphs
+from captioning.training.cuda_graphs import CudaGraphRunner, StaticSize, plan_static_sizes
+from captioning.training.objectives import CrossEntropy, Loss, LossWeights
 from config import Train
-from preprocess.vocabulary import PAD
+from preprocess.captions import Photo
+from preprocess.vocabulary import PAD, SPECIAL, Vocabulary
 from tests.small import TINY, log_of, weights
 from tests.test_decoders import SIZES
 
@@ -45,35 +47,38 @@ def random_batch(lengths, photos, seed=0):
     return Batch(Grid(cells, grid_pooling(8, 8).double()), packed, targets, photo_index, np.arange(photos))
 
 
-def eager_and_replayed(name, **settings):
-    """Two functions of a batch that return its loss and gradients, eagerly and by replaying; the list of captures."""
+def eager_and_replayed(name, batches, **settings):
+    """Two functions of a batch that return its loss and gradients, eagerly and by replaying; the runner.
+
+    The static batches have the sizes of these batches.
+    """
     torch.manual_seed(0)
     decoder = build_decoder(name, SIZES).double().train()
     parameters = list(decoder.parameters())
     objective = CrossEntropy(Train("data", "run", **settings)).double()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
-    def backward(batch):
-        loss = objective(decoder, batch.photos, batch, LossWeights())
+    def backward(batch, weights):
+        loss = objective(decoder, batch.photos, batch, weights)
         loss.objective.backward()
-        return loss
+        return Loss(loss.objective.detach(), loss.value)
 
     def results(work, batch):
         for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+            parameter.grad.zero_()
         objective.reinforce.baseline.fill_(-2)
-        loss = work(batch)
+        loss = work(batch, LossWeights(0.5, 0.25, 0.125))
         baseline = objective.reinforce.baseline.clone()
-        return [loss.objective.detach(), loss.value, baseline, *(p.grad.clone() for p in parameters)], loss.count
+        return [loss.objective, loss.value, baseline, *(parameter.grad.clone() for parameter in parameters)]
 
-    captures = []
+    def replay(batch, weights):
+        return runner.run(runner.fill(batch, weights))
 
-    def capture(work):
-        captures.append(work)
-        return repeat(work)
-
-    runner = CudaGraphRunner(backward, parameters, CPU, torch.float64, capture)
-    return partial(results, backward), partial(results, runner), captures
+    state = [*(parameter.grad for parameter in parameters), objective.reinforce.baseline]
+    sizes = [StaticSize(len(batch.photos), batch.words.batch_sizes.numpy()) for batch in batches]
+    runner = CudaGraphRunner(backward, sizes, state, CPU, torch.float64, repeat)
+    return partial(results, backward), partial(results, replay), runner
 
 
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "alpha_c": 0.5}])
@@ -82,67 +87,128 @@ def test_a_padded_batch_has_the_loss_and_the_gradients_of_the_batch(name, settin
     hard = "captioning.decoders.hard_attention"
     monkeypatch.setattr(f"{hard}.HardAttentionDecoder.expectation_fraction", 0.0)  # always hard, and ...
     monkeypatch.setattr(f"{hard}.sample_categorical", lambda attention: attention.argmax(-1))  # ... deterministic
-    eager, replayed, captures = eager_and_replayed(name, **settings)
+    held = [random_batch([5, 5, 4, 1, 1], 2), random_batch([8] * 24, 9)]
+    eager, replayed, runner = eager_and_replayed(name, held, **settings)
     batches = [random_batch([7, 5, 5, 3, 2, 1], 3, seed) for seed in range(3)] + [
+        *held,
         random_batch([3], 1),
-        random_batch([6, 6, 4, 1, 1], 2),
-        random_batch([8] * 9, 9),
         random_batch([5, 4], 2),
         random_batch([7] + [1] * 23, 3),
-        random_batch([7] * 24, 3),
     ]
     for batch in batches + batches:
-        results, count = replayed(batch)
-        expected, expected_count = eager(batch)
-        assert count == expected_count == len(batch.targets)
-        for result, value in zip(results, expected, strict=True):
+        for result, value in zip(replayed(batch), eager(batch), strict=True):
             torch.testing.assert_close(result, value, rtol=1e-10, atol=1e-12)
-    assert 0 < len(captures) < len(batches), "a static batch is captured once and reused by many batches"
+    assert sorted(runner.replays) == [(0, None), (1, None)], "each static batch is captured once"
 
 
-def test_a_static_batch_is_captured_on_its_second_use_and_grows_only_when_a_batch_does_not_fit():
-    _, replayed, captures = eager_and_replayed("attention")
-    counts = []
-    for lengths in ([4] * 8, [4] * 8, [3] * 8, [4] * 20, [4] * 20, [4] * 20 + [3] * 4, [3] * 24, [4] * 24, [4] * 24):
-        replayed(random_batch(lengths, 4))
-        counts.append(len(captures))
-    assert counts == [0, 1, 1, 1, 2, 2, 2, 2, 2], "20 and 24 captions share a static batch, as do 3 and 4 words"
-    replayed(random_batch([4] * 8 + [1] * 16, 4))
-    assert len(captures) == 2, "fewer captions at a step fit into a static batch of more"
+def test_the_largest_static_batch_is_captured_first_and_each_only_once():
+    held = [random_batch([3, 3], 1), random_batch([6] * 4, 2), random_batch([9] * 8, 4)]
+    _, replayed, runner = eager_and_replayed("attention", held)
+    captured = []
+    runner.capture = lambda work: captured.append(work) or work
+    for batch in [held[1], held[0], held[1], random_batch([7, 2], 1), held[0], held[2]]:
+        replayed(batch)
+    assert [number for number, _ in runner.replays] == [2, 1, 0]
+    assert len(captured) == 3
+
+
+def test_a_batch_that_no_static_batch_holds_is_not_filled_in():
+    _, _, runner = eager_and_replayed("attention", [random_batch([3, 3], 2)])
+    for lengths, photos in (([4, 1], 2), ([3, 3, 1], 2), ([3, 3], 3)):
+        assert runner.fill(random_batch(lengths, photos), LossWeights()) is None
+    assert runner.fill(random_batch([3, 1], 1), LossWeights()) is not None
+
+
+def test_a_capture_changes_neither_gradients_nor_state_nor_random_numbers():
+    batch = random_batch([4, 3], 2)
+    eager, replayed, runner = eager_and_replayed("hard-attention", [batch])
+    torch.manual_seed(1)
+    expected = eager(batch)
+    torch.manual_seed(1)
+    for value, expected_value in zip(replayed(batch), expected, strict=True):  # the first use captures
+        torch.testing.assert_close(value, expected_value, rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_add_up_over_batches():
-    eager, replayed, _ = eager_and_replayed("attention")
     batch = random_batch([4, 3], 2)
+    eager, _, runner = eager_and_replayed("attention", [batch])
+    _, _, _, *expected = eager(batch)
+    for gradient in runner.state:
+        gradient.zero_()
     for _ in range(2):
-        (_, _, _, *gradients), _ = replayed(batch)
-    for gradient, expected in zip(gradients, eager(batch)[0][3:], strict=True):
-        torch.testing.assert_close(gradient, expected)
+        runner.run(runner.fill(batch, LossWeights(0.5, 0.25, 0.125)))
+    for gradient, value in zip(runner.state[:-1], expected, strict=True):
+        torch.testing.assert_close(gradient, 2 * value)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"decoder": "lstm"}, {"grad_accumulation": 2}, {"scheduled_sampling": 0.1}, {"cuda_graphs": False}, {}]
-)
-def test_a_run_uses_cuda_graphs_only_if_every_batch_is_the_same_work(changes):
-    trainer = Trainer.__new__(Trainer)
-    trainer.options = Train("data", "run", **changes)
-    trainer.encoder, trainer.decoder = None, DECODERS[trainer.options.decoder]
-    trainer.device, trainer.distributed = torch.device("cuda"), SINGLE
-    assert trainer.can_capture() == (changes == {})
-    trainer.device = CPU
-    assert not trainer.can_capture()
+# ---- the sizes of the static batches
 
 
-def test_a_run_with_cuda_graphs_trains_the_same_weights(here, monkeypatch):
-    """On a CPU, where a replay repeats the work: how the trainer uses the runner."""
-    setting = {**TINY, "epochs": 2, "precision": "float32", "dropout": 0.0}
-    train.main(Train(Path("data/small"), "eager", **setting))
-    monkeypatch.setattr(Trainer, "can_capture", lambda self: True)
-    monkeypatch.setattr("captioning.training.cuda_graphs.GraphCapture", lambda: repeat)
-    train.main(Train(Path("data/small"), "replayed", **setting))
-    for name, values in weights("eager").items():
-        torch.testing.assert_close(values, weights("replayed")[name], rtol=1e-3, atol=1e-5, msg=name)
-    assert log_of("replayed")[-1]["train_loss"] == pytest.approx(log_of("eager")[-1]["train_loss"], rel=1e-4)
+def coco_lengths(num_photos):
+    """Lengths of five captions per photo, distributed like those of COCO: most short, a few very long."""
+    rng = np.random.default_rng(0)
+    return np.minimum(8 + rng.geometric(0.35, (num_photos, 5)) + 20 * (rng.random((num_photos, 5)) < 0.003), 50)
+
+
+def dataset_of(lengths):
+    vocabulary = Vocabulary("en", "whitespace", 1, (*SPECIAL, "a"))
+    photos = [Photo("", str(i), "train", tuple(("a",) * n for n in of_photo)) for i, of_photo in enumerate(lengths)]
+    return CaptionDataset(photos, vocabulary, 52)
+
+
+def as_batch(split, photos):
+    words, targets, photo_index = split.pack(photos)
+    return Batch(Grid(torch.zeros(len(photos), 1, 1), grid_pooling(1, 1)), words, targets, photo_index, photos)
+
+
+def test_the_planned_sizes_hold_every_batch_of_the_planned_epochs():
+    split = dataset_of(coco_lengths(200))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs, "PLANNED_BATCHES", 50)
+        sizes = plan_static_sizes(split, 100, seed=3)
+    assert 1 < len(sizes) <= len(cuda_graphs.STEP_QUANTILES)
+    for smaller, larger in zip(sizes, sizes[1:], strict=False):
+        assert smaller.photos <= larger.photos
+        assert (smaller.batch_sizes <= larger.batch_sizes[: len(smaller.batch_sizes)]).all()
+    padded, words = 0, 0
+    for epoch in range(5):  # 10 batches each
+        for photos in plan_batches(split, 100, epoch_order(200, 3, epoch)):
+            batch = as_batch(split, photos)
+            size = next(size for size in sizes if size.fits(batch))
+            padded += size.batch_sizes.sum()
+            words += len(batch.targets)
+    assert words <= padded < 1.35 * words
+
+
+def test_batches_of_later_epochs_hardly_ever_outgrow_the_planned_sizes():
+    """With sizes that grow as batches come, a tenth of the runs outgrew one, which ended in an error on a GPU."""
+    split = dataset_of(coco_lengths(1000))
+    sizes = plan_static_sizes(split, 100, seed=0)
+    planned_epochs = cuda_graphs.PLANNED_BATCHES // 50
+    later = [
+        as_batch(split, photos)
+        for epoch in (planned_epochs + 1, planned_epochs + 2)
+        for photos in plan_batches(split, 100, epoch_order(1000, 0, epoch))
+    ]
+    assert sum(any(size.fits(batch) for size in sizes) for batch in later) >= 0.98 * len(later)
+
+
+def test_the_planned_sizes_depend_on_the_data_and_the_seed_alone():
+    split = dataset_of(coco_lengths(100))
+    first, again = (plan_static_sizes(split, 50, seed=1) for _ in range(2))
+    assert all(map(np.array_equal, [size.batch_sizes for size in first], [size.batch_sizes for size in again]))
+
+
+def test_each_process_plans_for_its_shard_of_every_batch():
+    split = dataset_of([[n + 1] * 5 for n in range(8)])
+    shards = [plan_static_sizes(split, 20, 0, DistributedContext(rank, 2))[-1] for rank in range(2)]
+    for rank, size in enumerate(shards):
+        for photos in plan_batches(split, 20, epoch_order(8, 0, 0), 2):
+            assert size.fits(as_batch(split, photos[rank::2]))
+        assert size.batch_sizes[0] <= 16
+
+
+# ---- capturing
 
 
 class FakeGraph:
@@ -177,7 +243,13 @@ class FakeGraph:
             "and the GPU is left in an unknown state; run again with --no-cuda-graphs",
         ),
         (torch.OutOfMemoryError("of 80 GB"), True, torch.OutOfMemoryError, "of 80 GB"),
-        (torch.OutOfMemoryError("of 80 GB"), False, torch.OutOfMemoryError, "of 80 GB"),
+        (
+            torch.OutOfMemoryError("of 80 GB"),
+            False,
+            UserError,
+            "out of memory on the GPU while a CUDA graph was captured: lower --batch-size, give --features-on ram or "
+            "disk, or --no-cuda-graphs",
+        ),
     ],
 )
 def test_a_failed_capture_reports_its_first_error(error, ends, raised, message, monkeypatch):

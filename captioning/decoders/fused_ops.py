@@ -105,6 +105,11 @@ def kernels_for(cells: Tensor) -> ModuleType | None:
     return _load_kernels(cells.device) if applicable else None
 
 
+def kernels_unavailable(device: torch.device, native_cells: int) -> str | None:
+    """Why the Triton kernels cannot be used on this device; None if they can."""
+    return None if _load_kernels(device) else "they cannot be loaded"
+
+
 @cache
 def _load_kernels(device: torch.device) -> ModuleType | None:
     try:

@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         available = ", ".join(_available_devices())
         raise UserError(f"--device {name}: not on this machine, which has {available}") from None
-    return device
+    return _make_current(device) if device.type == "cuda" else device
 
 
 def _default_device() -> str:
@@ -40,8 +40,13 @@ def _gpu_of_local_rank(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(f"--nproc-per-node: this machine has {count} GPUs, one for each process; lower it")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    return _make_current(torch.device("cuda", local_rank))
+
+
+def _make_current(device: torch.device) -> torch.device:
+    """Make a GPU the current one: Triton launches kernels there, and CUDA graphs are captured there."""
+    torch.cuda.set_device(device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _available_devices() -> list[str]:
@@ -106,6 +111,12 @@ def oom_as_user_error(remedy: str) -> Iterator[None]:
         if "allocate memory" not in str(error):
             raise
         raise UserError(f"out of memory: {remedy}") from None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def rng_state(device: torch.device) -> dict:

@@ -54,6 +54,11 @@ class DistributedContext:
         dist.all_reduce(total)
         return total.tolist()
 
+    def all_reduce_tensor(self, tensor: Tensor) -> None:
+        """Replace a tensor, on any device, by its sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks, in the order of the ranks, on every rank."""
         if self.size == 1:

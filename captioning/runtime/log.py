@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,12 @@ from captioning.runtime.settings import OLDER_VERSION, has_old_settings
 
 STEP_SECONDS = 10.0
 WRITE_REMEDY = "correct that, and continue with --resume"
-POSITION = {"start": (), "step": ("epoch", "step", "of"), "epoch": ("epoch",)}  # event -> its required numbers
+POSITION = {
+    "start": (),
+    "self-check": ("epoch", "step"),
+    "step": ("epoch", "step", "of"),
+    "epoch": ("epoch",),
+}  # event -> its required numbers
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -103,6 +109,11 @@ class Log:
         self._write(event)
         print(self._start_line(description), flush=True)
 
+    def self_check(self, metrics: dict, lines: Sequence[str]) -> None:
+        """Write a self-check event, the result of a proof of the fast path, and print it."""
+        self._write({"event": "self-check", **metrics})
+        print(*lines, sep="\n  ", flush=True)
+
     def step(self, metrics: dict, quantity: str, value: float) -> None:
         """Write a step event if the last one is STEP_SECONDS old.
 
@@ -125,11 +136,13 @@ class Log:
 
     def _start_line(self, description: dict) -> str:
         millions = description["decoder_parameters"] / 1e6
-        processes = f", {description['processes']} processes" if description["processes"] > 1 else ""
+        obstacles = {} if description["device"] == "cpu" else description["fast_path"]
+        notes = [f", {description['processes']} processes"] if description["processes"] > 1 else []
+        notes += [f"; without {name} ({why})" for name, why in obstacles.items() if why]
         return (
             f"{self.folder}: {self.settings['decoder']}, {millions:.1f} million parameters, "
             f"{description['train_photos']:,} photos to train on, {description['val_photos']:,} to validate, "
-            f"{description['vocabulary']:,} words; {description['device']}, {description['precision']}{processes}"
+            f"{description['vocabulary']:,} words; {description['device']}, {description['precision']}{''.join(notes)}"
         )
 
     def _remove_after(self, epochs: int, step: int) -> None:
@@ -151,7 +164,7 @@ def _is_before(event: dict, epochs: int, step: int) -> bool:
     epoch = event.get("epoch", 0)
     if epoch <= epochs:
         return True
-    return event["event"] == "step" and epoch == epochs + 1 and event["step"] <= step
+    return event["event"] != "epoch" and epoch == epochs + 1 and event["step"] <= step
 
 
 def _epoch_line(metrics: dict, is_best: bool) -> str:

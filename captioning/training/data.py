@@ -34,6 +34,7 @@ class TrainingData(NamedTuple):
     train: CachedPhotos | LivePhotos
     val: CachedPhotos | LivePhotos
     channels: int  # of the features
+    native_cells: int  # of a photo
     encoder: Encoder | None  # the live encoder; None with cached features
     encoder_recipe: dict | None  # of the encoder of the cached features; None with a live encoder
 
@@ -60,6 +61,7 @@ def cached_data(
         train=CachedPhotos(captions.subset(train), rows[train], read),
         val=CachedPhotos(captions.subset(val), rows[val], read),
         channels=reader.channels,
+        native_cells=1 if pooled else reader.height * reader.width,
         encoder=None,
         encoder_recipe=recipe,
     )
@@ -73,12 +75,14 @@ def live_data(
     saved: the checkpoint that the run resumes from; start: the checkpoint of --start-from; see `live_encoder`.
     """
     encoder = live_encoder(options, train.paths, saved, start)
+    height, width, channels = encoder.output_shape()
     augments = options.flip or options.crop < 1
     augment = Augment(options.flip, options.crop, options.seed) if augments else None
     return TrainingData(
         train=LivePhotos(train, encoder.transform, augment, train.mentions_side()),
         val=LivePhotos(val, encoder.transform),
-        channels=encoder.output_shape()[2],
+        channels=channels,
+        native_cells=height * width,
         encoder=encoder,
         encoder_recipe=None,
     )

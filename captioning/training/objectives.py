@@ -32,8 +32,7 @@ class Loss(NamedTuple):
     """The loss of one batch."""
 
     objective: Tensor  # scalar: minimised; the contribution of this batch to its update
-    value: Tensor  # scalar, detached, for the log: a mean over ...
-    count: int  # ... this many words or captions
+    value: Tensor  # scalar, detached, for the log: a mean over Objective.count words or captions
 
 
 class LossWeights(NamedTuple):
@@ -56,6 +55,10 @@ class Objective(Protocol):
 
     def __call__(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
         """Return the loss of a batch on the device. The decoder is in training mode; grid: the photos' features."""
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of words or captions that Loss.value averages over."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs."""
@@ -106,7 +109,11 @@ class CrossEntropy(nn.Module):
             caption_mask = mask[: len(attention_sum)]  # the first step has a target for every real caption
             penalty = _coverage_penalty(attention_sum, caption_mask)
             objective = objective + weights.captions * self.alpha_c * penalty
-        return Loss(objective, cross_entropy.detach(), len(batch.targets))
+        return Loss(objective, cross_entropy.detach())
+
+    def count(self, batch: Batch) -> int:
+        """The words of the batch."""
+        return len(batch.targets)
 
     def _decode(self, decoder: nn.Module, grid: Grid, batch: Batch) -> DecoderOutput:
         sampling_prob = min(self.max_sampling_prob, self.epoch * self.sampling_step)
@@ -190,7 +197,11 @@ class Cider(nn.Module):
         advantage = (rewards - baseline).flatten()[order].to(log_probabilities)
         advantage = torch.cat([advantage[:size] for size in words.batch_sizes.tolist()])  # (W,)
         objective = -weights.photos * (advantage * log_probabilities).sum() / len(order)
-        return Loss(objective, 100 * rewards.mean(), len(order))
+        return Loss(objective, 100 * rewards.mean())
+
+    def count(self, batch: Batch) -> int:
+        """The captions sampled for the photos of the batch."""
+        return len(batch.indices) * self.samples
 
     def _sample(self, decoder: nn.Module, grid: Grid, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Captions (B, K, T) int64, their rewards (B, K) and the baselines (B, K) or (B, 1), float64."""

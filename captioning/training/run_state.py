@@ -33,6 +33,7 @@ class Progress:
     total: float = 0.0  # sum of the loss over them
     best: float | None = None  # score of best.pt, larger is better: with --best-metric loss, the negative loss
     epochs_without_better: int = 0
+    way: dict | None = None  # how batches are computed on a GPU, and which one: see captioning/training/fast_path.py
 
     def mean(self) -> float:
         """The mean loss of the current epoch so far."""
@@ -103,7 +104,8 @@ class RunState:
         with checkpoint_errors(self.options.folder / "last.pt"):
             self.optimizer.load_state_dict(saved["optimizer"])
             self.loss_module.objective.load_state_dict(saved["objective"])
-            self.scaler.load_state_dict(saved["scaler"])
+            if self.scaler.is_enabled() and saved["scaler"]:  # else one of the two runs is not in float16
+                self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.load_state_dict(saved["ema"])
             self.progress = Progress(**saved["progress"])

@@ -20,19 +20,20 @@ from captioning.runtime.distributed import SINGLE, DistributedContext, data_para
 from captioning.runtime.log import Log
 from captioning.runtime.meter import Meter
 from captioning.runtime.signals import StopRequest
-from captioning.training.cuda_graphs import CudaGraphRunner
+from captioning.training.cuda_graphs import plan_static_sizes
 from captioning.training.data import TrainingData, load_batches
+from captioning.training.fast_path import FastPath, Trial, Way, obstacles, possible_ways
 from captioning.training.objectives import Loss, LossWeights, Objective
 from captioning.training.optimizer import learning_rate_factor
 from captioning.training.options import TrainingOptions
 from captioning.training.run_state import build_run_state
+from captioning.training.self_check import Gradients
 from captioning.training.validation import Validation
 from captioning.viewing.preview import Preview
 from preprocess.vocabulary import Vocabulary
 
 VALIDATION_BATCH_SIZE = 160  # captions: larger than in training, since no activations are kept
 SYNC_INTERVAL = 20  # updates between reading losses from a GPU, which waits for it to finish
-FULL_BATCH = LossWeights()  # of a batch that is the whole update
 BEST_METRICS = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "loss": "val_loss"}  # --best-metric -> key in the log
 
 
@@ -40,6 +41,7 @@ class PendingLoss(NamedTuple):
     """A loss that is still on the device, with what the log needs of its batch."""
 
     loss: Loss
+    averaged: int  # words or captions that its value averages over
     captions: int
     photos: np.ndarray  # (B,) int64: indices in the train split
     update: int  # number in the epoch, from 1
@@ -69,10 +71,9 @@ class Trainer:
         self.decoder = self.loss_module.decoder
         self.objective = objective
         self.encoder_from_scratch = options.weights == "random"  # its BatchNorm statistics are trained
+        self.fast_path_obstacles = obstacles(options, device, self.decoder, data)
+        self.fast_path = self.make_fast_path()
         self.parallel_module = self.make_parallel()
-        self.cuda_graphs = None
-        if self.can_capture():
-            self.cuda_graphs = CudaGraphRunner(self.backward, self.state.parameters, device, self.precision)
         num_photos = len(self.train.split) + len(self.val.split)
         self.failures = FailureLimit(num_photos, options.allow_missing)
         preview = Preview(self.val.split, options.preview_photos, options.folder)
@@ -81,26 +82,32 @@ class Trainer:
         )
 
     def make_parallel(self) -> nn.Module:
-        """Return the loss module, wrapped if there are several processes."""
-        if self.distributed.size == 1:
+        """Return the loss module, wrapped if there are several processes and no fast path, which adds up gradients."""
+        if self.distributed.size == 1 or self.fast_path:
             return self.loss_module
         # BatchNorm statistics that are trained are rank 0's; other buffers need no synchronisation.
         return data_parallel(self.loss_module, sync_buffers=self.encoder_from_scratch)
 
-    def can_capture(self) -> bool:
-        """Return whether the work of every batch is the same, so that CUDA graphs can replay it.
-
-        It is not if the computation depends on values, or waits for other processes.
-        """
+    def make_fast_path(self) -> FastPath | None:
+        """Return the fast path, or None if neither CUDA graphs nor fused kernels may be used."""
+        ways = possible_ways(**{name: not obstacle for name, obstacle in self.fast_path_obstacles.items()})
+        if not ways:
+            return None
         options = self.options
-        return (
-            options.cuda_graphs
-            and self.device.type == "cuda"
-            and self.distributed.size == options.grad_accumulation == 1
-            and not self.encoder
-            and self.decoder.uses_attention
-            and options.objective == "cross-entropy"
-            and not options.scheduled_sampling
+        sizes = []
+        if any(way.cuda_graphs for way in ways):
+            sizes = plan_static_sizes(self.train.split, options.batch_size, options.seed, self.distributed)
+        trained = {id(parameter) for parameter in self.state.parameters}
+        parameters = {name: value for name, value in self.loss_module.named_parameters() if id(value) in trained}
+        return FastPath(
+            self.backward,
+            Gradients(parameters),
+            [*self.loss_module.buffers()],
+            ways,
+            sizes,
+            self.device,
+            self.precision,
+            self.distributed,
         )
 
     # ---- epochs
@@ -111,6 +118,7 @@ class Trainer:
         options = self.options
         best_metric = BEST_METRICS[options.best_metric]
         self.seed_rank()
+        self.start_fast_path(log)
         while progress.epoch < options.epochs and progress.epochs_without_better < options.patience:
             metrics = {"epoch": progress.epoch + 1} | self.train_epoch(log, stop)
             metrics |= {group["rate"]: group["lr"] for group in self.state.optimizer.param_groups}
@@ -133,6 +141,22 @@ class Trainer:
             progress = self.state.progress
             entropy = [self.options.seed, self.distributed.rank, progress.epoch, progress.step]
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def start_fast_path(self, log: Log) -> None:
+        """Continue with the way of the run that is resumed, if it ran on the same device. Log the proofs."""
+        if not self.fast_path:
+            return
+        progress = self.state.progress
+
+        def report(trials: list[Trial], way: Way) -> None:
+            progress.way = {**way._asdict(), "device": self.device_name()}
+            event = {"epoch": progress.epoch + 1, "step": progress.step, "way": str(way)}
+            event["trials"] = [trial.to_dict() for trial in trials]
+            log.self_check(event, [f"self-check: batches are computed with {way}", *map(str, trials)])
+
+        self.fast_path.report = report
+        if progress.way and progress.way["device"] == self.device_name():
+            self.fast_path.resume(Way(progress.way["cuda_graphs"], progress.way["kernels"]))
 
     def train_epoch(self, log: Log, stop: StopRequest) -> dict:
         """Train the rest of the current epoch. Returns its metrics."""
@@ -165,6 +189,8 @@ class Trainer:
         self.objective.epoch = epoch
         if isinstance(self.train, LivePhotos):
             self.train.epoch = epoch
+        if self.fast_path:
+            self.fast_path.start_epoch()
         self.decoder.train()
         if self.encoder:
             self.encoder.train_mode(batch_norm=self.encoder_from_scratch)
@@ -215,35 +241,39 @@ class Trainer:
             with meter.waiting():
                 batch = next(batches)
             loss = self.train_step(batch, update, last=number == len(update.batches))
-            pending.append(PendingLoss(loss, batch.num_captions, batch.indices, self.state.progress.step + 1))
+            averaged = self.objective.count(batch)
+            position = self.state.progress.step + 1
+            pending.append(PendingLoss(loss, averaged, batch.num_captions, batch.indices, position))
         return pending
 
     def train_step(self, batch: Batch, update: Update, last: bool) -> Loss:
         """Accumulate the gradients of a batch. last: it is the last batch of the update, which is then made."""
         self.failures.add(batch.failures)
-        if self.cuda_graphs:
-            loss = self.cuda_graphs(batch)
+        weights = self.loss_weights(batch, update)
+        if self.fast_path:
+            loss = self.fast_path(batch, weights)
+            if last:
+                self.fast_path.sum_gradients()
         else:
-            weights = self.loss_weights(batch, update)
             synchronises = last or self.distributed.size == 1
             with contextlib.nullcontext() if synchronises else self.parallel_module.no_sync():
-                loss = self.backward(batch.to(self.device, self.precision), weights)
+                loss = self.backward(batch.to(self.device, self.precision), weights, self.precision)
         if last:
             self.optimizer_step()
         return loss
 
     def loss_weights(self, batch: Batch, update: Update) -> LossWeights:
-        """The batch's fractions of its update, times the number of processes: DistributedDataParallel divides by it."""
-        size = self.distributed.size
+        """The batch's fractions of its update; times the processes where gradients are averaged, not added up."""
+        size = 1 if self.fast_path else self.distributed.size
         return LossWeights(
             words=size * len(batch.targets) / update.words,
             captions=size * batch.num_captions / update.captions,
             photos=size * len(batch.indices) / update.photos,
         )
 
-    def backward(self, batch: Batch, weights: LossWeights = FULL_BATCH) -> Loss:
+    def backward(self, batch: Batch, weights: LossWeights, precision: torch.dtype) -> Loss:
         """Add the gradients of a batch on the device to `grad`. Returns its detached loss."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, precision):
             loss = self.parallel_module(batch, weights)
         self.state.scaler.scale(loss.objective).backward()
         return loss._replace(objective=loss.objective.detach())
@@ -256,7 +286,7 @@ class Trainer:
             nn.utils.clip_grad_value_(state.parameters, self.options.grad_clip)
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=not self.cuda_graphs)  # graphs need the same gradient tensors
+        state.optimizer.zero_grad(set_to_none=not self.fast_path)  # graphs need the same gradient tensors
         if state.ema:
             state.ema.update()
 
@@ -268,7 +298,7 @@ class Trainer:
         sums = np.zeros(4)  # loss, words or captions it averages, captions, photos
         for item in pending:
             self.check_finite(item)
-            sums += float(item.loss.value) * item.loss.count, item.loss.count, item.captions, len(item.photos)
+            sums += float(item.loss.value) * item.averaged, item.averaged, item.captions, len(item.photos)
         save_due = self.distributed.is_main and meter.seconds_since_save() > 60 * self.options.save_every
         loss_sum, count, captions, photos, num_stops, num_due = self.distributed.all_reduce(
             [*sums.tolist(), stop.requested, save_due]
@@ -324,12 +354,20 @@ class Trainer:
             encoder = {key: value for key, value in self.state.encoder_recipe.items() if key != "state"}
         return {
             "encoder": encoder,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            "device": self.device_name(),
             "processes": self.distributed.size,
             "precision": str(self.precision).removeprefix("torch."),
+            "fast_path": {
+                "CUDA graphs": self.fast_path_obstacles["cuda_graphs"],
+                "fused kernels": self.fast_path_obstacles["kernels"],
+            },
             "train_photos": len(self.train.split),
             "val_photos": len(self.val.split),
             "vocabulary": len(self.state.vocabulary),
             "captions_cut": self.train.split.num_truncated,
             "decoder_parameters": sum(parameter.numel() for parameter in self.decoder.parameters()),
         }
+
+    def device_name(self) -> str:
+        """The model of the GPU, or the kind of another device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)

@@ -20,7 +20,7 @@ def fuzz(target, corpus, seconds):
         f"tests.fuzz.{target}",
         corpus,
         f"-max_total_time={seconds}",
-        "-timeout=20",
+        "-timeout=120",
         f"-malloc_limit_mb={MEMORY}",
         "-rss_limit_mb=0",
         "-print_final_stats=1",
