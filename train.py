@@ -103,7 +103,7 @@ def work(config: Train) -> None:
     """`main` on all processes of the job, with the run locked."""
     remedy = (
         f"lower --batch-size, now {config.batch_size}, and raise --grad-accumulation, now {config.grad_accumulation}; "
-        "when fine-tuning, give --checkpoint-activations"
+        + ("give --checkpoint-activations" if config.fine_tune else "or give --features-on ram or disk")
     )
     with init_distributed("continue with --resume") as distributed, oom_as_user_error(remedy):
         with locked(config.folder, config.folder / ".lock", distributed.is_main):

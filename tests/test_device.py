@@ -33,3 +33,18 @@ def test_a_precision_that_the_processor_only_emulates_is_used_with_one_warning(c
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == is_slow
     assert all(line.startswith(f"--precision {name}: this processor") for line in lines)
+
+
+@pytest.mark.parametrize("name, local_rank, index", [("cuda:1", None, 1), ("cuda", "1", 1), ("cuda", None, 0)])
+def test_the_gpu_of_a_run_becomes_the_current_one(monkeypatch, name, local_rank, index):
+    """Triton launches kernels, and CUDA graphs are captured, on the current GPU."""
+    current = [0]
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device(device).index or 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert device.pick_device(name) == torch.device("cuda", index)
+    assert current[-1] == index

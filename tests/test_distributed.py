@@ -37,6 +37,7 @@ from captioning.runtime.signals import STOPPED, StopRequest, claim_report
 from config import ExtractFeatures, Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
+from tests.test_fast_path import use_graphs_on_cpu
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = {"embedding_size": 16, "attention_size": 16, "hidden_size": 24, "dropout": 0.0, "precision": "float32"}
@@ -141,6 +142,17 @@ def test_two_ranks_on_half_of_each_batch_train_like_one(data_folder, setting, mo
         assert_close(weights, expected_weights)
         assert metrics.pop("preview") == expected["preview"] and metrics["scored"] == 4
         assert_close(metrics, expected)
+
+
+@pytest.mark.parametrize("setting", [CACHED, ACCUMULATED], ids=["one batch", "accumulated"])
+def test_two_ranks_with_cuda_graphs_train_like_one_without(data_folder, setting, monkeypatch):
+    """On CPUs, where a replay repeats the work: the ranks add up what their graphs have computed."""
+    expected_weights, _, expected = train_and_validate(SINGLE, setting)
+    use_graphs_on_cpu(monkeypatch)
+    for weights, _, metrics in run_ranks(train_and_validate, setting):
+        assert_close(weights, expected_weights)
+        metrics.pop("preview")
+        assert_close(metrics, {key: value for key, value in expected.items() if key != "preview"})
 
 
 def test_the_gradients_of_accumulated_batches_equal_those_of_one_large_batch(data_folder):

@@ -411,6 +411,14 @@ def test_a_resumed_run_with_cuda_graphs_has_the_same_weights_bit_by_bit(here, gr
         assert torch.equal(values, weights("resumed")[name]), name
 
 
+@pytest.mark.parametrize("first, then", [("float32", "float16"), ("float16", "float32")])
+def test_a_run_can_be_resumed_with_or_without_the_loss_scale_of_float16(here, first, then):
+    run = f"{first} then {then}"
+    train.main(Train(Path("data/small"), run, **{**TINY, "epochs": 1, "precision": first}))
+    train.main(Train(Path("data/small"), run, **{**TINY, "epochs": 2, "precision": then}, resume=True))
+    assert len(log_of(run)) == 2
+
+
 def test_the_log_says_how_batches_are_computed_and_why(here, graphs_on_cpu, capsys):
     train.main(Train(Path("data/small"), "logged", **{**TINY, "epochs": 1}))
     events = log_of("logged", "start", "self-check")

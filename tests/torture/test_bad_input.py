@@ -866,8 +866,8 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "more memory than there is",
         None,
         TRAIN.replace("--hidden-size 24", "--hidden-size 24 --attention-size 100000000000"),
-        "out of memory: lower --batch-size, now 6, and raise --grad-accumulation, now 1; when fine-tuning, give "
-        "--checkpoint-activations",
+        "out of memory: lower --batch-size, now 6, and raise --grad-accumulation, now 1; or give --features-on ram or "
+        "disk",
     ),
     ("a negative seed", None, TRAIN + " --seed -1", "--seed -1: must be between 0 and 2^63 - 1"),
     (
