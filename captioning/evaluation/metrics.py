@@ -1,6 +1,7 @@
 """BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of tokenized captions, as coco-caption defines them, and bootstrap intervals.
 
-The scorers are those of pycocoevalcap, the Python code of coco-caption itself. (nltk's corpus_bleu differs on short
+The scores equal those of pycocoevalcap, the Python code of coco-caption itself, to rounding; the tests compare them.
+Counting with arrays (`captioning.evaluation.ngrams`) takes a small part of its time. (nltk's corpus_bleu differs on short
 captions: it counts at least one n-gram per caption.) Scores are multiplied by 100. BLEU is the corpus score without
 smoothing; CIDEr-D takes its document frequencies from the references given. References are the original words, not
 their <unk> version.
@@ -15,22 +16,35 @@ set, of each caption alone, and of photos sampled with replacement (the bootstra
     bootstrap     Efron 1979, https://doi.org/10.1214/aos/1176344552;
                   for text generation Koehn 2004, https://aclanthology.org/W04-3250/
 
-Letters: N photos, R resamples.
+    LCS           Hyyrö 2004, Bit-parallel LCS-length computation revisited
+
+Letters: N photos, R resamples, P comparisons of a caption with a reference.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
-from pycocoevalcap.rouge.rouge import Rouge
+
+from captioning.evaluation.ngrams import (
+    MAX_ORDER,
+    Comparisons,
+    Counts,
+    Matches,
+    Occurrences,
+    cider_d,
+    document_frequencies,
+    inverse_document_frequencies,
+    number_ngrams,
+    tf_idf_cosines,
+)
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 NUM_RESAMPLES = 1000
+ROUGE_BETA = 1.2  # how much more recall counts than precision, as in coco-caption
 
 Captions = Mapping[str, Sequence[str]]  # photo id -> words
 References = Mapping[str, Sequence[Sequence[str]]]  # photo id -> captions in words
@@ -63,42 +77,94 @@ def per_image_stats(candidates: Captions, references: References) -> np.ndarray:
     for photo in candidates:
         if not any(references.get(photo, ())):
             raise ValueError(f"no references for {photo}")
-    candidate_texts = {photo: _join(words) for photo, words in candidates.items()}
-    reference_texts = {photo: [_join(words) for words in references[photo]] for photo in candidates}
-    bleu = [_bleu_counts(text, reference_texts[photo]) for photo, text in candidate_texts.items()]
-    rouge = Rouge().compute_score(reference_texts, {photo: [text] for photo, text in candidate_texts.items()})[1]
-    cider = _cider_d(list(candidate_texts.values()), list(reference_texts.values()))
-    return np.column_stack([bleu, rouge, cider])
+    photo_references = [references[photo] for photo in candidates]
+    captions = [*candidates.values(), *chain.from_iterable(photo_references)]
+    num_references = np.array([len(captions) for captions in photo_references])
+    words, lengths, vocabulary_size = _encode(captions)
+    comparisons = Comparisons(lengths, np.arange(len(candidates)), num_references)
+    matching, cosines = [], np.zeros(len(comparisons.candidate))
+    for ngrams in number_ngrams(words, lengths, vocabulary_size):
+        counts = comparisons.count(ngrams)
+        matches = comparisons.match(counts)
+        matching.append(_clipped_matches(comparisons, counts, matches))
+        cosines += tf_idf_cosines(comparisons, counts, matches, _weights(comparisons, ngrams))
+    num_words = lengths[: len(candidates)]
+    total = [np.maximum(num_words - order, 0) for order in range(MAX_ORDER)]
+    rouge = [rouge_l(words, captions) for words, captions in zip(candidates.values(), photo_references, strict=True)]
+    closest = _closest_lengths(comparisons)
+    return np.column_stack([*matching, *total, num_words, closest, rouge, cider_d(comparisons, cosines)])
 
 
-def _bleu_counts(candidate: str, references: list[str]) -> list[int]:
-    """Columns 0-9 of `per_image_stats`. Of two references equally close in length, the shorter one counts."""
-    (counts,) = BleuScorer(candidate, references, n=4).ctest
-    closest = min((abs(length - counts["testlen"]), length) for length in counts["reflen"])[1]
-    return [*counts["correct"], *counts["guess"], counts["testlen"], closest]
+def _encode(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Words -> ids of all captions concatenated (M,), words per caption, number of different words.
+
+    Raises ValueError if a word contains a space.
+    """
+    word_to_id: defaultdict[str, int] = defaultdict()
+    word_to_id.default_factory = word_to_id.__len__
+    lengths = np.array([len(words) for words in captions])
+    ids = np.fromiter(map(word_to_id.__getitem__, chain.from_iterable(captions)), np.int64, lengths.sum())
+    for word in word_to_id:
+        if word.split() != [word]:
+            raise ValueError(f"{word!r} is not one word")
+    return ids, lengths, len(word_to_id)
 
 
-def _cider_d(candidates: list[str], references: list[list[str]]) -> np.ndarray:
-    """CIDEr-D of each photo -> (N,)."""
-    scorer = CiderScorer()
-    scorer.ctest = _LazyNGrams(cook_test, candidates)
-    scorer.crefs = _LazyNGrams(cook_refs, references)
-    scorer.document_frequency = Counter()  # of small ints, which Python caches; the scorer's default counts in floats
-    return scorer.compute_score()[1]
+def _weights(comparisons: Comparisons, ngrams: Occurrences) -> np.ndarray:
+    """The inverse document frequencies of n-grams (D,), by the references alone."""
+    caption = comparisons.caption_of_word[ngrams.start]
+    of_references = ngrams.select(caption >= comparisons.num_candidates)
+    photo = comparisons.photo[comparisons.caption_of_word[of_references.start]]
+    return inverse_document_frequencies(document_frequencies(photo, of_references), comparisons.num_candidates)
 
 
-@dataclass
-class _LazyNGrams:
-    """N-gram counts, computed again in each loop over them: those of 5,000 photos would take 100 MB."""
+def _clipped_matches(comparisons: Comparisons, counts: Counts, matches: Matches) -> np.ndarray:
+    """BLEU's matching n-grams of one order (N,): an n-gram counts as often as in the reference with most of it."""
+    if not len(matches.candidate):
+        return np.zeros(comparisons.num_candidates)
+    first = np.flatnonzero(np.diff(matches.candidate, prepend=-1))
+    common = np.minimum(counts.count[matches.candidate], counts.count[matches.reference])
+    candidate = counts.group[matches.candidate[first]]
+    return np.bincount(candidate, np.maximum.reduceat(common, first), comparisons.num_candidates)
 
-    count: Callable
-    captions: list
 
-    def __len__(self) -> int:
-        return len(self.captions)
+def _closest_lengths(comparisons: Comparisons) -> np.ndarray:
+    """The length of the reference closest in length (N,) int64. Of two equally close, the shorter one counts."""
+    reference = comparisons.lengths[comparisons.reference]
+    distance = np.abs(reference - comparisons.lengths[comparisons.candidate])
+    distance_then_length = distance * (reference.max() + 1) + reference
+    return np.minimum.reduceat(distance_then_length, comparisons.first) % (reference.max() + 1)
 
-    def __iter__(self) -> Iterator:
-        return map(self.count, self.captions)
+
+def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-L of one caption, 0 to 1: best precision and best recall, even of different references, combined.
+
+    As in coco-caption, an empty caption counts as one empty word.
+    """
+    candidate = candidate or [""]
+    common = [_common_subsequence(candidate, reference or [""]) for reference in references]
+    precision = max(common) / len(candidate)
+    recall = max(length / max(1, len(reference)) for length, reference in zip(common, references, strict=True))
+    if precision == 0:
+        return 0.0
+    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+
+
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """The length of the longest common subsequence.
+
+    One row of the table of dynamic programming is one Python integer, of any length: bit i is 0 where the row grows by
+    one at word i of `second` (Hyyrö 2004).
+    """
+    positions: dict[str, int] = {}  # of each word in `second`, as bits
+    for index, word in enumerate(second):
+        positions[word] = positions.get(word, 0) | 1 << index
+    row = everywhere = (1 << len(second)) - 1
+    for word in first:
+        if word in positions:
+            matching = row & positions[word]
+            row = (row + matching | row - matching) & everywhere
+    return len(second) - row.bit_count()
 
 
 def aggregate(stats: np.ndarray) -> np.ndarray:
@@ -130,10 +196,3 @@ def bootstrap(stats: np.ndarray) -> np.ndarray:
 def confidence_interval(scores: np.ndarray) -> np.ndarray:
     """The central 95 % of the scores of resamples: (R, 6) -> (6, 2), lower and upper bounds."""
     return np.percentile(scores, (2.5, 97.5), axis=0).T
-
-
-def _join(words: Sequence[str]) -> str:
-    for word in words:
-        if not word or word.split() != [word]:
-            raise ValueError(f"{word!r} is not one word")
-    return " ".join(words)
