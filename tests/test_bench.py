@@ -104,7 +104,9 @@ def test_the_epoch_and_scaling_benchmarks_run(capsys, monkeypatch):
 def test_the_scoring_benchmark_runs(small_data, capsys):
     scoring = bench("scoring")
     scoring.main(scoring.Bench((small_data,), photos=30))
-    assert re.search(r"30 photos, 45 references, +word: [\d.]+ s", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"30 photos, 45 references, +word: [\d.]+ s", printed)
+    assert re.search(r"by word alone: [\d.]+ s; pycocoevalcap: [\d.]+ s", printed)
 
 
 def test_complete_given_captions_score_like_references_and_without_given_words_decoding_is_greedy(here, capsys):

@@ -1,6 +1,7 @@
 """Scores equal those of coco-caption and of their papers' formulas; intervals equal those of a plain bootstrap."""
 
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
 from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
@@ -49,7 +51,80 @@ def test_scores_equal_those_of_coco_caption(pairs):
         Cider().compute_score(*texts)[0],
     ]
     found = score(candidates, references)
-    assert list(found.values()) == pytest.approx([100 * value for value in expected], abs=1e-6)
+    assert list(found.values()) == pytest.approx([100 * value for value in expected], rel=1e-9, abs=1e-9)
+
+
+def stats_of_coco_caption(candidates, references):
+    """The table of per_image_stats, by pycocoevalcap."""
+    texts = reference_texts, candidate_texts = as_text(candidates, references)
+    bleu = []
+    for photo, (candidate,) in candidate_texts.items():
+        (counts,) = BleuScorer(candidate, reference_texts[photo], n=4).ctest
+        closest = min((abs(length - counts["testlen"]), length) for length in counts["reflen"])[1]
+        bleu.append([*counts["correct"], *counts["guess"], counts["testlen"], closest])
+    return np.column_stack([bleu, Rouge().compute_score(*texts)[1], Cider().compute_score(*texts)[1]])
+
+
+def random_pairs(rng):
+    """A set of photos, of captions of few or many words, which may be empty, equal, or much longer than others."""
+    vocabulary = [list("ab"), list("abcdef"), ["一只", "狗", "在", "草地", "上", "奔跑"], [*map(str, range(300))]]
+    words = vocabulary[rng.integers(len(vocabulary))]
+    longest = int(rng.choice([1, 3, 9, 20, 70]))
+
+    def caption(shortest):
+        return rng.choice(words, rng.integers(shortest, longest + 1)).tolist()
+
+    def photo():
+        references = [caption(int(rng.random() < 0.9)) for _ in range(rng.integers(1, 6))]
+        references[0] = references[0] or caption(1)
+        if rng.random() < 0.3:
+            references.append(references[0])
+        candidate = references[0] if rng.random() < 0.1 else caption(0)
+        return candidate, references
+
+    return [photo() for _ in range(rng.integers(1, 8))]
+
+
+def test_every_statistic_of_random_captions_equals_coco_captions(times):
+    """One photo or several; empty candidates and references; n-grams that repeat; captions without any of order 4."""
+    rng = np.random.default_rng(0)
+    for _ in range(times(120, 5000)):
+        candidates, references = by_id(random_pairs(rng))
+        found, expected = per_image_stats(candidates, references), stats_of_coco_caption(candidates, references)
+        np.testing.assert_array_equal(found[:, :10], expected[:, :10])
+        np.testing.assert_allclose(found[:, 10:], expected[:, 10:], rtol=1e-9, atol=1e-9)
+
+
+def test_an_empty_caption_equals_an_empty_reference():
+    """As in coco-caption, where splitting an empty text gives one empty word."""
+    candidates, references = by_id([([], [["a", "dog"], []]), ([], [["a"]])])
+    found = per_image_stats(candidates, references)
+    assert found[:, 10].tolist() == [1, 0]
+    np.testing.assert_array_equal(found, stats_of_coco_caption(candidates, references))
+
+
+def test_words_in_every_photo_weigh_exactly_nothing():
+    """A rounding error of a logarithm, divided by its norm, would be a score of 10."""
+    for num_photos in range(1, 60):
+        pairs = [(["a", "a"], [["a"], ["a", "a", "a"]])] * num_photos
+        assert not per_image_stats(*by_id(pairs))[:, 11].any()
+
+
+def test_scoring_takes_memory_in_proportion_to_the_captions_and_less_than_1_gb_for_40_000_photos():
+    peaks = []
+    for num_photos in (500, 1000):
+        candidates, references = random_corpus(num_photos, 3, longest=20, num_references=5)
+        tracemalloc.start()
+        per_image_stats(candidates, references)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2.2 * peaks[0]
+    assert 40 * peaks[1] < 1e9
+
+
+def test_captions_scored_twice_have_the_same_bits():
+    corpus = random_corpus(50, 4)
+    assert per_image_stats(*corpus).tobytes() == per_image_stats(*corpus).tobytes()
 
 
 def ngrams(words, n):
@@ -238,13 +313,13 @@ def test_per_caption_scores_equal_those_of_coco_caption(pairs):
     np.testing.assert_allclose(per_caption.T, 100 * np.array(expected), atol=1e-6)
 
 
-def random_corpus(num_photos: int, seed: int):
+def random_corpus(num_photos: int, seed: int, longest: int = 8, num_references: int = 3):
     rng = np.random.default_rng(seed)
 
     def words():
-        return rng.choice(list("abcdef"), rng.integers(3, 9)).tolist()
+        return rng.choice(list("abcdef"), rng.integers(3, longest + 1)).tolist()
 
-    return by_id([(words(), [words() for _ in range(3)]) for _ in range(num_photos)])
+    return by_id([(words(), [words() for _ in range(num_references)]) for _ in range(num_photos)])
 
 
 def test_the_scores_of_a_resample_equal_those_of_the_photos_drawn():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,8 @@ class CaptionDataset:
     def references(self, photo: int) -> list[list[str]]:
         """The captions of one photo in words, neither truncated nor with <unk>."""
         first, end = self.photo_offsets[photo : photo + 2]
-        captions = np.split(self.words, self.caption_offsets[first : end + 1])[1:-1]
+        offsets = self.caption_offsets[first : end + 1].tolist()
+        captions = [self.words[start:stop].tolist() for start, stop in pairwise(offsets)]
         return [[self.id_to_word[word] for word in caption] for caption in captions]
 
     def pack(self, indices: Sequence[int] | np.ndarray) -> tuple[PackedSequence, Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of tokenized captions, as coco-caption defines them, and bootstrap intervals.
 
-The scores equal those of pycocoevalcap, the Python code of coco-caption itself, to rounding; the tests compare them.
-Counting with arrays (`captioning.evaluation.ngrams`) takes a small part of its time. (nltk's corpus_bleu differs on short
-captions: it counts at least one n-gram per caption.) Scores are multiplied by 100. BLEU is the corpus score without
-smoothing; CIDEr-D takes its document frequencies from the references given. References are the original words, not
-their <unk> version.
+The scores equal those of pycocoevalcap, the Python code of coco-caption itself; the tests compare them to 1e-9. N-grams
+are counted as arrays (`captioning.evaluation.ngrams`), in a fraction of its time (bench/scoring.py). nltk's corpus_bleu
+differs on short captions: it counts at least one n-gram per caption. Scores are multiplied by 100. BLEU is the corpus
+score without smoothing; CIDEr-D takes its document frequencies from the references given. References are the original
+words, not their <unk> version.
 
 Every score is a function of sums over photos. One table of per-photo statistics therefore gives the scores of the whole
 set, of each caption alone, and of photos sampled with replacement (the bootstrap).
@@ -15,10 +15,9 @@ set, of each caption alone, and of photos sampled with replacement (the bootstra
     coco-caption  Chen et al. 2015, https://arxiv.org/abs/1504.00325
     bootstrap     Efron 1979, https://doi.org/10.1214/aos/1176344552;
                   for text generation Koehn 2004, https://aclanthology.org/W04-3250/
+    subsequences  Hyyrö 2004, "Bit-parallel LCS-length computation revisited", AWOCA
 
-    LCS           Hyyrö 2004, Bit-parallel LCS-length computation revisited
-
-Letters: N photos, R resamples, P comparisons of a caption with a reference.
+Letters: N photos, R resamples, M words of all captions concatenated, D different n-grams of one order.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ import numpy as np
 from captioning.evaluation.ngrams import (
     MAX_ORDER,
     Comparisons,
-    Counts,
     Matches,
+    NGramCounts,
     Occurrences,
     cider_d,
     document_frequencies,
@@ -79,9 +78,9 @@ def per_image_stats(candidates: Captions, references: References) -> np.ndarray:
             raise ValueError(f"no references for {photo}")
     photo_references = [references[photo] for photo in candidates]
     captions = [*candidates.values(), *chain.from_iterable(photo_references)]
-    num_references = np.array([len(captions) for captions in photo_references])
     words, lengths, vocabulary_size = _encode(captions)
-    comparisons = Comparisons(lengths, np.arange(len(candidates)), num_references)
+    references_of_photo = np.array([len(own) for own in photo_references])
+    comparisons = Comparisons(lengths, np.arange(len(candidates)), references_of_photo)
     matching, cosines = [], np.zeros(len(comparisons.candidate))
     for ngrams in number_ngrams(words, lengths, vocabulary_size):
         counts = comparisons.count(ngrams)
@@ -90,8 +89,8 @@ def per_image_stats(candidates: Captions, references: References) -> np.ndarray:
         cosines += tf_idf_cosines(comparisons, counts, matches, _weights(comparisons, ngrams))
     num_words = lengths[: len(candidates)]
     total = [np.maximum(num_words - order, 0) for order in range(MAX_ORDER)]
-    rouge = [rouge_l(words, captions) for words, captions in zip(candidates.values(), photo_references, strict=True)]
     closest = _closest_lengths(comparisons)
+    rouge = [_rouge_l(caption, own) for caption, own in zip(candidates.values(), photo_references, strict=True)]
     return np.column_stack([*matching, *total, num_words, closest, rouge, cider_d(comparisons, cosines)])
 
 
@@ -118,12 +117,12 @@ def _weights(comparisons: Comparisons, ngrams: Occurrences) -> np.ndarray:
     return inverse_document_frequencies(document_frequencies(photo, of_references), comparisons.num_candidates)
 
 
-def _clipped_matches(comparisons: Comparisons, counts: Counts, matches: Matches) -> np.ndarray:
+def _clipped_matches(comparisons: Comparisons, counts: NGramCounts, matches: Matches) -> np.ndarray:
     """BLEU's matching n-grams of one order (N,): an n-gram counts as often as in the reference with most of it."""
     if not len(matches.candidate):
         return np.zeros(comparisons.num_candidates)
     first = np.flatnonzero(np.diff(matches.candidate, prepend=-1))
-    common = np.minimum(counts.count[matches.candidate], counts.count[matches.reference])
+    common = np.minimum(counts.counts[matches.candidate], counts.counts[matches.reference])
     candidate = counts.group[matches.candidate[first]]
     return np.bincount(candidate, np.maximum.reduceat(common, first), comparisons.num_candidates)
 
@@ -136,15 +135,16 @@ def _closest_lengths(comparisons: Comparisons) -> np.ndarray:
     return np.minimum.reduceat(distance_then_length, comparisons.first) % (reference.max() + 1)
 
 
-def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def _rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """ROUGE-L of one caption, 0 to 1: best precision and best recall, even of different references, combined.
 
     As in coco-caption, an empty caption counts as one empty word.
     """
     candidate = candidate or [""]
-    common = [_common_subsequence(candidate, reference or [""]) for reference in references]
+    references = [reference or [""] for reference in references]
+    common = [_common_subsequence(candidate, reference) for reference in references]
     precision = max(common) / len(candidate)
-    recall = max(length / max(1, len(reference)) for length, reference in zip(common, references, strict=True))
+    recall = max(length / len(reference) for length, reference in zip(common, references, strict=True))
     if precision == 0:
         return 0.0
     return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
@@ -172,8 +172,11 @@ def aggregate(stats: np.ndarray) -> np.ndarray:
 
     stats: (..., N, 12). Returns (..., 6), times 100, in the order of METRICS.
     """
-    sums = stats.sum(-2)
-    num_photos = stats.shape[-2]
+    return _scores_of_sums(stats.sum(-2), stats.shape[-2])
+
+
+def _scores_of_sums(sums: np.ndarray, num_photos: int) -> np.ndarray:
+    """Scores (..., 6), times 100, of num_photos photos whose statistics add up to sums (..., 12)."""
     matches, total, words, closest, averaged = np.split(sums, [4, 8, 9, 10], axis=-1)
     precision = (matches + 1e-15) / (total + 1e-9)  # coco-caption's guards against division by zero
     brevity = np.exp(np.minimum(0, 1 - (closest + 1e-9) / (words + 1e-15)))
@@ -190,7 +193,8 @@ def bootstrap(stats: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(0)
     num_photos = len(stats)
     resamples = (rng.integers(num_photos, size=num_photos) for _ in range(NUM_RESAMPLES))
-    return np.stack([aggregate(stats[indices]) for indices in resamples])
+    times_drawn = (np.bincount(photos, minlength=num_photos) for photos in resamples)
+    return _scores_of_sums(np.stack([times @ stats for times in times_drawn]), num_photos)
 
 
 def confidence_interval(scores: np.ndarray) -> np.ndarray:

@@ -35,16 +35,16 @@ class Occurrences(NamedTuple):
         return Occurrences(self.start[keep], self.number[keep], self.codes)
 
 
-class Counts(NamedTuple):
-    """How often each group of captions contains each n-gram, sorted by group and number. A group is a caption or a photo."""
+class NGramCounts(NamedTuple):
+    """How often each caption, or all captions of a photo, contain each n-gram; sorted by group and number."""
 
-    group: np.ndarray  # (E,) int64
+    group: np.ndarray  # (E,) int64: the caption, or the photo
     number: np.ndarray  # (E,) int64: which of the D different n-grams
-    count: np.ndarray  # (E,) int64, at least 1
+    counts: np.ndarray  # (E,) int64, at least 1
 
 
 class Matches(NamedTuple):
-    """The n-grams that a candidate shares with a reference of its photo: indices of the Counts of all captions."""
+    """The n-grams that a candidate shares with a reference of its photo: indices of the NGramCounts of all captions."""
 
     candidate: np.ndarray  # (A,) int64, ascending
     reference: np.ndarray  # (A,) int64
@@ -67,7 +67,7 @@ class Comparisons:
     """
 
     def __init__(self, lengths: np.ndarray, candidate_photo: np.ndarray, references_of_photo: np.ndarray):
-        """lengths: as above; candidate_photo (S,) int64: 0 to K - 1; references_of_photo (K,) int64: at least 1 each."""
+        """lengths: as above. candidate_photo (S,) int64: below K. references_of_photo (K,) int64: at least 1 each."""
         num_candidates = len(candidate_photo)
         self.lengths = lengths
         self.caption_of_word = np.arange(len(lengths)).repeat(lengths)
@@ -76,17 +76,17 @@ class Comparisons:
         self.first = _starts(self.num_references)
         self.first_reference = (num_candidates + _starts(references_of_photo))[candidate_photo]
         self.candidate = np.arange(num_candidates).repeat(self.num_references)
-        self.reference = _ranges(self.first_reference, self.num_references)
+        self.reference = ranges(self.first_reference, self.num_references)
 
     @property
     def num_candidates(self) -> int:
         return len(self.first)
 
-    def count(self, ngrams: Occurrences) -> Counts:
+    def count(self, ngrams: Occurrences) -> NGramCounts:
         """Count the n-grams of each caption."""
         return count_ngrams(self.caption_of_word[ngrams.start], ngrams)
 
-    def match(self, counts: Counts) -> Matches:
+    def match(self, counts: NGramCounts) -> Matches:
         """Find the n-grams that a candidate shares with a reference of its photo; counts: those of each caption."""
         num_of_candidates = int(np.searchsorted(counts.group, self.num_candidates))
         key = self.photo[counts.group] * (counts.number.max(initial=0) + 1) + counts.number
@@ -95,7 +95,7 @@ class Comparisons:
         first = np.searchsorted(sorted_keys, key[:num_of_candidates], "left")
         matches = np.searchsorted(sorted_keys, key[:num_of_candidates], "right") - first
         candidate = np.arange(num_of_candidates).repeat(matches)
-        reference = by_key[_ranges(first, matches)]
+        reference = by_key[ranges(first, matches)]
         caption = counts.group[candidate]
         comparison = self.first[caption] + counts.group[reference] - self.first_reference[caption]
         return Matches(candidate, reference, comparison)
@@ -116,16 +116,16 @@ def number_ngrams(words: np.ndarray, lengths: np.ndarray, vocabulary_size: int) 
         yield Occurrences(start, numbers, codes)
 
 
-def count_ngrams(group: np.ndarray, ngrams: Occurrences) -> Counts:
+def count_ngrams(group: np.ndarray, ngrams: Occurrences) -> NGramCounts:
     """Count the n-grams of each group of captions. group (O,) int64: that of each occurrence."""
     num_different = max(1, len(ngrams.codes))
     keys, counts = np.unique(group * num_different + ngrams.number, return_counts=True)
     groups, numbers = np.divmod(keys, num_different)
-    return Counts(groups, numbers, counts)
+    return NGramCounts(groups, numbers, counts)
 
 
 def document_frequencies(photo: np.ndarray, ngrams: Occurrences) -> np.ndarray:
-    """The number of photos that contain each of the D n-grams: (D,) int64. photo (O,) int64: that of each occurrence."""
+    """The number of photos that contain each n-gram: (D,) int64. photo (O,) int64: that of each occurrence."""
     return np.bincount(count_ngrams(photo, ngrams).number, minlength=len(ngrams.codes))
 
 
@@ -139,13 +139,13 @@ def inverse_document_frequencies(frequencies: np.ndarray, num_photos: int) -> np
 
 
 def tf_idf_cosines(
-    comparisons: Comparisons, counts: Counts, matches: Matches, inverse_frequencies: np.ndarray
+    comparisons: Comparisons, counts: NGramCounts, matches: Matches, inverse_frequencies: np.ndarray
 ) -> np.ndarray:
     """The clipped cosine similarity of tf-idf vectors, for the n-grams of one order: (P,) float64, 0 to 1.
 
     counts: those of each caption; inverse_frequencies (D,) float64: the weight of each n-gram.
     """
-    weights = counts.count * inverse_frequencies[counts.number]
+    weights = counts.counts * inverse_frequencies[counts.number]
     norms = np.sqrt(np.bincount(counts.group, weights**2, len(comparisons.lengths)))
     products = np.minimum(weights[matches.candidate], weights[matches.reference]) * weights[matches.reference]
     dot_products = np.bincount(matches.comparison, products, len(comparisons.candidate))
@@ -158,8 +158,7 @@ def cider_d(comparisons: Comparisons, cosines: np.ndarray) -> np.ndarray:
 
     The mean over orders and references, with a penalty on the difference in length.
     """
-    length = np.maximum(comparisons.lengths - 1, 0)  # coco-caption measures it in bigrams
-    difference = length[comparisons.candidate] - length[comparisons.reference]
+    difference = comparisons.lengths[comparisons.candidate] - comparisons.lengths[comparisons.reference]
     similarity = cosines / MAX_ORDER * np.exp(-(difference**2) / (2 * SIGMA**2))
     sums = np.bincount(comparisons.candidate, similarity, comparisons.num_candidates)
     return 10 * sums / comparisons.num_references
@@ -170,6 +169,6 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return counts.cumsum() - counts
 
 
-def _ranges(start: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(start: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Concatenate the ranges start[i], start[i] + 1, ..., start[i] + counts[i] - 1."""
     return np.arange(counts.sum()) + (start - _starts(counts)).repeat(counts)
