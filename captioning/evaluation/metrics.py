@@ -78,11 +78,11 @@ def per_image_stats(candidates: Captions, references: References) -> np.ndarray:
             raise ValueError(f"no references for {photo}")
     photo_references = [references[photo] for photo in candidates]
     captions = [*candidates.values(), *chain.from_iterable(photo_references)]
-    words, lengths, vocabulary_size = _encode(captions)
+    words, lengths = _encode(captions)
     references_of_photo = np.array([len(own) for own in photo_references])
     comparisons = Comparisons(lengths, np.arange(len(candidates)), references_of_photo)
     matching, cosines = [], np.zeros(len(comparisons.candidate))
-    for ngrams in number_ngrams(words, lengths, vocabulary_size):
+    for ngrams in number_ngrams(words, lengths):
         counts = comparisons.count(ngrams)
         matches = comparisons.match(counts)
         matching.append(_clipped_matches(comparisons, counts, matches))
@@ -94,8 +94,8 @@ def per_image_stats(candidates: Captions, references: References) -> np.ndarray:
     return np.column_stack([*matching, *total, num_words, closest, rouge, cider_d(comparisons, cosines)])
 
 
-def _encode(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Words -> ids of all captions concatenated (M,), words per caption, number of different words.
+def _encode(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Words -> ids of all captions concatenated (M,) and the words of each caption, both int64.
 
     Raises ValueError if a word contains a space.
     """
@@ -106,7 +106,7 @@ def _encode(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, 
     for word in word_to_id:
         if word.split() != [word]:
             raise ValueError(f"{word!r} is not one word")
-    return ids, lengths, len(word_to_id)
+    return ids, lengths
 
 
 def _weights(comparisons: Comparisons, ngrams: Occurrences) -> np.ndarray:

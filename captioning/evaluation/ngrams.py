@@ -21,6 +21,8 @@ import numpy as np
 
 MAX_ORDER = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of CIDEr-D's length penalty, in words
+WORD_BITS = 32  # of the code of an n-gram, for its last word; the upper 31 are for the number of the words before it
+LAST_WORD = (1 << WORD_BITS) - 1
 
 
 class Occurrences(NamedTuple):
@@ -28,11 +30,15 @@ class Occurrences(NamedTuple):
 
     start: np.ndarray  # (O,) int64: the position of its first word among the M words, ascending
     number: np.ndarray  # (O,) int64: which of the D different n-grams it is
-    codes: np.ndarray  # (D,) int64, ascending: the number of its first n - 1 words * vocabulary size + its last word
+    codes: np.ndarray  # (D,) int64, ascending: the number of its first n - 1 words, then its last word
 
     def select(self, keep: np.ndarray) -> Occurrences:
         """Those for which keep (O,) bool is True, with the same numbers."""
         return Occurrences(self.start[keep], self.number[keep], self.codes)
+
+    def codes_with(self, numbers: np.ndarray) -> np.ndarray:
+        """The codes (D,) where numbers[i] takes the place of the number i of the first n - 1 words."""
+        return numbers[self.codes >> WORD_BITS] << WORD_BITS | self.codes & LAST_WORD
 
 
 class NGramCounts(NamedTuple):
@@ -101,17 +107,17 @@ class Comparisons:
         return Matches(candidate, reference, comparison)
 
 
-def number_ngrams(words: np.ndarray, lengths: np.ndarray, vocabulary_size: int) -> Iterator[Occurrences]:
+def number_ngrams(words: np.ndarray, lengths: np.ndarray) -> Iterator[Occurrences]:
     """Find and number the n-grams of captions, for the orders 1 to 4 one after the other.
 
-    words (M,) int: ids below vocabulary_size, of one caption after the other; lengths: words of each caption, int64. An
-    n-gram is told by the number of its first n - 1 words and its last word, so its code is below M * vocabulary_size.
+    words (M,) int64: ids of 0 to 2^32 - 1, of one caption after the other; M below 2^31. lengths int64: words of each
+    caption. The number of an n-gram's first n - 1 words and its last word identify it.
     """
     remaining = lengths.cumsum().repeat(lengths) - np.arange(len(words))  # words from here to the end of the caption
     number = np.zeros(len(words), np.int64)  # of the n-gram of the order before that starts here; 0 is the empty one
     for order in range(MAX_ORDER):
         start = np.flatnonzero(remaining > order)
-        codes, numbers = np.unique(number[start] * vocabulary_size + words[start + order], return_inverse=True)
+        codes, numbers = np.unique(number[start] << WORD_BITS | words[start + order], return_inverse=True)
         number[start] = numbers
         yield Occurrences(start, numbers, codes)
 

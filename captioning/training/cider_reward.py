@@ -45,12 +45,11 @@ class CiderReward:
     def __init__(self, references: CaptionDataset):
         """references: photos with their captions. Words outside the vocabulary count too; no candidate has them."""
         self.references = references
-        self.vocabulary_size = len(references.id_to_word)
         num_photos = len(references)
         words, lengths, num_references = self._references_of(np.arange(num_photos))
         photo_of_word = np.arange(num_photos).repeat(num_references).repeat(lengths)
         self.known: list[KnownNGrams] = []  # by order
-        for ngrams in number_ngrams(words, lengths, self.vocabulary_size):
+        for ngrams in number_ngrams(words, lengths):
             frequencies = document_frequencies(photo_of_word[ngrams.start], ngrams)
             weights = inverse_document_frequencies(np.append(frequencies, 0), num_photos)
             self.known.append(KnownNGrams(np.append(ngrams.codes, np.iinfo(np.int64).max), weights))
@@ -69,10 +68,8 @@ class CiderReward:
         comparisons = Comparisons(lengths, photo_index, num_references)
         cosines = np.zeros(len(comparisons.candidate))
         known_number = np.zeros(1, np.int64)  # the empty n-gram has the number 0, here and among the references
-        batch_ngrams = number_ngrams(words, lengths, self.vocabulary_size)
-        for ngrams, known in zip(batch_ngrams, self.known, strict=True):
-            beginning, last_word = np.divmod(ngrams.codes, self.vocabulary_size)
-            known_number = known.find(known_number[beginning] * self.vocabulary_size + last_word)
+        for ngrams, known in zip(number_ngrams(words, lengths), self.known, strict=True):
+            known_number = known.find(ngrams.codes_with(known_number))
             counts = comparisons.count(ngrams)
             matches = comparisons.match(counts)
             cosines += tf_idf_cosines(comparisons, counts, matches, known.inverse_frequencies[known_number])
