@@ -5,7 +5,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ import torch
 from captioning.decoders import attention, fused_ops
 from captioning.encoders.grid import Grid, pooling_matrix
 from captioning.runtime.device import autocast
+from captioning.runtime.kernel_loading import LoadedKernels, load_kernels
+from tests.test_bench import bench
 from tests.test_decoders import LENGTHS, PHOTO, VARIANTS, make
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +40,11 @@ def train_outputs(decoder, grid, packed):
 
 def make_attention(device="cpu", native_side=8, output_side=14):
     """A soft attention decoder in float32, the grid of 3 photos and packed words."""
-    decoder, grid, _, _, packed = make("attention")
+    decoder, _, _, _, packed = make("attention")
     decoder = decoder.float().to(device)
     decoder.score.weight.data *= 10  # a peaked attention
     pooling = pooling_matrix(native_side, output_side)
-    grid = Grid(grid.cells[:, : native_side**2].float(), torch.kron(pooling, pooling).float())
+    grid = Grid(torch.randn(3, native_side**2, 6), torch.kron(pooling, pooling).float())
     return decoder, grid.to(torch.device(device), torch.float32), packed
 
 
@@ -105,8 +106,10 @@ def compare_in_interpreter(monkeypatch, native_side, output_side):
     decoder, grid, packed = make_attention("cpu", native_side, output_side)
     expected = train_outputs(decoder, grid, packed)
     monkeypatch.setattr(attention, "kernels_for", lambda cells: kernels)
-    for name, block in (("A_BLOCK", 2), ("C_BLOCK", 4), ("H_BLOCK", 4), ("KEY_CELLS", 16)):  # several rounds of each
-        monkeypatch.setattr(kernels, name, block)
+    blocks = {**kernels.attention_blocks(output_side**2, native_side**2), "A_BLOCK": 2, "C_BLOCK": 4, "POOL_BLOCK": 8}
+    monkeypatch.setattr(kernels, "attention_blocks", lambda num_cells, num_native: blocks)  # several rounds of each
+    monkeypatch.setattr(kernels, "KEYS_BLOCKS", {"P_BLOCK": 16, "A_BLOCK": 2})
+    monkeypatch.setattr(kernels, "H_BLOCK", 4)
     recorders = [RecordingKernel(getattr(kernels, name)) for name in KERNELS]
     for name, recorder in zip(KERNELS, recorders, strict=True):
         monkeypatch.setattr(kernels, name, recorder)
@@ -116,128 +119,148 @@ def compare_in_interpreter(monkeypatch, native_side, output_side):
     assert leaks == []
     for recorder in recorders:  # else Triton 3.9 warns
         assert recorder.launches and all(options["enable_fp_fusion"] for options in recorder.launches)
+
+
+def decode_codes(code, scale):
+    """The definition of the codes in captioning/features/quantization.py, for one value."""
+    level = code / 255 if scale >= 0 else (code - 128) / 127
+    return abs(scale) * level * abs(level)
+
+
+def check_dequantize(device):
+    """The kernel that decodes 8-bit features against the definition of the codes."""
+    from captioning.features import kernels
+
+    codes = torch.randint(256, (4, 3, 11), dtype=torch.uint8)
+    codes[0, 0, :3] = torch.tensor([0, 128, 255])
+    scales = torch.tensor([[1.5, -1.5, 0], [-2, 3, 0.1], [1e-3, 60000, -7], [1, -1, 2]])
+    rows = torch.tensor([2, 0, 0, 3, 1])
+    expected = torch.tensor(
+        [
+            [[decode_codes(int(q), float(s)) for q in cell] for cell, s in zip(codes[r], scales[r], strict=True)]
+            for r in rows
+        ]
+    )
+    tensors = [tensor.to(device) for tensor in (codes, scales, rows)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = kernels.dequantize_rows(*tensors, dtype).cpu()
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected.to(dtype).float(), rtol=1e-6, atol=1e-12)
+    assert kernels.dequantize_rows(*tensors[:2], tensors[2][:0], torch.float32).shape == (0, 3, 11)
+
+
+def run_in_interpreter(monkeypatch, sides):
+    """Run in a process with TRITON_INTERPRET=1, where kernels run on a CPU."""
+    compare_in_interpreter(monkeypatch, *sides)
+    from captioning.features import kernels
+
+    for block in (4, 16):  # several blocks per cell, and one
+        monkeypatch.setattr(kernels, "MAX_BLOCK", block)
+        check_dequantize("cpu")
     print("equal")
 
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is tested on the GPU instead")
-def test_the_kernels_compute_what_the_plain_decoder_does(times):
-    sides = times(3, 8), times(5, 14)
+@pytest.mark.parametrize("few, many", [((3, 5), (8, 14)), ((5, 3), (18, 14))], ids=["N < P", "N > P"])
+def test_the_kernels_compute_what_their_plain_forms_do(few, many, times):
     code = (
         "import pytest, tests.test_kernels as t\n"
-        f"with pytest.MonkeyPatch.context() as m: t.compare_in_interpreter(m, *{sides})"
+        f"with pytest.MonkeyPatch.context() as m: t.run_in_interpreter(m, {times(few, many)})"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "equal\n"), run.stderr
 
 
-SMALL = {"P": 25, "N": 9, "A": 20, "C": 40, "H": 30}
-SMALL_BLOCKS = {"P_BLOCK": 32, "N_BLOCK": 16, "A_BLOCK": 16, "C_BLOCK": 16, "H_BLOCK": 32}
-FLOAT32_TENSORS = {  # in any precision
-    "pooling",
-    "score_weight",
-    "attention",
-    "d_attention",
-    "d_scores",
-    "d_score_weight",
-    "cell",
-    "new_hidden",
-    "new_cell",
-    "d_hidden",
-    "d_cell",
-    "d_old_cell",
-}
-
-
-def argument_type(name, dtype, sizes):
-    if name in sizes:
-        return "constexpr"
-    if name == "num_tiles" or name.endswith("stride"):
-        return "i32"
-    if name in ("photo_index", "word_order", "word_offsets"):
-        return "*i64"
-    return "*fp32" if name in FLOAT32_TENSORS else f"*{dtype}"
-
-
-def compile_kernels(dtype, sizes):
-    """Compile all kernels for an H100, which need not be present. Warnings about floating-point fusion are errors."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+@needs_triton
+def test_rows_of_one_photo_have_adjacent_programs():
+    """They find its keys and cells in the cache of the GPU."""
     from captioning.decoders import kernels
 
-    options = {**kernels.LAUNCH_OPTIONS, "num_warps": 8}
-    for name in KERNELS:
-        function = getattr(kernels, name)
-        types = {argument: argument_type(argument, dtype, sizes) for argument in function.arg_names}
-        constants = {(i,): sizes[argument] for i, argument in enumerate(function.arg_names) if argument in sizes}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*FP_FUSION")
-            source = ASTSource(function, types, constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert compiled.asm["cubin"]
+    decoder, grid, _ = make_attention()
+    keys = grid.spread(decoder.key(grid.cells))
+    fused = kernels.FusedAttention(grid.cells, keys, grid.pooling, decoder.score.weight, PHOTO)
+    assert fused.row_order.tolist() == [1, 4, 0, 3, 2], "photo 0, photo 1, photo 2"
 
 
 @needs_triton
-def test_the_kernels_compile_without_a_gpu(monkeypatch, tmp_path, request):
-    """The compiler is stricter than the interpreter."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_the_kernels_compile_without_a_gpu_and_keep_their_values_in_registers(times):
+    """The compiler is stricter than the interpreter. Warnings of Triton are errors."""
     pytest.importorskip("triton", "3.3")
-    from captioning.decoders import kernels
+    compiler = bench("kernels")
+    for cells in times([64], [49, 64, 100, 196, 256, 784, fused_ops.MAX_CELLS]):
+        for channels, dtype, architecture in times(
+            [(2048, "bf16", 90)],
+            [(c, dtype, sm) for c in (2048, 1280, 300) for dtype in ("fp32", "bf16", "fp16") for sm in (90, 86, 80)],
+        ):
+            for kernel in compiler.list_kernels(cells, channels, attention_size=512, hidden_size=512):
+                found = compiler.compile_kernel(kernel, dtype, architecture)
+                assert found.spills <= 16, (kernel, dtype, architecture)  # a few bytes buy one more resident program
 
-    compile_kernels("bf16", {**SMALL, **SMALL_BLOCKS})
-    if request.config.getoption("--torture"):
-        blocks = {"A_BLOCK": kernels.A_BLOCK, "C_BLOCK": kernels.C_BLOCK, "H_BLOCK": kernels.H_BLOCK}
-        cells = {"P": 196, "N": 64, "P_BLOCK": 256, "N_BLOCK": 64}
-        compile_kernels("fp32", {**cells, **blocks, "A": 512, "C": 2048, "H": 512})
-        compile_kernels("bf16", {**cells, **blocks, "A": 100, "C": 1280, "H": 300})
+
+class GpuCells:
+    """What kernels_for asks of cells on a GPU."""
+
+    device, dtype, requires_grad, shape = torch.device("cuda:0"), torch.float16, False, (3, 64, 2048)
 
 
-def test_the_kernels_apply_where_the_features_need_no_gradient(monkeypatch):
-    monkeypatch.setattr(fused_ops, "_load_kernels", lambda device: "kernels")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-
-    class GpuCells:
-        is_cuda, requires_grad, device = True, False, "cuda:0"
-
-        def element_size(self):
-            return 2
-
+def test_the_kernels_apply_to_features_on_a_gpu_that_need_no_gradient(monkeypatch):
+    monkeypatch.setattr(fused_ops, "load_kernels", lambda module, device: LoadedKernels("kernels", None))
     cells = GpuCells()
     assert fused_ops.kernels_for(cells) == "kernels"
     with fused_ops.use_kernels(False):
         assert fused_ops.kernels_for(cells) is None
     assert fused_ops.kernels_for(cells) == "kernels"
-    cells.requires_grad = True
-    assert fused_ops.kernels_for(cells) is None
-    assert fused_ops.kernels_for(torch.zeros(2)) is None
+    for name, value in (("requires_grad", True), ("dtype", torch.float64), ("shape", (3, 33 * 33, 2048))):
+        with monkeypatch.context() as context:
+            context.setattr(cells, name, value, raising=False)
+            assert fused_ops.kernels_for(cells) is None
+    assert fused_ops.kernels_for(cells) == "kernels"
+
+
+def test_a_reason_is_given_where_the_kernels_do_not_apply(monkeypatch):
+    assert fused_ops.kernels_unavailable(torch.device("cpu"), 64) == "the device is not an NVIDIA GPU"
+    assert fused_ops.kernels_for(torch.zeros(1, 64, 8)) is None
+    monkeypatch.setattr(fused_ops, "load_kernels", lambda module, device: LoadedKernels("kernels", None))
+    gpu = GpuCells.device
+    assert fused_ops.kernels_unavailable(gpu, 1024) is None
+    assert fused_ops.kernels_unavailable(gpu, 1025) == (
+        "they take at most 1024 cells per photo, and these features have 1025"
+    )
+    assert fused_ops.kernels_unavailable(gpu, 64, True) == "they compute no gradient of the features"
 
 
 @needs_triton
-def test_attention_runs_without_kernels_that_do_not_compile_and_prints_why_once(monkeypatch, capsys):
-    from captioning.decoders import kernels
-
+@pytest.mark.parametrize("module", ["captioning.decoders.kernels", "captioning.features.kernels"])
+def test_kernels_that_do_not_compile_are_no_error(module, monkeypatch, capsys):
     def no_compiler(device):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    monkeypatch.setattr(kernels, "smoke_test", no_compiler)
-    for _ in range(2):
-        assert fused_ops._load_kernels(torch.device("cuda:99")) is None
-    assert capsys.readouterr().out == (
-        "the attention decoder runs without its fused GPU kernels, which is slower: Failed to find C compiler\n"
-    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(f"{module}.smoke_test", no_compiler)
+    expected = LoadedKernels(None, "Triton does not work here: Failed to find C compiler")
+    assert load_kernels(module, torch.device("cuda:99")) == expected
+    assert capsys.readouterr().out == ""
+
+
+def test_kernels_need_triton(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "captioning.decoders.kernels", raising=False)
+    found = load_kernels("captioning.decoders.kernels", torch.device("cuda:98"))
+    assert found == LoadedKernels(None, "triton is not installed")
 
 
 # ---- on a GPU
 
 
 @needs_gpu
+@pytest.mark.parametrize("native_side", [7, 8, 14, 28])
 @pytest.mark.parametrize("precision, rtol, atol", [(torch.float32, 1e-3, 1e-5), (torch.bfloat16, 0.1, 0.03)])
-def test_the_kernels_on_a_gpu_compute_what_the_plain_decoder_does(monkeypatch, precision, rtol, atol):
+def test_the_kernels_on_a_gpu_compute_what_the_plain_decoder_does(monkeypatch, precision, rtol, atol, native_side):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    decoder, grid, packed = make_attention("cuda")
+    decoder, grid, packed = make_attention("cuda", native_side)
     packed, grid = packed.to("cuda"), grid.to(torch.device("cuda"), precision)
     assert fused_ops.kernels_for(grid.cells), "else the plain decoder is compared with itself"
     with autocast(torch.device("cuda"), precision):
@@ -258,3 +281,8 @@ def test_the_gradients_of_the_kernels_are_deterministic():
     first = train_outputs(decoder, grid, packed)
     for _ in range(3):
         assert all(map(torch.equal, first, train_outputs(decoder, grid, packed)))
+
+
+@needs_gpu
+def test_the_kernel_on_a_gpu_decodes_8_bit_features():
+    check_dequantize("cuda")

@@ -4,6 +4,7 @@ DeferredGradLinear: a linear layer of a recurrence, whose weight gets its gradie
 ChunkedAttentionScores: attention scores that never hold their (R, P, A) activations in memory.
 attend_all_steps: attention of all words at once, for decoders whose hidden state does not depend on it.
 kernels_for: the Triton kernels of captioning/decoders/kernels.py, where they apply.
+kernels_unavailable: why they do not apply.
 
 Legend: B photos, K captions per photo, R rows of a step, W rows of all steps, P cells, A attention size, I inputs,
 O outputs.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ from torch.autograd.function import once_differentiable
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
 from captioning.decoders.protocol import upcast
-from captioning.runtime.library_errors import reason
+from captioning.runtime.kernel_loading import load_kernels
 
 CACHE_ELEMENTS = 2**18  # elements of a chunk per thread: they stay in the cache of a core
+
+KERNELS = "captioning.decoders.kernels"
+MAX_CELLS = 1024  # native cells per photo: for 32 x 32, tiles still fit into registers, as bench/kernels.py shows
 
 Layer = Callable[[Tensor], Tensor]  # a linear layer, or its DeferredGradLinear
 
@@ -91,35 +95,28 @@ def use_kernels(enabled: bool) -> Iterator[None]:
 
 
 def kernels_for(cells: Tensor) -> ModuleType | None:
-    """Return the module of Triton kernels if they apply to these cells and are enabled, else None.
+    """Return the module of Triton kernels if they can compute with cells (B, N, C) and are enabled, else None.
 
-    They apply to cells on an NVIDIA GPU that require no gradient, such as those of the feature cache.
+    They need an NVIDIA GPU, and at most MAX_CELLS cells that require no gradient, such as those of the feature cache.
     """
-    applicable = (
-        _kernels_enabled.get()
-        and cells.is_cuda
-        and torch.version.cuda is not None
-        and not cells.requires_grad
-        and cells.element_size() <= 4
-    )
-    return _load_kernels(cells.device) if applicable else None
-
-
-def kernels_unavailable(device: torch.device, native_cells: int) -> str | None:
-    """Why the Triton kernels cannot be used on this device; None if they can."""
-    return None if _load_kernels(device) else "they cannot be loaded"
-
-
-@cache
-def _load_kernels(device: torch.device) -> ModuleType | None:
-    try:
-        from captioning.decoders import kernels
-
-        kernels.smoke_test(device)
-    except Exception as error:  # no Triton, no C compiler for it, an unsupported GPU: each raises a different error
-        print(f"the attention decoder runs without its fused GPU kernels, which is slower: {reason(error)}")
+    if not _kernels_enabled.get() or cells.dtype == torch.float64:
         return None
-    return kernels
+    if kernels_unavailable(cells.device, cells.shape[1], cells.requires_grad):
+        return None
+    return load_kernels(KERNELS, cells.device).module
+
+
+def kernels_unavailable(device: torch.device, num_native: int, needs_gradient: bool = False) -> str | None:
+    """Why the kernels cannot compute with N native cells on this device, or None if they can.
+
+    needs_gradient: the cells require one. The reason is a clause for a message, without a full stop.
+    """
+    unavailable = load_kernels(KERNELS, device).unavailable
+    if unavailable is None and needs_gradient:
+        return "they compute no gradient of the features"
+    if unavailable is None and num_native > MAX_CELLS:
+        return f"they take at most {MAX_CELLS} cells per photo, and these features have {num_native}"
+    return unavailable
 
 
 class Activation(NamedTuple):

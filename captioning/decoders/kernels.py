@@ -4,6 +4,12 @@ They compute the equations of captioning/decoders/attention.py, which is their r
 weights, a step of that form makes about a dozen passes over tensors of (R, P, A) and (R, C). Here, a program reads
 the keys and cells of its row in place, once, and writes no tensor of that size. Sums are float32 in any precision.
 
+A GPU starts programs in the order of their numbers, so the rows of one photo have adjacent programs: the first one
+brings the keys and cells of the photo into the cache, and the others find them there, even in a cache of 3 MB.
+
+Few registers per thread let many programs share a multiprocessor, and hide the time that reads take: no tile takes
+more than 32 registers of a thread, and `python bench/kernels.py` shows what each kernel takes.
+
 The gradients of the keys and of w are sums over all steps. They are deferred to the end of the backward pass, as in
 captioning/decoders/fused_ops.py: one kernel adds up the words of each photo in a fixed order, so that gradients are
 deterministic.
@@ -22,13 +28,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
 
-A_BLOCK = 64
-C_BLOCK = 128
 H_BLOCK = 256
-KEY_CELLS = 32  # cells per tile of keys
+KEYS_BLOCKS = {"P_BLOCK": 16, "A_BLOCK": 64}  # of the gradient of the keys
 # Fused multiply-add, which was Triton's default: Triton 3.9 warns if neither the launch nor the environment sets it.
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -43,6 +48,8 @@ class FusedAttention:
         self.pooling = pooling.contiguous()
         self.score_weight = score_weight.detach()
         self.photo_index = photo_index
+        # One order for all steps: it costs one sort per batch, and programs whose caption has ended return at once.
+        self.row_order = photo_index.argsort(stable=True)  # (R,): rows by photo
         self.deferred = DeferredGradient(_keys_gradients, keys, score_weight, photo_index)
 
     def __call__(self, query: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -59,13 +66,22 @@ class FusedAttention:
             "N": num_native,
             "A": attention_size,
             "C": channels,
-            "P_BLOCK": triton.next_power_of_2(num_cells),
-            "N_BLOCK": triton.next_power_of_2(num_native),
-            "A_BLOCK": A_BLOCK,
-            "C_BLOCK": C_BLOCK,
-            "num_warps": 8,
+            **attention_blocks(num_cells, num_native),
             **LAUNCH_OPTIONS,
         }
+
+
+def attention_blocks(num_cells: int, num_native: int) -> dict[str, int]:
+    """The blocks and warps of the attention kernels for P and N cells: the larger N, the fewer channels in a tile."""
+    native_block = triton.next_power_of_2(num_native)
+    return {
+        "P_BLOCK": triton.next_power_of_2(num_cells),
+        "N_BLOCK": native_block,
+        "A_BLOCK": 32,
+        "C_BLOCK": min(max(8192 // native_block, 16), 64),
+        "POOL_BLOCK": min(max(1024 // native_block, 8), 32),
+        "num_warps": 8,
+    }
 
 
 def _keys_gradients(
@@ -78,10 +94,10 @@ def _keys_gradients(
     photo_of_word = torch.cat([photo_index[: len(query)] for query, _ in steps])  # (W,)
     sorted_photos, word_order = photo_of_word.sort(stable=True)
     word_offsets = torch.searchsorted(sorted_photos, torch.arange(num_photos + 1, device=keys.device))
-    num_tiles = triton.cdiv(num_cells, KEY_CELLS)
+    num_tiles = triton.cdiv(num_cells, KEYS_BLOCKS["P_BLOCK"])
     d_keys = torch.empty_like(keys)
     d_score_weight = torch.empty(num_photos * num_tiles, attention_size, device=keys.device)
-    _keys_backward_kernel[num_photos * num_tiles, triton.cdiv(attention_size, A_BLOCK)](
+    _keys_backward_kernel[num_photos * num_tiles, triton.cdiv(attention_size, KEYS_BLOCKS["A_BLOCK"])](
         keys,
         score_weight,
         queries,
@@ -93,8 +109,7 @@ def _keys_gradients(
         num_tiles,
         P=num_cells,
         A=attention_size,
-        P_BLOCK=KEY_CELLS,
-        A_BLOCK=A_BLOCK,
+        **KEYS_BLOCKS,
         **LAUNCH_OPTIONS,
     )
     return d_keys, d_score_weight.sum(0, keepdim=True).to(score_weight.dtype), None
@@ -103,10 +118,10 @@ def _keys_gradients(
 class _AttentionStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, gate: Tensor, anchor: Tensor, fused: FusedAttention) -> tuple[Tensor, Tensor]:
-        rows = len(query)
-        attention = torch.empty(rows, fused.keys.shape[1], device=query.device)
-        context = torch.empty(rows, fused.cells.shape[2], dtype=query.dtype, device=query.device)
-        _attention_kernel[(rows,)](
+        num_rows = len(query)
+        attention = torch.empty(num_rows, fused.keys.shape[1], device=query.device)
+        context = torch.empty(num_rows, fused.cells.shape[2], dtype=query.dtype, device=query.device)
+        _attention_kernel[(len(fused.row_order),)](
             query,
             gate,
             fused.keys,
@@ -114,25 +129,28 @@ class _AttentionStep(torch.autograd.Function):
             fused.pooling,
             fused.score_weight,
             fused.photo_index,
+            fused.row_order,
+            num_rows,
             attention,
             context,
             query.stride(0),
             gate.stride(0),
             **fused.launch_arguments(),
         )
-        ctx.save_for_backward(query, gate, attention)
+        ctx.save_for_backward(query, gate, attention, context)
         ctx.fused = fused
         ctx.step = fused.deferred.next_step()
         return context, attention
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_context: Tensor, d_attention: Tensor) -> tuple[Tensor | None, ...]:
         fused = ctx.fused
-        query, gate, attention = ctx.saved_tensors
+        query, gate, attention, context = ctx.saved_tensors
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         d_scores = torch.empty_like(attention)
-        _attention_backward_kernel[(len(query),)](
+        _attention_backward_kernel[(len(fused.row_order),)](
             query,
             gate,
             fused.keys,
@@ -140,7 +158,10 @@ class _AttentionStep(torch.autograd.Function):
             fused.pooling,
             fused.score_weight,
             fused.photo_index,
+            fused.row_order,
+            len(query),
             attention,
+            context,
             d_context.contiguous(),
             d_attention.contiguous(),
             d_query,
@@ -162,7 +183,8 @@ def _load_tile(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
     return tl.load(matrix + i[:, None] * columns + j[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+# The number of rows differs from step to step. Triton would compile kernels again where it is 1 or divisible by 16.
+@triton.jit(do_not_specialize=["num_rows"])
 def _attention_kernel(
     query,
     gate,
@@ -171,6 +193,8 @@ def _attention_kernel(
     pooling,
     score_weight,
     photo_index,
+    row_order,
+    num_rows,
     attention,
     context,
     query_stride,
@@ -183,11 +207,15 @@ def _attention_kernel(
     N_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr,
+    POOL_BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_order + tl.program_id(0))
+    if row >= num_rows:  # this caption has ended
+        return
     photo = tl.load(photo_index + row)
     p = tl.arange(0, P_BLOCK)
     n = tl.arange(0, N_BLOCK)
+    attention += row * P
     scores = tl.zeros([P_BLOCK], tl.float32)
     for start in range(0, A, A_BLOCK):
         a = start + tl.arange(0, A_BLOCK)
@@ -197,10 +225,14 @@ def _attention_kernel(
         scores += tl.sum(tl.maximum(k + q[None, :], 0.0) * w[None, :], 1)
     scores = tl.where(p < P, scores, -float("inf"))
     exponentials = tl.exp(scores - tl.max(scores, 0))
-    probability = exponentials / tl.sum(exponentials, 0)
-    tl.store(attention + row * P + p, probability, mask=p < P)
-    pool = _load_tile(pooling, p, n, P, N)
-    native_weight = tl.sum(probability[:, None] * pool, 0)
+    tl.store(attention + p, exponentials / tl.sum(exponentials, 0), mask=p < P)
+    tl.debug_barrier()  # the next loop reads what other threads of this program stored
+    products = tl.zeros([POOL_BLOCK, N_BLOCK], tl.float32)
+    for start in range(0, P, POOL_BLOCK):
+        i = start + tl.arange(0, POOL_BLOCK)
+        probability = tl.load(attention + i, mask=i < P, other=0.0)
+        products += probability[:, None] * _load_tile(pooling, i, n, P, N)
+    native_weight = tl.sum(products, 0)
     for start in range(0, C, C_BLOCK):
         c = start + tl.arange(0, C_BLOCK)
         f = _load_tile(cells + photo * N * C, n, c, N, C)
@@ -208,7 +240,7 @@ def _attention_kernel(
         tl.store(context + row * C + c, tl.sum(native_weight[:, None] * f, 0) * tl.sigmoid(g), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _attention_backward_kernel(
     query,
     gate,
@@ -217,7 +249,10 @@ def _attention_backward_kernel(
     pooling,
     score_weight,
     photo_index,
+    row_order,
+    num_rows,
     attention,
+    context,
     d_context,
     d_attention,
     d_query,
@@ -233,26 +268,35 @@ def _attention_backward_kernel(
     N_BLOCK: tl.constexpr,
     A_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr,
+    POOL_BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_order + tl.program_id(0))
+    if row >= num_rows:  # this caption has ended
+        return
     photo = tl.load(photo_index + row)
-    p = tl.arange(0, P_BLOCK)
     n = tl.arange(0, N_BLOCK)
-    probability = tl.load(attention + row * P + p, mask=p < P, other=0.0)
-    pool = _load_tile(pooling, p, n, P, N)
-    native_weight = tl.sum(probability[:, None] * pool, 0)
+    d_scores += row * P
     d_native_weight = tl.zeros([N_BLOCK], tl.float32)
     for start in range(0, C, C_BLOCK):
         c = start + tl.arange(0, C_BLOCK)
         f = _load_tile(cells + photo * N * C, n, c, N, C)
         g = tl.sigmoid(tl.load(gate + row * gate_stride + c, mask=c < C, other=0.0).to(tl.float32))
+        z = tl.load(context + row * C + c, mask=c < C, other=0.0).to(tl.float32)  # g ((a P) F)
         d = tl.load(d_context + row * C + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(d_gate + row * C + c, d * tl.sum(native_weight[:, None] * f, 0) * g * (1 - g), mask=c < C)
+        tl.store(d_gate + row * C + c, d * z * (1 - g), mask=c < C)
         d_native_weight += tl.sum(f * (d * g)[None, :], 1)
-    d_probability = tl.sum(pool * d_native_weight[None, :], 1)
+    for start in range(0, P, POOL_BLOCK):
+        i = start + tl.arange(0, POOL_BLOCK)
+        spread = tl.sum(_load_tile(pooling, i, n, P, N) * d_native_weight[None, :], 1)
+        tl.store(d_scores + i, spread, mask=i < P)  # until the softmax below
+    tl.debug_barrier()  # the next line reads what other threads of this program stored
+    p = tl.arange(0, P_BLOCK)
+    d_probability = tl.load(d_scores + p, mask=p < P, other=0.0)
     d_probability += tl.load(d_attention + row * P + p, mask=p < P, other=0.0)
+    probability = tl.load(attention + row * P + p, mask=p < P, other=0.0)
     d_score = probability * (d_probability - tl.sum(probability * d_probability, 0))  # of the softmax
-    tl.store(d_scores + row * P + p, d_score, mask=p < P)
+    tl.debug_barrier()  # all threads have read what the next line overwrites
+    tl.store(d_scores + p, d_score, mask=p < P)
     for start in range(0, A, A_BLOCK):
         a = start + tl.arange(0, A_BLOCK)
         q = tl.load(query + row * query_stride + a, mask=a < A, other=0.0).to(tl.float32)
@@ -284,18 +328,18 @@ def _keys_backward_kernel(
     a = tl.program_id(1) * A_BLOCK + tl.arange(0, A_BLOCK)
     k = _load_tile(keys + photo * P * A, p, a, P, A)
     keys_sum = tl.zeros([P_BLOCK, A_BLOCK], tl.float32)
-    weight_sum = tl.zeros([A_BLOCK], tl.float32)
+    products = tl.zeros([P_BLOCK, A_BLOCK], tl.float32)
     for i in range(tl.load(word_offsets + photo), tl.load(word_offsets + photo + 1)):
         word = tl.load(word_order + i)
         q = tl.load(queries + word * A + a, mask=a < A, other=0.0).to(tl.float32)
         d = tl.load(d_scores + word * P + p, mask=p < P, other=0.0)
         sums = k + q[None, :]
         keys_sum += tl.where(sums > 0, d[:, None], 0.0)
-        weight_sum += tl.sum(tl.maximum(sums, 0.0) * d[:, None], 0)
+        products += tl.maximum(sums, 0.0) * d[:, None]
     w = tl.load(score_weight + a, mask=a < A, other=0.0).to(tl.float32)
     inside = (p[:, None] < P) & (a[None, :] < A)
     tl.store(d_keys + (photo * P + p[:, None]) * A + a[None, :], keys_sum * w[None, :], mask=inside)
-    tl.store(d_score_weight + tile * A + a, weight_sum, mask=a < A)
+    tl.store(d_score_weight + tile * A + a, tl.sum(products, 0), mask=a < A)
 
 
 def lstm_cell(word_gates: Tensor, context_gates: Tensor, hidden_gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,6 +373,7 @@ class _LstmCell(torch.autograd.Function):
         return new_hidden, new_cell
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor, d_cell: Tensor) -> tuple[Tensor, ...]:
         word_gates, context_gates, hidden_gates, cell = ctx.saved_tensors
         d_gates = torch.empty_like(context_gates)
