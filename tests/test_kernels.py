@@ -100,15 +100,17 @@ class RecordingKernel:
 
 
 def compare_in_interpreter(monkeypatch, native_side, output_side):
-    """Run in a process with TRITON_INTERPRET=1, where kernels run on a CPU."""
+    """Attention and LSTM, for a map of native_side and a grid of output_side squared."""
     from captioning.decoders import kernels
 
     decoder, grid, packed = make_attention("cpu", native_side, output_side)
     expected = train_outputs(decoder, grid, packed)
     monkeypatch.setattr(attention, "kernels_for", lambda cells: kernels)
-    blocks = {**kernels.attention_blocks(output_side**2, native_side**2), "A_BLOCK": 2, "C_BLOCK": 4, "POOL_BLOCK": 8}
-    monkeypatch.setattr(kernels, "attention_blocks", lambda num_cells, num_native: blocks)  # several rounds of each
-    monkeypatch.setattr(kernels, "KEYS_BLOCKS", {"P_BLOCK": 16, "A_BLOCK": 2})
+    blocks = kernels.attention_blocks(output_side**2, native_side**2)
+    quarter = max(4, blocks["P_BLOCK"] // 4)
+    blocks.update({"A_BLOCK": 2, "C_BLOCK": 4, "POOL_BLOCK": quarter})  # several rounds of each
+    monkeypatch.setattr(kernels, "attention_blocks", lambda num_cells, num_native: blocks)
+    monkeypatch.setattr(kernels, "KEYS_BLOCKS", {"P_BLOCK": quarter, "A_BLOCK": 2})
     monkeypatch.setattr(kernels, "H_BLOCK", 4)
     recorders = [RecordingKernel(getattr(kernels, name)) for name in KERNELS]
     for name, recorder in zip(KERNELS, recorders, strict=True):
@@ -142,16 +144,18 @@ def check_dequantize(device):
         ]
     )
     tensors = [tensor.to(device) for tensor in (codes, scales, rows)]
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype, rtol in ((torch.float32, 1e-6), (torch.float16, 0), (torch.bfloat16, 2**-7)):  # may be truncated
         found = kernels.dequantize_rows(*tensors, dtype).cpu()
         assert found.dtype == dtype
-        torch.testing.assert_close(found.float(), expected.to(dtype).float(), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(found.float(), expected.to(dtype).float(), rtol=rtol, atol=1e-12)
     assert kernels.dequantize_rows(*tensors[:2], tensors[2][:0], torch.float32).shape == (0, 3, 11)
 
 
 def run_in_interpreter(monkeypatch, sides):
     """Run in a process with TRITON_INTERPRET=1, where kernels run on a CPU."""
-    compare_in_interpreter(monkeypatch, *sides)
+    for native_side, output_side in sides:
+        with monkeypatch.context() as context:
+            compare_in_interpreter(context, native_side, output_side)
     from captioning.features import kernels
 
     for block in (4, 16):  # several blocks per cell, and one
@@ -162,11 +166,11 @@ def run_in_interpreter(monkeypatch, sides):
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is tested on the GPU instead")
-@pytest.mark.parametrize("few, many", [((3, 5), (8, 14)), ((5, 3), (18, 14))], ids=["N < P", "N > P"])
-def test_the_kernels_compute_what_their_plain_forms_do(few, many, times):
+def test_the_kernels_compute_what_their_plain_forms_do(times):
+    sides = times([(2, 3), (3, 2)], [(2, 3), (3, 2), (8, 14), (18, 14)])  # N < P and N > P
     code = (
         "import pytest, tests.test_kernels as t\n"
-        f"with pytest.MonkeyPatch.context() as m: t.run_in_interpreter(m, {times(few, many)})"
+        f"with pytest.MonkeyPatch.context() as m: t.run_in_interpreter(m, {sides})"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -228,7 +232,6 @@ def test_a_reason_is_given_where_the_kernels_do_not_apply(monkeypatch):
     assert fused_ops.kernels_unavailable(gpu, 1025) == (
         "they take at most 1024 cells per photo, and these features have 1025"
     )
-    assert fused_ops.kernels_unavailable(gpu, 64, True) == "they compute no gradient of the features"
 
 
 @needs_triton

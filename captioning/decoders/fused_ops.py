@@ -97,26 +97,23 @@ def use_kernels(enabled: bool) -> Iterator[None]:
 def kernels_for(cells: Tensor) -> ModuleType | None:
     """Return the module of Triton kernels if they can compute with cells (B, N, C) and are enabled, else None.
 
-    They need an NVIDIA GPU, and at most MAX_CELLS cells that require no gradient, such as those of the feature cache.
+    They compute no gradient of the cells, and none in float64.
     """
-    if not _kernels_enabled.get() or cells.dtype == torch.float64:
+    if not _kernels_enabled.get() or cells.requires_grad or cells.dtype == torch.float64:
         return None
-    if kernels_unavailable(cells.device, cells.shape[1], cells.requires_grad):
+    if kernels_unavailable(cells.device, cells.shape[1]):
         return None
     return load_kernels(KERNELS, cells.device).module
 
 
-def kernels_unavailable(device: torch.device, num_native: int, needs_gradient: bool = False) -> str | None:
-    """Why the kernels cannot compute with N native cells on this device, or None if they can.
+def kernels_unavailable(device: torch.device, native_cells: int) -> str | None:
+    """Why the Triton kernels cannot compute with this many cells per photo on this device, or None if they can.
 
-    needs_gradient: the cells require one. The reason is a clause for a message, without a full stop.
+    The reason is a clause for a message, without a full stop.
     """
-    unavailable = load_kernels(KERNELS, device).unavailable
-    if unavailable is None and needs_gradient:
-        return "they compute no gradient of the features"
-    if unavailable is None and num_native > MAX_CELLS:
-        return f"they take at most {MAX_CELLS} cells per photo, and these features have {num_native}"
-    return unavailable
+    if native_cells > MAX_CELLS:
+        return f"they take at most {MAX_CELLS} cells per photo, and these features have {native_cells}"
+    return load_kernels(KERNELS, device).unavailable
 
 
 class Activation(NamedTuple):
