@@ -189,18 +189,36 @@ def test_rows_of_one_photo_have_adjacent_programs():
 
 
 @needs_triton
-def test_the_kernels_compile_without_a_gpu_and_keep_their_values_in_registers(times):
-    """The compiler is stricter than the interpreter. Warnings of Triton are errors."""
+def test_the_kernels_compile_without_a_gpu_and_keep_their_values_in_registers(times, capsys):
+    """The compiler is stricter than the interpreter. A few bytes of spills buy one more resident program."""
     pytest.importorskip("triton", "3.3")
     compiler = bench("kernels")
-    for cells in times([64], [49, 64, 100, 196, 256, 784, fused_ops.MAX_CELLS]):
-        for channels, dtype, architecture in times(
-            [(2048, "bf16", 90)],
-            [(c, dtype, sm) for c in (2048, 1280, 300) for dtype in ("fp32", "bf16", "fp16") for sm in (90, 86, 80)],
-        ):
-            for kernel in compiler.list_kernels(cells, channels, attention_size=512, hidden_size=512):
-                found = compiler.compile_kernel(kernel, dtype, architecture)
-                assert found.spills <= 16, (kernel, dtype, architecture)  # a few bytes buy one more resident program
+    small = compiler.Bench(architectures=(90,), features=("bf16",), captions=25)
+    full = (
+        compiler.Bench((49, 64, 100, 196, fused_ops.MAX_CELLS), captions=25),
+        compiler.Bench((64,), 1280, features=("bf16", "fp16"), captions=25),
+    )
+    for settings in times((small,), full):
+        compiler.main(settings)
+        resources, _ = capsys.readouterr().out.split("\n\n")
+        names, _, *lines = [line.split(" | ") for line in resources.splitlines()]
+        assert len(lines) > len(KERNELS)
+        assert max(int(line[names.index("spills")]) for line in lines) <= 16, resources
+
+
+@needs_triton
+def test_rows_by_photo_need_a_smaller_cache():
+    simulation = bench("kernels")
+    settings = simulation.Bench(captions=50)
+    photo_bytes = 2 * (196 * 512 + 64 * 2048)
+
+    def read(megabytes, by_photo):
+        cache = simulation.Cache(megabytes * 2**20)
+        simulation.simulate_reads(settings, 64, cache, at_once=8, by_photo=by_photo)
+        return cache.read_from_memory
+
+    assert read(100, by_photo=False) == read(100, by_photo=True) == 10 * photo_bytes, "each photo once"
+    assert read(1, by_photo=True) < 0.4 * read(1, by_photo=False)
 
 
 class GpuCells:
