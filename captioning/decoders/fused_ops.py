@@ -31,7 +31,7 @@ from captioning.runtime.kernel_loading import load_kernels
 CACHE_ELEMENTS = 2**18  # elements of a chunk per thread: they stay in the cache of a core
 
 KERNELS = "captioning.decoders.kernels"
-MAX_CELLS = 1024  # native cells per photo: for 32 x 32, tiles still fit into registers, as bench/kernels.py shows
+MAX_CELLS = 1024  # native cells per photo that the kernels take: beyond, they need most registers of a GPU
 
 Layer = Callable[[Tensor], Tensor]  # a linear layer, or its DeferredGradLinear
 
