@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, and what they read from its memory. Needs no GPU: it compiles and simulates.
+"""What the Triton kernels take of a GPU, and read from its memory. Needs Triton 3.4, no GPU: it compiles and simulates.
 
     python bench/kernels.py
     python bench/kernels.py --native-cells 49 100 196 --channels 1280 --architectures 86

@@ -191,7 +191,7 @@ def test_rows_of_one_photo_have_adjacent_programs():
 @needs_triton
 def test_the_kernels_compile_without_a_gpu_and_keep_their_values_in_registers(times, capsys):
     """The compiler is stricter than the interpreter. A few bytes of spills buy one more resident program."""
-    pytest.importorskip("triton", "3.3")
+    pytest.importorskip("triton", "3.4")
     compiler = bench("kernels")
     small = compiler.Bench(architectures=(90,), features=("bf16",), captions=25)
     full = (
