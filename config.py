@@ -73,7 +73,8 @@ class ExtractFeatures:
     weights: str = "imagenet"  # imagenet (torchvision's), random, a state-dict file, or a run in checkpoints/
     image_size: int | None = None  # pixels (256); photos are resized to this square
     grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own grid (smaller; training is the same)
-    dtype: Literal["float16", "float32"] = "float16"  # of the stored features
+    # of the stored features; uint8: half the size of float16, with a relative error of 0.2 to 1 %
+    dtype: Literal["float16", "float32", "uint8"] = "float16"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the CNN's arithmetic
     batch_size: int = 32  # photos
     workers: int = os.cpu_count() or 1  # processes that decode photos

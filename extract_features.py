@@ -24,12 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.grid import to_stored_layout
 from captioning.encoders.images import FailureLimit, IndexBatch, PhotoBatch, Transform
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
@@ -42,7 +40,7 @@ from captioning.encoders.loading import (
 )
 from captioning.errors import PhotoError
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.feature_writer import FeatureWriter, describe_features, to_stored_rows
 from captioning.features.inspection import describe, verify
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
@@ -201,8 +199,8 @@ def extract(
     try:
         photos = load_photos(device, paths, batches, encoder.transform, workers)
         encoded = encode_batches(encoder, writer, photos, precision, failures, progress_bar)
-        for rows, features, pooled in copy_to_host(encoded, device):
-            writer.write(rows, features, pooled)
+        for rows, *values in copy_to_host(encoded, device):
+            writer.write(rows, *values)
             progress_bar.update(len(rows))
     finally:
         writer.close()
@@ -216,15 +214,15 @@ def encode_batches(
     precision: torch.dtype,
     failures: FailureLimit,
     progress_bar: tqdm,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of photos -> (rows, features, pooled) in the file's layout, still on the device."""
+) -> Iterator[tuple]:
+    """Batches of photos -> (rows, features, pooled, scales if the file has them), still on the device."""
     for batch in batches:
         failures.add(batch.failures)
         progress_bar.update(len(batch.failures))
         if batch.indices:
             with autocast(batch.photos.device, precision):
                 grid = encoder(batch.photos)
-            yield batch.indices, *to_stored_layout(grid, writer.shape[1:], str(writer.dtype))
+            yield batch.indices, *to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
 
 
 def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:

@@ -20,13 +20,16 @@ from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.encoders.grid import Grid
 from captioning.encoders.images import Augment, Transform, read_photos
 from captioning.errors import PhotoError, UserError
+from captioning.features.cached_grid import CachedGrid
+from captioning.runtime.device import pin
 
 
 @dataclass
 class Batch:
     """B photos and their R captions, packed longest caption first."""
 
-    photos: Grid | Tensor  # the Grid of cached features, or decoded photos (B, 3, S, S) uint8 for the live encoder
+    # cached features, or decoded photos (B, 3, S, S) uint8 for the live encoder; `to` makes a CachedGrid a Grid
+    photos: Grid | CachedGrid | Tensor
     words: PackedSequence  # decoder inputs: <start> y_1 ... y_n
     targets: Tensor  # (W,) int64, the next words: y_1 ... y_n <end>, packed like `words`
     photo_index: Tensor  # (R,) int64, the photo of the batch that each caption describes
@@ -40,10 +43,10 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Copy the tensors to a device. `dtype` applies to the cells of a Grid; everything else keeps its type."""
-        if isinstance(self.photos, Grid):
-            photos: Grid | Tensor = self.photos.to(device, dtype)
+        if isinstance(self.photos, Tensor):
+            photos: Grid | Tensor = self.photos.to(device, non_blocking=True)
         else:
-            photos = self.photos.to(device, non_blocking=True)
+            photos = self.photos.to(device, dtype)
         return Batch(
             photos,
             PackedSequence(self.words.data.to(device, non_blocking=True), self.words.batch_sizes),
@@ -56,10 +59,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory, from which a GPU copies asynchronously."""
         return Batch(
-            self.photos.pin_memory(),
-            self.words.pin_memory(),
-            self.targets.pin_memory(),
-            self.photo_index.pin_memory(),
+            pin(self.photos) if isinstance(self.photos, Tensor) else self.photos.pin_memory(),
+            PackedSequence(pin(self.words.data), self.words.batch_sizes),
+            pin(self.targets),
+            pin(self.photo_index),
             self.indices,
             self.failures,
         )
@@ -68,8 +71,8 @@ class Batch:
 class CachedPhotos(Dataset):
     """Batches with features from the cache. An item is indexed by the photos it holds: (B,) int64 -> Batch."""
 
-    def __init__(self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], Grid]):
-        """rows (N,) int64: the row of each photo of `split` in the feature file; read: rows (B,) -> their Grid."""
+    def __init__(self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], CachedGrid]):
+        """rows (N,) int64: the row of each photo of `split` in the feature file; read: rows (B,) -> their maps."""
         self.split = split
         self.rows = rows
         self.read = read

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captioning.runtime.device import pin
+
 GRID_SIZE = 14  # output cells per side, as in Xu et al. 2015 (https://arxiv.org/abs/1502.03044)
 
 
@@ -36,6 +38,11 @@ class Grid:
 
     def __len__(self) -> int:
         return len(self.cells)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, N, C)."""
+        return tuple(self.cells.shape)
 
     def spread(self, values: Tensor) -> Tensor:
         """Resample values of the native cells (B, N, A) to the output cells (B, P, A)."""
@@ -66,9 +73,13 @@ class Grid:
         cells = self.cells.to(device, non_blocking=True).to(dtype)  # copy in the smaller stored type, then convert
         return Grid(cells, self.pooling.to(device, non_blocking=True))
 
+    def copy_to(self, cells: Tensor) -> None:
+        """Write the cells to `cells` (B, N, C), on its device and in its dtype."""
+        cells.copy_(self.cells, non_blocking=True)
+
     def pin_memory(self) -> Grid:
         """Copy the grid to pinned memory; a grid on a GPU stays there."""
-        return self if self.cells.is_cuda else Grid(self.cells.pin_memory(), self.pooling.pin_memory())
+        return self if self.cells.is_cuda else Grid(pin(self.cells), pin(self.pooling))
 
 
 def pooling_matrix(cells_in: int, cells_out: int) -> Tensor:

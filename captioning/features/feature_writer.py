@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioning.encoders.grid import GRID_SIZE
+from captioning.encoders.grid import GRID_SIZE, Grid, to_stored_layout
 from captioning.errors import UserError
-from captioning.features.hdf5_layout import FORMAT, create_file, data_bytes, read_layout
+from captioning.features.hdf5_layout import FORMAT, QUANTIZATION, create_file, data_bytes, read_layout
+from captioning.features.quantization import quantize
 from captioning.runtime.files import write_errors
 
 WRITE_REMEDY = "fix that and run the same command, or give --out elsewhere"
@@ -47,10 +48,22 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
     }
 
 
+def to_stored_rows(grid: Grid, shape: Sequence[int], dtype: str) -> tuple[Tensor, ...]:
+    """What `FeatureWriter.write` takes for a grid, on the grid's device.
+
+    shape: (h, w, C) of a stored row. Returns features (B, h, w, C) in `dtype`, pooled (B, C) float32 and, for uint8,
+    scales (B, h, w) float32. pooled is the mean before quantisation.
+    """
+    if dtype != "uint8":
+        return to_stored_layout(grid, shape, dtype)
+    cells, pooled = to_stored_layout(grid, shape, "float32")
+    codes, scales = quantize(cells)
+    return codes, pooled, scales
+
+
 class _Batch(NamedTuple):
     rows: np.ndarray  # (B,) int64
-    features: np.ndarray  # (B, h, w, C)
-    pooled: np.ndarray  # (B, C) float32
+    values: dict[str, np.ndarray]  # name of an array of the file -> its rows (B, ...)
 
 
 class FeatureWriter:
@@ -60,7 +73,7 @@ class FeatureWriter:
     """
 
     def __init__(self, path: Path, ids: Sequence[str], attributes: dict, channels: int, dtype: str, overwrite: bool):
-        """ids: of the photos, one per row; attributes: from `describe_features`; dtype: float16 or float32.
+        """ids: of the photos, one per row; attributes: from `describe_features`; dtype: float16, float32 or uint8.
 
         Raises UserError if the existing file has other attributes or photos, or if the disk is full or denies access.
         """
@@ -69,6 +82,8 @@ class FeatureWriter:
         grid = (GRID_SIZE, GRID_SIZE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
         self.shape = (len(ids), *grid, channels)
         attributes = {**attributes, "dtype": dtype}
+        if dtype == "uint8":
+            attributes["quantization"] = QUANTIZATION
         with write_errors(path, WRITE_REMEDY):
             if path.exists() and not overwrite:
                 self._check_resumable(ids, attributes)
@@ -107,34 +122,35 @@ class FeatureWriter:
         if needed > free:
             raise UserError(
                 f"{self.path}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
-                "free some space, give --grid native, or --out on another disk"
+                "free some space, give --grid native or --dtype uint8, or --out on another disk"
             )
 
     def nbytes(self) -> int:
-        """Bytes of features and pooled."""
+        """Bytes of the rows."""
         return data_bytes(self.shape, self.dtype)
 
     def missing(self) -> np.ndarray:
         """The rows that are not done, (M,) int64."""
         return np.flatnonzero(self.arrays["done"].map(self.path) != 1)
 
-    def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor) -> None:
+    def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor, scales: Tensor | None = None) -> None:
         """Queue rows (B,) int64 with features (B, h, w, C) and pooled (B, C) float32, on the CPU.
 
+        A file of uint8 takes codes, with their scales (B, h, w) float32.
         Raises UserError if the features are not finite in the file's dtype, or if earlier rows could not be written.
         """
         if not len(rows):
             return
         features = features.to(getattr(torch, str(self.dtype)))
         # aminmax propagates NaN and is 50 times faster than isfinite of all values.
-        if not torch.stack(features.aminmax()).isfinite().all():
+        if not torch.stack((features if scales is None else scales).aminmax()).isfinite().all():
             raise UserError(
                 f"{self.path}: features too large for {self.dtype}, or not finite; "
                 "give --dtype float32 --overwrite, or check the --weights"
             )
-        batch = _Batch(np.asarray(rows), np.ascontiguousarray(features.numpy()), np.ascontiguousarray(pooled.numpy()))
+        values = {"features": features, "pooled": pooled} | ({} if scales is None else {"scales": scales})
         self._raise_failure()
-        self.queue.put(batch)
+        self.queue.put(_Batch(np.asarray(rows), {name: _as_array(value) for name, value in values.items()}))
 
     def _write_queue(self) -> None:
         """The thread: write all queued batches together, so that a slow disk syncs less often."""
@@ -153,8 +169,8 @@ class FeatureWriter:
     def _commit(self, batches: list[_Batch]) -> None:
         for batch in batches:
             for i, row in enumerate(batch.rows):
-                self._write_rows("features", row, batch.features[i])
-                self._write_rows("pooled", row, batch.pooled[i])
+                for name, values in batch.values.items():
+                    self._write_rows(name, row, values[i])
         fdatasync(self.file)  # the rows must be on disk before they are marked as done
         for batch in batches:
             self._mark_done(batch.rows)
@@ -192,6 +208,10 @@ class FeatureWriter:
             self.failure = self.failure or error
         os.close(self.file)
         self._raise_failure()
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.numpy())
 
 
 def mark_not_done(path: Path, rows: Iterable[int]) -> None:

@@ -1,11 +1,12 @@
 """The layout of features.h5.
 
-    features (N, h, w, C) float16 or float32: 14x14 cells, or the CNN's own with --grid native
+    features (N, h, w, C) float16 or float32: 14x14 cells, or the CNN's own with --grid native; or uint8 codes of them
     pooled   (N, C) float32: the mean of the 14x14 cells
+    scales   (N, h, w) float32: the scale of each cell; only with uint8 codes, which quantization.py defines
     images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
     done     (N,) uint8: 1 once the row is safely on disk
     attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision,
-        scaled_decoding, nvjpeg, torch
+        scaled_decoding, nvjpeg, torch; with uint8 codes: quantization
 
 Every array is contiguous and allocated when the file is created, so its offset never changes. Any number of processes
 read and write rows at their offsets without a lock, and a kill cannot damage HDF5 metadata.
@@ -18,6 +19,7 @@ Letters: N photos, h x w cells, C channels.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +36,9 @@ from captioning.runtime.signals import defer_signals
 from captioning.runtime.string_array import StringArray
 
 FORMAT = "kantu features 1"
-DTYPES = {"features": ("float16", "float32"), "pooled": ("float32",), "done": ("uint8",)}
+QUANTIZATION = "square root, one scale per cell"  # the attribute `quantization` of a file with uint8 codes
+DTYPES = {"features": ("float16", "float32", "uint8"), "pooled": ("float32",), "done": ("uint8",)}
+SCALES_DTYPE = "float32"
 TEXT_ATTRIBUTES = ("encoder", "weights", "weights_sha256", "precision")
 MAX_CELLS_PER_SIDE = 1000
 HEADER_BYTES = 2**16  # more than the metadata takes
@@ -61,14 +65,22 @@ class ContiguousArray:
 class Layout(NamedTuple):
     """The metadata of a feature file."""
 
-    arrays: dict[str, ContiguousArray]  # features, pooled and done
+    arrays: dict[str, ContiguousArray]  # features, pooled, done and, with uint8 codes, scales
     attributes: dict
     ids: StringArray  # of the photos, one per row
 
 
+def data_arrays(shape: Sequence[int], dtype: np.dtype) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """The shapes and dtypes of the arrays that rows are written to, for features of this shape (N, h, w, C)."""
+    arrays = {"features": (tuple(shape), dtype), "pooled": ((shape[0], shape[-1]), np.dtype("float32"))}
+    if dtype == np.uint8:
+        arrays["scales"] = (tuple(shape[:-1]), np.dtype(SCALES_DTYPE))
+    return arrays
+
+
 def data_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
-    """Bytes of features and pooled, for features of this shape (N, h, w, C)."""
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize + shape[0] * shape[-1] * 4
+    """Bytes of these arrays."""
+    return sum(math.prod(array) * dtype.itemsize for array, dtype in data_arrays(shape, dtype).values())
 
 
 def create_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, ids: Sequence[str], attributes: dict) -> None:
@@ -86,8 +98,8 @@ def create_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, ids: Sequen
         file.truncate(file.tell() + data_bytes(shape, dtype))
         os.fsync(file.fileno())
     with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
-        _allocate(file, "features", shape, dtype)
-        _allocate(file, "pooled", (shape[0], shape[-1]), np.dtype("float32"))
+        for name, (array_shape, array_dtype) in data_arrays(shape, dtype).items():
+            _allocate(file, name, array_shape, array_dtype)
         _allocate(file, "done", shape[:1], np.dtype("uint8"))
         # a fixed length: HDF5 can read a damaged heap of variable-length strings for ever
         file.create_dataset("images", data=names, dtype=h5py.string_dtype("utf-8", longest))
@@ -142,13 +154,19 @@ def _plain(value: object) -> object:
 
 
 def _read_arrays(file: h5py.File, attributes: dict, size: int) -> dict[str, ContiguousArray]:
-    """Locate features, pooled and done in a file of `size` bytes.
+    """Locate features, pooled, done and, with uint8 codes, scales in a file of `size` bytes.
 
     Raises ValueError if one is missing, not contiguous, or contradicts another or the attributes; EOFError if the
     file is truncated.
     """
     arrays = {name: _locate(file, name, dtypes) for name, dtypes in DTYPES.items()}
     shape = arrays["features"].shape
+    if arrays["features"].dtype == np.uint8:
+        if attributes.get("quantization") != QUANTIZATION:
+            raise ValueError(f"uint8 codes of quantization {attributes.get('quantization')!r}")
+        arrays["scales"] = _locate(file, "scales", (SCALES_DTYPE,))
+        if arrays["scales"].shape != shape[:-1]:
+            raise ValueError("features and scales have different shapes")
     if len(shape) != 4 or not all(shape):
         raise ValueError(f"features of shape {shape}")
     if arrays["pooled"].shape != (shape[0], shape[3]) or arrays["done"].shape != shape[:1]:

@@ -24,17 +24,19 @@ from captioning.runtime.device import autocast
 
 SAMPLE_SIZE = 64  # photos that are encoded again
 TOLERANCE = 0.1  # relative to a row's norm: half precision differs by less, another photo or weights by far more
-ROUNDING = 1e-3  # relative to a row's mean: half precision changes it by less, a page of zeros by far more
+# Relative to a row's mean: rounding to this dtype changes it by less, a page of zeros, two cells in uint8, by more.
+ROUNDING = {"float32": 1e-3, "float16": 1e-3, "uint8": 4e-3}
 
 
 def describe(reader: FeatureReader) -> str:
     """The rows done, the sizes and the attributes, one per line."""
     features = reader.arrays["features"]
+    row_bytes = sum(array.row_bytes for name, array in reader.arrays.items() if name in ("features", "scales"))
     done = reader.done()
     size = reader.path.stat()
     lines = {
         "photos": f"{len(done):,}, of which {done.sum():,} are done",
-        "row": f"{'x'.join(map(str, features.shape[1:]))} {features.dtype}, {features.row_bytes:,} bytes",
+        "row": f"{'x'.join(map(str, features.shape[1:]))} {features.dtype}, {row_bytes:,} bytes",
         "size": f"{size.st_size / 1e9:.2f} GB, {size.st_blocks * 512 / 1e9:.2f} GB of it on the disk",
         **{name: str(value) for name, value in reader.attributes.items()},
     }
@@ -74,13 +76,14 @@ def verify(reader: FeatureReader, ids: Sequence[str], paths: Sequence[str], devi
 def damaged_rows(reader: FeatureReader) -> np.ndarray:
     """The done rows (M,) int64 that are not finite, or whose mean differs from the stored one. Reads every byte."""
     rows = np.flatnonzero(reader.done())
-    _, height, width, channels = reader.arrays["features"].shape
+    _, height, width, _ = reader.arrays["features"].shape
     pooling = grid_pooling(height, width)
+    rounding = ROUNDING[str(reader.arrays["features"].dtype)]
     damaged: list[int] = []
     for batch in tqdm(split_batches(rows, 64), desc="verify", unit="batch"):
-        cells = torch.from_numpy(reader.read_stored(batch)).float().view(len(batch), -1, channels)
+        cells = reader.read_all_cells(batch)
         difference = Grid(cells, pooling).mean() - torch.from_numpy(reader.read_stored(batch, "pooled"))
-        intact = difference.norm(dim=1) <= ROUNDING * cells.abs().mean(1).norm(dim=1)  # False for NaN
+        intact = difference.norm(dim=1) <= rounding * cells.abs().mean(1).norm(dim=1)  # False for NaN
         damaged += batch[~intact.numpy()].tolist()
     return np.array(damaged, np.int64)
 
@@ -107,8 +110,8 @@ def compare_sample(reader: FeatureReader, encoder: Encoder, paths: Sequence[str]
             raise UserError(f"{batch.failures[0]}; its row cannot be verified")
         with autocast(device, precision):
             grid = encoder(batch.photos)
-        stored = torch.from_numpy(reader.read_stored(np.array(batch.indices))).float()
-        encoded = to_stored_layout(grid, features.shape[1:], str(features.dtype))[0].float().flatten(1).cpu()
+        stored = reader.read_all_cells(np.array(batch.indices)).flatten(1)
+        encoded = to_stored_layout(grid, features.shape[1:], "float32")[0].flatten(1).cpu()
         differences = (stored - encoded).norm(dim=1) / encoded.norm(dim=1).clamp_min(1e-12)
         for row, difference in zip(batch.indices, differences.tolist(), strict=True):
             worst = max(worst, Comparison(difference, reader.ids[row], len(rows)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from captioning.errors import UserError
+from captioning.runtime.library_errors import reason
 
 
 def pick_device(name: str) -> torch.device:
@@ -117,6 +119,37 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+_pinning_failed = False  # the system denied page-locked memory once: it is not asked again
+
+
+def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor in page-locked memory, from which a GPU copies asynchronously.
+
+    Where the system denies such memory, as WSL2 and a limit on locked memory do, it lies in ordinary memory, and one
+    line is printed, once.
+    """
+    return _pinned(lambda: torch.empty(shape, dtype=dtype, pin_memory=True), lambda: torch.empty(shape, dtype=dtype))
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """The tensor in page-locked memory, or as it is where the system denies that: see `empty_pinned`."""
+    return _pinned(tensor.pin_memory, lambda: tensor)
+
+
+def _pinned(in_locked_memory: Callable[[], Tensor], in_ordinary_memory: Callable[[], Tensor]) -> Tensor:
+    global _pinning_failed
+    if not _pinning_failed:
+        try:
+            return in_locked_memory()
+        except RuntimeError as error:
+            _pinning_failed = True
+            print(
+                f"no page-locked memory ({reason(error)}): batches are copied to the GPU from ordinary memory, which "
+                "is slower; raise the limit on locked memory (ulimit -l)"
+            )
+    return in_ordinary_memory()
 
 
 def rng_state(device: torch.device) -> dict:

@@ -21,7 +21,9 @@ from torch.nn.utils.rnn import PackedSequence
 from captioning.dataset.batches import Batch, epoch_order, plan_batches
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.encoders.grid import Grid
+from captioning.features.cached_grid import CachedGrid
 from captioning.runtime.cuda_graphs import Capture, GraphCapture
+from captioning.runtime.device import pin
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.training.objectives import Loss, LossWeights
 from captioning.training.self_check import restored
@@ -96,8 +98,10 @@ def _round_up(number: Any) -> Any:
 class StaticBatch:
     """A batch whose tensors keep their shapes and addresses."""
 
-    def __init__(self, like: Grid, size: StaticSize, number: int, device: torch.device, precision: torch.dtype):
-        """like: a Grid of the same N, C and pooling. number: of the size."""
+    def __init__(
+        self, like: Grid | CachedGrid, size: StaticSize, number: int, device: torch.device, precision: torch.dtype
+    ):
+        """like: has the same N, C and pooling. number: of the size."""
         self.size = size
         self.number = number
         self.num_words = int(size.batch_sizes.sum())
@@ -106,7 +110,7 @@ class StaticBatch:
         self.indices = torch.full((2 * self.num_words + captions,), UNKNOWN, device=device)
         words, targets, photo_index = self.indices.split([self.num_words, self.num_words, captions])
         photo_index.zero_()
-        cells = torch.zeros(size.photos, *like.cells.shape[1:], dtype=precision, device=device)
+        cells = torch.zeros(size.photos, *like.shape[1:], dtype=precision, device=device)
         packed = PackedSequence(words, torch.from_numpy(size.batch_sizes))
         self.grid = Grid(cells, like.pooling.to(device))
         self.batch = Batch(self.grid, packed, targets, photo_index, np.arange(size.photos))
@@ -124,8 +128,8 @@ class StaticBatch:
         copy_async(self.indices, indices)
         copy_async(self.weight_values, torch.tensor(weights))
         # The cells after these keep old values: only words whose target is <pad> attend to them.
-        assert isinstance(batch.photos, Grid)
-        self.grid.cells[: len(batch.photos)].copy_(batch.photos.cells, non_blocking=True)
+        assert not isinstance(batch.photos, Tensor)
+        batch.photos.copy_to(self.grid.cells[: len(batch.photos)])
 
     def _packed_positions(self, batch_sizes: np.ndarray) -> Tensor:
         """(W,) int64: where each word of a batch packed with these batch sizes goes in this static batch's packing."""
@@ -138,7 +142,7 @@ class StaticBatch:
 def copy_async(target: Tensor, source: Tensor) -> None:
     """Copy from the CPU or the same device without waiting for a GPU."""
     if target.is_cuda and not source.is_cuda:
-        source = source.pin_memory()
+        source = pin(source)
     target.copy_(source, non_blocking=True)
 
 
@@ -190,7 +194,7 @@ class CudaGraphRunner:
         loss = self.replays[static_batch.number, variant]()
         return Loss(loss.objective.clone(), loss.value.clone())  # the next replay overwrites them
 
-    def _static_batch(self, number: int, like: Grid) -> StaticBatch:
+    def _static_batch(self, number: int, like: Grid | CachedGrid) -> StaticBatch:
         if number not in self.static_batches:
             size = self.sizes[number]
             self.static_batches[number] = StaticBatch(like, size, number, self.device, self.precision)
