@@ -48,3 +48,25 @@ def test_the_gpu_of_a_run_becomes_the_current_one(monkeypatch, name, local_rank,
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     assert device.pick_device(name) == torch.device("cuda", index)
     assert current[-1] == index
+
+
+def test_where_page_locked_memory_is_denied_ordinary_memory_is_used_and_one_line_says_so(monkeypatch, capsys):
+    """As under WSL2, and where `ulimit -l` is small."""
+    attempts = []
+    empty = torch.empty
+
+    def denied(*arguments, pin_memory=False, **settings):
+        if pin_memory:
+            attempts.append(arguments)
+            raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS\nCUDA kernel errors")
+        return empty(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "empty", denied)
+    monkeypatch.setattr(device, "_pinning_failed", False)
+    tensor = torch.ones(3)
+    assert device.empty_pinned((2, 3), torch.float16).shape == (2, 3)
+    assert device.empty_pinned((4,), torch.uint8).dtype == torch.uint8
+    assert device.pin(tensor) is tensor
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "OS call failed or operation not supported on this OS)" in printed
+    assert "ulimit -l" in printed and len(attempts) == 1, "it is not asked again"

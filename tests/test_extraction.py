@@ -20,6 +20,7 @@ from tqdm import tqdm
 import extract_features
 from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.errors import PhotoError, UserError
+from captioning.features import hdf5_layout
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter
 from config import ExtractFeatures
@@ -207,6 +208,53 @@ def test_verify_finds_a_row_of_another_photo(data, tmp_path):
     write_captions(Path(tmp_path) / CAPTIONS_FILE, [Photo("x.png", "x", "train", (("a",),))])
     with pytest.raises(UserError, match="belongs to another data set"):
         extract(tmp_path, out, verify=True)
+
+
+def test_a_killed_extraction_to_codes_resumes_to_the_same_file(data, tmp_path, monkeypatch, capsys):
+    out, complete = tmp_path / "resumed.h5", tmp_path / "complete.h5"
+    for path in (out, complete):
+        shutil.copy(data / "complete.encoder.pt", path.with_suffix(".encoder.pt"))  # the same random weights
+    extract(data, complete, dtype="uint8")
+    write_rows = FeatureWriter.write
+    calls = []
+
+    def killed_in_the_third_batch(self, rows, *values):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write_rows(self, rows, *values)
+
+    monkeypatch.setattr(FeatureWriter, "write", killed_in_the_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        extract(data, out, dtype="uint8")
+    assert len(done_rows(out)) == 8
+    extract(data, out, dtype="uint8")
+    assert out.read_bytes() == complete.read_bytes()
+    with pytest.raises(UserError, match="was extracted with dtype uint8, not float16; give --overwrite"):
+        extract(data, out)
+    capsys.readouterr()
+    extract(data, out, info=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "row 14x14x128 uint8, 25,872 bytes" in printed and f"quantization {hdf5_layout.QUANTIZATION}" in printed
+
+
+def test_verify_finds_damaged_codes_and_accepts_their_rounding(data, tmp_path, capsys):
+    out = tmp_path / "codes.h5"
+    shutil.copy(data / "complete.encoder.pt", out.with_suffix(".encoder.pt"))
+    extract(data, out, dtype="uint8")
+    extract(data, out, verify=True)
+    assert "40 of 40 rows are done and undamaged; 40 encoded again differ by at most 0." in capsys.readouterr().out
+    arrays = FeatureReader(out).arrays
+    with open(out, "r+b") as file:
+        file.seek(arrays["features"].offset + 7 * arrays["features"].row_bytes + 50)
+        file.write(bytes(4096))  # a lost page
+        file.seek(arrays["scales"].offset + 9 * arrays["scales"].row_bytes)
+        file.write(np.array([np.nan], np.float32).tobytes())
+    with pytest.raises(UserError, match="2 rows are damaged, such as that of photo7"):
+        extract(data, out, verify=True)
+    assert np.flatnonzero(~FeatureReader(out).done()).tolist() == [7, 9]
+    extract(data, out, dtype="uint8")
+    extract(data, out, verify=True)
 
 
 def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):

@@ -16,6 +16,7 @@ from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.quantization import quantize
 
 IDS = [f"照片{i}" for i in range(10)]
 RECIPE = {
@@ -37,7 +38,13 @@ def write(path, native=(8, 8), grid="14", rows=range(10), channels=6, dtype="flo
     writer = FeatureWriter(path, IDS, attributes(native, grid), channels, dtype, overwrite)
     f14 = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), 14).permute(0, 2, 3, 1)
     rows = np.array(list(rows), int)
-    writer.write(rows, (f14 if grid == "14" else maps)[rows], f14.mean((1, 2))[rows])
+    cells = (f14 if grid == "14" else maps)[rows]
+    pooled = f14.mean((1, 2))[rows]
+    if dtype == "uint8":
+        codes, scales = quantize(cells)
+        writer.write(rows, codes, pooled, scales)
+    else:
+        writer.write(rows, cells, pooled)
     writer.close()
     return maps
 

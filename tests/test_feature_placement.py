@@ -11,8 +11,17 @@ import torch
 import train
 from captioning.dataset.prefetch import Prefetch
 from captioning.errors import UserError
-from captioning.features import feature_placement
-from captioning.features.feature_placement import choose_placement, place_features
+from captioning.features import cached_grid, feature_placement, feature_reader
+from captioning.features.feature_placement import (
+    FeaturePlacement,
+    FileRows,
+    HeldRows,
+    PlacedFeatures,
+    Sizes,
+    choose_placement,
+    evenly_spread,
+    place_features,
+)
 from captioning.features.feature_reader import FeatureReader
 from captioning.training.data import load_batches
 from config import Train
@@ -23,41 +32,97 @@ GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+COCO = Sizes(photos=123_287, row_bytes=64 * 2048 * 2, quantized_bytes=64 * (2048 + 4))  # 32.3 GB, or 16.2
+AS_CODES = COCO._replace(row_bytes=COCO.quantized_bytes)
+
+
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with 100 GB free on the GPU and 200 GB in memory."""
-    monkeypatch.setattr(feature_placement, "free_gpu_memory", lambda device: 100 * GB if device.type == "cuda" else 0)
-    monkeypatch.setattr(feature_placement, "free_main_memory", lambda: 200 * GB)
+    """Set the gigabytes of a machine: the GPU's, all free, and the free main memory."""
+
+    def simulate(gpu, ram=200):
+        def gpu_memory(device):
+            return gpu * GB, gpu * GB
+
+        monkeypatch.setattr(feature_placement, "gpu_memory", gpu_memory)
+        monkeypatch.setattr(feature_placement, "free_main_memory", lambda: ram * GB)
+
+    return simulate
 
 
 @pytest.mark.parametrize(
-    "requested, device, nbytes, location",
+    "gpu, ram, sizes, on_gpu, in_ram, on_disk",
     [
-        ("auto", GPU, 50 * GB, "gpu"),
-        ("auto", GPU, 70 * GB, "ram"),
-        ("auto", GPU, 150 * GB, "disk"),
-        ("auto", CPU, 1 * GB, "disk"),
-        ("ram", CPU, 90 * GB, "ram"),
-        ("gpu", GPU, 59 * GB, "gpu"),
-        ("disk", GPU, 1 * GB, "disk"),
+        (80, 200, COCO, 1.0, 0, 0),  # 12 GB are kept for the decoder
+        (48, 200, COCO, 1.0, 0, 0),  # 7.2 GB
+        (40, 200, COCO, 1.0, 0, 0),  # 6 GB
+        (24, 200, COCO, 0.62, 0.38, 0),  # 4 GB
+        (24, 20, COCO, 0.62, 0, 0.38),
+        (24, 200, AS_CODES, 1.0, 0, 0),
+        (12, 200, COCO, 0.25, 0.75, 0),
+        (12, 200, AS_CODES, 0.49, 0.51, 0),
+        (4, 200, COCO, 0, 1.0, 0),
+        (4, 50, COCO, 0, 0, 1.0),
     ],
 )
-def test_features_are_placed_where_they_fit_with_memory_to_spare(machine, requested, device, nbytes, location):
-    placement = choose_placement(requested, nbytes, device)
-    assert placement.location == location and f"{nbytes / GB:.1f} GB of features" in placement.reason
+def test_as_many_features_as_fit_beside_the_decoder_are_on_the_gpu(machine, gpu, ram, sizes, on_gpu, in_ram, on_disk):
+    machine(gpu, ram)
+    placement = choose_placement("auto", sizes, GPU)
+    counts = placement.on_gpu, placement.in_ram, placement.on_disk
+    assert sum(counts) == sizes.photos
+    assert [count / sizes.photos for count in counts] == pytest.approx([on_gpu, in_ram, on_disk], abs=0.005)
+    assert placement.on_gpu * sizes.row_bytes <= GB * (gpu - max(4, 0.15 * gpu))
+
+
+@pytest.mark.parametrize("gpu, fits", [(40, True), (24, False)])
+def test_gpu_means_all_features_and_the_refusal_says_how_many_fit_and_what_to_do(machine, gpu, fits):
+    machine(gpu)
+    if fits:
+        assert choose_placement("gpu", COCO, GPU).on_gpu == COCO.photos
+        return
+    with pytest.raises(UserError, match="--features-on gpu: 32.3 GB of features; .* 76,293 of 123,287 photos") as error:
+        choose_placement("gpu", COCO, GPU)
+    assert "--features-on auto" in str(error.value) and "--quantize-features" in str(error.value)
+    with pytest.raises(UserError) as error:
+        choose_placement("gpu", AS_CODES._replace(photos=200_000), GPU)
+    assert "--quantize-features" not in str(error.value), "they are codes already"
 
 
 @pytest.mark.parametrize(
-    "requested, device, nbytes, message",
+    "requested, device, message",
     [
-        ("gpu", CPU, 1, "--features-on gpu: the run is on cpu"),
-        ("gpu", GPU, 61 * GB, "more than 60% of the 100.0 GB free"),
-        ("ram", CPU, 101 * GB, "--features-on ram: 101.0 GB of features are more than 50%"),
+        ("gpu", CPU, "--features-on gpu: the run is on cpu"),
+        ("ram", CPU, "--features-on ram: 32.3 GB of features are more than 50% of the 60.0 GB free"),
     ],
 )
-def test_features_that_do_not_fit_where_requested_are_refused(machine, requested, device, nbytes, message):
+def test_features_that_do_not_fit_where_requested_are_refused(machine, requested, device, message):
+    machine(80, ram=60)
     with pytest.raises(UserError, match=message):
-        choose_placement(requested, nbytes, device)
+        choose_placement(requested, COCO, device)
+
+
+@pytest.mark.parametrize("requested, device", [("disk", GPU), ("disk", CPU), ("auto", CPU)])
+def test_features_are_read_from_disk_if_requested_and_by_the_cpu(requested, device):
+    assert choose_placement(requested, COCO, device).on_disk == COCO.photos
+
+
+def test_the_message_says_how_many_photos_lie_where_and_recommends_what_would_fit(machine):
+    machine(24)
+    printed = str(choose_placement("auto", COCO, GPU))
+    assert printed.startswith("the GPU, 76,293 photos and main memory, 46,994 photos (32.3 GB of features; ")
+    assert printed.endswith("; give --quantize-features, with which all fit, in 16.2 GB)")
+    machine(12)
+    assert "--quantize-features" not in str(choose_placement("auto", COCO, GPU)), "the codes do not fit either"
+    machine(80)
+    assert str(choose_placement("auto", COCO, GPU)).startswith("the GPU (32.3 GB of features; of 80.0 GB free on the")
+
+
+@pytest.mark.parametrize("photos, chosen", [(10, 0), (10, 10), (10, 4), (7, 6), (1, 1), (1000, 617), (5, 1)])
+def test_the_photos_on_the_gpu_are_spread_evenly(photos, chosen):
+    taken = evenly_spread(photos, chosen)
+    assert taken.dtype == bool and taken.shape == (photos,) and taken.sum() == chosen
+    ends = np.linspace(0, chosen, photos + 1)[1:]
+    assert np.abs(taken.cumsum() - ends).max() < 1
 
 
 def test_free_memory_is_measured_and_divided_among_the_processes_of_a_machine(monkeypatch):
@@ -67,25 +132,88 @@ def test_free_memory_is_measured_and_divided_among_the_processes_of_a_machine(mo
     assert feature_placement.free_main_memory() == pytest.approx(free / 4, rel=0.3)
 
 
+BATCHES = [[4, 0], [5, 1, 7, 0, 4, 2, 9], [5, 5], [9], [2, 4, 7, 5]]  # rows of ROWS, in any order
+ROWS = np.array([9, 2, 4, 0, 7, 1, 5])
+
+
+@pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("native, grid", [((8, 8), "14"), ((8, 8), "native"), ((10, 10), "14")])
-def test_rows_in_memory_equal_those_of_the_file(tmp_path, native, grid, pooled, monkeypatch):
+@pytest.mark.parametrize(
+    "native, grid, dtype", [((8, 8), "14", "float16"), ((10, 10), "14", "float32"), ((8, 8), "native", "uint8")]
+)
+def test_wherever_rows_are_held_they_are_those_of_the_file(
+    tmp_path, monkeypatch, native, grid, dtype, pooled, quantize
+):
+    """The CPU takes the place of the GPU. Some rows of a batch are on the device, the others in memory or on disk."""
     monkeypatch.setattr(feature_placement, "LOAD_BATCH_SIZE", 3)
-    write(tmp_path / "f.h5", native, grid)
+    write(tmp_path / "f.h5", native, grid, dtype=dtype)
     reader = FeatureReader(tmp_path / "f.h5")
-    rows = np.array([9, 2, 4, 0, 7, 1, 5])
-    read_memory, in_memory = place_features(reader, rows, pooled, "ram", CPU)
-    read_disk, on_disk = place_features(reader, rows, pooled, "disk", CPU)
-    assert (in_memory.location, on_disk.location) == ("ram", "disk")
-    batches = (np.array([4, 0]), rows[::-1].copy(), np.array([5, 5]))
-    expected = [read_disk(batch) for batch in batches]
-    (tmp_path / "f.h5").unlink()  # rows in memory do not need it
+    source = FileRows(reader, pooled, quantize)
+    from_disk = place_features(reader, ROWS, pooled, "disk", CPU, quantize)
+    expected = [from_disk.read(np.array(batch)).to(CPU, torch.float32) for batch in BATCHES]
+    exact = (reader.read_pooled(ROWS[:1]) if pooled else reader.read(ROWS[:1])).cells.float()
+    difference = from_disk.read(ROWS[:1]).to(CPU, torch.float32).cells - exact
+    assert difference.norm() <= (0.02 if quantize and not pooled else 0) * exact.norm()
+    for on_gpu, in_ram in [(0, 7), (7, 0), (3, 4), (3, 0), (6, 1), (1, 0)]:
+        features = PlacedFeatures(source, ROWS, FeaturePlacement(7, on_gpu, in_ram, ""), CPU)
+        for batch, from_file in zip(BATCHES, expected, strict=True):
+            cached = features.read(np.array(batch))
+            grid_on_device = cached.to(CPU, torch.float32)
+            assert torch.equal(grid_on_device.cells, from_file.cells) and len(cached) == len(batch)
+            assert torch.equal(grid_on_device.pooling, from_file.pooling)
+            static = torch.full((12, *cached.shape[1:]), torch.nan)
+            cached.copy_to(static[: len(batch)])
+            assert torch.equal(static[: len(batch)], from_file.cells) and static[len(batch) :].isnan().all()
+
+
+def test_rows_in_memory_do_not_need_the_file(tmp_path):
+    write(tmp_path / "f.h5")
+    reader = FeatureReader(tmp_path / "f.h5")
+    in_memory = place_features(reader, ROWS, False, "ram", CPU)
+    expected = reader.read(ROWS[::-1]).cells
+    (tmp_path / "f.h5").unlink()
     reader._maps.clear()
-    for batch, from_disk in zip(batches, expected, strict=True):
-        from_memory = read_memory(batch)
-        assert torch.equal(from_memory.cells, from_disk.cells)
-        assert torch.equal(from_memory.pooling, from_disk.pooling)
-        assert from_memory.cells.dtype == from_disk.cells.dtype
+    assert torch.equal(in_memory.read(ROWS[::-1]).to(CPU, torch.float16).cells, expected)
+
+
+def test_a_batch_for_a_gpu_is_gathered_once_into_pinned_memory(tmp_path, monkeypatch):
+    """Not copied to fresh memory first: that made main memory slower than the page cache."""
+    write(tmp_path / "f.h5", dtype="uint8")
+    gathered = []
+
+    def empty_pinned(shape, dtype):
+        gathered.append(torch.empty(shape, dtype=dtype))
+        return gathered[-1]
+
+    monkeypatch.setattr(cached_grid, "empty_pinned", empty_pinned)
+    held = HeldRows(FileRows(FeatureReader(tmp_path / "f.h5"), False, False), ROWS, CPU, pinned=True)
+    rows = held.read(np.array([4, 9]))
+    assert [tensor.data_ptr() for tensor in gathered] == [rows.cells.data_ptr(), rows.scales.data_ptr()]
+
+
+@pytest.mark.parametrize("on_gpu, in_ram, remedy", [(7, 0, "--features-on ram or disk"), (0, 7, "--features-on disk")])
+def test_running_out_of_memory_while_features_are_loaded_names_the_flag(tmp_path, monkeypatch, on_gpu, in_ram, remedy):
+    def out_of_memory(self, rows, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    write(tmp_path / "f.h5")
+    source = FileRows(FeatureReader(tmp_path / "f.h5"), False, False)
+    monkeypatch.setattr(cached_grid.FeatureRows, "empty_like", out_of_memory)
+    with pytest.raises(UserError, match=f"out of memory.*{remedy}$"):
+        PlacedFeatures(source, ROWS, FeaturePlacement(7, on_gpu, in_ram, ""), CPU)
+
+
+def test_training_from_partly_resident_codes_equals_training_from_codes_on_disk(here, monkeypatch, capsys):
+    """The CPU takes the place of the GPU."""
+    setting = {**TINY, "epochs": 1, "precision": "float32", "quantize_features": True}
+    train.main(Train(Path("data/small"), "codes from disk", features_on="disk", **setting))
+    partly = FeaturePlacement(24, 11, 13, "simulated")
+    monkeypatch.setattr(feature_placement, "choose_placement", lambda *arguments: partly)
+    train.main(Train(Path("data/small"), "codes partly on gpu", **setting))
+    assert "the GPU, 11 photos and main memory, 13 photos (simulated)" in capsys.readouterr().out
+    assert same(weights("codes partly on gpu"), weights("codes from disk"))
+    with pytest.raises(UserError, match="--quantize-features False: .* was trained with True"):
+        train.main(Train(Path("data/small"), "codes from disk", resume=True, **{**setting, "quantize_features": False}))
 
 
 @pytest.mark.parametrize("decoder", ["attention", "lstm"])
@@ -107,14 +235,14 @@ def test_training_from_the_gpu_equals_training_from_disk(here):
 
 
 def test_the_log_records_the_fraction_of_time_that_training_waited(here, monkeypatch):
-    read = FeatureReader.read
+    read = FeatureReader.read_rows
 
-    def read_slowly(self, rows):
+    def read_slowly(self, *arguments):
         time.sleep(0.3)
-        return read(self, rows)
+        return read(self, *arguments)
 
     train.main(Train(Path("data/small"), "waits little", features_on="ram", epochs=1, **TINY))
-    monkeypatch.setattr(FeatureReader, "read", read_slowly)
+    monkeypatch.setattr(FeatureReader, "read_rows", read_slowly)
     train.main(Train(Path("data/small"), "waits long", features_on="disk", epochs=1, **TINY))
     assert log_of("waits long")[0]["waiting"] > 0.5 > log_of("waits little")[0]["waiting"]
 
@@ -123,17 +251,17 @@ def test_batches_for_a_gpu_are_read_into_pinned_memory(tmp_path, monkeypatch):
     loader = load_batches({0: Pinned()}, [0], GPU)
     assert list(loader) == ["pinned"]
     assert not load_batches({}, [], CPU).pin
-    write(tmp_path / "f.h5")
-    empty, pins = torch.empty, []
+    write(tmp_path / "f.h5", dtype="uint8")
+    shapes = []
 
-    def record_pin_memory(*size, pin_memory, **settings):
-        pins.append(pin_memory)
-        return empty(*size, **settings)
+    def empty_pinned(shape, dtype):
+        shapes.append((shape, dtype))
+        return torch.empty(shape, dtype=dtype)
 
-    monkeypatch.setattr(torch, "empty", record_pin_memory)
+    monkeypatch.setattr(feature_reader, "empty_pinned", empty_pinned)
     for pin in (True, False):
         FeatureReader(tmp_path / "f.h5", pin).read(np.array([1, 2]))
-    assert pins == [True, False]
+    assert shapes == [((2, 8, 8, 6), torch.uint8), ((2, 8, 8), torch.float32)], "codes and scales, of the first reader"
 
 
 class Pinned:

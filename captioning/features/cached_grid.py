@@ -23,14 +23,14 @@ class FeatureRows(NamedTuple):
     cells: Tensor  # (R, N, C) float16 or float32, or uint8 codes
     scales: Tensor | None = None  # (R, N) float32, of codes
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> FeatureRows:
+        """Apply a function to each tensor."""
+        return FeatureRows(function(self.cells), None if self.scales is None else function(self.scales))
+
     @property
     def row_bytes(self) -> int:
         """Bytes per row."""
-        return sum(tensor[0].nbytes for tensor in self if tensor is not None)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> FeatureRows:
-        """Apply a function to each tensor."""
-        return FeatureRows(*(None if tensor is None else function(tensor) for tensor in self))
+        return self.cells[0].nbytes + (0 if self.scales is None else self.scales[0].nbytes)
 
     def empty_like(self, rows: int, device: torch.device) -> FeatureRows:
         """This many rows of the same form, uninitialised."""
@@ -38,9 +38,10 @@ class FeatureRows(NamedTuple):
 
     def write(self, start: int, rows: FeatureRows) -> None:
         """Copy rows of the same form into these, from row `start` on."""
-        for target, source in zip(self, rows, strict=True):
-            if target is not None:
-                target[start : start + len(source)].copy_(source)
+        end = start + len(rows.cells)
+        self.cells[start:end].copy_(rows.cells)
+        if self.scales is not None and rows.scales is not None:
+            self.scales[start:end].copy_(rows.scales)
 
     def gather(self, rows: Tensor, pinned: bool) -> FeatureRows:
         """A copy of these rows (B,) int64 on the CPU. pinned: in pinned memory.
@@ -49,6 +50,10 @@ class FeatureRows(NamedTuple):
         ended. So this is the only copy on the host, into memory that is already mapped.
         """
         return self.map(lambda tensor: _gather(tensor, rows, pinned))
+
+    def to(self, device: torch.device) -> FeatureRows:
+        """Copy the rows to a device: from pinned memory asynchronously."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def select(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The cells (B, N, C), in `dtype`, of these rows (B,) int64, on the device that holds them."""
@@ -118,7 +123,7 @@ class CachedGrid:
             parts.append(self.resident.select(self.rows.to(device, non_blocking=True), dtype))
         if len(self.rows) < len(self):
             # copied in the form in which they are held, which is smaller, and decoded on the device
-            parts.append(self.host.map(lambda tensor: tensor.to(device, non_blocking=True)).decode(dtype))
+            parts.append(self.host.to(device).decode(dtype))
         return parts
 
     def _merge(self, parts: list[Tensor], cells: Tensor) -> None:

@@ -1,17 +1,20 @@
 """Where features are held while a decoder trains: on the GPU, in main memory, or on disk.
 
-gpu   all rows are on the GPU, as stored: a batch is one index_select, without a copy from the host
-ram   all rows are in main memory, native cells only: a third of a 14x14 file
+gpu   as many rows as fit beside the decoder are on the GPU, as stored: reading them copies nothing from the host
+ram   rows are in main memory, native cells only: a third of a 14x14 file
 disk  each batch is read from the memory-mapped file; the system's page cache holds what was read before
 
-Letters: N photos, B photos per batch.
+If not all rows fit on the GPU, a fixed subset of them lies there and serves its share of every epoch's reads. A cache
+of the rows that were read last would serve less, since an epoch reads each row once, in a new order: with space for
+60 % of the rows, 23 % instead of 60 % (bench/cache.py).
+
+Letters: R rows held, B photos per batch, G of them on the GPU.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,50 +22,103 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning.encoders.grid import Grid
 from captioning.encoders.images import split_batches
 from captioning.errors import UserError
+from captioning.features.cached_grid import CachedGrid, FeatureRows
 from captioning.features.feature_reader import FeatureReader
+from captioning.runtime.device import oom_as_user_error
 
+CPU = torch.device("cpu")
 LOAD_BATCH_SIZE = 256  # photos
-LOCATION_NAMES = {"gpu": "the GPU", "ram": "main memory", "disk": "the disk"}
-MEMORY_FRACTIONS = {"gpu": 0.6, "ram": 0.5}  # of the free memory; the decoder and its batches need the rest
+RESERVED_BYTES = 4 * 10**9  # of GPU memory for the decoder and its batches, at least ...
+RESERVED_FRACTION = 0.15  # ... and of all GPU memory: on a larger GPU the batches are larger too
+MEMORY_FRACTION = 0.5  # of the free main memory
 
 
 class FeaturePlacement(NamedTuple):
-    """Where features are placed, and why."""
+    """How many photos' features lie where, and why. The rest lies on disk."""
 
-    location: str  # gpu, ram or disk
+    photos: int
+    on_gpu: int
+    in_ram: int
     reason: str  # for the message that is printed
 
+    @property
+    def on_disk(self) -> int:
+        """The number of photos whose features are read from disk."""
+        return self.photos - self.on_gpu - self.in_ram
 
-def choose_placement(requested: str, nbytes: int, device: torch.device) -> FeaturePlacement:
-    """Where to place `nbytes` of features. requested: auto, gpu, ram or disk.
+    def __str__(self) -> str:
+        """For the message that is printed: "the GPU (REASON)", or how many photos lie where."""
+        counts = {"the GPU": self.on_gpu, "main memory": self.in_ram, "the disk": self.on_disk}
+        used = {name: count for name, count in counts.items() if count}
+        if len(used) == 1:
+            return f"{next(iter(used))} ({self.reason})"
+        places = " and ".join(f"{name}, {count:,} photos" for name, count in used.items())
+        return f"{places} ({self.reason})"
 
-    Raises UserError if they do not fit there.
-    """
-    free = {"gpu": free_gpu_memory(device), "ram": free_main_memory()}
-    fits = {location: nbytes <= fraction * free[location] for location, fraction in MEMORY_FRACTIONS.items()}
-    size = f"{nbytes / 1e9:.1f} GB of features"
-    if requested == "auto":
-        if device.type != "cuda":
-            return FeaturePlacement("disk", f"{size}; the CPU reads them in place")
-        location = next((location for location in ("gpu", "ram") if fits[location]), "disk")
-        free_text = f"{free['gpu'] / 1e9:.1f} GB are free on the GPU, {free['ram'] / 1e9:.1f} in RAM"
-        return FeaturePlacement(location, f"{size}; {free_text}")
+
+class Sizes(NamedTuple):
+    """What is to be placed."""
+
+    photos: int
+    row_bytes: int  # of one photo, in the form in which it is held
+    quantized_bytes: int  # of one photo as codes; equal to row_bytes if quantisation would change nothing
+
+    def __str__(self) -> str:
+        return f"{self.photos * self.row_bytes / 1e9:.1f} GB of features"
+
+
+def choose_placement(requested: str, sizes: Sizes, device: torch.device) -> FeaturePlacement:
+    """Where to place the features. requested: auto, gpu, ram or disk. Raises UserError if they do not fit there."""
+    if requested == "ram":
+        return _all_in_ram(sizes)
     if requested == "gpu" and device.type != "cuda":
         raise UserError(f"--features-on gpu: the run is on {device}; give --device cuda, or --features-on ram or disk")
-    if not fits.get(requested, True):
+    if requested == "disk" or device.type != "cuda":
+        reason = f"{sizes}" if requested == "disk" else f"{sizes}; the {device.type.upper()} reads them in place"
+        return FeaturePlacement(sizes.photos, 0, 0, reason)
+    return _as_many_on_gpu_as_fit(sizes, device, all_must_fit=requested == "gpu")
+
+
+def _as_many_on_gpu_as_fit(sizes: Sizes, device: torch.device, all_must_fit: bool) -> FeaturePlacement:
+    free, total = gpu_memory(device)
+    available = max(0, free - max(RESERVED_BYTES, int(RESERVED_FRACTION * total)))
+    on_gpu = min(sizes.photos, available // sizes.row_bytes)
+    rest = sizes._replace(photos=sizes.photos - on_gpu)
+    reason = f"{sizes}; of {free / 1e9:.1f} GB free on the GPU, {available / 1e9:.1f} are not kept for the decoder"
+    remedy = _quantization_remedy(sizes, available) if rest.photos else ""
+    if all_must_fit and rest.photos:
+        partly = f"{on_gpu:,} of {sizes.photos:,} photos fit; --features-on auto holds those there and reads the rest"
+        raise UserError(f"--features-on gpu: {reason}: {partly} from RAM or disk{remedy and f'; or give {remedy}'}")
+    in_ram = rest.photos if _fits_in_ram(rest) else 0
+    return FeaturePlacement(sizes.photos, on_gpu, in_ram, reason + (remedy and f"; give {remedy}"))
+
+
+def _quantization_remedy(sizes: Sizes, available: int) -> str:
+    """The advice to quantise, if the codes of all photos fit into the available bytes; else empty."""
+    nbytes = sizes.photos * sizes.quantized_bytes
+    if nbytes > available:
+        return ""
+    return f"--quantize-features, with which all fit, in {nbytes / 1e9:.1f} GB"
+
+
+def _all_in_ram(sizes: Sizes) -> FeaturePlacement:
+    if not _fits_in_ram(sizes):
         raise UserError(
-            f"--features-on {requested}: {size} are more than {MEMORY_FRACTIONS[requested]:.0%} of the "
-            f"{free[requested] / 1e9:.1f} GB free; give --features-on disk"
+            f"--features-on ram: {sizes} are more than {MEMORY_FRACTION:.0%} of the {free_main_memory() / 1e9:.1f} GB "
+            "free; give --features-on disk"
         )
-    return FeaturePlacement(requested, size)
+    return FeaturePlacement(sizes.photos, 0, sizes.photos, str(sizes))
 
 
-def free_gpu_memory(device: torch.device) -> int:
-    """Free bytes on a CUDA device; 0 for other devices."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+def _fits_in_ram(sizes: Sizes) -> bool:
+    return sizes.photos * sizes.row_bytes <= MEMORY_FRACTION * free_main_memory()
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a CUDA device."""
+    return torch.cuda.mem_get_info(device)
 
 
 def free_main_memory() -> int:
@@ -77,38 +133,96 @@ def free_main_memory() -> int:
 
 
 def place_features(
-    reader: FeatureReader, rows: np.ndarray, pooled: bool, requested: str, device: torch.device
-) -> tuple[Callable[[np.ndarray], Grid], FeaturePlacement]:
-    """Load rows (N,) int64 to where they are placed -> a function that reads a batch of them, and the placement.
+    reader: FeatureReader, rows: np.ndarray, pooled: bool, requested: str, device: torch.device, quantize: bool = False
+) -> PlacedFeatures:
+    """Load rows (N,) int64, all different, to where they are placed.
 
-    pooled: load only the mean of each map. requested: auto, gpu, ram or disk.
+    pooled: only the mean of each map. requested: auto, gpu, ram or disk. quantize: hold the maps as uint8 codes.
     Raises UserError if the rows do not fit, or one is not finite.
     """
-    read = reader.read_pooled if pooled else reader.read
-    row_bytes = read(rows[:1]).cells.nbytes
-    placement = choose_placement(requested, len(rows) * row_bytes, device)
-    if placement.location == "disk":
-        return read, placement
-    target = device if placement.location == "gpu" else torch.device("cpu")
-    return LoadedFeatures(read, rows, target).read, placement
+    source = FileRows(reader, pooled, quantize)
+    first = source.read(rows[:1])
+    quantized = first.row_bytes if pooled else first.quantize().row_bytes
+    placement = choose_placement(requested, Sizes(len(rows), first.row_bytes, quantized), device)
+    return PlacedFeatures(source, rows, placement, device)
 
 
-class LoadedFeatures:
-    """Rows of a feature file, loaded once into memory."""
+class FileRows:
+    """Rows of the file: maps or their means."""
 
-    def __init__(self, read: Callable[[np.ndarray], Grid], rows: np.ndarray, device: torch.device):
-        """read: reads a batch of rows from the file; rows (N,) int64: the distinct rows to load."""
-        first = read(rows[:1])
-        self.pooling = first.pooling.to(device)
-        self.position = np.full(rows.max() + 1, -1)  # row of the file -> index into cells
+    def __init__(self, reader: FeatureReader, pooled: bool, quantize: bool):
+        """quantize: maps that are stored in floating point become codes when they are read."""
+        self.reader = reader
+        self.pooled = pooled
+        self.quantize = quantize and not pooled
+        self.pooling = reader.pooling(pooled)
+
+    def read(self, rows: np.ndarray, device: torch.device = CPU) -> FeatureRows:
+        """The features of rows (B,) int64, on the device. Raises UserError if a row is not finite."""
+        stored = self.reader.read_rows(rows, self.pooled).to(device)
+        return stored.quantize() if self.quantize else stored
+
+
+class HeldRows:
+    """Rows that were loaded once into the memory of a device."""
+
+    def __init__(self, source: FileRows, rows: np.ndarray, device: torch.device, pinned: bool = False):
+        """rows (R,) int64, all different. pinned: `read` gathers into pinned memory."""
+        self.pinned = pinned
+        self.position = np.full(rows.max() + 1, -1)  # row of the file -> index into `held`; -1: not held
         self.position[rows] = np.arange(len(rows))
-        self.cells = torch.empty(len(rows), *first.cells.shape[1:], dtype=first.cells.dtype, device=device)
-        chunks = self.cells.split(LOAD_BATCH_SIZE)
-        batches = tqdm(split_batches(rows, LOAD_BATCH_SIZE), desc="load", unit="batch")
-        for chunk, batch in zip(chunks, batches, strict=True):
-            chunk.copy_(read(batch).cells)
+        self.held = source.read(rows[:1]).empty_like(len(rows), device)
+        batches = split_batches(rows, LOAD_BATCH_SIZE)
+        for number, batch in enumerate(tqdm(batches, desc="load", unit="batch")):
+            self.held.write(number * LOAD_BATCH_SIZE, source.read(batch, device))
 
-    def read(self, rows: np.ndarray) -> Grid:
-        """The maps, or their means, of rows (B,) int64, on the device."""
-        positions = torch.from_numpy(self.position[rows]).to(self.cells.device, non_blocking=True)
-        return Grid(self.cells.index_select(0, positions), self.pooling)
+    def positions_of(self, rows: np.ndarray) -> np.ndarray:
+        """The index into `held` of rows (B,) int64; -1 for a row that is not held."""
+        known = rows < len(self.position)
+        return np.where(known, self.position[np.where(known, rows, 0)], -1)
+
+    def read(self, rows: np.ndarray) -> FeatureRows:
+        """The features of rows (B,) int64, all held, in main memory."""
+        return self.held.gather(torch.from_numpy(self.position[rows]), self.pinned)
+
+
+class PlacedFeatures:
+    """Reads batches of the rows that were placed."""
+
+    def __init__(self, source: FileRows, rows: np.ndarray, placement: FeaturePlacement, device: torch.device):
+        """rows (N,) int64, all different. device: on which those of `placement.on_gpu` are held, and batches used.
+
+        Raises UserError if the memory does not suffice after all.
+        """
+        self.placement = placement
+        self.pooling = source.pooling.to(device)
+        self.host: FileRows | HeldRows = source
+        self.resident: HeldRows | None = None
+        on_gpu = evenly_spread(len(rows), placement.on_gpu)  # (N,) bool
+        if placement.on_gpu:
+            with oom_as_user_error("the features did not fit; give --features-on ram or disk"):
+                self.resident = HeldRows(source, rows[on_gpu], device)
+        if placement.in_ram:
+            with oom_as_user_error("the features did not fit; give --features-on disk"):
+                self.host = HeldRows(source, rows[~on_gpu], CPU, pinned=device.type == "cuda")
+
+    def read(self, rows: np.ndarray) -> CachedGrid:
+        """The maps, or their means, of rows (B,) int64."""
+        if self.resident is None:
+            positions = np.full(len(rows), -1)
+        else:
+            positions = self.resident.positions_of(rows)
+        held = positions >= 0
+        return CachedGrid(
+            host=self.host.read(rows[~held]),
+            resident=None if self.resident is None else self.resident.held,
+            rows=torch.from_numpy(positions[held]),
+            places=torch.from_numpy(np.concatenate([np.flatnonzero(held), np.flatnonzero(~held)])),
+            pooling=self.pooling,
+        )
+
+
+def evenly_spread(photos: int, chosen: int) -> np.ndarray:
+    """Which `chosen` of the photos are taken, (N,) bool: the same share of every stretch of them, so of each split."""
+    steps = np.arange(photos + 1) * chosen // max(1, photos)
+    return np.diff(steps) > 0

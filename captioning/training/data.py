@@ -21,7 +21,7 @@ from captioning.encoders.loading import (
     load_encoder,
     read_encoder_checkpoint,
 )
-from captioning.features.feature_placement import LOCATION_NAMES, place_features
+from captioning.features.feature_placement import place_features
 from captioning.features.feature_reader import FeatureReader
 from captioning.training.options import TrainingOptions
 
@@ -55,11 +55,13 @@ def cached_data(
     train = train[reader.available(rows[train], options.allow_missing, options.data)]
     val = val[reader.available(rows[val], options.allow_missing, options.data)]
     pooled = not DECODERS[options.decoder].uses_attention
-    read, placement = place_features(reader, rows[np.concatenate([train, val])], pooled, options.features_on, device)
-    print(f"{reader.path}: read from {LOCATION_NAMES[placement.location]} ({placement.reason})")
+    placed = place_features(
+        reader, rows[np.concatenate([train, val])], pooled, options.features_on, device, options.quantize_features
+    )
+    print(f"{reader.path}: read from {placed.placement}")
     return TrainingData(
-        train=CachedPhotos(captions.subset(train), rows[train], read),
-        val=CachedPhotos(captions.subset(val), rows[val], read),
+        train=CachedPhotos(captions.subset(train), rows[train], placed.read),
+        val=CachedPhotos(captions.subset(val), rows[val], placed.read),
         channels=reader.channels,
         native_cells=1 if pooled else reader.height * reader.width,
         encoder=None,

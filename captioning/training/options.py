@@ -35,6 +35,7 @@ class TrainingOptions:
     objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
     features_on: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where the cached features are held during training
+    quantize_features: bool = False  # hold them in 8 bits: half of float16; they change by 0.2 to 1 %
     epochs: int = 20  # at most
     batch_size: int = 32  # captions, over all processes; all captions of a photo are in one batch
     grad_accumulation: int = 1  # batches per update: large batches in little memory
@@ -153,7 +154,7 @@ class TrainingOptions:
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")
         live_flags = encoder_flags + non_default(self, "unfreeze_from", "checkpoint_activations", "flip", "crop")
-        cache_flags = non_default(self, "features_on", "features")
+        cache_flags = non_default(self, "features_on", "features", "quantize_features")
         if live_flags and not self.fine_tune:
             raise UserError(f"{live_flags[0]} requires --fine-tune; cached features fix the encoder")
         if encoder_flags and self.start_from:
