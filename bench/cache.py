@@ -7,7 +7,13 @@ Plain h5py is what tutorials use: one open HDF5 file, one photo per write and pe
 system are os.pread of the same bytes from a cold file, and a copy from a numpy memmap from the page cache. Every time
 is the best of --rounds rounds in which all methods run. What they read is checked first.
 
-The second table shows, for files with increasing numbers of rows, the time per row and the memory of the process,
+Main memory is where --features-on ram holds the rows. A batch for a GPU is gathered from there into a kept buffer;
+before 0.2.0 it was gathered into fresh memory, and copied from there.
+
+The next lines simulate which share of an epoch's reads is served from memory that holds a part of the rows: a fixed
+part, and those read last (a least-recently-used cache, LRU).
+
+The last table shows, for files with increasing numbers of rows, the time per row and the memory of the process,
 including mapped pages. These files are sparse: only --photos random rows are written, and read in another order.
 """
 
@@ -16,6 +22,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +36,7 @@ from tyro.conf import Positional
 
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.encoders.images import split_batches
+from captioning.features.feature_placement import FileRows, HeldRows
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.meter import peak_resident_memory
@@ -49,6 +57,8 @@ class Bench:
     batch_size: int = 32  # photos
     rounds: int = 3
     sizes: tuple[int, ...] = (1_000, 10_000, 100_000)  # rows
+    parts: tuple[float, ...] = (0.3, 0.6, 0.9)  # of the rows, held in memory in the simulation
+    simulated_rows: int = 20_000
 
 
 def main(bench: Bench) -> None:
@@ -80,12 +90,16 @@ def main(bench: Bench) -> None:
             timeit(lambda: write(bench, paths["native"], "native", native), number=1),
         )
         plan = split_batches(rng.permutation(bench.photos), bench.batch_size)
+        print_memory_rates(bench, paths["native"], plan)
         for cold in (True, False):
             print("random photos, from a cold file" if cold else "random photos, from the page cache")
             read_all(bench, paths, plan, cold)
     finally:
         for path in paths.values():
             path.unlink(missing_ok=True)
+    for part in bench.parts:
+        lru = lru_share(part, bench.simulated_rows)
+        print(f"memory for {part:.0%} of the rows: fixed ones serve {part:.0%} of an epoch's reads, LRU {lru:.0%}")
     print(
         f"14x14 files, {bench.photos} random rows written and read from the page cache; "
         f"{14 * 14 * 2 * bench.channels:,} bytes per photo written, {8 * 8 * 2 * bench.channels:,} read"
@@ -224,6 +238,55 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
         f"{limit.removesuffix(', native file')}, and {best['plain h5py, 14x14'] / best['Kantu, native file']:.1f} "
         "times as fast as with plain h5py"
     )
+
+
+def print_memory_rates(bench: Bench, path: Path, plan: list[np.ndarray]) -> None:
+    """Print the speed of gathering batches from main memory into a buffer that is kept, as pinned memory is."""
+    source = FileRows(FeatureReader(path), pooled=False, quantize=False)
+    held = HeldRows(source, np.arange(bench.photos), torch.device("cpu")).held.cells
+    buffer = torch.zeros(bench.batch_size, *held.shape[1:], dtype=held.dtype)
+    mapped = source.reader.arrays["features"].map(path)
+    load_into_page_cache(path)
+
+    def gather_twice() -> None:
+        for rows in plan:
+            buffer[: len(rows)].copy_(held.index_select(0, torch.from_numpy(rows)))
+
+    def gather_once() -> None:
+        for rows in plan:
+            torch.index_select(held, 0, torch.from_numpy(rows), out=buffer[: len(rows)])
+
+    def copy_from_page_cache() -> None:
+        for rows in plan:
+            for target, row in zip(buffer.view(-1, *mapped.shape[1:]).numpy(), rows, strict=False):
+                target[:] = mapped[row]
+
+    methods = {"main memory, before": gather_twice, "main memory": gather_once, "page cache": copy_from_page_cache}
+    best = dict.fromkeys(methods, float("inf"))
+    for _ in range(bench.rounds):
+        for method, read in methods.items():
+            best[method] = min(best[method], timeit(read, number=1))
+    print("random photos, native cells, into a kept buffer")
+    for method, seconds in best.items():
+        print_rate(method, bench, held[0].nbytes, seconds)
+    print(f"{'':>24}  main memory is {best['main memory, before'] / best['main memory']:.1f} times as fast as before")
+
+
+def lru_share(part: float, rows: int, epochs: int = 4) -> float:
+    """The share of reads that a least-recently-used cache of part of the rows serves, after its first epoch."""
+    rng = np.random.default_rng(0)
+    cache: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for epoch in range(epochs):
+        for row in rng.permutation(rows).tolist():
+            if row in cache:
+                cache.move_to_end(row)
+                hits += epoch > 0
+                continue
+            cache[row] = None
+            if len(cache) > part * rows:
+                cache.popitem(last=False)
+    return hits / (rows * (epochs - 1))
 
 
 def drop_from_page_cache(path: Path) -> None:

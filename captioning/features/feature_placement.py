@@ -6,7 +6,7 @@ disk  each batch is read from the memory-mapped file; the system's page cache ho
 
 If not all rows fit on the GPU, a fixed subset of them lies there and serves its share of every epoch's reads. A cache
 of the rows that were read last would serve less, since an epoch reads each row once, in a new order: with space for
-60 % of the rows, 23 % instead of 60 % (bench/cache.py).
+60 % of the rows, 24 % instead of 60 % (bench/cache.py).
 
 Letters: R rows held, B photos per batch, G of them on the GPU.
 """

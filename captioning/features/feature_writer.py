@@ -139,6 +139,7 @@ class FeatureWriter:
         A file of uint8 takes codes, with their scales (B, h, w) float32.
         Raises UserError if the features are not finite in the file's dtype, or if earlier rows could not be written.
         """
+        assert (self.dtype == np.uint8) == (scales is not None), "codes come with their scales"
         if not len(rows):
             return
         features = features.to(getattr(torch, str(self.dtype)))

@@ -19,32 +19,32 @@ from torch import Tensor
 MAX_CODE = 255  # of a cell without negative values
 MAX_LEVEL = 127  # of a cell with negative values
 ZERO_CODE = 128  # the code of 0 in such a cell
-TINY = torch.finfo(torch.float32).tiny  # in place of the scale of a cell of zeros
+SMALLEST_SCALE = 1e-30  # also that of a cell of zeros
 
 
 def quantize(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Finite cells (..., C) of any floating dtype -> codes (..., C) uint8 and scales (...) float32, on their device.
+    """Cells (..., C) of any floating dtype -> codes (..., C) uint8 and scales (...) float32, on their device.
 
     The scale of a cell with an infinite value or NaN is not finite.
     """
-    cells = cells.float()
-    largest = cells.abs().amax(-1)  # (...)
-    signed = cells.amin(-1) < 0  # (...)
-    roots = (cells.abs() / largest.clamp_min(TINY)[..., None]).sqrt_()  # (..., C), 0 to 1
-    unsigned_codes = (roots * MAX_CODE).round_()
-    signed_codes = (roots * MAX_LEVEL).round_() * cells.sign() + ZERO_CODE
-    codes = torch.where(signed[..., None], signed_codes, unsigned_codes)
-    return codes.to(torch.uint8), torch.where(signed, -largest, largest)
+    smallest = cells.amin(-1, keepdim=True)  # (..., 1); aminmax takes 20 times as long
+    largest = cells.amax(-1, keepdim=True)
+    signed = smallest < 0
+    scales = torch.maximum(largest, -smallest).float().clamp_min(SMALLEST_SCALE)
+    levels = torch.where(signed, MAX_LEVEL, MAX_CODE)
+    codes = (cells.float() * (levels.square() / scales)).abs_().sqrt_().round_()  # levels * sqrt(|value| / scale)
+    if signed.any():
+        codes = torch.where(signed, codes.copysign_(cells) + ZERO_CODE, codes)
+    return codes.to(torch.uint8), torch.where(signed, -scales, scales).squeeze(-1)
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes (..., C) uint8 and scales (...) float32 -> cells (..., C) in `dtype`; computed in float32."""
-    scales = scales[..., None]
-    values = codes.float()
-    unsigned_levels = values / MAX_CODE
-    signed_levels = (values - ZERO_CODE) / MAX_LEVEL
-    levels = torch.where(scales < 0, signed_levels, unsigned_levels)
-    return (levels * levels.abs() * scales.abs()).to(dtype)
+    signed = scales[..., None] < 0  # (..., 1)
+    zero_codes = torch.where(signed, float(ZERO_CODE), 0.0)
+    steps = scales[..., None].abs().sqrt() / torch.where(signed, MAX_LEVEL, MAX_CODE)
+    roots = codes.float().sub_(zero_codes).mul_(steps)  # the square roots of the values, with their signs
+    return (roots * roots.abs()).to(dtype)
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
