@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import train
+from captioning.dataset import batches
+from captioning.dataset.batches import CachedPhotos
+from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.dataset.prefetch import Prefetch
 from captioning.errors import UserError
 from captioning.features import cached_grid, feature_placement, feature_reader
@@ -25,6 +28,8 @@ from captioning.features.feature_placement import (
 from captioning.features.feature_reader import FeatureReader
 from captioning.training.data import load_batches
 from config import Train
+from preprocess.captions import Photo
+from preprocess.vocabulary import Vocabulary
 from tests.small import TINY, log_of, same, weights
 from tests.test_feature_cache import write
 
@@ -189,6 +194,34 @@ def test_a_batch_for_a_gpu_is_gathered_once_into_pinned_memory(tmp_path, monkeyp
     held = HeldRows(FileRows(FeatureReader(tmp_path / "f.h5"), False, False), ROWS, CPU, pinned=True)
     rows = held.read(np.array([4, 9]))
     assert [tensor.data_ptr() for tensor in gathered] == [rows.cells.data_ptr(), rows.scales.data_ptr()]
+
+
+def test_pinning_a_batch_copies_what_lies_on_the_host_and_keeps_every_value(tmp_path, monkeypatch):
+    write(tmp_path / "f.h5", dtype="uint8")
+    source = FileRows(FeatureReader(tmp_path / "f.h5"), pooled=False, quantize=False)
+    features = PlacedFeatures(source, ROWS, FeaturePlacement(7, 3, 0, ""), CPU)
+    photos = [Photo(f"{i}.jpg", str(i), "train", (("a",),) * (i + 1)) for i in range(7)]
+    vocabulary = Vocabulary.build([["a"]], language="en", tokenizer="whitespace", min_count=1, max_words=9)
+    batch = CachedPhotos(CaptionDataset(photos, vocabulary, 9), ROWS, features.read)[np.array([6, 0, 3, 2])]
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    for module in (cached_grid, batches):
+        monkeypatch.setattr(module, "pin", pin)
+    copy = batch.pin_memory()
+    assert copy.photos.resident is batch.photos.resident and len(pinned) == 7
+    for one, other in zip(tensors_of(batch), tensors_of(copy), strict=True):
+        assert torch.equal(one, other) and any(other.data_ptr() == tensor.data_ptr() for tensor in pinned)
+    assert torch.equal(copy.to(CPU, torch.float32).photos.cells, batch.to(CPU, torch.float32).photos.cells)
+
+
+def tensors_of(batch):
+    """The tensors of a batch that lie on the host."""
+    photos = batch.photos
+    return [*photos.host, photos.rows, photos.places, batch.words.data, batch.targets, batch.photo_index]
 
 
 @pytest.mark.parametrize("on_gpu, in_ram, remedy", [(7, 0, "--features-on ram or disk"), (0, 7, "--features-on disk")])
