@@ -267,6 +267,22 @@ def test_training_from_the_gpu_equals_training_from_disk(here):
             torch.testing.assert_close(values, weights(f"from {where}")[name], msg=name)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_batches_for_a_gpu_are_complete_although_nothing_waits_for_their_copies(tmp_path, dtype):
+    """Pinned memory is not used again before it was copied, even if the GPU lags behind."""
+    write(tmp_path / "f.h5", dtype=dtype, channels=256)
+    source = FileRows(FeatureReader(tmp_path / "f.h5", pin=True), pooled=False, quantize=False)
+    exact = source.reader.read(np.arange(10)).cells.float()
+    for on_gpu, in_ram in [(0, 7), (0, 0), (3, 4), (3, 0), (7, 0)]:
+        placed = PlacedFeatures(source, ROWS, FeaturePlacement(7, on_gpu, in_ram, ""), GPU)
+        torch.cuda._sleep(10**8)
+        plan = [np.roll(ROWS, shift)[: 1 + shift % 7] for shift in range(50)]
+        batches = [placed.read(rows).pin_memory().to(GPU, torch.float32).cells for rows in plan]
+        for rows, cells in zip(plan, batches, strict=True):
+            torch.testing.assert_close(cells.cpu(), exact[rows], rtol=1e-5, atol=1e-6)
+
+
 def test_the_log_records_the_fraction_of_time_that_training_waited(here, monkeypatch):
     read = FeatureReader.read_rows
 

@@ -1,5 +1,7 @@
 """Feature maps as 8-bit codes: how far they are off, in memory and in a file."""
 
+from types import SimpleNamespace
+
 import h5py
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from captioning.features.cached_grid import FeatureRows
 from captioning.features.feature_placement import FeaturePlacement, FileRows, PlacedFeatures
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, to_stored_rows
-from captioning.features.quantization import dequantize, dequantize_rows, quantize
+from captioning.features.quantization import dequantize, dequantize_rows, proven_kernel, quantize
+from captioning.runtime.kernel_loading import LoadedKernels
 from tests.test_decoders import SIZES
 from tests.test_feature_cache import IDS, attributes, write
 
@@ -83,6 +86,36 @@ def test_rows_are_dequantised_in_any_order(dtype):
     rows = torch.tensor([7, 0, 9, 0, 3])
     result = dequantize_rows(codes, scales, rows, dtype)
     assert result.dtype == dtype and torch.equal(result, dequantize(codes, scales, dtype)[rows])
+
+
+def wrong(error):
+    """A kernel whose values are all off by this much."""
+    return lambda codes, scales, rows, dtype: dequantize_rows(codes, scales, rows, dtype) * (1 + error)
+
+
+def broken(codes, scales, rows, dtype):
+    raise RuntimeError("an illegal instruction. More text")
+
+
+@pytest.mark.parametrize(
+    "kernel, problem",
+    [
+        (wrong(0), None),
+        (wrong(0.03), "it is off by 3.00%"),
+        (wrong(torch.nan), "it is off by nan%"),
+        (broken, "an illegal instruction"),
+        (None, "Triton is not installed"),
+    ],
+)
+def test_a_kernel_is_used_only_if_it_computes_what_plain_pytorch_does(kernel, problem, capsys):
+    module = kernel and SimpleNamespace(dequantize_rows=kernel)
+    codes, scales = quantize(features(2, signed=True))
+    used = proven_kernel(LoadedKernels(module, None if module else problem), codes, scales)
+    assert used is (dequantize_rows if problem else kernel)
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"8-bit features are decoded without their GPU kernel, which is slower: {problem}\n" if problem else ""
+    )
 
 
 def test_gradients_of_a_decoder_hardly_change():

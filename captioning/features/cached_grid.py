@@ -6,14 +6,14 @@ Letters: R rows held, B photos per batch, of which G are held on the device and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from captioning.encoders.grid import Grid
-from captioning.features.quantization import dequantize, dequantize_rows, quantize
+from captioning.features.quantization import DequantizeRows, dequantize_rows, quantize
 from captioning.runtime.device import empty_pinned, pin
 
 
@@ -55,15 +55,17 @@ class FeatureRows(NamedTuple):
         """Copy the rows to a device: from pinned memory asynchronously."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def select(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def select(self, rows: Tensor, dtype: torch.dtype, dequantize: DequantizeRows = dequantize_rows) -> Tensor:
         """The cells (B, N, C), in `dtype`, of these rows (B,) int64, on the device that holds them."""
         if self.scales is None:
             return self.cells.index_select(0, rows).to(dtype)
-        return dequantize_rows(self.cells, self.scales, rows, dtype)
+        return dequantize(self.cells, self.scales, rows, dtype)
 
-    def decode(self, dtype: torch.dtype) -> Tensor:
+    def decode(self, dtype: torch.dtype, dequantize: DequantizeRows = dequantize_rows) -> Tensor:
         """All cells (R, N, C) in `dtype`."""
-        return self.cells.to(dtype) if self.scales is None else dequantize(self.cells, self.scales, dtype)
+        if self.scales is None:
+            return self.cells.to(dtype)
+        return dequantize(self.cells, self.scales, torch.arange(len(self.cells), device=self.cells.device), dtype)
 
     def quantize(self) -> FeatureRows:
         """The rows as codes with scales; unchanged if they are that already."""
@@ -89,6 +91,7 @@ class CachedGrid:
     rows: Tensor  # (G,) int64: rows of `resident`
     places: Tensor  # (B,) int64: places in the batch, of the G photos of `rows`, then of those of `host`
     pooling: Tensor  # (P, N) float32, on the device
+    dequantize: DequantizeRows = dequantize_rows  # decodes codes on the device
 
     def __len__(self) -> int:
         return len(self.places)
@@ -120,10 +123,10 @@ class CachedGrid:
         parts = []
         if len(self.rows):
             assert self.resident is not None
-            parts.append(self.resident.select(self.rows.to(device, non_blocking=True), dtype))
+            parts.append(self.resident.select(self.rows.to(device, non_blocking=True), dtype, self.dequantize))
         if len(self.rows) < len(self):
             # copied in the form in which they are held, which is smaller, and decoded on the device
-            parts.append(self.host.to(device).decode(dtype))
+            parts.append(self.host.to(device).decode(dtype, self.dequantize))
         return parts
 
     def _merge(self, parts: list[Tensor], cells: Tensor) -> None:
@@ -134,4 +137,4 @@ class CachedGrid:
 
     def pin_memory(self) -> CachedGrid:
         """Copy what lies on the host to pinned memory, unless it does already."""
-        return CachedGrid(self.host.map(pin), self.resident, pin(self.rows), pin(self.places), self.pooling)
+        return replace(self, host=self.host.map(pin), rows=pin(self.rows), places=pin(self.places))

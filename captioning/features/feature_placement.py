@@ -26,10 +26,13 @@ from captioning.encoders.images import split_batches
 from captioning.errors import UserError
 from captioning.features.cached_grid import CachedGrid, FeatureRows
 from captioning.features.feature_reader import FeatureReader
+from captioning.features.quantization import KERNELS, DequantizeRows, dequantize_rows, proven_kernel
 from captioning.runtime.device import oom_as_user_error
+from captioning.runtime.kernel_loading import load_kernels
 
 CPU = torch.device("cpu")
 LOAD_BATCH_SIZE = 256  # photos
+PROOF_ROWS = 8  # on which the kernel that decodes codes is compared with its plain form
 RESERVED_BYTES = 4 * 10**9  # of GPU memory for the decoder and its batches, at least ...
 RESERVED_FRACTION = 0.15  # ... and of all GPU memory: on a larger GPU the batches are larger too
 MEMORY_FRACTION = 0.5  # of the free main memory
@@ -133,18 +136,25 @@ def free_main_memory() -> int:
 
 
 def place_features(
-    reader: FeatureReader, rows: np.ndarray, pooled: bool, requested: str, device: torch.device, quantize: bool = False
+    reader: FeatureReader,
+    rows: np.ndarray,
+    pooled: bool,
+    requested: str,
+    device: torch.device,
+    quantize: bool = False,
+    kernels: bool = True,
 ) -> PlacedFeatures:
     """Load rows (N,) int64, all different, to where they are placed.
 
     pooled: only the mean of each map. requested: auto, gpu, ram or disk. quantize: hold the maps as uint8 codes.
+    kernels: decode codes on a GPU with a fused kernel, if it works there.
     Raises UserError if the rows do not fit, or one is not finite.
     """
     source = FileRows(reader, pooled, quantize)
     first = source.read(rows[:1])
     quantized = first.row_bytes if pooled else first.quantize().row_bytes
     placement = choose_placement(requested, Sizes(len(rows), first.row_bytes, quantized), device)
-    return PlacedFeatures(source, rows, placement, device)
+    return PlacedFeatures(source, rows, placement, device, kernels)
 
 
 class FileRows:
@@ -189,8 +199,17 @@ class HeldRows:
 class PlacedFeatures:
     """Reads batches of the rows that were placed."""
 
-    def __init__(self, source: FileRows, rows: np.ndarray, placement: FeaturePlacement, device: torch.device):
+    def __init__(
+        self,
+        source: FileRows,
+        rows: np.ndarray,
+        placement: FeaturePlacement,
+        device: torch.device,
+        kernels: bool = True,
+    ):
         """rows (N,) int64, all different. device: on which those of `placement.on_gpu` are held, and batches used.
+
+        kernels: see `place_features`.
 
         Raises UserError if the memory does not suffice after all.
         """
@@ -205,6 +224,10 @@ class PlacedFeatures:
         if placement.in_ram:
             with oom_as_user_error("the features did not fit; give --features-on disk"):
                 self.host = HeldRows(source, rows[~on_gpu], CPU, pinned=device.type == "cuda")
+        sample = source.read(rows[:PROOF_ROWS], device)
+        self.dequantize: DequantizeRows = dequantize_rows
+        if kernels and device.type == "cuda" and sample.scales is not None:
+            self.dequantize = proven_kernel(load_kernels(KERNELS, device), sample.cells, sample.scales)
 
     def read(self, rows: np.ndarray) -> CachedGrid:
         """The maps, or their means, of rows (B,) int64."""
@@ -219,6 +242,7 @@ class PlacedFeatures:
             rows=torch.from_numpy(positions[held]),
             places=torch.from_numpy(np.concatenate([np.flatnonzero(held), np.flatnonzero(~held)])),
             pooling=self.pooling,
+            dequantize=self.dequantize,
         )
 
 

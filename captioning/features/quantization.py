@@ -13,9 +13,16 @@ Letters: R rows, B photos per batch, N cells, C channels; s scale, q code, l sig
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from captioning.runtime.kernel_loading import LoadedKernels
+from captioning.runtime.library_errors import reason
+
+KERNELS = "captioning.features.kernels"
+MAX_KERNEL_ERROR = 1e-5  # relative: rounding in float32 is below it
 MAX_CODE = 255  # of a cell without negative values
 MAX_LEVEL = 127  # of a cell with negative values
 ZERO_CODE = 128  # the code of 0 in such a cell
@@ -42,11 +49,37 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes (..., C) uint8 and scales (...) float32 -> cells (..., C) in `dtype`; computed in float32."""
     signed = scales[..., None] < 0  # (..., 1)
     zero_codes = torch.where(signed, float(ZERO_CODE), 0.0)
-    steps = scales[..., None].abs().sqrt() / torch.where(signed, MAX_LEVEL, MAX_CODE)
-    roots = codes.float().sub_(zero_codes).mul_(steps)  # the square roots of the values, with their signs
-    return (roots * roots.abs()).to(dtype)
+    levels = codes.float().sub_(zero_codes).div_(torch.where(signed, MAX_LEVEL, MAX_CODE))  # -1 to 1
+    return (levels * levels.abs()).mul_(scales[..., None].abs()).to(dtype)
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The cells (B, N, C), in `dtype`, of these rows (B,) int64 of codes (R, N, C) uint8 and scales (R, N) float32."""
     return dequantize(codes.index_select(0, rows), scales.index_select(0, rows), dtype)
+
+
+DequantizeRows = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+
+
+def proven_kernel(loaded: LoadedKernels, codes: Tensor, scales: Tensor) -> DequantizeRows:
+    """The kernel, if it computes what `dequantize_rows` does from these codes and scales; else that function.
+
+    Then one line says why.
+    """
+    problem = loaded.unavailable
+    if loaded.module is not None:
+        problem = _problem(loaded.module.dequantize_rows, codes, scales)
+        if problem is None:
+            return loaded.module.dequantize_rows
+    print(f"8-bit features are decoded without their GPU kernel, which is slower: {problem}")
+    return dequantize_rows
+
+
+def _problem(kernel: DequantizeRows, codes: Tensor, scales: Tensor) -> str | None:
+    rows = torch.arange(len(codes), device=codes.device).flip(0)
+    exact = dequantize_rows(codes, scales, rows, torch.float32)
+    try:
+        error = float((kernel(codes, scales, rows, torch.float32) - exact).norm() / exact.norm().clamp_min(1e-30))
+    except RuntimeError as failure:
+        return reason(failure)
+    return None if error <= MAX_KERNEL_ERROR else f"it is off by {error:.2%}"  # also if it is NaN

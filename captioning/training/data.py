@@ -56,7 +56,13 @@ def cached_data(
     val = val[reader.available(rows[val], options.allow_missing, options.data)]
     pooled = not DECODERS[options.decoder].uses_attention
     placed = place_features(
-        reader, rows[np.concatenate([train, val])], pooled, options.features_on, device, options.quantize_features
+        reader,
+        rows[np.concatenate([train, val])],
+        pooled,
+        options.features_on,
+        device,
+        options.quantize_features,
+        kernels=options.fast_path and options.kernels,
     )
     print(f"{reader.path}: read from {placed.placement}")
     return TrainingData(
