@@ -26,7 +26,9 @@ from captioning.features.feature_placement import (
     place_features,
 )
 from captioning.features.feature_reader import FeatureReader
+from captioning.training.cuda_graphs import StaticBatch, StaticSize
 from captioning.training.data import load_batches
+from captioning.training.objectives import LossWeights
 from config import Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
@@ -196,13 +198,31 @@ def test_a_batch_for_a_gpu_is_gathered_once_into_pinned_memory(tmp_path, monkeyp
     assert [tensor.data_ptr() for tensor in gathered] == [rows.cells.data_ptr(), rows.scales.data_ptr()]
 
 
+def make_batch(features, indices):
+    """The batch of these photos, whose rows are ROWS; photo i has i + 1 captions."""
+    photos = [Photo(f"{i}.jpg", str(i), "train", (("a",),) * (i + 1)) for i in range(7)]
+    vocabulary = Vocabulary.build([["a"]], language="en", tokenizer="whitespace", min_count=1, max_words=9)
+    return CachedPhotos(CaptionDataset(photos, vocabulary, 9), ROWS, features.read)[np.array(indices)]
+
+
+def test_a_static_batch_is_filled_with_rows_from_the_device_and_from_the_host(tmp_path):
+    write(tmp_path / "f.h5", dtype="uint8")
+    source = FileRows(FeatureReader(tmp_path / "f.h5"), pooled=False, quantize=False)
+    batch = make_batch(PlacedFeatures(source, ROWS, FeaturePlacement(7, 3, 4, ""), CPU), [6, 0, 3, 2])
+    assert 0 < len(batch.photos.rows) < 4
+    size = StaticSize(photos=8, batch_sizes=np.array([16, 16]))
+    static = StaticBatch(batch.photos, size, 0, CPU, torch.float32)
+    static.fill(batch, LossWeights())
+    expected = batch.to(CPU, torch.float32).photos
+    assert torch.equal(static.grid.cells[:4], expected.cells) and not static.grid.cells[4:].any()
+    assert torch.equal(static.grid.pooling, expected.pooling)
+
+
 def test_pinning_a_batch_copies_what_lies_on_the_host_and_keeps_every_value(tmp_path, monkeypatch):
     write(tmp_path / "f.h5", dtype="uint8")
     source = FileRows(FeatureReader(tmp_path / "f.h5"), pooled=False, quantize=False)
     features = PlacedFeatures(source, ROWS, FeaturePlacement(7, 3, 0, ""), CPU)
-    photos = [Photo(f"{i}.jpg", str(i), "train", (("a",),) * (i + 1)) for i in range(7)]
-    vocabulary = Vocabulary.build([["a"]], language="en", tokenizer="whitespace", min_count=1, max_words=9)
-    batch = CachedPhotos(CaptionDataset(photos, vocabulary, 9), ROWS, features.read)[np.array([6, 0, 3, 2])]
+    batch = make_batch(features, [6, 0, 3, 2])
     pinned = []
 
     def pin(tensor):

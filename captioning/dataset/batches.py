@@ -71,7 +71,7 @@ class Batch:
 class CachedPhotos(Dataset):
     """Batches with features from the cache. An item is indexed by the photos it holds: (B,) int64 -> Batch."""
 
-    def __init__(self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], CachedGrid]):
+    def __init__(self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], Grid | CachedGrid]):
         """rows (N,) int64: the row of each photo of `split` in the feature file; read: rows (B,) -> their maps."""
         self.split = split
         self.rows = rows

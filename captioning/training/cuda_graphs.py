@@ -177,6 +177,7 @@ class CudaGraphRunner:
         number = next((number for number, size in enumerate(self.sizes) if size.fits(batch)), None)
         if number is None:
             return None
+        assert not isinstance(batch.photos, Tensor), "photos for a live encoder have no static batch"
         static_batch = self._static_batch(number, batch.photos)
         static_batch.fill(batch, weights)
         return static_batch
