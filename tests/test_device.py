@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from captioning.encoders.gpu_decoding import FileBatch
+from captioning.encoders.images import PhotoBatch
 from captioning.runtime import device
 
 CPU = torch.device("cpu")
@@ -67,6 +69,9 @@ def test_where_page_locked_memory_is_denied_ordinary_memory_is_used_and_one_line
     assert device.empty_pinned((2, 3), torch.float16).shape == (2, 3)
     assert device.empty_pinned((4,), torch.uint8).dtype == torch.uint8
     assert device.pin(tensor) is tensor
+    photos = PhotoBatch([3], torch.ones(1, 3, 2, 2), ["a failure"])
+    files = FileBatch(**(dict.fromkeys(FileBatch._fields, [1]) | {"jpegs": tensor, "decoded": photos}))
+    assert files.pin_memory().jpegs is tensor and files.pin_memory().decoded.photos is photos.photos
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "OS call failed or operation not supported on this OS)" in printed
     assert "ulimit -l" in printed and len(attempts) == 1, "it is not asked again"

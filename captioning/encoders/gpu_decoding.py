@@ -33,6 +33,7 @@ from captioning.encoders.images import (
     read_photos,
 )
 from captioning.errors import PhotoError, UserError
+from captioning.runtime.device import empty_pinned, pin
 
 MAX_IN_FLIGHT = {"cuda": 1}  # device type -> batches that may still be computing when the next one is submitted
 END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a complete JPEG
@@ -89,7 +90,7 @@ def _start_copy(
         return [tensor.cpu() for tensor in tensors], None
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        copies = [empty_pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True) for tensor in tensors]
     for tensor in tensors:
         tensor.record_stream(stream)
     return copies, stream.record_event()
@@ -112,6 +113,10 @@ class FileBatch(NamedTuple):
     sizes: list[int]  # of each JPEG, bytes
     orientations: list[int]  # EXIF orientation of each JPEG; 1 is upright
     decoded: PhotoBatch  # the other photos, and the failures
+
+    def pin_memory(self) -> FileBatch:
+        """Copy the files and photos to page-locked memory. DataLoader calls it."""
+        return self._replace(jpegs=pin(self.jpegs), decoded=self.decoded.pin_memory())
 
 
 def read_files(paths: Sequence[Path | str], indices: IndexBatch, transform: Transform) -> FileBatch:

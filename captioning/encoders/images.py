@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.errors import PhotoError
+from captioning.runtime.device import pin
 from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import STOP_SIGNALS
 
@@ -171,6 +172,10 @@ class PhotoBatch(NamedTuple):
     indices: list[int]  # of the photos, into the list of paths
     photos: Tensor  # (B, 3, S, S) uint8
     failures: list[str]  # one message per photo that cannot be read
+
+    def pin_memory(self) -> PhotoBatch:
+        """Copy the photos to page-locked memory, from which a GPU copies asynchronously. DataLoader calls it."""
+        return self._replace(photos=pin(self.photos))
 
 
 def read_photos(
