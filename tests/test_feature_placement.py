@@ -116,12 +116,14 @@ def test_features_are_read_from_disk_if_requested_and_by_the_cpu(requested, devi
 def test_the_message_says_how_many_photos_lie_where_and_recommends_what_would_fit(machine):
     machine(24)
     printed = str(choose_placement("auto", COCO, GPU))
-    assert printed.startswith("the GPU, 76,293 photos and main memory, 46,994 photos (32.3 GB of features; ")
-    assert printed.endswith("; give --quantize-features, with which all fit, in 16.2 GB)")
+    assert printed.startswith("the GPU (76,293 photos) and main memory (46,994 photos): 32.3 GB of features; ")
+    assert printed.endswith("; give --quantize-features, with which all fit, in 16.2 GB")
     machine(12)
     assert "--quantize-features" not in str(choose_placement("auto", COCO, GPU)), "the codes do not fit either"
     machine(80)
-    assert str(choose_placement("auto", COCO, GPU)).startswith("the GPU (32.3 GB of features; of 80.0 GB free on the")
+    assert str(choose_placement("auto", COCO, GPU)).startswith(
+        "the GPU (32.3 GB of features; 80.0 GB are free on the GPU, of which 12.0"
+    )
 
 
 @pytest.mark.parametrize("photos, chosen", [(10, 0), (10, 10), (10, 4), (7, 6), (1, 1), (1000, 617), (5, 1)])
@@ -263,7 +265,7 @@ def test_training_from_partly_resident_codes_equals_training_from_codes_on_disk(
     partly = FeaturePlacement(24, 11, 13, "simulated")
     monkeypatch.setattr(feature_placement, "choose_placement", lambda *arguments: partly)
     train.main(Train(Path("data/small"), "codes partly on gpu", **setting))
-    assert "the GPU, 11 photos and main memory, 13 photos (simulated)" in capsys.readouterr().out
+    assert "the GPU (11 photos) and main memory (13 photos): simulated" in capsys.readouterr().out
     assert same(weights("codes partly on gpu"), weights("codes from disk"))
     with pytest.raises(UserError, match="--quantize-features False: .* was trained with True"):
         train.main(Train(Path("data/small"), "codes from disk", resume=True, **{**setting, "quantize_features": False}))

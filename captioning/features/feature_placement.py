@@ -57,8 +57,7 @@ class FeaturePlacement(NamedTuple):
         used = {name: count for name, count in counts.items() if count}
         if len(used) == 1:
             return f"{next(iter(used))} ({self.reason})"
-        places = " and ".join(f"{name}, {count:,} photos" for name, count in used.items())
-        return f"{places} ({self.reason})"
+        return " and ".join(f"{name} ({count:,} photos)" for name, count in used.items()) + f": {self.reason}"
 
 
 class Sizes(NamedTuple):
@@ -89,7 +88,8 @@ def _as_many_on_gpu_as_fit(sizes: Sizes, device: torch.device, all_must_fit: boo
     available = max(0, free - max(RESERVED_BYTES, int(RESERVED_FRACTION * total)))
     on_gpu = min(sizes.photos, available // sizes.row_bytes)
     rest = sizes._replace(photos=sizes.photos - on_gpu)
-    reason = f"{sizes}; of {free / 1e9:.1f} GB free on the GPU, {available / 1e9:.1f} are not kept for the decoder"
+    kept = free - available
+    reason = f"{sizes}; {free / 1e9:.1f} GB are free on the GPU, of which {kept / 1e9:.1f} are kept for the decoder"
     remedy = _quantization_remedy(sizes, available) if rest.photos else ""
     if all_must_fit and rest.photos:
         partly = f"{on_gpu:,} of {sizes.photos:,} photos fit; --features-on auto holds those there and reads the rest"
