@@ -12,6 +12,7 @@ import torch
 
 from captioning.decoders import attention, fused_ops
 from captioning.encoders.grid import Grid, pooling_matrix
+from captioning.features.quantization import dequantize_rows
 from captioning.runtime.device import autocast
 from captioning.runtime.kernel_loading import LoadedKernels, load_kernels
 from tests.test_bench import bench
@@ -123,26 +124,15 @@ def compare_in_interpreter(monkeypatch, native_side, output_side):
         assert recorder.launches and all(options["enable_fp_fusion"] for options in recorder.launches)
 
 
-def decode_codes(code, scale):
-    """The definition of the codes in captioning/features/quantization.py, for one value."""
-    level = code / 255 if scale >= 0 else (code - 128) / 127
-    return abs(scale) * level * abs(level)
-
-
 def check_dequantize(device):
-    """The kernel that decodes 8-bit features against the definition of the codes."""
+    """The kernel that decodes 8-bit features against its plain form."""
     from captioning.features import kernels
 
     codes = torch.randint(256, (4, 3, 11), dtype=torch.uint8)
     codes[0, 0, :3] = torch.tensor([0, 128, 255])
     scales = torch.tensor([[1.5, -1.5, 0], [-2, 3, 0.1], [1e-3, 60000, -7], [1, -1, 2]])
     rows = torch.tensor([2, 0, 0, 3, 1])
-    expected = torch.tensor(
-        [
-            [[decode_codes(int(q), float(s)) for q in cell] for cell, s in zip(codes[r], scales[r], strict=True)]
-            for r in rows
-        ]
-    )
+    expected = dequantize_rows(codes, scales, rows, torch.float32)
     tensors = [tensor.to(device) for tensor in (codes, scales, rows)]
     for dtype, rtol in ((torch.float32, 1e-6), (torch.float16, 0), (torch.bfloat16, 2**-7)):  # may be truncated
         found = kernels.dequantize_rows(*tensors, dtype).cpu()
