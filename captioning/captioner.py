@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
-from captioning.encoders.images import to_rgb
+from captioning.encoders.images import DecodedPhoto, stack_photos, to_rgb
 from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
@@ -138,9 +139,10 @@ class Captioner:
 
     def _caption_all(self, photos: Sequence[PhotoLike], search: SearchOptions) -> list[CaptionResult]:
         captions = []
+        transform = self.encoder.transform
         for start in range(0, len(photos), BATCH_SIZE):
-            batch = [self.encoder.transform.resize(self._open(photo)) for photo in photos[start : start + BATCH_SIZE]]
-            captions += self.caption_resized(torch.stack(batch), search)
+            batch = [transform.resize(self._open(photo)) for photo in photos[start : start + BATCH_SIZE]]
+            captions += self.caption_resized(stack_photos(batch, transform.image_size), search)
         return captions
 
     @torch.no_grad()
@@ -171,9 +173,9 @@ class Captioner:
             self.vocabulary.join(words), words, caption.log_probability, caption.finished, caption.attention, sentinel
         )
 
-    def _open(self, photo: PhotoLike) -> Image.Image:
+    def _open(self, photo: PhotoLike) -> DecodedPhoto:
         if isinstance(photo, Tensor):
-            return _tensor_to_image(photo)
+            return _tensor_to_pixels(photo)
         return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
 
 
@@ -188,8 +190,8 @@ def _load_decoder(checkpoint: dict) -> nn.Module:
     return decoder
 
 
-def _tensor_to_image(photo: Tensor) -> Image.Image:
-    """(3, H, W) uint8, or floating point in 0..1, which is rounded to the nearest of 256 levels."""
+def _tensor_to_pixels(photo: Tensor) -> np.ndarray:
+    """(3, H, W) uint8, or floating point in 0..1, which is rounded to the nearest of 256 levels -> (H, W, 3) uint8."""
     if photo.ndim != 3 or photo.shape[0] != 3 or not (photo.dtype == torch.uint8 or photo.is_floating_point()):
         found = f"{photo.dtype} of shape {tuple(photo.shape)}".removeprefix("torch.")
         raise PhotoError(f"photo tensor {found}: must be (3, H, W) RGB, uint8 or floating point in 0..1")
@@ -197,4 +199,4 @@ def _tensor_to_image(photo: Tensor) -> Image.Image:
         if not bool(((photo >= 0) & (photo <= 1)).all()):
             raise PhotoError("photo tensor with values outside 0..1: give it before normalisation")
         photo = (255 * photo.float()).round().to(torch.uint8)
-    return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy())
+    return photo.permute(1, 2, 0).cpu().numpy()

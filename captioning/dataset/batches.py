@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
@@ -109,7 +108,7 @@ class LivePhotos(Dataset):
             raise PhotoError(f"{failures[0]}; no photo of the batch can be read")
         return Batch(photos, *self.split.pack(readable), np.array(readable), failures)
 
-    def _augment(self, photo: Image.Image, index: int) -> Image.Image:
+    def _augment(self, photo: np.ndarray, index: int) -> np.ndarray:
         assert self.augment is not None
         may_flip = self.mentions_side is None or not self.mentions_side[index]
         return self.augment(photo, index, self.epoch, may_flip)

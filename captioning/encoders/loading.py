@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captioning.encoders.encoder import Encoder
-from captioning.encoders.images import Transform, photo_batches, split_batches
+from captioning.encoders.images import SIMPLEJPEG_AND_TORCH, Transform, photo_batches, split_batches
 from captioning.encoders.protocol import find_family
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import (
@@ -25,10 +25,16 @@ DEFAULT_IMAGE_SIZE = 256  # pixels per side
 CALIBRATION_PHOTOS = 256
 
 
-def load_encoder(name: str | None, weights: str | None, image_size: int | None, seed: int = 0) -> Encoder:
+def load_encoder(
+    name: str | None,
+    weights: str | None,
+    image_size: int | None,
+    seed: int = 0,
+    decoding: str = SIMPLEJPEG_AND_TORCH,
+) -> Encoder:
     """An encoder from the flags --encoder, --weights and --image-size; None selects the default.
 
-    weights: "imagenet" (default), "random", a state-dict file, or a run, which determines all three.
+    weights: "imagenet" (default), "random", a state-dict file, or a run, which determines all of them and decoding.
     Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
     Raises UserError if a name, a file or a run is unknown or damaged.
     """
@@ -40,7 +46,9 @@ def load_encoder(name: str | None, weights: str | None, image_size: int | None, 
         return encoder_from_checkpoint(run, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(name or DEFAULT_ENCODER, weights, Transform(image_size or DEFAULT_IMAGE_SIZE))
+        encoder = Encoder(
+            name or DEFAULT_ENCODER, weights, Transform(image_size or DEFAULT_IMAGE_SIZE, decoding=decoding)
+        )
     if weights == "imagenet":
         _load_imagenet_weights(encoder)
     elif weights != "random":
