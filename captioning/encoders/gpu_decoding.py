@@ -1,8 +1,8 @@
 """Copies photos to the device that encodes them, and features back, while it computes.
 
 On a GPU both copies use pinned memory and a separate CUDA stream. With nvJPEG the GPU also decodes, and worker
-processes only read the files. Files that nvJPEG cannot decode, or may decode differently from Pillow, are decoded on the
-CPU: CMYK, grey, rotated or damaged JPEGs and all other formats.
+processes only read the files. Files that nvJPEG cannot decode, or may decode differently from Pillow, are decoded on
+the CPU: CMYK, grey, rotated or damaged JPEGs and all other formats.
 
 Letters: B photos, S pixels per side.
 """
