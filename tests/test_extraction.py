@@ -268,7 +268,7 @@ def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
 
 
 def test_a_file_of_before_is_resumed_with_pillows_decoding_byte_for_byte(tmp_path, monkeypatch):
-    """Older versions recorded no decoding. It was Pillow's, which differs from today's by a grey level here and there."""
+    """Older versions recorded no decoding. It was Pillow's, which differs from ours by a grey level here and there."""
     out, rng = tmp_path / "old.h5", np.random.default_rng(0)
     for i in range(8):
         Image.fromarray(rng.integers(0, 255, (90, 80, 3), np.uint8)).save(tmp_path / f"{i}.jpg")

@@ -166,11 +166,12 @@ def test_an_absurdly_large_photo_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(640, 480), (333, 500), (90, 60), (32, 32), (32, 400), (20, 9), (1, 1), (1000, 1)])
-def test_torch_resizes_like_pillow_to_one_grey_level(interpolation, size):
+def test_torch_resizes_like_pillow_to_two_grey_levels(interpolation, size):
     photo = a_photo(*size)
     one, other = (resize(photo, 32, interpolation).int() for resize in (resize_with_torch, resize_with_pillow))
     assert one.shape == other.shape == (3, 32, 32)
-    assert (one - other).abs().max() <= 1
+    assert (one - other).abs().max() <= 2 and (one - other).float().abs().mean() < 0.2
+    assert resize_with_torch(photo, 32, interpolation).stride() == (1, 3 * 32, 3)  # channels-last: no copy is needed
     assert torch.equal(resize_with_torch(np.asarray(photo), 32, interpolation).int(), one)
 
 
@@ -209,7 +210,7 @@ def test_files_and_runs_of_before_keep_pillows_decoding_byte_for_byte(tmp_path, 
     (old,) = read_photos([tmp_path / name], [0], OLD).photos
     assert torch.equal(old, expected)
     (new,) = read_photos([tmp_path / name], [0], replace(OLD, decoding=Transform().decoding)).photos
-    assert not torch.equal(new, expected) and (new.int() - expected.int()).abs().max() == 1
+    assert not torch.equal(new, expected) and (new.int() - expected.int()).abs().max() <= 2
 
 
 def test_a_transform_records_who_decodes_and_refuses_what_it_does_not_know():

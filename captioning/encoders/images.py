@@ -4,9 +4,9 @@ The transform resizes the whole photo to a square (bilinear, antialiased), scale
 ImageNet's mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
 
 `Transform.decoding` names who decodes and resizes. Pillow reads every header. Of the pixels, simplejpeg decodes plain
-JPEGs and Pillow everything else; both use libjpeg-turbo and return the same bytes. torch resizes, with integer weights
-as Pillow does: by at most one grey level another result, and the same on every CPU (torch's AVX2 and NEON kernels equal
-its portable one bit by bit). Files and runs made before have "pillow", and keep it.
+JPEGs and Pillow everything else; both use libjpeg-turbo and return the same bytes. torch resizes with integer weights,
+as Pillow does, but fewer bits of them: a pixel may differ by a grey level, rarely two. It returns the same bytes on any
+CPU (its AVX2 and NEON kernels equal the portable one). Files and runs made before have "pillow", and keep it.
 
 A decoded photo is a PIL image or an array (H, W, 3) uint8, upright and RGB.
 
@@ -140,7 +140,9 @@ class Augment:
 def resize_with_torch(photo: DecodedPhoto, size: int, interpolation: str = "bilinear") -> Tensor:
     """A decoded photo -> (3, S, S) uint8, antialiased, in channels-last memory. interpolation: bilinear or bicubic."""
     pixels = np.require(photo, np.uint8, ["C_CONTIGUOUS", "WRITEABLE"])  # copies only PIL images, crops and mirrors
-    channels_first = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # a view, for which torch has its fast kernels
+    # A view in channels-last memory, for which torch has its fastest kernels. They return the same. The order matters:
+    # permute(2, 0, 1)[None] would have other strides, and torch would not take it for channels-last.
+    channels_first = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     return F.interpolate(channels_first, (size, size), mode=interpolation, antialias=True)[0]
 
 
