@@ -43,7 +43,7 @@ def test_floating_point_tensors_are_rounded_to_the_nearest_level():
     levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)
     exact = levels / 255
     for photo in (exact, (exact + 0.4 / 255).clamp(max=1), (exact - 0.4 / 255).clamp(min=0)):
-        assert np.array_equal(np.asarray(captioner_module._tensor_to_image(photo)), levels.permute(1, 2, 0))
+        assert np.array_equal(captioner_module._tensor_to_pixels(photo), levels.permute(1, 2, 0))
 
 
 def test_one_photo_gives_a_caption_and_a_list_of_any_length_gives_a_list(here, monkeypatch):

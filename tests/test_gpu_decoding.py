@@ -3,11 +3,12 @@
 Without a GPU, torchvision's CPU decoder stands in for nvJPEG: it takes the same files and rejects them in the same way.
 """
 
+import contextlib
 import io
 import re
 import sys
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +236,39 @@ def test_results_are_returned_in_order_with_at_most_the_allowed_number_in_flight
         assert rows == [i] and vector.tolist() == [i, i] and scalar == i
         num_submitted.append(len(submitted))
     assert num_submitted == ([1, 2, 3, 4] if in_flight == 0 else [2, 3, 4, 4])
+
+
+class SimulatedGpu:
+    """A device of type cuda on which everything happens at once, in the memory of the CPU."""
+
+    type = "cuda"
+
+    def install(self, monkeypatch):
+        to, events = torch.Tensor.to, []
+        stream = SimpleNamespace(
+            synchronize=lambda: events.append("synchronize"), wait_stream=lambda other: events.append("wait")
+        )
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda photos, stream: events.append("record"))
+        monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: t if a[0] is self else to(t, *a, **k))
+        monkeypatch.setattr(gpu_decoding, "find_decoder", lambda device: lambda files, _: find_decoder(CPU)(files, CPU))
+        make_loader = gpu_decoding.make_loader
+        monkeypatch.setattr(gpu_decoding, "make_loader", lambda *settings, pin: make_loader(*settings))
+        return events
+
+
+@pytest.mark.parametrize("nvjpeg", [False, True])
+def test_photos_for_a_simulated_gpu_equal_those_that_the_cpu_decodes(all_kinds, monkeypatch, nvjpeg):
+    gpu, plan = SimulatedGpu(), [[0, 1, 2], [3, 4, 5, 6], [7], [8, 9, 10, 11]]
+    expected = list(photo_batches(all_kinds, plan, Transform(32), 0))
+    events = gpu.install(monkeypatch)
+    found = list(load_photos(gpu, all_kinds, plan, Transform(32, nvjpeg=nvjpeg), 1))
+    assert events == ["synchronize", "wait", "record"] * 4
+    for one, other in zip(found, expected, strict=True):
+        assert (one.indices, one.failures, one.photos.shape) == (other.indices, other.failures, other.photos.shape)
+        torch.testing.assert_close(one.photos, other.photos, rtol=0, atol=2 if nvjpeg else 0)
 
 
 # ---- on a GPU
