@@ -333,8 +333,8 @@ def test_a_search_reads_nothing_but_the_number_of_photos_before_its_end(search, 
     expected = beam_search(decoder, grid, search)  # also makes what is kept from search to search
     numbers = iter([6, 3, 3, 1, *[1] * 50])
     monkeypatch.setattr("captioning.search.end_check._start_reading", lambda number: lambda: next(numbers))
-    searcher = module._BeamSearch(decoder, search, torch.device("cpu"))
     with torch.no_grad(), NoValues():
+        searcher = module._BeamSearch(decoder, search, torch.device("cpu"))
         history, _ = searcher.run(searcher.start(grid))
     assert len(history) == 31 and len(searcher.photos) == 1 and len(expected) == 6
 
