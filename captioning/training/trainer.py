@@ -28,11 +28,10 @@ from captioning.training.optimizer import learning_rate_factor
 from captioning.training.options import TrainingOptions
 from captioning.training.run_state import build_run_state
 from captioning.training.self_check import Gradients
-from captioning.training.validation import Validation
+from captioning.training.validation import Validation, validation_batch_size
 from captioning.viewing.preview import Preview
 from preprocess.vocabulary import Vocabulary
 
-VALIDATION_BATCH_SIZE = 160  # captions: larger than in training, since no activations are kept
 SYNC_INTERVAL = 20  # updates between reading losses from a GPU, which waits for it to finish
 BEST_METRICS = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "loss": "val_loss"}  # --best-metric -> key in the log
 
@@ -333,7 +332,8 @@ class Trainer:
     def validate(self, stop: StopRequest) -> dict:
         """Return the metrics of the val split: see captioning/training/validation.py."""
         split = self.val.split
-        plan = self.distributed.shard(plan_batches(split, VALIDATION_BATCH_SIZE, range(len(split))))
+        batch_size = validation_batch_size(split, len(self.state.vocabulary), self.device, self.distributed.size)
+        plan = self.distributed.shard(plan_batches(split, batch_size, range(len(split))))
         batches = self.load(self.val, plan)
         bar = self.progress_bar(batches, total=len(plan), desc="validate", unit="batch", leave=False)
         return self.validation.run(self.loss_module, self.precision, bar, self.state.progress.epoch + 1, stop)
