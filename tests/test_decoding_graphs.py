@@ -9,7 +9,7 @@ from captioning.encoders.grid import Grid
 from captioning.runtime.cuda_graphs import CaptureError, GraphCapture
 from captioning.search import graphs as module
 from captioning.search.beam_search import beam_search
-from captioning.search.graphs import DecodingGraphs, padded_size, tensors_of
+from captioning.search.graphs import DecodingGraphs, map_tensors, padded_size, tensors_of
 from captioning.search.options import SearchOptions
 from captioning.search.sampling import sample, sample_captions
 from preprocess.vocabulary import END, PAD
@@ -189,6 +189,28 @@ def test_what_cannot_be_captured_runs_without_graphs_and_one_line_says_so(capsys
         assert_same_captions(beam_search(decoder, grid, SEARCHES["beam 3"], graphs), expected)
     assert capsys.readouterr().out == "captions are searched without CUDA graphs, which is slower: no graph today\n"
     assert len(attempts) == 1
+
+
+@pytest.mark.parametrize("wrong_from", [1, 5])
+def test_a_graph_whose_first_results_are_wrong_is_not_used(capsys, wrong_from):
+    """Also with samples, whose random numbers it may have drawn."""
+    captures = []
+
+    def capture(work):
+        captures.append(work)
+        return work if len(captures) < wrong_from else lambda: map_tensors(torch.zeros_like, work())
+
+    decoder, grid = make_sharp("attention", end=-1.0)
+    graphs = DecodingGraphs(capture)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = sample(decoder, grid, 3, 19)
+        torch.manual_seed(seed)
+        assert trimmed(sample(decoder, grid, 3, 19, graphs=graphs)) == trimmed(expected)
+    out = capsys.readouterr().out
+    assert out.startswith("captions are searched without CUDA graphs, which is slower: ") and out.count("\n") == 1
+    assert "% of the results of a graph are not those of the same work without it" in out
+    assert len(captures) == wrong_from and not any(loop.replays for loop in graphs.loops.values())
 
 
 class Conversions(TorchDispatchMode):

@@ -2,9 +2,10 @@
 
 A graph repeats fixed work on tensors of fixed addresses and shapes. So no photo leaves a search before its end, and the
 tensors that one step hands to the next, the carry, are static: a search is copied into static tensors of at least as
-many photos. The steps are divided into blocks, each one graph, and between them the search may end. A block with the
-numbers of its steps in it is a graph of its own: steps may differ. A block is captured when it is needed for the second
-time. Before that it runs without a graph on the same tensors, since CUDA loads kernels on their first use.
+many photos. The steps are divided into blocks, each with a graph of its own since steps may differ, and the search may
+end between two blocks. A block is captured when it is needed for the second time. Before that it runs without a graph,
+on the same tensors: CUDA loads kernels on their first use. Each graph proves itself: its first results are compared
+with those of the same work without it.
 
 The work of a search, its random numbers included, follows from the search and the number of photos alone. It does not
 depend on what was captured before, so that a resumed run repeats an uninterrupted one.
@@ -13,19 +14,26 @@ depend on what was captured before, so that a resumed run repeats an uninterrupt
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from captioning.runtime.cuda_graphs import Capture, CaptureError, GraphCapture
+from captioning.runtime.device import restore_rng, rng_state
 from captioning.search.end_check import EndCheck
 
 STEPS_PER_BLOCK = 4
 MAX_SHAPES = 8  # searches kept with their graphs; the tensors of each take memory
 
+MOST_DIFFERENT = 0.05  # of the numbers a graph computes, from the same work without it
+
 Carry = Any  # a tensor, or a tuple or NamedTuple of carries, such as captioning.decoders.protocol.State
+
+BlockResult = tuple[list[Carry], Tensor]  # the results of the steps of a block, and which photos are then unfinished
+Work = Callable[[], BlockResult]
 
 
 class Decoding(Protocol):
@@ -45,7 +53,7 @@ class DecodingGraphs:
     """Runs searches, and keeps their CUDA graphs from batch to batch."""
 
     def __init__(self, capture: Capture | None = None):
-        self.capture = capture or GraphCapture()
+        self.capture: Capture | None = capture or GraphCapture()  # None: it failed
         self.loops: dict[Hashable, _StaticLoop] = {}
         self.lock = threading.Lock()  # hold it while a search uses its results: the next one overwrites them
 
@@ -60,7 +68,7 @@ class DecodingGraphs:
         results: list[Carry] = []
         for start in range(first, decoding.num_steps, STEPS_PER_BLOCK):
             numbers = range(start, min(start + STEPS_PER_BLOCK, decoding.num_steps))
-            block_results, unfinished = loop.run(decoding, numbers, self._capture)
+            block_results, unfinished = self._run_block(loop, start, partial(loop.run, decoding, numbers))
             results += block_results
             known = check(unfinished[:photos])
             if known is not None and known.number == 0:
@@ -83,18 +91,47 @@ class DecodingGraphs:
                 self.loops[key] = loop
         return loop
 
-    def _capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
+    def _run_block(self, loop: _StaticLoop, start: int, work: Work) -> BlockResult:
+        """Run a block of steps, as a graph if there is one; start: the first of its steps."""
+        if start in loop.replays:
+            return loop.replays[start]()
+        if start in loop.used and self.capture is not None:
+            return self._capture_block(loop, start, work)
+        loop.used.add(start)
+        return work()
+
+    def _capture_block(self, loop: _StaticLoop, start: int, work: Work) -> BlockResult:
+        """Run a block without its graph, and then again as a graph, which is kept if both have the same results."""
+        assert self.capture is not None
+        saved = loop.save()
+        expected = map_tensors(torch.clone, work())
+        loop.restore(saved)
         try:
-            return self.capture(work)
+            replay = self.capture(work)
         except CaptureError as error:
-            print(f"captions are searched without CUDA graphs, which is slower: {error}")
-            self.capture = _repeat
-            return work
+            self._give_up(str(error))
+            return work()
+        found = replay()
+        different = _fraction_different(found, expected)
+        if different > MOST_DIFFERENT:
+            self._give_up(f"{different:.0%} of the results of a graph are not those of the same work without it")
+            loop.restore(saved)
+            return work()
+        loop.replays[start] = replay
+        return found
+
+    def _give_up(self, why: str) -> None:
+        print(f"captions are searched without CUDA graphs, which is slower: {why}")
+        self.capture = None
+        for loop in self.loops.values():
+            loop.replays = {}
 
 
-def _repeat(work: Callable[[], Any]) -> Callable[[], Any]:
-    """In place of a capture: run the work again each time."""
-    return work
+def _fraction_different(found: Carry, expected: Carry) -> float:
+    """The fraction of numbers that are not equal or, if floating point, not close."""
+    pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
+    different = [~torch.isclose(one, other, rtol=1e-2, atol=1e-3, equal_nan=True).flatten() for one, other in pairs]
+    return float(torch.cat(different).float().mean())
 
 
 class _StaticLoop:
@@ -103,31 +140,31 @@ class _StaticLoop:
     def __init__(self, carry: Carry, photos: int, capacity: int):
         self.capacity = capacity
         self.carry = map_tensors(lambda tensor: _static_like(tensor, len(tensor) // photos * capacity), carry)
-        self.used: set[int] = set()  # first steps of the blocks that ran without a graph
-        self.blocks: dict[int, Callable[[], tuple[list[Carry], Tensor]]] = {}  # first step -> its graph
+        self.used: set[int] = set()  # first steps of the blocks that have run
+        self.replays: dict[int, Work] = {}  # first step of a block -> its graph
 
     def fill(self, carry: Carry) -> None:
         """Copy the carry of a batch in. The rows after it keep old values, and do not affect the others."""
-        for static, tensor in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
+        self._copy_in(tensors_of(carry))
+
+    def save(self) -> tuple[list[Tensor], dict]:
+        """Copies of the carry and of the state of the random number generators."""
+        tensors = list(tensors_of(self.carry))
+        return [tensor.clone() for tensor in tensors], rng_state(tensors[0].device)
+
+    def restore(self, saved: tuple[list[Tensor], dict]) -> None:
+        """Go back to what `save` returned."""
+        copies, random_numbers = saved
+        self._copy_in(copies)
+        restore_rng(random_numbers, copies[0].device)
+
+    def _copy_in(self, tensors: Iterable[Tensor]) -> None:
+        for static, tensor in zip(tensors_of(self.carry), tensors, strict=True):
             rows = 1 if static.stride(0) == 0 else len(tensor)
             static[:rows].copy_(tensor[:rows])
 
-    def run(
-        self, decoding: Decoding, numbers: range, capture: Callable[[Callable[[], Any]], Callable[[], Any]]
-    ) -> tuple[list[Carry], Tensor]:
+    def run(self, decoding: Decoding, numbers: range) -> BlockResult:
         """Run the steps of these numbers -> their results, and the photos that are then unfinished (L,) bool."""
-
-        def work() -> tuple[list[Carry], Tensor]:
-            return self._run_steps(decoding, numbers)
-
-        if numbers.start not in self.used:
-            self.used.add(numbers.start)
-            return work()
-        if numbers.start not in self.blocks:
-            self.blocks[numbers.start] = capture(work)
-        return self.blocks[numbers.start]()
-
-    def _run_steps(self, decoding: Decoding, numbers: range) -> tuple[list[Carry], Tensor]:
         # Weights that autocast converted before must not be part of a graph, since they are freed. Those converted in
         # a graph, once per block, must not be used outside of it, since they have values only while it runs.
         torch.clear_autocast_cache()
