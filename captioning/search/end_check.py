@@ -17,7 +17,7 @@ class Unfinished(NamedTuple):
 
     def indices(self) -> Tensor:
         """The photos in the mask (number,) int64, in order. Unlike nonzero, it does not wait for the device."""
-        return self.mask.byte().argsort(descending=True, stable=True)[: self.number]
+        return self.mask.int().argsort(descending=True, stable=True)[: self.number]
 
 
 class EndCheck:

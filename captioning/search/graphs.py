@@ -130,7 +130,10 @@ class DecodingGraphs:
 def _fraction_different(found: Carry, expected: Carry) -> float:
     """The fraction of numbers that are not equal or, if floating point, not close."""
     pairs = zip(tensors_of(found), tensors_of(expected), strict=True)
-    different = [~torch.isclose(one, other, rtol=1e-2, atol=1e-3, equal_nan=True).flatten() for one, other in pairs]
+    different = [
+        ~torch.isclose(one.float(), other.float(), rtol=1e-2, atol=1e-3, equal_nan=True).flatten()
+        for one, other in pairs
+    ]
     return float(torch.cat(different).float().mean())
 
 
