@@ -13,7 +13,8 @@ from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.runtime.log import read_log
 from captioning.search.graphs import DecodingGraphs
-from captioning.training import objectives, validation
+from captioning.training import objectives, trainer, validation
+from captioning.training.fast_path import FastPath
 from captioning.training.trainer import Trainer
 from config import Generate, Train
 from tests.small import TINY, log_of, same, weights
@@ -93,6 +94,18 @@ def test_a_killed_run_that_samples_and_validates_in_cuda_graphs_resumes_to_the_s
     decodings = {type(key[0][1]) for key in made[0].loops}
     assert len(made) == 3 and len(decodings) == 2, "samples and validation captions"
     assert any(loop.replays for loop in made[0].loops.values())
+
+
+def test_cider_optimisation_on_the_fast_path_trains_the_same_weights(here, monkeypatch, capsys):
+    """The ways are compared on the same sampled captions, and then train on them. A CPU has no kernels to differ."""
+    setting = {**TINY, "precision": "float32", "epochs": 1, "preview_photos": 0, "feature_dropout": 0.2, **CIDER}
+    train.main(Train(DATA, "rewarded plainly", **setting))
+    monkeypatch.setattr(trainer, "obstacles", lambda *arguments: {"cuda_graphs": "no GPU", "kernels": None})
+    monkeypatch.setattr(FastPath, "_time", lambda self, trial, *work: trial._replace(seconds=-trial.way.kernels))
+    train.main(Train(DATA, "rewarded fast", **setting))
+    assert "fused kernels: right (0.00%" in capsys.readouterr().out
+    for name, values in weights("rewarded plainly").items():
+        torch.testing.assert_close(values, weights("rewarded fast")[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_cider_optimisation_raises_the_reward_of_sampled_captions(here):
