@@ -26,8 +26,7 @@ from captioning.runtime.device import restore_rng, rng_state
 from captioning.search.end_check import EndCheck
 
 STEPS_PER_BLOCK = 4
-MAX_SHAPES = 8  # searches kept with their graphs; the tensors of each take memory
-
+MAX_SHAPES = 16  # searches kept with their graphs; the tensors of each take memory
 MOST_DIFFERENT = 0.05  # of the numbers a graph computes, from the same work without it
 
 Carry = Any  # a tensor, or a tuple or NamedTuple of carries, such as captioning.decoders.protocol.State
