@@ -7,6 +7,7 @@ print(captioner.caption("photo.jpg").text)
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from captioning.errors import PhotoError, UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 from captioning.search.sampling import sample_captions
 from preprocess.vocabulary import Vocabulary
@@ -50,8 +52,12 @@ class Captioner:
         device: torch.device,
         precision: str,
         hard_attention: HardAttention = "expectation",
+        cuda_graphs: bool = True,
     ):
-        """checkpoints: one run, or the runs of an ensemble, which share the vocabulary and the encoder of the first."""
+        """checkpoints: one run, or the runs of an ensemble, which share the vocabulary and the encoder of the first.
+
+        cuda_graphs: see `load`.
+        """
         first = checkpoints[0]
         self.device = device
         self.precision = pick_precision(precision, device)
@@ -63,6 +69,7 @@ class Captioner:
         self._set_hard_attention(decoders, hard_attention)
         members = cast(Sequence[Decoder], decoders)
         self.decoder = members[0] if len(members) == 1 else cast(Decoder, Ensemble(members))
+        self._graphs = DecodingGraphs() if cuda_graphs and device.type == "cuda" else None
         self._checkpoint = first
         self._encoder: Encoder | None = None
         self._encoder_lock = threading.Lock()
@@ -84,6 +91,7 @@ class Captioner:
         precision: str = "auto",
         hard_attention: HardAttention = "expectation",
         ensemble: Sequence[Path | str] = (),
+        cuda_graphs: bool = True,
     ) -> Captioner:
         """Load a run.
 
@@ -95,6 +103,8 @@ class Captioner:
                 probable cell alone (argmax).
             ensemble: further runs with the same vocabulary and encoder. The probability of a word is then the mean of
                 those of all runs.
+            cuda_graphs: on a GPU, run the steps of a search as CUDA graphs, from the second batch of a size on. Threads
+                then search one after the other.
 
         Raises UserError if a run cannot be loaded, or the runs of an ensemble do not match.
         """
@@ -105,7 +115,7 @@ class Captioner:
             if not matches:
                 raise UserError(f"{name}: has another vocabulary or encoder than {run}; an ensemble must share both")
         with checkpoint_errors(run):
-            return cls([first, *others], pick_device(device), precision, hard_attention)
+            return cls([first, *others], pick_device(device), precision, hard_attention, cuda_graphs)
 
     @property
     def encoder(self) -> Encoder:
@@ -156,8 +166,8 @@ class Captioner:
     def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
         """Caption feature maps, cached or just computed."""
         find_captions = sample_captions if search.temperature else beam_search
-        with autocast(self.device, self.precision):
-            captions_of_photos = find_captions(self.decoder, grid.to(self.device, self.precision), search)
+        with self._graphs.lock if self._graphs else contextlib.nullcontext(), autocast(self.device, self.precision):
+            captions_of_photos = find_captions(self.decoder, grid.to(self.device, self.precision), search, self._graphs)
         results = []
         for captions in captions_of_photos:
             best, *others = (self._to_result(caption) for caption in captions)

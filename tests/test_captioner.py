@@ -14,6 +14,7 @@ from captioning import captioner as captioner_module
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
 from captioning.errors import PhotoError, UserError
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 
 SEARCH = SearchOptions(
@@ -83,6 +84,23 @@ def test_threads_get_the_captions_of_a_single_thread(here, run, times):
     for one, other in zip(captions, expected * rounds, strict=True):
         assert (one.text, one.log_probability, one.sentinel) == (other.text, other.log_probability, other.sentinel)
         assert one.attention is None or torch.equal(one.attention, other.attention)
+
+
+def test_threads_that_share_cuda_graphs_get_the_captions_of_a_single_thread(here):
+    """A CPU repeats the work of the graphs: a search must not overwrite the results of another thread's."""
+    single = Captioner.load("checkpoints/attention", precision="float32")
+    assert single._graphs is None
+    shared = Captioner.load("checkpoints/attention", precision="float32")
+    shared._graphs = DecodingGraphs(lambda work: work)
+    batches = [PHOTOS[:3], PHOTOS[3:6], PHOTOS[6:7], PHOTOS[7:]]
+    expected = [single.caption(batch, SEARCH) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        captions = list(pool.map(partial(shared.caption, search=SEARCH), batches * 3))
+    for batch, expected_batch in zip(captions, expected * 3, strict=True):
+        for one, other in zip(batch, expected_batch, strict=True):
+            assert one.text == other.text and one.log_probability == pytest.approx(other.log_probability, abs=1e-5)
+            torch.testing.assert_close(one.attention, other.attention)
+    assert any(loop.replays for loop in shared._graphs.loops.values())
 
 
 def test_threads_load_the_encoder_once(here, monkeypatch):
