@@ -21,7 +21,7 @@ from captioning.runtime.log import Log
 from captioning.runtime.meter import Meter
 from captioning.runtime.signals import StopRequest
 from captioning.search.graphs import DecodingGraphs
-from captioning.training.cuda_graphs import plan_static_sizes
+from captioning.training.cuda_graphs import StaticSize, plan_sampled_sizes, plan_static_sizes
 from captioning.training.data import TrainingData, load_batches
 from captioning.training.fast_path import FastPath, Trial, Way, obstacles, possible_ways
 from captioning.training.objectives import Cider, Loss, LossWeights, Objective
@@ -96,10 +96,9 @@ class Trainer:
         ways = possible_ways(**{name: not obstacle for name, obstacle in self.fast_path_obstacles.items()})
         if not ways:
             return None
-        options = self.options
         sizes = []
         if any(way.cuda_graphs for way in ways):
-            sizes = plan_static_sizes(self.train.split, options.batch_size, options.seed, self.distributed)
+            sizes = self.plan_sizes()
         trained = {id(parameter) for parameter in self.state.parameters}
         parameters = {name: value for name, value in self.loss_module.named_parameters() if id(value) in trained}
         return FastPath(
@@ -112,6 +111,15 @@ class Trainer:
             self.precision,
             self.distributed,
         )
+
+    def plan_sizes(self) -> list[StaticSize]:
+        """Return the sizes of the static batches of CUDA graphs."""
+        options = self.options
+        if self.objective.prepares:  # it samples captions of the photos
+            return plan_sampled_sizes(
+                self.train.split, options.batch_size, options.samples, options.seed, self.distributed
+            )
+        return plan_static_sizes(self.train.split, options.batch_size, options.seed, self.distributed)
 
     def make_decoding_graphs(self) -> DecodingGraphs | None:
         """Return what generates captions in CUDA graphs, which share their memory with those of training."""
@@ -191,7 +199,10 @@ class Trainer:
                     self.log_step(log, meter, len(plan), mean)
                     if save_due and not finished:
                         self.save_last(stop)
-        return {f"train_{self.objective.quantity}": progress.mean(), **meter.metrics()}
+        metrics = {f"train_{self.objective.quantity}": progress.mean(), **meter.metrics()}
+        if self.fast_path:
+            metrics["batches_without_graph"] = self.fast_path.batches_without_graph
+        return metrics
 
     def start_epoch(self) -> list[Update]:
         """Set the epoch and the modules' modes. Returns the epoch's updates, a function of seed and epoch."""
