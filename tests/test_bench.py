@@ -1,14 +1,20 @@
 """The benchmarks run, and check that results are equal before they time anything. The times are not tested."""
 
+import importlib
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from captioning.captioner import Captioner
+from captioning.decoders import DECODERS
+from captioning.errors import UserError
 from captioning.evaluation.metrics import score
 from captioning.features.feature_reader import FeatureReader
 from captioning.search.options import SearchOptions
@@ -16,6 +22,12 @@ from preprocess.captions import read_captions
 from preprocess.vocabulary import END
 
 BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def bench_modules(monkeypatch):
+    """The benchmarks import one another, as Python lets scripts of one folder do."""
+    monkeypatch.syspath_prepend(BENCH)
 
 
 def bench(name):
@@ -70,7 +82,6 @@ def test_the_extraction_benchmark_runs(small_data, capsys):
 
 @pytest.mark.parametrize("precisions", [("float32",), ("float32", "bfloat16")])
 def test_the_decoder_benchmark_compares_the_results_before_it_times_them(capsys, monkeypatch, precisions):
-    monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
     monkeypatch.setattr(decoders, "pick_precision", lambda name, device: getattr(torch, precisions[-1]))
     small = {"photos": 2, "captions_per_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
@@ -82,7 +93,6 @@ def test_the_decoder_benchmark_compares_the_results_before_it_times_them(capsys,
 
 
 def test_the_decoder_benchmark_times_nothing_if_the_results_differ(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
     decoders = bench("decoders")
     original = decoders.TutorialLstm.loss
     monkeypatch.setattr(decoders.TutorialLstm, "loss", lambda *batch: 1.001 * original(*batch))
@@ -91,17 +101,16 @@ def test_the_decoder_benchmark_times_nothing_if_the_results_differ(capsys, monke
     assert "times as fast" not in capsys.readouterr().out
 
 
-def test_the_beam_search_benchmark_finds_the_captions_of_the_tutorial(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
+def test_the_beam_search_benchmark_finds_the_captions_of_the_tutorial(capsys):
     search = bench("beam_search")
     search.main(search.Bench(photos=6, batch_size=4, vocabulary=40, channels=8, size=6, max_length=5, threads=1))
     assert "6 of 6 captions equal the tutorial's with Kantu's rule" in capsys.readouterr().out
 
 
 def test_the_epoch_and_scaling_benchmarks_run(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
     epoch, scaling = bench("epoch"), bench("scaling")
-    monkeypatch.setattr(epoch, "measure_peaks", lambda device, dtype: (1e12, 1e10))  # measuring takes seconds
+    monkeypatch.setattr(epoch, "peak_operations", lambda device, dtype, side: 1e12)  # measuring takes seconds
+    monkeypatch.setattr(epoch, "peak_bandwidth", lambda device, length: 1e10)
     epoch.main(epoch.Bench(photos=4, captions=10, batch_size=5, vocabulary=30, channels=8, grid_side=2, device="cpu"))
     assert "10 captions of 4 photos" in capsys.readouterr().out
     base = scaling.Bench(photos=1, captions_per_photo=2, vocabulary=30, channels=4, size=4)
@@ -136,3 +145,107 @@ def test_complete_given_captions_score_like_references_and_without_given_words_d
     for row, caption in zip(written, greedy, strict=True):
         words = captioner.vocabulary.decode(row[: row.index(END)] if END in row else row)
         assert words[: len(caption.words)] == caption.words
+
+
+# ---- bench/gpu.py
+
+HIDDEN = ("tyro", "jieba", "nltk", "visdom", "timm")  # a GPU machine may lack them
+HIDE = f"""
+import importlib.abc, os, sys
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HIDDEN}:
+            raise ModuleNotFoundError(f"{{name}} is hidden", name=name)
+
+sys.meta_path.insert(0, Hide())
+import gpu
+for step in sys.argv[1:]:
+    os.makedirs(step)
+    os.chdir(step)
+    status = gpu.run_child(gpu.STEPS[step].function, f"../{{step}}.jsonl", "1")
+    assert status == 0, step
+    os.chdir("..")
+"""
+
+
+class FakeStep(NamedTuple):
+    """A step of bench/gpu.py whose process runs a line of Python; `row(value)` writes a row."""
+
+    code: str
+    seconds: float = 20.0
+
+    def command(self, rows, toy):
+        row = "dict(what='a', value=value, unit='s', target='', met=met, note='')"
+        define = f"import json\ndef row(value, met=None):\n print(json.dumps({row}), file=open({str(rows)!r}, 'a'))\n"
+        return [sys.executable, "-c", define + self.code]
+
+
+def test_the_gpu_benchmark_runs_at_toy_size_without_packages_that_a_gpu_machine_may_lack(tmp_path, times):
+    gpu = bench("gpu")
+    names = [name for name in gpu.STEPS if name != "tests" and name not in times(("library",), ())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH.parent), str(BENCH)])}
+    command = [sys.executable, "-c", HIDE, *names]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = {name: gpu.read_rows(tmp_path / f"{name}.jsonl") for name in names}
+    for name, found in rows.items():
+        assert found and all(row["met"] is not False for row in found), name
+        missing = [row["note"] for row in found if row["value"] == "not available" and "package" in row["note"]]
+        assert missing == ["needs the package tyro"] * (name == "extraction"), name
+    assert len(rows["gradients"]) == 3 * len(DECODERS)
+    assert [row["value"] for row in rows["resume"]] == ["bit-equal"] * len(DECODERS)
+
+
+def test_a_step_of_the_gpu_benchmark_that_hangs_or_crashes_is_recorded_and_the_next_one_runs(tmp_path, capsys):
+    gpu = bench("gpu")
+    steps = {
+        "fails": FakeStep("row(1); raise MemoryError('no memory')"),
+        "hangs": FakeStep("row(2); import subprocess; subprocess.run(['sleep', '60'])", seconds=1.5),
+        "crashes": FakeStep("import os; os.kill(os.getpid(), 9)"),
+        "misses": FakeStep("row(3, met=False)"),
+        "runs": FakeStep("row(0.000123456, met=True)"),
+    }
+    out = tmp_path / "h200" / "results.json"
+    results = gpu.run_steps(steps, out, 60, toy=True)
+    assert results == gpu.read_results(out)
+    status = {name: step["status"] for name, step in results["steps"].items()}
+    assert list(status.values()) == ["failed", "timed out", "failed", "missed", "ok"]
+    assert [len(step["rows"]) for step in results["steps"].values()] == [1, 1, 0, 1, 1]
+    assert results["steps"]["fails"]["reason"] == "MemoryError: no memory"
+    assert "SIGKILL" in results["steps"]["crashes"]["reason"]
+    table = gpu.to_table(results)
+    assert re.search(r"hangs +timed out +killed after its 2 s", table) and "0.0001235 s" in table
+    gpu.main(gpu.parse_arguments(["--out", str(out), "--markdown"]))
+    assert "| misses | a | 3 s | MISSED |  |" in capsys.readouterr().out
+    assert sorted(path.name for path in out.parent.iterdir()) == ["logs", "results.json", "results.md"]
+
+
+def test_steps_of_the_gpu_benchmark_that_no_longer_fit_are_skipped_and_say_so(tmp_path):
+    gpu = bench("gpu")
+    steps = {"first": FakeStep("row(1); import time; time.sleep(60)"), "second": FakeStep("row(2)")}
+    results = gpu.run_steps(steps, tmp_path / "results.json", gpu.MARGIN + gpu.MIN_SECONDS - 9, toy=True)
+    assert [step["status"] for step in results["steps"].values()] == ["skipped", "skipped"]
+    assert "minutes are over" in gpu.to_table(results)
+
+
+def test_the_gpu_benchmark_needs_a_gpu_unless_toy_and_says_so(tmp_path):
+    gpu = bench("gpu")
+    steps = {"first": FakeStep(f"import sys; sys.exit({gpu.NO_GPU})"), "second": FakeStep("row(2)")}
+    with pytest.raises(UserError, match="has no CUDA GPU; give --toy"):
+        gpu.run_steps(steps, tmp_path / "results.json", 60, toy=False)
+    with pytest.raises(UserError, match="no results there .* measure them with"):
+        gpu.main(gpu.parse_arguments(["--out", str(tmp_path / "none.json"), "--markdown"]))
+
+
+def test_the_gpu_benchmark_counts_tests_and_shows_the_failures(tmp_path):
+    gpu_tests = importlib.import_module("gpu_steps.gpu_tests")
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import pytest\ndef test_passes(): pass\ndef test_fails(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='needs a GPU')\ndef test_skips(): pass\n"
+    )
+    rows = {row.what: row for row in gpu_tests.run_tests([tests], tmp_path)}
+    assert [rows[name].value for name in ("passed", "skipped", "failed")] == [1, 1, 1]
+    assert rows["failed"].met is False and rows["skipped"].note == "needs a GPU"
+    assert "1 == 2" in rows["failed: test_fails"].value
