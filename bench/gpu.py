@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -265,6 +266,7 @@ def run_child(function: str, rows: str, toy: str) -> int:
         step = getattr(importlib.import_module(module), name)
         from gpu_steps.common import make_setting
 
+        gc.freeze()  # collecting garbage need not search the imported modules, which takes 0.2 s
         with open(rows, "a", encoding="utf-8") as file:
             for row in step(make_setting(toy == "1", Path.cwd())):
                 file.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
@@ -276,6 +278,8 @@ def run_child(function: str, rows: str, toy: str) -> int:
     except UserError as error:
         print(error)
         return NO_GPU if "--device cuda" in str(error) else 1
+    finally:
+        gc.unfreeze()
     return 0
 
 

@@ -99,7 +99,7 @@ def make_training_data(
     splits = [CaptionDataset(photos, vocabulary, MAX_LENGTH) for photos in (train, val)]
     features = RandomFeatures(max(map(len, splits)), side, channels, device)
     cached = [CachedPhotos(split, np.arange(len(split)), features.read) for split in splits]
-    return TrainingData(*cached, channels=channels, encoder=None, encoder_recipe=RECIPE)
+    return TrainingData(*cached, channels=channels, native_cells=side**2, encoder=None, encoder_recipe=RECIPE)
 
 
 def first_photos(data: TrainingData, photos: int) -> TrainingData:

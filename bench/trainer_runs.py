@@ -19,19 +19,42 @@ from captioning.training.options import TrainingOptions
 from captioning.training.trainer import Trainer
 from preprocess.vocabulary import Vocabulary
 
+PLAIN_WAY = "plain PyTorch"  # str of captioning.training.fast_path.PLAIN
+
 
 class SilentLog(Log):
-    """A log that writes and prints nothing."""
+    """A log that writes no file."""
 
     def __init__(self) -> None:
         super().__init__(Path(), {}, None, is_main=False)
 
 
-def make_trainer(options: TrainingOptions, vocabulary: Vocabulary, data: TrainingData, device: torch.device) -> Trainer:
-    """The trainer that train.py makes, on this data."""
+def make_trainer(
+    options: TrainingOptions,
+    vocabulary: Vocabulary,
+    data: TrainingData,
+    device: torch.device,
+    saved: dict | None = None,
+    force: bool = False,
+) -> Trainer:
+    """The trainer that train.py makes, on this data.
+
+    saved: the checkpoint to resume from. force: take the fast path if it is right, even where it is slower.
+    """
     gc.collect()  # an earlier trainer leaves the GPU
     objective = OBJECTIVES[options.objective](options, data.train.split)
-    return Trainer(options, vocabulary, data, objective, device)
+    trainer = Trainer(options, vocabulary, data, objective, device)
+    if saved:
+        trainer.state.restore(saved)
+    trainer.start_fast_path(SilentLog())
+    if force and trainer.fast_path:
+        trainer.fast_path.resume(trainer.fast_path.ways[0])  # as a run that has used it
+    return trainer
+
+
+def way_of(trainer: Trainer) -> str:
+    """How batches are computed, after the first one."""
+    return str(trainer.fast_path.way) if trainer.fast_path else PLAIN_WAY
 
 
 def train_epoch(trainer: Trainer, log: Log | None = None) -> dict[str, Any]:

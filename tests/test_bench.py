@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from captioning.training.fast_path import FastPath
+from captioning.training.self_check import Gradients
 
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
@@ -18,6 +20,7 @@ from captioning.errors import UserError
 from captioning.evaluation.metrics import score
 from captioning.features.feature_reader import FeatureReader
 from captioning.search.options import SearchOptions
+from captioning.training import trainer
 from preprocess.captions import read_captions
 from preprocess.vocabulary import END
 
@@ -249,3 +252,56 @@ def test_the_gpu_benchmark_counts_tests_and_shows_the_failures(tmp_path):
     assert [rows[name].value for name in ("passed", "skipped", "failed")] == [1, 1, 1]
     assert rows["failed"].met is False and rows["skipped"].note == "needs a GPU"
     assert "1 == 2" in rows["failed: test_fails"].value
+
+
+@pytest.fixture
+def simulated_graphs(monkeypatch):
+    """Runs on a CPU take CUDA graphs for possible, whose replay repeats the work and then calls `fault`, a list of
+    functions of the flat gradients."""
+    flat = []
+    fault = []
+
+    class WatchedGradients(Gradients):
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            flat[:] = [self.flat]
+
+    def capture(work):
+        def replay():
+            loss = work()
+            for function in fault:
+                function(flat[0])
+            return loss
+
+        return replay
+
+    monkeypatch.setattr(trainer, "obstacles", lambda *_: {"cuda_graphs": None, "kernels": "no GPU"})
+    monkeypatch.setattr(trainer, "Gradients", WatchedGradients)
+    monkeypatch.setattr("captioning.training.cuda_graphs.GraphCapture", lambda: capture)
+    return fault
+
+
+@pytest.mark.parametrize("kind", ["none", "always", "after the proof", "after the proof, NaN"])
+def test_the_gpu_benchmark_finds_a_fast_path_with_wrong_gradients(kind, simulated_graphs, monkeypatch, tmp_path):
+    correctness = importlib.import_module("gpu_steps.correctness")
+    common = importlib.import_module("gpu_steps.common")
+    monkeypatch.setattr(correctness, "DECODERS", {"attention": DECODERS["attention"]})
+    proving = []
+    prove = FastPath.prove
+
+    def watched_prove(self, *arguments):
+        proving.append(True)
+        prove(self, *arguments)
+        proving.clear()
+
+    monkeypatch.setattr(FastPath, "prove", watched_prove)
+
+    def fault(gradients):
+        if kind == "always" or (kind != "none" and not proving):
+            gradients *= float("nan") if "NaN" in kind else 1.03
+
+    simulated_graphs.append(fault)
+    rows = list(correctness.gradient_errors(common.make_setting(True, tmp_path)))
+    assert [row.met for row in rows] == [kind == "none"] * 3, rows
+    way = "plain PyTorch" if kind == "always" else "CUDA graphs"  # the run's own check sees only its proofs
+    assert {row.note.partition(";")[0] for row in rows} == {way}

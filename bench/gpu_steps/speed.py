@@ -15,7 +15,7 @@ from synthetic import first_photos
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.profiler import ProfilerActivity, profile
-from trainer_runs import make_trainer, operations_per_word, train_epoch
+from trainer_runs import make_trainer, operations_per_word, train_epoch, way_of
 
 from captioning.dataset.batches import Batch
 from captioning.decoders import attention
@@ -79,11 +79,14 @@ def epochs(setting: Setting) -> Iterator[Row]:
 def epoch_rows(setting: Setting, data: TrainingData, batch_size: int, path: str, operations: float) -> Iterator[Row]:
     """The rows of one batch size and path. operations: floating-point operations per caption."""
     with watch_captures() as captures:
-        metrics, photos = timed_epoch(setting, data, batch_size, path)
+        metrics, photos, way = timed_epoch(setting, data, batch_size, path)
     rate = metrics["captions_per_second"]
     what = f"{batch_size} captions, {path}"
     yield Row(
-        what, rate, "captions/s", note=f"{photos:,} photos, {len(captures)} graphs, {metrics['peak_memory_gb']:.1f} GB"
+        what,
+        rate,
+        "captions/s",
+        note=f"{way}, {len(captures)} captures, {photos:,} photos, {metrics['peak_memory_gb']:.1f} GB",
     )
     yield Row(f"{what}: matrix products", rate * operations / 1e12, "TFLOP/s")
     seconds = COCO_CAPTIONS / rate
@@ -98,25 +101,26 @@ def epoch_rows(setting: Setting, data: TrainingData, batch_size: int, path: str,
     )
 
 
-def timed_epoch(setting: Setting, data: TrainingData, batch_size: int, path: str) -> tuple[dict, int]:
-    """The second of two epochs -> its metrics and the number of photos.
+def timed_epoch(setting: Setting, data: TrainingData, batch_size: int, path: str) -> tuple[dict, int, str]:
+    """The second of two epochs -> its metrics, the number of photos, and how batches were computed.
 
     The first one tries the fast path and captures graphs. What is slow gets as many photos as fit into the time.
     """
     options = setting.options(batch_size=batch_size, **PATHS[path])
 
-    def two_epochs(part: TrainingData) -> dict:
-        trainer = make_trainer(options, setting.vocabulary, part, setting.device)
+    def two_epochs(part: TrainingData) -> tuple[dict, str]:
+        trainer = make_trainer(options, setting.vocabulary, part, setting.device, force=path != "fast path")
         train_epoch(trainer)
-        return train_epoch(trainer)
+        return train_epoch(trainer), way_of(trainer)
 
     photos = len(data.train.split)
     if path != "fast path" or batch_size not in TARGET_BATCH_SIZES:
         probe = max(1, batch_size // CAPTIONS_PER_PHOTO) * PROBE_UPDATES
-        rate = two_epochs(first_photos(data, probe))["photos_per_second"]
+        rate = two_epochs(first_photos(data, probe))[0]["photos_per_second"]
         photos = min(photos, max(probe, int(rate * setting.scale.epoch_seconds)))
     part = first_photos(data, photos)
-    return two_epochs(part), len(part.train.split)
+    metrics, way = two_epochs(part)
+    return metrics, len(part.train.split), way
 
 
 def capture_memory(setting: Setting) -> Iterator[Row]:
