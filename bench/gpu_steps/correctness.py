@@ -14,15 +14,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from captioning.training.self_check import ERROR_FACTOR, ERROR_FLOOR
 from torch import Tensor
 from trainer_runs import PLAIN_WAY, SilentLog, make_trainer, train_epoch, way_of
 
 from captioning.decoders import DECODERS
 from captioning.decoders.hard_attention import HardAttentionDecoder
+from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.training.data import TrainingData
 from captioning.training.options import TrainingOptions
+from captioning.training.self_check import ERROR_FACTOR, ERROR_FLOOR
 from captioning.training.trainer import Trainer
 from gpu_steps.common import Row, Setting, describe_captures, memory_pressure, not_available, watch_captures
 
@@ -107,7 +108,10 @@ def gradient_errors(setting: Setting) -> Iterator[Row]:
                 run = replace(options, decoder=decoder, precision=precision)
                 plain = exact if precision == "float32" else gradients(setting, replace(run, **PLAIN), data)
                 trainer = make_trainer(run, setting.vocabulary, data, setting.device, force=True)
-                row = compare_gradients(f"{decoder}, {precision}", exact, plain, collect_gradients(trainer))
+                try:
+                    row = compare_gradients(f"{decoder}, {precision}", exact, plain, collect_gradients(trainer))
+                except UserError as error:  # such as a loss that is not finite: the others are still compared
+                    row = Row(f"{decoder}, {precision}", "failed", note=str(error), target="trains", met=False)
                 met = row.met and not avoids_fast_path(trainer)
                 yield row._replace(met=met, note=f"{way_of(trainer)}; {row.note}")
 
