@@ -10,8 +10,9 @@ Each step is a process with its own time limit. One that hangs, crashes or runs 
 had measured, and the next one runs. The results are written after every step. A step that no longer fits into
 --minutes is skipped and says so. The output of the steps is in LOGS beside the results.
 
-Needs torch, numpy, h5py, tqdm and Pillow. "tests" also needs what the tests import (pytest, hypothesis, tyro,
-pycocoevalcap), and "extraction" needs tyro; the others say "not available" where a package is missing.
+Needs torch, torchvision, numpy, h5py, tqdm and Pillow. What else a step needs is not available without it: Triton for
+the kernels, timm for its encoders, tyro for an extraction, and for "tests" also pytest, hypothesis and pycocoevalcap.
+Where nothing can be installed, carry them in a folder on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -38,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it runs where the package is 
 from captioning.errors import UserError  # noqa: E402
 from captioning.runtime.files import atomic_text  # noqa: E402
 
+REQUIRED = ("torch", "torchvision", "numpy", "h5py", "tqdm", "PIL")
 RESULTS = Path("gpu-results") / "results.json"
 LOGS = "logs"
 NO_GPU = 3  # exit status of a step that found no GPU
@@ -94,6 +97,11 @@ def main(options: argparse.Namespace) -> bool:
     if options.markdown:
         print(to_markdown(read_results(options.out)))
         return True
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"bench/gpu.py: needs {', '.join(missing)}: install them, or give a folder of them in PYTHONPATH"
+        )
     results = run_steps({name: STEPS[name] for name in options.steps}, options.out, 60 * options.minutes, options.toy)
     print(to_table(results))
     print(f"{options.out} has the results, {options.out.with_suffix('.md')} the table")
