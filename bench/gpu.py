@@ -117,6 +117,7 @@ def run_steps(steps: dict[str, Step], out: Path, seconds: float, toy: bool) -> d
         "toy": toy,
         "steps": {},
     }
+    out = out.absolute()  # a step has another working directory
     deadline = time.monotonic() + seconds
     for name, step in steps.items():
         left = deadline - time.monotonic() - MARGIN

@@ -204,7 +204,10 @@ def test_the_gpu_benchmark_runs_at_toy_size_without_packages_that_a_gpu_machine_
     assert [row["value"] for row in rows["resume"]] == ["bit-equal"] * len(DECODERS)
 
 
-def test_a_step_of_the_gpu_benchmark_that_hangs_or_crashes_is_recorded_and_the_next_one_runs(tmp_path, capsys):
+def test_a_step_of_the_gpu_benchmark_that_hangs_or_crashes_is_recorded_and_the_next_one_runs(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     gpu = bench("gpu")
     steps = {
         "fails": FakeStep("row(1); raise MemoryError('no memory')"),
@@ -213,7 +216,7 @@ def test_a_step_of_the_gpu_benchmark_that_hangs_or_crashes_is_recorded_and_the_n
         "misses": FakeStep("row(3, met=False)"),
         "runs": FakeStep("row(0.000123456, met=True)"),
     }
-    out = tmp_path / "h200" / "results.json"
+    out = Path("h200") / "results.json"
     results = gpu.run_steps(steps, out, 60, toy=True)
     assert results == gpu.read_results(out)
     status = {name: step["status"] for name, step in results["steps"].items()}

@@ -14,7 +14,7 @@ from gpu_steps.common import Row, Setting, not_available
 ROOT = Path(__file__).parents[2]
 MARK = "needs a GPU"
 ALWAYS = ("test_kernels.py", "test_cuda_graphs.py", "test_gpu_decoding.py", "test_feature_placement.py")
-NEEDED = ("pytest", "hypothesis", "tyro")  # by tests/conftest.py and what it imports
+NEEDED = ("pytest", "hypothesis", "tyro", "pycocoevalcap")  # by tests/conftest.py and what it imports
 TOY = ("test_feature_placement.py",)
 
 
