@@ -307,3 +307,5 @@ if __name__ == "__main__":
         sys.exit(not main(parse_arguments()))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the results of the finished steps are kept")
