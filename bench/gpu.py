@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ class Step:
 # in the order of importance: the last ones are skipped if time runs out
 STEPS = {
     "environment": Step("gpu_steps.environment:environment", 40),
-    "tests": Step("gpu_steps.gpu_tests:gpu_tests", 100),
+    "tests": Step("gpu_steps.gpu_tests:gpu_tests", 105),
     "growing": Step("gpu_steps.correctness:growing_lengths", 75),
     "gradients": Step("gpu_steps.correctness:gradient_errors", 90),
     "resume": Step("gpu_steps.correctness:stop_and_resume", 40),
@@ -113,7 +114,7 @@ def run_steps(steps: dict[str, Step], out: Path, seconds: float, toy: bool) -> d
     results: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", "bench/gpu.py", *sys.argv[1:]]),
         "toy": toy,
         "steps": {},
     }

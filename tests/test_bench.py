@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -248,17 +249,32 @@ def test_the_gpu_benchmark_needs_a_gpu_unless_toy_and_says_so(tmp_path):
         gpu.main(gpu.parse_arguments(["--out", str(tmp_path / "none.json"), "--markdown"]))
 
 
-def test_the_gpu_benchmark_counts_tests_and_shows_the_failures(tmp_path):
+def test_the_gpu_benchmark_runs_gpu_tests_first_and_keeps_their_outcomes_when_time_runs_out(tmp_path, monkeypatch):
     gpu_tests = importlib.import_module("gpu_steps.gpu_tests")
     tests = tmp_path / "test_some.py"
     tests.write_text(
-        "import pytest\ndef test_passes(): pass\ndef test_fails(): assert 1 == 2\n"
-        "@pytest.mark.skip(reason='needs a GPU')\ndef test_skips(): pass\n"
+        "import pytest\nran = []\n"
+        "def test_comes_last(): assert ran == ['passes', 'fails']\n"
+        "needs_gpu = pytest.mark.skipif(False, reason='needs a GPU')\n"
+        "@needs_gpu\ndef test_passes(): ran.append('passes')\n"
+        "@needs_gpu\ndef test_fails(): ran.append('fails'); assert 1 == 2\n"
+        "@pytest.mark.skipif(True, reason='needs a GPU')\ndef test_skips(): pass\n"
     )
-    rows = {row.what: row for row in gpu_tests.run_tests([tests], tmp_path)}
-    assert [rows[name].value for name in ("passed", "skipped", "failed")] == [1, 1, 1]
+    run = subprocess.run
+
+    def run_out_of_time(command, timeout, **settings):
+        run(command, **settings)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run_out_of_time)
+    rows = {row.what: row for row in gpu_tests.run_tests([tests], tmp_path, seconds=8)}
+    assert [rows[name].value for name in ("passed", "skipped", "failed")] == [2, 1, 1]
     assert rows["failed"].met is False and rows["skipped"].note == "needs a GPU"
     assert "1 == 2" in rows["failed: test_fails"].value
+    assert rows["passed"].note == "of 4 in test_some.py; pytest: stopped after 8 s"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3))
+    nothing = list(gpu_tests.run_tests([tests], tmp_path / "none"))
+    assert [row.met for row in nothing] == [False], "what cannot run is no success"
 
 
 @pytest.fixture
@@ -316,3 +332,30 @@ def test_the_gpu_benchmark_finds_a_fast_path_with_wrong_gradients(simulated_grap
         assert [row.met for row in rows] == [kind == "none"] * 3, (kind, rows)
         way = "plain PyTorch" if kind == "always" else "CUDA graphs"  # the run's own check sees only its proofs
         assert {row.note.partition(";")[0] for row in rows} == {way}
+
+
+def test_the_gpu_benchmark_records_the_memory_after_each_capture(monkeypatch):
+    common = importlib.import_module("gpu_steps.common")
+    ended = []
+    segments = [{"total_size": 5, "segment_pool_id": (0, 0)}, {"total_size": 7, "segment_pool_id": (0, 1)}]
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", lambda self: ended.append(self))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 12)
+    original = torch.cuda.CUDAGraph.capture_end
+    with common.watch_captures() as captures:
+        torch.cuda.CUDAGraph.capture_end("one")
+        segments.append({"total_size": 2, "segment_pool_id": (0, 2)})
+        torch.cuda.CUDAGraph.capture_end("two")
+    assert captures == [(7, 12), (9, 12)] and ended == ["one", "two"]
+    assert torch.cuda.CUDAGraph.capture_end is original
+
+
+def test_the_gpu_benchmark_counts_overlapping_kernels_once():
+    speed = importlib.import_module("gpu_steps.speed")
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    spans = [(10, 30, cuda), (0, 20, cuda), (12, 14, cuda), (50, 60, cuda), (0, 1000, cpu)]
+    events = [
+        SimpleNamespace(device_type=device, time_range=SimpleNamespace(start=start, end=end))
+        for start, end, device in spans
+    ]
+    assert speed.busy_seconds(SimpleNamespace(events=lambda: events)) == pytest.approx(40e-6)

@@ -64,7 +64,7 @@ class Scale:
     jpegs: int = 256
     extraction_photos: int = 8192  # the JPEGs repeated
     extraction_batch_size: int = 256
-    encoders: tuple[str, ...] = ("resnet101", "timm/vit_base_patch16_224")
+    encoders: tuple[str, ...] = ("resnet101", "timm/vit_base_patch16_clip_quickgelu_224")
     image_size: int = 256
     cider_updates: int = 16
     cider_batch_size: int = 512

@@ -46,10 +46,11 @@ def residence(setting: Setting) -> Iterator[Row]:
     write_features(path, [photo.id for photo in photos], scale.side, scale.channels)
     gigabytes = path.stat().st_size / 1e9
     captions = CaptionDataset(photos, setting.vocabulary, MAX_LENGTH)
+    memory = "gpu" if setting.device.type == "cuda" else "ram"
     places = {
         "gpu": {"features_on": "gpu"},
         "partial": {"features_on": "auto"},
-        "uint8": {"features_on": "gpu", "quantize_features": True},
+        "uint8": {"features_on": memory, "quantize_features": True},
         "ram": {"features_on": "ram"},
         "disk": {"features_on": "disk"},
     }

@@ -32,7 +32,8 @@ def environment(setting: Setting) -> Iterator[Row]:
         yield Row(f"matrix product, {precision}", operations / 1e12, "TFLOP/s", note=note)
     bandwidth = peak_bandwidth(setting.device, scale.copy_bytes)
     yield Row("copy on the device, read and written", bandwidth / 1e9, "GB/s")
-    yield Row("copy from pinned memory", host_bandwidth(setting.device, scale.copy_bytes) / 1e9, "GB/s")
+    pinned = "pinned" if setting.device.type == "cuda" else ""
+    yield Row("copy from main memory", host_bandwidth(setting.device, scale.copy_bytes) / 1e9, "GB/s", note=pinned)
     written, read = disk_bandwidth(setting.folder, scale.disk_bytes)
     yield Row("disk, written with a sync", written / 1e9, "GB/s")
     yield Row("disk, read", read / 1e9, "GB/s", note="after dropping it from the page cache, where the system does so")

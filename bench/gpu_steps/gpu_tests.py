@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 MARK = "needs a GPU"
 ALWAYS = ("test_kernels.py", "test_cuda_graphs.py", "test_gpu_decoding.py", "test_feature_placement.py")
 NEEDED = ("pytest", "hypothesis", "tyro", "pycocoevalcap")  # by tests/conftest.py and what it imports
+PLUGIN = "gpu_steps.pytest_plugin"
+SECONDS = 90.0  # for all tests; those that need a GPU come first
 TOY = ("test_feature_placement.py",)
 
 
@@ -30,30 +33,30 @@ def gpu_tests(setting: Setting) -> Iterator[Row]:
     yield from run_tests([tests / name for name in names if (tests / name).exists()], setting.folder)
 
 
-def run_tests(files: Sequence[Path], folder: Path) -> Iterator[Row]:
-    """Rows of the numbers of tests that passed, failed and were skipped, and one of each failure."""
-    report = folder / "tests.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *map(str, files),
-    ]
-    status = subprocess.run(command, cwd=ROOT).returncode
-    if not report.exists():
-        yield Row("tests", "did not run", met=False, target="all pass", note=f"pytest ended with status {status}")
+def run_tests(files: Sequence[Path], folder: Path, seconds: float = SECONDS) -> Iterator[Row]:
+    """Run the files for at most these seconds -> the numbers of tests, and a row of each failure."""
+    outcomes = folder / "outcomes.jsonl"
+    pytest = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-p", PLUGIN]
+    paths = [str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "KANTU_OUTCOMES": str(outcomes), "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        status: int | str
+        status = subprocess.run([*pytest, *map(str, files)], cwd=ROOT, env=environment, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        status = f"stopped after {seconds:g} s"
+    lines = outcomes.read_text("utf-8").splitlines() if outcomes.exists() else []
+    if not lines:
+        yield Row("tests", "did not run", target="all pass", met=False, note=f"pytest: {status}")
         return
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    failures = [(case, bad) for case in cases for bad in (*case.findall("failure"), *case.findall("error"))]
-    skipped = [skip.get("message", "") for case in cases for skip in case.findall("skipped")]
-    passed = len(cases) - len({case for case, _ in failures}) - len(skipped)
-    yield Row("passed", passed, note=", ".join(path.name for path in files))
-    yield Row("skipped", len(skipped), note="; ".join(sorted(set(skipped))))
-    yield Row("failed", len(failures), target="0", met=not failures)
-    for case, bad in failures:
-        message = (bad.get("message") or bad.text or "").strip().splitlines() or [""]
-        yield Row(f"failed: {case.get('name')}", message[0][:200], note=case.get("classname", ""))
+    collected, *results = map(json.loads, lines)
+    by_outcome = {outcome: [] for outcome in ("passed", "skipped", "failed")}
+    for result in results:
+        by_outcome[result["outcome"]].append(result)
+    names = ", ".join(path.name for path in files)
+    yield Row("passed", len(by_outcome["passed"]), note=f"of {collected['collected']} in {names}; pytest: {status}")
+    skipped = by_outcome["skipped"]
+    yield Row("skipped", len(skipped), note="; ".join(sorted({result["why"] for result in skipped})))
+    failed = by_outcome["failed"]
+    yield Row("failed", len(failed), target="0", met=not failed)
+    for result in failed:
+        yield Row(f"failed: {result['test'].rpartition('::')[2]}", result["why"], note=result["test"])
