@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Bench:
     channels: int = 2048
     grid_side: int = 8  # native cells per side
     device: str = "auto"
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     fast_path: bool = True
     cuda_graphs: bool = True
     kernels: bool = True

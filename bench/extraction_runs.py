@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
@@ -15,16 +17,7 @@ from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.device import autocast
 
 
-class SilentBar:
-    """A progress bar that shows nothing."""
-
-    def update(self, _: int) -> None:
-        """Called with a number of photos."""
-
-
-def decode_all(
-    encoder: Encoder, paths: Sequence[str], plan: list[list[int]], device: torch.device, workers: int
-) -> None:
+def decode_all(encoder: Encoder, paths: Sequence[str], plan: Sequence[Any], device: torch.device, workers: int) -> None:
     """Decode the photos, and bring them to the device. plan: the photos of each batch."""
     for batch in load_photos(device, paths, plan, encoder.transform, workers):
         last = batch.photos
@@ -43,7 +36,7 @@ def encode_all(encoder: Encoder, batches: int, batch_size: int, precision: torch
 
 
 def extract_all(
-    encoder: Encoder, paths: Sequence[str], plan: list[list[int]], precision: torch.dtype, workers: int, folder: Path
+    encoder: Encoder, paths: Sequence[str], plan: Sequence[Any], precision: torch.dtype, workers: int, folder: Path
 ) -> None:
     """Decode, encode and write, as extract_features.py does, to a file in a temporary folder below `folder`."""
     from extract_features import extract  # needs tyro
@@ -55,4 +48,4 @@ def extract_all(
     ids = [str(number) for number in range(len(paths))]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         writer = FeatureWriter(Path(temporary) / "features.h5", ids, attributes, channels, "float16", overwrite=False)
-        extract(encoder, writer, paths, plan, precision, workers, FailureLimit(len(paths), 0), SilentBar())
+        extract(encoder, writer, paths, plan, precision, workers, FailureLimit(len(paths), 0), tqdm(disable=True))

@@ -147,7 +147,7 @@ def run_step(name: str, step: Step, out: Path, seconds: float, toy: bool) -> dic
         rows = Path(folder) / "rows.jsonl"
         with open(log, "wb") as output:
             exit_status = run_process(step.command(rows, toy), Path(folder), output, seconds)
-        result = {
+        result: dict[str, Any] = {
             "status": "ok" if exit_status == 0 else "timed out" if exit_status is None else "failed",
             "seconds": round(time.monotonic() - started, 1),
             "reason": "",

@@ -98,13 +98,16 @@ def make_training_data(
     """Two splits with random features on the device, of side x side cells; the splits share rows."""
     splits = [CaptionDataset(photos, vocabulary, MAX_LENGTH) for photos in (train, val)]
     features = RandomFeatures(max(map(len, splits)), side, channels, device)
-    cached = [CachedPhotos(split, np.arange(len(split)), features.read) for split in splits]
-    return TrainingData(*cached, channels=channels, native_cells=side**2, encoder=None, encoder_recipe=RECIPE)
+    train_photos, val_photos = (CachedPhotos(split, np.arange(len(split)), features.read) for split in splits)
+    return TrainingData(
+        train_photos, val_photos, channels=channels, native_cells=side**2, encoder=None, encoder_recipe=RECIPE
+    )
 
 
 def first_photos(data: TrainingData, photos: int) -> TrainingData:
     """The data with the first photos of its train split only."""
     train = data.train
+    assert isinstance(train, CachedPhotos)
     rows = np.arange(min(photos, len(train.split)))
     return data._replace(train=CachedPhotos(train.split.subset(rows), train.rows[rows], train.read))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -180,11 +181,8 @@ def watch_captures() -> Iterator[list[Capture]]:
         pools = [part["total_size"] for part in segments if tuple(part.get("segment_pool_id", (0, 0))) != (0, 0)]
         captures.append(Capture(sum(pools), torch.cuda.memory_reserved()))
 
-    torch.cuda.CUDAGraph.capture_end = capture_end
-    try:
+    with mock.patch.object(torch.cuda.CUDAGraph, "capture_end", capture_end):
         yield captures
-    finally:
-        torch.cuda.CUDAGraph.capture_end = original
 
 
 def describe_captures(captures: list[Capture]) -> str:

@@ -12,12 +12,13 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from trainer_runs import PLAIN_WAY, SilentLog, make_trainer, train_epoch, way_of
 
-from captioning.decoders import DECODERS
+from captioning.decoders import DECODERS, hard_attention
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint
@@ -27,7 +28,7 @@ from captioning.training.self_check import ERROR_FACTOR, ERROR_FLOOR
 from captioning.training.trainer import Trainer
 from gpu_steps.common import Row, Setting, describe_captures, memory_pressure, not_available, watch_captures
 
-PLAIN = {"fast_path": False, "cuda_graphs": False, "kernels": False}
+PLAIN: dict[str, Any] = {"fast_path": False, "cuda_graphs": False, "kernels": False}
 NO_UPDATE = 1e-30  # a learning rate that leaves every weight as it is
 LOSS_TOLERANCE = 0.01  # relative, of the mean loss of an epoch in half precision
 LOSS_SCALE = 2.0**10  # in float16
@@ -40,7 +41,7 @@ def avoids_fast_path(trainer: Trainer) -> bool:
     """Whether a trainer has not taken a fast path that there should be: plain would be compared with plain."""
     if trainer.fast_path:
         return way_of(trainer) == PLAIN_WAY
-    return trainer.device.type == "cuda" and trainer.decoder.uses_attention
+    return trainer.device.type == "cuda" and bool(trainer.decoder.uses_attention)
 
 
 def growing_lengths(setting: Setting) -> Iterator[Row]:
@@ -120,16 +121,11 @@ def gradient_errors(setting: Setting) -> Iterator[Row]:
 @contextlib.contextmanager
 def hard_attention_without_chance() -> Iterator[None]:
     """In the block, hard attention looks at the most probable cell: padding would change which one it samples."""
-    from captioning.decoders import hard_attention
-
-    fraction, sampler = HardAttentionDecoder.expectation_fraction, hard_attention.sample_categorical
-    HardAttentionDecoder.expectation_fraction = 0.0
-    hard_attention.sample_categorical = lambda attention: attention.argmax(-1)
-    try:
+    with (
+        mock.patch.object(HardAttentionDecoder, "expectation_fraction", 0.0),
+        mock.patch.object(hard_attention, "sample_categorical", lambda attention: attention.argmax(-1)),
+    ):
         yield
-    finally:
-        HardAttentionDecoder.expectation_fraction = fraction
-        hard_attention.sample_categorical = sampler
 
 
 def gradients(setting: Setting, options: TrainingOptions, data: TrainingData) -> Gradients:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def residence(setting: Setting) -> Iterator[Row]:
     gigabytes = path.stat().st_size / 1e9
     captions = CaptionDataset(photos, setting.vocabulary, MAX_LENGTH)
     memory = "gpu" if setting.device.type == "cuda" else "ram"
-    places = {
+    places: dict[str, dict[str, Any]] = {
         "gpu": {"features_on": "gpu"},
         "partial": {"features_on": "auto"},
         "uint8": {"features_on": memory, "quantize_features": True},
@@ -72,7 +73,7 @@ def half_fits(setting: Setting, gigabytes: float) -> contextlib.AbstractContextM
     return memory_pressure(setting, max(RESERVED_GB, RESERVED_FRACTION * total / 1e9) + gigabytes / 2)
 
 
-def train_on(setting: Setting, name: str, captions: CaptionDataset, changes: dict, gigabytes: float) -> Row:
+def train_on(setting: Setting, name: str, captions: CaptionDataset, changes: dict[str, Any], gigabytes: float) -> Row:
     """The row of two epochs with the features in one place."""
     options = replace(setting.options(batch_size=setting.scale.library_batch_size, **changes), data=setting.folder)
     rows = np.arange(len(captions))

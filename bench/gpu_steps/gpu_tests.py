@@ -49,7 +49,7 @@ def run_tests(files: Sequence[Path], folder: Path, seconds: float = SECONDS) -> 
         yield Row("tests", "did not run", target="all pass", met=False, note=f"pytest: {status}")
         return
     collected, *results = map(json.loads, lines)
-    by_outcome = {outcome: [] for outcome in ("passed", "skipped", "failed")}
+    by_outcome: dict[str, list[dict[str, str]]] = {outcome: [] for outcome in ("passed", "skipped", "failed")}
     for result in results:
         by_outcome[result["outcome"]].append(result)
     names = ", ".join(path.name for path in files)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ceilings import best_seconds, peak_bandwidth
@@ -44,7 +44,7 @@ def make_inputs(setting: Setting) -> Inputs:
     scale = setting.scale
     rows = scale.library_batch_size
     photos = max(1, rows // CAPTIONS_PER_PHOTO)
-    options = {"device": setting.device, "dtype": pick_precision("auto", setting.device)}
+    options: dict[str, Any] = {"device": setting.device, "dtype": pick_precision("auto", setting.device)}
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, **options).requires_grad_()

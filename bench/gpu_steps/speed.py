@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.profiler import ProfilerActivity, profile
 from trainer_runs import make_trainer, operations_per_word, train_epoch, way_of
 
-from captioning.dataset.batches import Batch
+from captioning.dataset.batches import Batch, CachedPhotos
 from captioning.decoders import attention
 from captioning.encoders.grid import Grid
 from captioning.runtime.cuda_graphs import GraphCapture
@@ -42,7 +43,7 @@ from preprocess.vocabulary import END
 
 EPOCH_SECONDS = 8.0  # the target for COCO_CAPTIONS captions
 VALIDATION_SECONDS = 3.0  # the target for 5,000 photos
-PATHS = {  # name -> options of a run
+PATHS: dict[str, dict[str, Any]] = {  # name -> options of a run
     "fast path": {},
     "no kernels": {"kernels": False},
     "no graphs": {"cuda_graphs": False},
@@ -183,14 +184,13 @@ def timed_validations(trainer: Trainer, photos: int) -> Iterator[Row]:
     scoring: list[float] = []
     original = trainer.validation.merge
 
-    def merge(*arguments: object) -> dict:
+    def merge(*arguments: Any) -> dict:
         started = time.perf_counter()
         metrics = original(*arguments)
         scoring.append(time.perf_counter() - started)
         return metrics
 
-    trainer.validation.merge = merge
-    with StopRequest() as stop:
+    with mock.patch.object(trainer.validation, "merge", merge), StopRequest() as stop:
         for _ in range(2):
             metrics = trainer.validate(stop)
     seconds = metrics["val_seconds"]
@@ -210,7 +210,9 @@ def timed_validations(trainer: Trainer, photos: int) -> Iterator[Row]:
 def timed_search(setting: Setting, trainer: Trainer) -> Iterator[Row]:
     """Beam search of 5 over the photos of val."""
     scale = setting.scale
-    decoder = trainer.decoder.eval()
+    decoder: Any = trainer.decoder.eval()
+    val = trainer.val
+    assert isinstance(val, CachedPhotos)
     search = SearchOptions(beam_size=5, max_length=trainer.options.max_length)
     parts = np.array_split(np.arange(scale.val_photos), -(-scale.val_photos // scale.search_batch_size))
     lengths: list[int] = []
@@ -218,7 +220,7 @@ def timed_search(setting: Setting, trainer: Trainer) -> Iterator[Row]:
     def search_all() -> None:
         lengths.clear()
         for rows in parts:
-            grid = trainer.val.read(rows).to(setting.device, trainer.precision)
+            grid = val.read(rows).to(setting.device, trainer.precision)
             with autocast(setting.device, trainer.precision):
                 lengths.extend(len(best.words) for (best,) in beam_search(decoder, grid, search))
 
@@ -236,8 +238,9 @@ def cider_idle_share(setting: Setting) -> Iterator[Row]:
     photos = setting.photos(scale.cider_updates * max(1, scale.cider_batch_size // CAPTIONS_PER_PHOTO))
     options = setting.options(objective="cider", start_from=Path("none"), batch_size=scale.cider_batch_size)
     trainer = make_trainer(options, setting.vocabulary, setting.data(photos), setting.device)
+    output_layer: Any = trainer.decoder.output_layer
     with torch.no_grad():  # an untrained decoder hardly ever samples <end>
-        trainer.decoder.output_layer.bias[END] = np.log(scale.vocabulary / 10)
+        output_layer.bias[END] = np.log(scale.vocabulary / 10)
     train_epoch(trainer)
     metrics = train_epoch(trainer)
     yield Row(f"{scale.cider_batch_size} captions per batch", metrics["captions_per_second"], "captions/s")
@@ -273,6 +276,7 @@ class FixedBatch(nn.Module):
         super().__init__()
         self.decoder = trainer.decoder
         self.objective = trainer.objective
+        assert isinstance(batch.photos, Grid)
         self.pooling = batch.photos.pooling
         self.batch_sizes = batch.words.batch_sizes
         self.indices = batch.indices
@@ -296,6 +300,7 @@ def the_library_s_way(setting: Setting) -> Iterator[Row]:
     trainer = make_trainer(setting.options(batch_size=batch_size), setting.vocabulary, data, setting.device)
     trainer.decoder.train()
     batch = data.train[np.arange(len(data.train.split))].to(setting.device, trainer.precision)
+    assert isinstance(batch.photos, Grid)
     tensors = (batch.photos.cells, batch.words.data, batch.targets, batch.photo_index)
     ours = None
     for name, build in WAYS.items():
@@ -368,7 +373,7 @@ def our_step(module: FixedBatch, tensors: tuple[Tensor, ...]) -> Callable[[], Te
 
 def compiled_step(module: FixedBatch, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     """torch.compile in the mode that uses CUDA graphs; a CPU only traces it, since it has none."""
-    settings = {"mode": "reduce-overhead"} if module.device.type == "cuda" else {"backend": "eager"}
+    settings: dict[str, Any] = {"mode": "reduce-overhead"} if module.device.type == "cuda" else {"backend": "eager"}
     compiled = torch.compile(module, dynamic=False, **settings)
 
     def step() -> Tensor:
@@ -385,7 +390,7 @@ def graphed_step(module: FixedBatch, tensors: tuple[Tensor, ...]) -> Callable[[]
     if module.device.type != "cuda":
         raise Unavailable("needs a GPU")
     with plain_equations():
-        graphed = torch.cuda.make_graphed_callables(module, tensors)
+        graphed: Any = torch.cuda.make_graphed_callables(module, tensors)
     return lambda: backward(graphed, tensors)
 
 
