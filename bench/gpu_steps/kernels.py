@@ -6,6 +6,7 @@ size.
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from captioning.decoders import attention
 from captioning.decoders.fused_ops import ChunkedAttentionScores, kernels_for
 from captioning.encoders.grid import GRID_SIZE, grid_pooling
+from captioning.features import quantization
 from captioning.runtime.device import pick_precision
 from gpu_steps.common import CAPTIONS_PER_PHOTO, Row, Setting, not_available
 
@@ -63,33 +65,62 @@ def make_inputs(setting: Setting) -> Inputs:
 
 
 def each_kernel(setting: Setting) -> Iterator[Row]:
-    """Time and bandwidth of every kernel, and the time of the plain form of attention and of the LSTM cell."""
+    """Time and bandwidth of every kernel, and the time of the plain form of what it computes."""
     inputs = make_inputs(setting)
+    codes = random_codes(setting)
     plain = {
         "attention": lambda: plain_attention(inputs),
         "lstm": lambda: lstm_steps(inputs, attention.lstm_cell),
+        "uint8": lambda: decode_codes(quantization.dequantize_rows, codes),
     }
     kernels = kernels_for(inputs.cells)
     if kernels is None:
         for name, work in plain.items():
             seconds = best_seconds(work, setting.device, rounds=1) / STEPS
-            yield Row(f"{name}: a step, plain, with its backward pass", 1e6 * seconds, "us", note="wall clock")
+            yield Row(f"{name}: a step, plain", 1e6 * seconds, "us", note="wall clock")
         yield not_available("kernels", "need an NVIDIA GPU and Triton")
         return
+    feature_kernels = importlib.import_module(quantization.KERNELS)
     fused = {
         "attention": lambda: fused_attention(inputs, kernels.FusedAttention),
         "lstm": lambda: lstm_steps(inputs, kernels.lstm_cell),
+        "uint8": lambda: decode_codes(feature_kernels.dequantize_rows, codes),
     }
     bandwidth = peak_bandwidth(setting.device, setting.scale.copy_bytes)
     for name, work in plain.items():
         without = sum(total_times(work).values())
         times = total_times(fused[name])
         for kernel, seconds in sorted(times.items(), key=lambda item: -item[1]):
-            if kernel in vars(kernels):
+            if kernel in {**vars(kernels), **vars(feature_kernels)}:
                 yield kernel_row(kernel, seconds, inputs, bandwidth)
         together = sum(times.values())
         note = f"plain takes {1e6 * without / STEPS:.1f} us, {without / together:.2f} times as long"
-        yield Row(f"{name}: a step, with its backward pass", 1e6 * together / STEPS, "us", note=note)
+        yield Row(f"{name}: a step, forward and backward", 1e6 * together / STEPS, "us", note=note)
+
+
+class Codes(NamedTuple):
+    """Features of B photos in 8 bits."""
+
+    codes: Tensor  # (B, N, C) uint8
+    scales: Tensor  # (B, N) float32
+    rows: Tensor  # (B,) int64
+
+
+def random_codes(setting: Setting) -> Codes:
+    """As many photos as `make_inputs` has."""
+    scale = setting.scale
+    photos = max(1, scale.library_batch_size // CAPTIONS_PER_PHOTO)
+    return Codes(
+        torch.randint(256, (photos, scale.side**2, scale.channels), dtype=torch.uint8, device=setting.device),
+        torch.rand(photos, scale.side**2, device=setting.device),
+        torch.randperm(photos, device=setting.device),
+    )
+
+
+def decode_codes(dequantize_rows: Callable, codes: Codes) -> None:
+    """Decode them T times."""
+    for _ in range(STEPS):
+        dequantize_rows(*codes, torch.bfloat16)
 
 
 def kernel_row(kernel: str, seconds: float, inputs: Inputs, bandwidth: float) -> Row:
@@ -106,6 +137,8 @@ def kernel_bytes(kernel: str, inputs: Inputs) -> int:
     photo = inputs.cells[0].nbytes + inputs.keys[0].nbytes  # which every row reads
     row = inputs.queries[0][0].nbytes + 2 * inputs.gates[0][0].nbytes + 4 * inputs.keys.shape[1]
     gates = inputs.lstm[0][0].nbytes
+    if "dequantize" in kernel:  # from one byte to the two of bfloat16
+        return STEPS * 3 * inputs.cells.numel()
     if "lstm" in kernel:
         passes = 2 if "backward" in kernel else 1  # gradients of what was read are written
         return STEPS * rows * passes * (3 * gates + 3 * 4 * hidden)
