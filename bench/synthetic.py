@@ -17,9 +17,11 @@ from PIL import Image
 
 from captioning.dataset.batches import CachedPhotos
 from captioning.dataset.caption_dataset import CaptionDataset
-from captioning.encoders.grid import Grid, grid_pooling
+from captioning.encoders.grid import grid_pooling
 from captioning.encoders.images import Transform, split_batches
 from captioning.encoders.loading import encoder_file
+from captioning.features.cached_grid import FeatureRows
+from captioning.features.feature_placement import CPU, FeaturePlacement, FileRows, PlacedFeatures
 from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.training.data import TrainingData
@@ -77,19 +79,24 @@ def make_photos(
         yield Photo(f"{split}{number}.jpg", f"{split}{number}", split, tuple(islice(captions, count)))
 
 
-class RandomFeatures:
-    """Random features of N photos in the memory of a device, in float16, read like those of a feature file."""
+class RandomRows(FileRows):
+    """Random maps in float16 in place of the rows of a feature file."""
 
-    def __init__(self, photos: int, side: int, channels: int, device: torch.device):
-        self.cells = torch.empty(photos, side**2, channels, dtype=torch.float16, device=device)
-        for part in self.cells.split(CHUNK):
-            part.normal_().relu_()
+    def __init__(self, side: int, channels: int):
+        """side: native cells per side."""
+        self.shape = side**2, channels
         self.pooling = grid_pooling(side, side)
 
-    def read(self, rows: np.ndarray) -> Grid:
-        """The maps of rows (B,) int64, on the device."""
-        indices = torch.from_numpy(rows).to(self.cells.device, non_blocking=True)
-        return Grid(self.cells.index_select(0, indices), self.pooling)
+    def read(self, rows: np.ndarray, device: torch.device = CPU) -> FeatureRows:
+        """Maps for rows (B,) int64, on the device; other ones at every call."""
+        return FeatureRows(torch.randn(len(rows), *self.shape, device=device).relu_().half())
+
+
+def place_random_features(photos: int, side: int, channels: int, device: torch.device) -> PlacedFeatures:
+    """Random maps in the memory of the device, held and read as those of a feature file."""
+    in_memory = (photos, 0) if device.type == "cuda" else (0, photos)
+    placement = FeaturePlacement(photos, *in_memory, reason="random features")
+    return PlacedFeatures(RandomRows(side, channels), np.arange(photos), placement, device)
 
 
 def make_training_data(
@@ -97,7 +104,7 @@ def make_training_data(
 ) -> TrainingData:
     """Two splits with random features on the device, of side x side cells; the splits share rows."""
     splits = [CaptionDataset(photos, vocabulary, MAX_LENGTH) for photos in (train, val)]
-    features = RandomFeatures(max(map(len, splits)), side, channels, device)
+    features = place_random_features(max(map(len, splits)), side, channels, device)
     train_photos, val_photos = (CachedPhotos(split, np.arange(len(split)), features.read) for split in splits)
     return TrainingData(
         train_photos, val_photos, channels=channels, native_cells=side**2, encoder=None, encoder_recipe=RECIPE
