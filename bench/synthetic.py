@@ -145,7 +145,7 @@ def write_features(path: Path, ids: Sequence[str], side: int, channels: int, gri
 
 
 def write_photos(folder: Path, photos: int, width: int = 640, height: int = 480) -> list[str]:
-    """Write JPEGs of the size of COCO's, about 0.1 MB each -> their paths. Smooth noise compresses like photos."""
+    """Write JPEGs of the size of COCO's, 0.15 MB each -> their paths. Smooth noise compresses like photos."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06}.jpg" for number in range(photos)]
