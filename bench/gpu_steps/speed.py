@@ -342,8 +342,17 @@ def time_step(step: Callable[[], Tensor], trainer: Trainer, device: torch.device
 @contextlib.contextmanager
 def plain_equations() -> Iterator[None]:
     """In the block, the attention decoder uses torch's layers and no kernels."""
-    with mock.patch.multiple(attention, DeferredGradLinear=lambda layer: layer, kernels_for=lambda cells: None):
+    with mock.patch.multiple(attention, DeferredGradLinear=the_layer_itself, kernels_for=no_kernels):
         yield
+
+
+def the_layer_itself(layer: nn.Linear) -> nn.Linear:
+    """In place of DeferredGradLinear. A function of the module, since torch.compile compiles again for a new one."""
+    return layer
+
+
+def no_kernels(cells: Tensor) -> None:
+    """In place of kernels_for."""
 
 
 def plain_step(module: FixedBatch, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
@@ -379,6 +388,8 @@ def compiled_step(module: FixedBatch, tensors: tuple[Tensor, ...]) -> Callable[[
     def step() -> Tensor:
         if module.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
+        for parameter in module.decoder.parameters():  # its graph overwrites the gradients that it has returned
+            parameter.grad = None
         with plain_equations():  # it is compiled in the first call
             return backward(compiled, tensors).clone()
 
