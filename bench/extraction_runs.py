@@ -36,9 +36,17 @@ def encode_all(encoder: Encoder, batches: int, batch_size: int, precision: torch
 
 
 def extract_all(
-    encoder: Encoder, paths: Sequence[str], plan: Sequence[Any], precision: torch.dtype, workers: int, folder: Path
+    encoder: Encoder,
+    paths: Sequence[str],
+    plan: Sequence[Any],
+    precision: torch.dtype,
+    workers: int,
+    folder: Path | None = None,
 ) -> None:
-    """Decode, encode and write, as extract_features.py does, to a file in a temporary folder below `folder`."""
+    """Decode, encode and write, as extract_features.py does, to a file that is removed again.
+
+    folder: to write to; the system's folder of temporary files unless given.
+    """
     from extract_features import extract  # needs tyro
 
     height, width, channels = encoder.output_shape()

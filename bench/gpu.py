@@ -8,11 +8,11 @@
 
 Each step is a process with its own time limit. One that hangs, crashes or runs out of memory is recorded with what it
 had measured, and the next one runs. The results are written after every step. A step that no longer fits into
---minutes is skipped and says so. The output of the steps is in LOGS beside the results.
+--minutes is skipped and says so. What the steps print is in the folder `logs` beside the results.
 
-Needs torch, torchvision, numpy, h5py, tqdm and Pillow. What else a step needs is not available without it: Triton for
-the kernels, timm for its encoders, tyro for an extraction, and for "tests" also pytest, hypothesis and pycocoevalcap.
-Where nothing can be installed, carry them in a folder on PYTHONPATH.
+Needs torch, torchvision, numpy, h5py, tqdm, Pillow and simplejpeg. What else a step needs is not available without it:
+Triton for the kernels, timm for its encoders, tyro for an extraction, and for "tests" also pytest, hypothesis and
+pycocoevalcap. Where nothing can be installed, carry them in a folder on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it runs where the package is 
 from captioning.errors import UserError  # noqa: E402
 from captioning.runtime.files import atomic_text  # noqa: E402
 
-REQUIRED = ("torch", "torchvision", "numpy", "h5py", "tqdm", "PIL")
+REQUIRED = ("torch", "torchvision", "numpy", "h5py", "tqdm", "PIL", "simplejpeg")
 RESULTS = Path("gpu-results") / "results.json"
 LOGS = "logs"
 NO_GPU = 3  # exit status of a step that found no GPU
