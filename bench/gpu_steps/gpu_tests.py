@@ -13,7 +13,7 @@ from pathlib import Path
 from gpu_steps.common import Row, Setting, not_available
 
 ROOT = Path(__file__).parents[2]
-MARK = "needs a GPU"
+MARK = 'reason="needs a GPU"'  # of a skip
 ALWAYS = ("test_kernels.py", "test_cuda_graphs.py", "test_gpu_decoding.py", "test_feature_placement.py")
 NEEDED = ("pytest", "hypothesis", "tyro", "pycocoevalcap")  # by tests/conftest.py and what it imports
 PLUGIN = "gpu_steps.pytest_plugin"
@@ -22,7 +22,7 @@ TOY = ("test_feature_placement.py",)
 
 
 def gpu_tests(setting: Setting) -> Iterator[Row]:
-    """Run every test file that has a test with the reason "needs a GPU"."""
+    """Run every test file that has a test that needs a GPU."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         yield not_available("tests", f"they import {', '.join(missing)}: install them, or carry them on PYTHONPATH")
