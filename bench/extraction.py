@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,23 +25,20 @@ import PIL
 import simplejpeg
 import torch
 import tyro
+from extraction_runs import decode_all, encode_all, extract_all
 from tyro.conf import Positional
 
-from captioning.encoders.encoder import Encoder
-from captioning.encoders.gpu_decoding import check_nvjpeg, load_photos
+from captioning.encoders.gpu_decoding import check_nvjpeg
 from captioning.encoders.images import (
     PHOTO_ENDINGS,
     PILLOW,
     SIMPLEJPEG_AND_TORCH,
-    FailureLimit,
     Transform,
     read_photos,
     split_batches,
 )
 from captioning.encoders.loading import calibrate_batch_norm, load_encoder
-from captioning.features.feature_writer import FeatureWriter, describe_features
-from captioning.runtime.device import autocast, encoder_precision, pick_device
-from extract_features import extract
+from captioning.runtime.device import encoder_precision, pick_device
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,6 @@ class Bench:
     rounds: int = 3
 
 
-class SilentBar:
-    """A progress bar that shows nothing."""
-
-    def update(self, _: int) -> None:
-        pass
-
-
 def main(bench: Bench) -> None:
     files = sorted(path for path in bench.folder.rglob("*") if path.suffix.lower() in PHOTO_ENDINGS)
     paths = [str(path) for path in itertools.islice(itertools.cycle(files), bench.photos)]
@@ -84,16 +73,15 @@ def main(bench: Bench) -> None:
     calibrate_batch_norm(encoder, paths[:64], bench.batch_size, bench.workers)
     encoder = encoder.to(device).eval().requires_grad_(False)
     precision = encoder_precision(bench.precision, device)
-    shape = encoder.output_shape()
     if bench.compile:
         print(f"--compile took {encoder.compile_for(bench.batch_size, precision):.0f} s")
     plan = split_batches(list(range(len(paths))), bench.batch_size)
     best = {"decode": 0.0, "CNN": 0.0, "extraction": 0.0}
     for _ in range(bench.rounds):
         functions = {
-            "decode": lambda: decode(bench, encoder, paths, plan, device),
-            "CNN": lambda: compute(encoder, len(plan), bench.batch_size, precision, device),
-            "extraction": lambda: run_extraction(bench, encoder, shape, paths, plan, precision),
+            "decode": lambda: decode_all(encoder, paths, plan, device, bench.workers),
+            "CNN": lambda: encode_all(encoder, len(plan), bench.batch_size, precision, device),
+            "extraction": lambda: extract_all(encoder, paths, plan, precision, bench.workers),
         }
         for name, function in functions.items():
             best[name] = max(best[name], len(paths) / timeit(function, number=1))
@@ -147,40 +135,6 @@ def compare_decoding(bench: Bench, paths: list[str]) -> None:
         f"{bench.rounds} rounds; Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, "
         f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
     )
-
-
-def decode(bench: Bench, encoder: Encoder, paths: list[str], plan: list[list[int]], device: torch.device) -> None:
-    for batch in load_photos(device, paths, plan, encoder.transform, bench.workers):
-        last = batch.photos
-    last.cpu()  # waits for the GPU
-
-
-@torch.inference_mode()
-def compute(encoder: Encoder, batches: int, size: int, precision: torch.dtype, device: torch.device) -> None:
-    shape = size, 3, encoder.transform.image_size, encoder.transform.image_size
-    photos = torch.randint(0, 255, shape, dtype=torch.uint8, device=device)
-    for _ in range(batches):
-        with autocast(device, precision):
-            last = encoder(photos).cells
-    last.float().cpu()
-
-
-def run_extraction(
-    bench: Bench,
-    encoder: Encoder,
-    shape: tuple[int, int, int],
-    paths: list[str],
-    plan: list[list[int]],
-    precision: torch.dtype,
-) -> None:
-    height, width, channels = shape
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = {"name": bench.encoder, "weights": "random", "sha256": "", "transform": encoder.transform.to_dict()}
-        attributes = describe_features(recipe, (height, width), "native", bench.precision)
-        writer = FeatureWriter(
-            Path(folder) / "features.h5", [str(i) for i in range(len(paths))], attributes, channels, "float16", False
-        )
-        extract(encoder, writer, paths, plan, precision, bench.workers, FailureLimit(len(paths), 0), SilentBar())
 
 
 if __name__ == "__main__":
