@@ -20,6 +20,7 @@ from captioning.runtime.device import restore_rng, rng_state
 
 ERROR_FACTOR = 2.0
 ERROR_FLOOR = 1e-3
+ALIGNMENT = 64  # elements: 256 bytes, as of tensors that torch allocates, so that kernels read several at once
 
 
 class Gradients:
@@ -31,11 +32,12 @@ class Gradients:
     def __init__(self, parameters: dict[str, nn.Parameter]):
         """parameters: by name, float32, on one device."""
         self.names = [*parameters]
-        self.sizes = [parameter.numel() for parameter in parameters.values()]
+        # of the part of each parameter, with zeros that align the next one
+        self.sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters.values()]
         device = next(iter(parameters.values())).device
-        self.flat = torch.zeros(sum(self.sizes), device=device)  # of all parameters, one after the other
+        self.flat = torch.zeros(sum(self.sizes), device=device)
         for parameter, part in zip(parameters.values(), self.flat.split(self.sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+            parameter.grad = part[: parameter.numel()].view_as(parameter)
 
     def compute(self, backward: Callable[[], object]) -> Tensor:
         """The gradients that backward adds, like `flat`."""
