@@ -1,7 +1,7 @@
 """Photo decoding and the transform that turns a photo into a tensor, for extraction, training and captioning.
 
-The transform resizes the whole photo to a square (bilinear, antialiased), scales RGB to 0..1 and normalises it with
-ImageNet's mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
+The transform resizes the whole photo to a square (antialiased), scales RGB to 0..1 and normalises it with the encoder's
+mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
 
 Letters: B photos, S pixels per side.
 """
@@ -47,6 +47,7 @@ class Transform:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     scaled_decoding: bool = False  # decode JPEGs of at least four times the size at 1/2, 1/4 or 1/8 of it
     nvjpeg: bool = False  # extraction decodes JPEGs on the GPU (encoders/gpu_decoding.py); nothing else does
+    interpolation: str = "bilinear"  # of the resize: bilinear, bicubic or lanczos, each antialiased
 
     @classmethod
     def from_dict(cls, saved: dict) -> Transform:
@@ -70,7 +71,7 @@ class Transform:
         """An RGB photo of any size -> (3, S, S) uint8."""
         size = (self.image_size, self.image_size)
         if photo.size != size:
-            photo = photo.resize(size, Image.Resampling.BILINEAR)  # PIL's bilinear is antialiased
+            photo = photo.resize(size, Image.Resampling[self.interpolation.upper()])  # PIL's are antialiased
         return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
     def normalise(self, photos: Tensor) -> Tensor:

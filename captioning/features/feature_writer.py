@@ -25,7 +25,8 @@ from captioning.runtime.files import write_errors
 
 WRITE_REMEDY = "fix that and run the same command, or give --out elsewhere"
 QUEUE_SIZE = 4  # batches that wait for the disk; the writing thread may hold as many again
-LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False}  # absent from files that older versions created
+# Absent from files that older versions created
+LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False, "interpolation": "bilinear", "pooled": "mean"}
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -44,6 +45,8 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "precision": precision,
         "scaled_decoding": transform.get("scaled_decoding", False),
         "nvjpeg": transform.get("nvjpeg", False),
+        "interpolation": transform.get("interpolation", "bilinear"),
+        "pooled": recipe.get("pooled", "mean"),
         "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all settings above
     }
 
