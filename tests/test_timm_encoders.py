@@ -25,6 +25,7 @@ from captioning.runtime.checkpoint import load_checkpoint, read_checkpoint, save
 from captioning.training.optimizer import layer_decay_groups
 from config import ExtractFeatures, Train
 from tests.small import QUICK
+from tests.test_bench import bench
 
 timm = pytest.importorskip("timm")
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -398,19 +399,19 @@ def test_offline_one_line_says_what_to_download(capsys):
         load_encoder(TEST_VIT, "imagenet", None)
 
 
-def test_the_real_efficientnet_recognises_scenes_at_two_sizes(shared):
-    """Through its own classifier, the mean of the cells is sure of a class; random weights are not."""
+def test_the_real_efficientnet_recognises_photos_at_two_sizes(shared):
+    """Its own classifier, on the mean of the cells, names what is on COCO's photos."""
     path = shared / "weights" / "tf_efficientnet_lite2_imagenet.pth"
-    encoder = load_encoder("timm/tf_efficientnet_lite2", str(path), 256)
-    assert encoder.output_shape() == (8, 8, 1280)
-    assert load_encoder("timm/tf_efficientnet_lite2", str(path), 384).output_shape() == (12, 12, 1280)
     classifier = torch.load(path, weights_only=True)
-    files = sorted((shared / "coco_mini").rglob("*.jpg"))[:4]
-    batch = torch.stack([encoder.transform.resize(encoder.transform.open(file)) for file in files])
-    with torch.no_grad():
-        means = encoder(batch).mean()
-        logits = means @ classifier["classifier.weight"].float().T + classifier["classifier.bias"].float()
-    assert logits.softmax(1).amax(1).mean() > 0.2, "an untrained or wrongly normalised network is not sure of anything"
+    classes = {"train2017/000000281789": 340, "val2017/000000019221": 937, "val2017/000000073326": 760}
+    for size, side in ((256, 8), (384, 12)):
+        encoder = load_encoder("timm/tf_efficientnet_lite2", str(path), size)
+        assert encoder.output_shape() == (side, side, 1280)
+        files = [shared / "coco_mini" / f"{name}.jpg" for name in classes]  # a zebra, broccoli, a refrigerator
+        batch = torch.stack([encoder.transform.resize(encoder.transform.open(file)) for file in files])
+        with torch.no_grad():
+            logits = encoder(batch).mean() @ classifier["classifier.weight"].float().T
+        assert (logits + classifier["classifier.bias"]).argmax(1).tolist() == list(classes.values())
     with pytest.raises(UserError, match="not of timm/tf_efficientnet_lite1"):
         load_encoder("timm/tf_efficientnet_lite1", str(path), 256)
 
@@ -580,3 +581,13 @@ def test_an_encoder_is_restored_from_its_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "e.pt", {"encoder": encoder.to_checkpoint()})
     restored = encoder_from_checkpoint(read_checkpoint(tmp_path / "e.pt", ["encoder"], ""))
     assert restored.recipe() == encoder.recipe() and restored.transform.interpolation == "bicubic"
+
+
+def test_the_table_of_the_page_is_the_output_of_its_script(monkeypatch, times):
+    monkeypatch.undo()  # the networks of their real size; they are built without memory
+    script = bench("encoder_sizes")
+    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text("utf-8")
+    rows = times(script.ROWS[1:3] + script.ROWS[6:7], script.ROWS)
+    assert [line for line in script.table(rows).splitlines() if line not in page.splitlines()] == []
+    encoders = re.findall(r"^\| `((?:timm/)?[\w.]+)`", page, re.MULTILINE)
+    assert [row.encoder for row in script.ROWS] == encoders

@@ -47,7 +47,7 @@ class Transform:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     scaled_decoding: bool = False  # decode JPEGs of at least four times the size at 1/2, 1/4 or 1/8 of it
     nvjpeg: bool = False  # extraction decodes JPEGs on the GPU (encoders/gpu_decoding.py); nothing else does
-    interpolation: str = "bilinear"  # of the resize: bilinear, bicubic or lanczos, each antialiased
+    interpolation: str = "bilinear"  # of the resize: bilinear or bicubic, antialiased
 
     @classmethod
     def from_dict(cls, saved: dict) -> Transform:

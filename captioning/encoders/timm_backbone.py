@@ -34,7 +34,6 @@ except ImportError:
 
 logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of entries that are left out on purpose
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each try to reach the hub
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of a network's weights, the preferred one first
 # What timm raises for sizes and settings that a network cannot have
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError)
@@ -65,12 +64,11 @@ class TimmFamily(EncoderFamily):
     def transform(self, name: str) -> Transform:
         """The size, mean, std and interpolation of timm's configuration; the whole photo is resized."""
         config = _configuration(name)
-        interpolation = config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic"
         return Transform(
             image_size=config.input_size[-1],
             mean=tuple(config.mean),
             std=tuple(config.std),
-            interpolation=interpolation,
+            interpolation="bilinear" if config.interpolation == "bilinear" else "bicubic",  # timm's default
         )
 
     def build(self, name: str, options: BodyOptions) -> TimmBody:
@@ -162,7 +160,7 @@ class TimmBody(nn.Module):
 
     def _class_vector(self, features: Tensor, normalised: Tensor) -> Tensor:
         """(B, C): the class token, else what attention pooling makes of the features."""
-        if normalised.dim() == 3 and getattr(self.network, "num_prefix_tokens", 0):
+        if normalised.dim() == 3 and hasattr(self.network, "num_prefix_tokens") and self.network.num_prefix_tokens:
             return normalised[:, 0]
         return self.network.forward_head(features, pre_logits=True)
 
@@ -243,7 +241,12 @@ def _size_error(name: str, size: int, error: Exception) -> UserError:
 
 
 def _check_multiple_of_patch(name: str, network: nn.Module, size: int) -> None:
-    """Raise UserError, with the nearest sizes, if a transformer would leave pixels at the edges out."""
+    """Raise UserError, with the nearest sizes, if a transformer would leave pixels at the edges out.
+
+    Some published weights do so at their own size, such as SigLIP's with patches of 14 pixels at 384: that is allowed.
+    """
+    if size == _configuration(name).input_size[-1]:
+        return
     patch_sizes = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     patch = patch_sizes[0] if isinstance(patch_sizes, (tuple, list)) else patch_sizes
     if isinstance(patch, int) and size % patch:
