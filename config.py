@@ -75,7 +75,8 @@ class ExtractFeatures:
     weights: str | None = None
     image_size: int | None = None  # pixels (256, timm: of the weights); photos are resized to this square
     grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own grid (smaller; training is the same)
-    pooled: Literal["mean", "class"] = "mean"  # for --decoder lstm: mean of the cells, or class token/attention pooling
+    # what --decoder lstm reads: the mean of the cells (unless given), or the class token or attention pooling
+    pooled: Literal["mean", "class"] | None = None
     # of the stored features; uint8: half the size of float16, with a relative error of 0.2 to 1 %
     dtype: Literal["float16", "float32", "uint8"] = "float16"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the CNN's arithmetic

@@ -124,7 +124,12 @@ def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         stored = encoder_from_checkpoint(read_encoder_checkpoint(config.file))
         name = full_name(config.encoder or DEFAULT_ENCODER)
-        requested = (name, "random", replace(default_transform(name, config.image_size), **decoding), config.pooled)
+        requested = (
+            name,
+            "random",
+            replace(default_transform(name, config.image_size), **decoding),
+            config.pooled or "mean",
+        )
         if (stored.name, stored.weights, stored.transform, stored.pooled) == requested:
             return stored
     encoder = load_encoder(config.encoder, config.weights, config.image_size, pooled=config.pooled)

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import timm
 import torch
 
 from captioning.encoders.protocol import BodyOptions, default_transform, find_family, full_name
+from captioning.features.hdf5_layout import data_bytes
 
 PHOTOS = {"COCO": 123_287, "AI Challenger": 240_000}
 
@@ -55,10 +57,9 @@ def shape(row: Row) -> tuple[int, int, int, int]:
     return size, height, width, channels
 
 
-def gigabytes(photos: int, cells: int, channels: int, dtype: str) -> str:
-    """GB (10^9 bytes) of the rows of a feature file."""
-    cell = channels + 4 if dtype == "uint8" else 2 * channels
-    size = photos * (cells * cell + 4 * channels) / 1e9
+def gigabytes(shape: tuple[int, int, int, int], dtype: str) -> str:
+    """GB (10^9 bytes) of the rows of a feature file, for features of this shape (photos, h, w, C)."""
+    size = data_bytes(shape, np.dtype(dtype)) / 1e9
     return f"{size:,.0f}" if size >= 9.95 else f"{size:.1f}"
 
 
@@ -78,7 +79,7 @@ def table(rows: Sequence[Row] = ROWS) -> str:
         size, height, width, channels = shape(row)
         flag = f"`{row.encoder}`" + (f" `--image-size {row.size}`" if row.size else "")
         sizes = [
-            gigabytes(photos, height * width, channels, dtype)
+            gigabytes((photos, height, width, channels), dtype)
             for photos in PHOTOS.values()
             for dtype in ("float16", "uint8")
         ]

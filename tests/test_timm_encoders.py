@@ -3,18 +3,21 @@
 import importlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import extract_features
 import train
 from captioning.captioner import Captioner
 from captioning.encoders.encoder import Encoder
+from captioning.encoders.gpu_decoding import decode_files, read_files
 from captioning.encoders.images import Transform
 from captioning.encoders.loading import encoder_from_checkpoint, load_encoder
 from captioning.encoders.protocol import default_transform
@@ -42,6 +45,7 @@ SMALLER = {  # constructor arguments that make a network small, whatever else it
     "beit_base_patch16_224": VIT,
     "deit_base_distilled_patch16_224": VIT,
     "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)},
+    "vit_base_patch16_reg4_gap_256": VIT,
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
 }
 KINDS = {  # name -> (photo size, cells per side, tokens that are no cells)
@@ -157,6 +161,21 @@ def test_photos_are_prepared_as_the_weights_expect():
     assert default_transform("resnet101", None) == Transform(256)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_photos_are_resized_with_the_interpolation_of_the_weights(interpolation, tmp_path):
+    """On the CPU and, decoded by nvJPEG (here by its CPU counterpart), on the GPU, by one grey level or so."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        expected = np.asarray(photo.resize((48, 48), Image.Resampling[interpolation.upper()])).transpose(2, 0, 1)
+    transform = Transform(48, interpolation=interpolation)
+    on_cpu = transform.resize(transform.open(tmp_path / "photo.jpg"))
+    assert np.abs(on_cpu.numpy().astype(int) - expected).max() <= 1
+    paths = [tmp_path / "photo.jpg"]
+    nvjpeg = replace(transform, nvjpeg=True)
+    on_gpu = decode_files(read_files(paths, [0], nvjpeg), paths, nvjpeg, torch.device("cpu")).photos[0]
+    assert np.abs(on_gpu.numpy().astype(int) - expected).max() <= 2
+
+
 def test_the_recorded_name_has_the_tag_of_the_weights():
     assert random_encoder("timm/vit_base_patch16_224").name == "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
     assert random_encoder("test_vit_relpos", 64).name == "timm/test_vit_relpos"  # timm has no weights of it
@@ -211,11 +230,13 @@ def test_a_body_has_no_parameter_that_its_cells_do_not_depend_on(name):
         ("test_convnext", 64, {"pooled": "class"}, "--pooled class: .* has no class token or attention pooling"),
         ("resnet18", 64, {"pooled": "class"}, "--pooled class: resnet18 has no class token"),
         ("resnet18", 64, {"drop_path": 0.1}, "--drop-path 0.1: requires a timm/ encoder"),
+        ("resnet1001", 64, {}, "not a torchvision classifier; did you mean resnet101"),
+        ("vit_base_patch16_reg4_gap_256", None, {"pooled": "class"}, "--pooled class: .* has no class token"),
         ("vgg11", 64, {"drop_path": 0.1}, "--drop-path 0.1: timm/vgg11.tv_in1k cannot skip layers"),
     ],
 )
 def test_an_unsuitable_network_or_size_is_refused_in_one_line(name, size, settings, message):
-    family = "" if name == "resnet18" else "timm/"
+    family = "" if name in ("resnet18", "resnet1001") else "timm/"
     with pytest.raises(UserError, match=message) as error:
         load_encoder(family + name, "random", size, **settings)
     assert "\n" not in str(error.value)
@@ -531,6 +552,11 @@ def test_layer_decay_lowers_the_learning_rate_towards_the_photo(name, first, las
         assert scales == [0.5 ** (5 - block) for block in range(6)]  # the norm belongs to the last block
     with pytest.raises(UserError, match="--layer-decay: requires a timm/ encoder"):
         Encoder("resnet18", "random", Transform(64)).layers()
+
+
+def test_activations_that_cannot_be_recomputed_are_one_line():
+    with pytest.raises(UserError, match="--checkpoint-activations: timm cannot recompute the activations"):
+        random_encoder("vgg11", 64).checkpoint_activations()
 
 
 def test_drop_path_is_random_in_training_alone():

@@ -162,7 +162,7 @@ def decode_files(
         if jpeg is None:
             rejected.append(index)
         else:
-            photos[index] = upright(resize(jpeg, transform.image_size), orientation)
+            photos[index] = upright(resize(jpeg, transform.image_size, transform.interpolation), orientation)
     fallback = read_photos(paths, rejected, transform)
     for batch in (files.decoded, fallback):
         photos |= zip(batch.indices, batch.photos.to(device, non_blocking=True), strict=True)
@@ -186,10 +186,10 @@ def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | Non
         return [photo for file in files for photo in decode_jpegs([file], device)]
 
 
-def resize(photo: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, S, S) uint8, bilinear and antialiased like Transform.resize."""
-    resized = F.interpolate(photo[None].float(), (size, size), mode="bilinear", antialias=True)[0]
-    return resized.round().to(torch.uint8)
+def resize(photo: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
+    """(3, H, W) uint8 -> (3, S, S) uint8, antialiased like Transform.resize. interpolation: bilinear or bicubic."""
+    resized = F.interpolate(photo[None].float(), (size, size), mode=interpolation, antialias=True)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8)  # bicubic weights may be negative
 
 
 def upright(photo: Tensor, orientation: int) -> Tensor:

@@ -30,7 +30,7 @@ def load_encoder(
     weights: str | None,
     image_size: int | None,
     seed: int = 0,
-    pooled: Pooled = "mean",
+    pooled: Pooled | None = None,
     drop_path: float = 0.0,
 ) -> Encoder:
     """An encoder from the flags --encoder, --weights, --image-size, --pooled and --drop-path; None selects the default.
@@ -41,8 +41,10 @@ def load_encoder(
     """
     if weights and weights not in (*PUBLISHED, "random") and _is_run(Path(weights)):
         run = load_checkpoint(Path(weights))
-        if name or image_size:
-            raise UserError(f"--weights {weights}: a run has its own --encoder and --image-size; leave those out")
+        if name or image_size or pooled:
+            raise UserError(
+                f"--weights {weights}: a run has its own --encoder, --image-size and --pooled; leave those out"
+            )
         return encoder_from_checkpoint(run, weights, drop_path)
     name = full_name(name or DEFAULT_ENCODER)
     family, _ = find_family(name)
@@ -51,7 +53,7 @@ def load_encoder(
         raise UserError(f"--weights {weights}: the published weights of {name} are --weights {family.published}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(name, weights, default_transform(name, image_size), pooled, drop_path)
+        encoder = Encoder(name, weights, default_transform(name, image_size), pooled or "mean", drop_path)
     if weights == family.published:
         _load_published_weights(encoder)
     elif weights != "random":

@@ -8,6 +8,7 @@ Letters: B photos, S pixels per side, C channels, h x w native cells.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -99,6 +100,12 @@ def default_transform(encoder: str, image_size: int | None) -> Transform:
     family, name = find_family(encoder)
     transform = family.transform(name)
     return transform if image_size is None else replace(transform, image_size=image_size)
+
+
+def suggest(name: str, known: Iterable[str], prefix: str, otherwise: str) -> str:
+    """The end of a sentence about an unknown name: the most similar known names, with a prefix, or else `otherwise`."""
+    nearest = difflib.get_close_matches(name, list(known), 3, 0.6)
+    return f"did you mean {' or '.join(prefix + other for other in nearest)}?" if nearest else otherwise
 
 
 def no_class_vector(encoder: str) -> UserError:

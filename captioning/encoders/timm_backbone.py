@@ -12,18 +12,17 @@ Letters: B photos, S pixels per side, C channels, h x w native cells, N = h w.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from captioning.encoders.images import Transform
-from captioning.encoders.protocol import BODY_PREFIX, BodyOptions, EncoderFamily, no_class_vector
+from captioning.encoders.protocol import BODY_PREFIX, BodyOptions, EncoderFamily, no_class_vector, suggest
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
 
@@ -52,7 +51,8 @@ class TimmFamily(EncoderFamily):
         """NAME.TAG, with the tag of timm's default weights unless the name has one. Raises UserError."""
         architecture, _, tag = name.partition(".")
         if not timm.is_model(architecture):
-            raise UserError(f"--encoder timm/{name}: not a network of timm {timm.__version__}{_suggest(architecture)}")
+            advice = suggest(architecture, timm.list_models(), "timm/", "timm.list_models() lists them")
+            raise UserError(f"--encoder timm/{name}: not a network of timm {timm.__version__}; {advice}")
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             known = f"it has {', '.join(sorted(tags))}" if tags else "leave the tag out"
@@ -160,13 +160,20 @@ class TimmBody(nn.Module):
 
     def _class_vector(self, features: Tensor, normalised: Tensor) -> Tensor:
         """(B, C): the class token, else what attention pooling makes of the features."""
-        if normalised.dim() == 3 and hasattr(self.network, "num_prefix_tokens") and self.network.num_prefix_tokens:
+        if normalised.dim() == 3 and _has_class_token(self.network):
             return normalised[:, 0]
         return self.network.forward_head(features, pre_logits=True)
 
     def checkpoint_activations(self) -> None:
-        """Store only the activations between blocks, and recompute the others in the backward pass."""
-        self.network.set_grad_checkpointing(True)
+        """Store only the activations between blocks, and recompute the others in the backward pass.
+
+        Raises UserError if timm cannot do that for this network.
+        """
+        try:
+            self.network.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            message = "--checkpoint-activations: timm cannot recompute the activations of this encoder; leave it out"
+            raise UserError(message) from None
 
     def layer_depths(self) -> dict[str, int]:
         """The depth of each parameter, by its name: 0 for the stem, then one per block (CNNs: per stage).
@@ -183,12 +190,11 @@ class TimmBody(nn.Module):
         return {BODY_PREFIX + name: depth for name, depth in depths.items()}
 
 
-class _Outline:
-    """What is known of a body before it is built: its grid, and the parameters that it does not need."""
+class _Outline(NamedTuple):
+    """What is known of a body before it is built."""
 
-    def __init__(self, grid_size: tuple[int, int] | None, unused: list[str]):
-        self.grid_size = grid_size
-        self.unused = unused
+    grid_size: tuple[int, int] | None  # (h, w) of a transformer's tokens
+    unused: list[str]  # the parameters that its outputs do not depend on, such as a classifier's norm
 
 
 def _outline(name: str, options: BodyOptions) -> _Outline:
@@ -197,7 +203,7 @@ def _outline(name: str, options: BodyOptions) -> _Outline:
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         body = TimmBody(_create(name, options), options.class_vector)
         _check_multiple_of_patch(name, body.network, size)
-        if options.class_vector and not _has_class_vector(body.network):
+        if options.class_vector and not (_has_class_token(body.network) or _has_attention_pooling(body.network)):
             raise no_class_vector(f"timm/{name}")
         try:
             outputs = body(torch.zeros(1, 3, size, size))
@@ -257,20 +263,12 @@ def _check_multiple_of_patch(name: str, network: nn.Module, size: int) -> None:
         )
 
 
-def _has_class_vector(network: nn.Module) -> bool:
-    return bool(getattr(network, "num_prefix_tokens", 0)) or any(
-        "attentionpool" in type(module).__name__.lower() for module in network.modules()
-    )
+def _has_class_token(network: nn.Module) -> bool:
+    return getattr(network, "cls_token", None) is not None  # the first one; register tokens come after it
 
 
-def _suggest(architecture: str) -> str:
-    """The networks with the most similar names, as the end of a sentence."""
-    names = difflib.get_close_matches(architecture, timm.list_models(), 3, 0.6)
-    return (
-        f"; did you mean {' or '.join(f'timm/{name}' for name in names)}?"
-        if names
-        else "; timm.list_models() lists them"
-    )
+def _has_attention_pooling(network: nn.Module) -> bool:
+    return any("attentionpool" in type(module).__name__.lower() for module in network.modules())
 
 
 def _describe_download(name: str, config: Any) -> str:

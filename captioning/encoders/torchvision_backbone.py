@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision import models
 
-from captioning.encoders.protocol import BodyOptions, EncoderFamily, no_class_vector
+from captioning.encoders.protocol import BodyOptions, EncoderFamily, no_class_vector, suggest
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import defer_signals
@@ -71,10 +71,10 @@ def truncate_classifier(name: str) -> fx.GraphModule:
 
 
 def _build_classifier(model_name: str) -> nn.Module:
-    if model_name not in models.list_models(module=models):
-        raise UserError(
-            f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16"
-        )
+    known = models.list_models(module=models)
+    if model_name not in known:
+        advice = suggest(model_name, known, "", "for example resnet101, mobilenet_v2, vgg16, or timm/NAME")
+        raise UserError(f"--encoder {model_name}: not a torchvision classifier; {advice}")
     extra = {"transform_input": True, "init_weights": True} if model_name in TRANSFORMS_INPUT else {}
     return models.get_model(model_name, weights=None, **extra).eval()
 
