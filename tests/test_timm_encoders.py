@@ -178,7 +178,7 @@ def test_photos_are_resized_with_the_interpolation_of_the_weights(interpolation,
 
 def test_the_recorded_name_has_the_tag_of_the_weights():
     assert random_encoder("timm/vit_base_patch16_224").name == "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
-    assert random_encoder("test_vit_relpos", 64).name == "timm/test_vit_relpos"  # timm has no weights of it
+    assert random_encoder("test_mambaout", 64).name == "timm/test_mambaout"  # timm has no weights of it
 
 
 def test_attention_is_scaled_dot_product_attention():
@@ -415,7 +415,7 @@ def test_offline_one_line_says_what_to_download(capsys):
     assert "\n" not in str(error.value)
     assert "downloading its published weights, licence apache-2.0, about 1 MB" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no published weights; give --weights FILE, or random"):
-        load_encoder("timm/test_vit_relpos", None, None)
+        load_encoder("timm/test_mambaout", None, None)
     with pytest.raises(UserError, match="the published weights of timm/test_vit.r160_in1k are --weights pretrained"):
         load_encoder(TEST_VIT, "imagenet", None)
 

@@ -624,7 +624,8 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "weights of another encoder",
         save("x.pth", {"a": torch.zeros(1)}),
         FRESH + " --weights x.pth --encoder resnet18",
-        "--weights x.pth: not of resnet18 (missing: conv1.weight, bn1.weight, bn1.bias and 97 more); give the --encoder they belong to",
+        "--weights x.pth: not of resnet18 (missing: conv1.weight, bn1.weight, bn1.bias and 97 more); give the "
+        "--encoder they belong to",
     ),
     (
         "a run's weights and an encoder",
