@@ -106,14 +106,16 @@ class TimmFamily(EncoderFamily):
         Position embeddings and relative position biases of another grid are resampled. timm's `checkpoint_filter_fn`
         does both.
         """
-        network = body.network
-        current = {name.removeprefix(BODY_PREFIX): value.shape for name, value in body.state_dict().items()}
-        if all(name in state and state[name].shape == shape for name, shape in current.items()):
-            return {BODY_PREFIX + name: value for name, value in state.items()}
-        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-        if convert is not None:
-            state = convert(dict(state), network)
-        return {BODY_PREFIX + name: value for name, value in state.items() if isinstance(value, Tensor)}
+        named = {BODY_PREFIX + name: value for name, value in state.items()}
+        wanted = body.state_dict()
+        fits = all(name in named and named[name].shape == value.shape for name, value in wanted.items())
+        if fits and not self.unexpected(named.keys() - wanted.keys(), body):
+            return named
+        convert = getattr(sys.modules[type(body.network).__module__], "checkpoint_filter_fn", None)
+        if convert is None:
+            return named
+        converted = convert(dict(state), body.network)
+        return {BODY_PREFIX + name: value for name, value in converted.items() if isinstance(value, Tensor)}
 
     def unexpected(self, names: Iterable[str], body: Any) -> list[str]:
         """The names below the body's own parts: further blocks, say. Classifiers and text towers lie elsewhere."""
