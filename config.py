@@ -156,6 +156,7 @@ class Generate:
     batch_size: int = 32  # photos captioned at once
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    cuda_graphs: bool = True  # on a GPU: run the steps of a search as CUDA graphs
     workers: int = os.cpu_count() or 1  # processes that decode photos
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
 

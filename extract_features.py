@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.images import FailureLimit, IndexBatch, PhotoBatch
+from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
     calibrate_batch_norm,
@@ -120,24 +120,32 @@ def prepare(
 
 def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
     """The encoder that the flags describe. One with random weights is calibrated once and stored with the features."""
-    decoding = {"scaled_decoding": config.scaled_decoding, "nvjpeg": config.nvjpeg}
+    decoding = choose_decoding(config)
+    changes = {"scaled_decoding": config.scaled_decoding, "nvjpeg": config.nvjpeg}
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         stored = encoder_from_checkpoint(read_encoder_checkpoint(config.file))
         name = full_name(config.encoder or DEFAULT_ENCODER)
         requested = (
             name,
             "random",
-            replace(default_transform(name, config.image_size), **decoding),
+            replace(default_transform(name, config.image_size), decoding=decoding, **changes),
             config.pooled or "mean",
         )
         if (stored.name, stored.weights, stored.transform, stored.pooled) == requested:
             return stored
-    encoder = load_encoder(config.encoder, config.weights, config.image_size, pooled=config.pooled)
-    decoding["scaled_decoding"] |= encoder.transform.scaled_decoding and not config.nvjpeg
-    encoder.transform = replace(encoder.transform, **decoding)
+    encoder = load_encoder(config.encoder, config.weights, config.image_size, pooled=config.pooled, decoding=decoding)
+    changes["scaled_decoding"] |= encoder.transform.scaled_decoding and not config.nvjpeg
+    encoder.transform = replace(encoder.transform, **changes)
     if config.weights == "random":
         calibrate_batch_norm(encoder, paths, config.batch_size, config.workers)
     return encoder
+
+
+def choose_decoding(config: ExtractFeatures) -> str:
+    """Who decodes the photos: of a file that this command resumes the one that made its first rows."""
+    if config.overwrite or not config.file.exists():
+        return SIMPLEJPEG_AND_TORCH
+    return FeatureReader(config.file).attributes.get("decoding", PILLOW)
 
 
 def print_plan(config: ExtractFeatures, encoder: Encoder, writer: FeatureWriter, num_rows: int) -> None:

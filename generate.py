@@ -70,7 +70,9 @@ def main(config: Generate) -> None:
 
 def caption_photos(config: Generate) -> None:
     """Caption photos, score the captions if there are references, and write the requested files."""
-    captioner = Captioner.load(config.run, config.device, config.precision, config.hard, config.ensemble)
+    captioner = Captioner.load(
+        config.run, config.device, config.precision, config.hard, config.ensemble, config.cuda_graphs
+    )
     torch.manual_seed(config.seed)
     check_supported(config, captioner)
     captioned = caption_all(config, captioner)

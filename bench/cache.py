@@ -32,6 +32,7 @@ import h5py
 import numpy as np
 import torch
 import tyro
+from synthetic import RECIPE
 from tyro.conf import Positional
 
 from captioning.encoders.grid import Grid, grid_pooling
@@ -40,13 +41,6 @@ from captioning.features.feature_placement import FileRows, HeldRows
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.meter import peak_resident_memory
-
-RECIPE = {
-    "name": "bench",
-    "weights": "none",
-    "sha256": "",
-    "transform": {"image_size": 256, "mean": (0, 0, 0), "std": (1, 1, 1)},
-}
 
 
 @dataclass(frozen=True)

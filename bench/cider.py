@@ -22,9 +22,10 @@ import numpy as np
 import torch
 import tyro
 from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
+from torch.nn.utils.rnn import pack_sequence
 from tyro.conf import Positional
 
-from captioning.dataset.batches import plan_batches
+from captioning.dataset.batches import Batch, plan_batches
 from captioning.dataset.caption_dataset import CaptionDataset, photos_in_split
 from captioning.decoders.factory import build_decoder
 from captioning.encoders.grid import Grid, grid_pooling
@@ -34,7 +35,7 @@ from captioning.training.cider_reward import CiderReward
 from captioning.training.objectives import Cider, LossWeights
 from config import Train
 from preprocess.captions import read_captions
-from preprocess.vocabulary import END, VOCABULARY_FILE, Vocabulary
+from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,12 @@ def time_step(
     """Seconds of one training step, on random features."""
     cells = torch.rand(len(photos), 64, bench.channels, device=device).to(precision)
     grid = Grid(cells, grid_pooling(8, 8).to(device))
-    batch = type("Batch", (), {"indices": photos})
+    start = pack_sequence([torch.tensor([START])])  # the captions are sampled
+    batch = Batch(grid, start, torch.tensor([END]), torch.tensor([0]), photos)
     synchronise(device)
     started = time.perf_counter()
     with autocast(device, precision):
+        batch = objective.prepare(decoder, grid, batch).to(device, precision)
         loss = objective(decoder, grid, batch, LossWeights())
     loss.objective.backward()
     optimizer.step()

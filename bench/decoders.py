@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from synthetic import coco_lengths
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -34,30 +35,6 @@ from captioning.training.objectives import CrossEntropy, LossWeights
 from captioning.training.optimizer import make_optimizer
 from config import Train
 from preprocess.vocabulary import END, SPECIAL, START
-
-# words per caption -> number of captions, of all 25,014 captions of COCO val2017
-COCO_LENGTHS = {
-    7: 206,
-    8: 4005,
-    9: 5549,
-    10: 5350,
-    11: 3814,
-    12: 2507,
-    13: 1454,
-    14: 851,
-    15: 468,
-    16: 276,
-    17: 175,
-    18: 111,
-    19: 70,
-    20: 45,
-    21: 30,
-    22: 24,
-    23: 23,
-    24: 14,
-    25: 13,
-    26: 29,
-}
 
 
 @dataclass(frozen=True)
@@ -81,8 +58,7 @@ class Data:
 
     def __init__(self, bench: Bench, seed: int = 0):
         rng = np.random.default_rng(seed)
-        counts = np.array(list(COCO_LENGTHS.values()))
-        lengths = rng.choice(list(COCO_LENGTHS), bench.photos * bench.captions_per_photo, p=counts / counts.sum())
+        lengths = coco_lengths(rng, bench.photos * bench.captions_per_photo)
         self.lengths = -np.sort(-bench.length_factor * lengths) + 1  # including <end>
         self.captions = torch.zeros(len(self.lengths), self.lengths[0] + 1, dtype=torch.long)
         for row, length in zip(self.captions, self.lengths, strict=True):

@@ -19,17 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image
+from synthetic import make_photos, make_vocabulary, write_data
 from tyro.conf import Positional
-
-from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
-from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = 5  # per photo
@@ -89,21 +87,15 @@ def make_data(folder: Path, photos: int) -> None:
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
     for i in range(photos):
         os.symlink(images[i % 4], folder / "photos" / f"{i:012}.png")
-    words = [f"word{number}" for number in range(WORDS)]
-    write_captions(
-        folder / CAPTIONS_FILE,
+    vocabulary = make_vocabulary(WORDS)
+    lengths = np.full(CAPTIONS * photos, LENGTH)
+    write_data(
+        folder,
         (
-            Photo(
-                f"photos/{i:012}.png",
-                f"{i:012}",
-                "val" if i % 8 == 7 else "train",
-                tuple(tuple(words[j] for j in row) for row in rng.integers(0, WORDS, (CAPTIONS, LENGTH))),
-            )
-            for i in range(photos)
+            replace(photo, image=f"photos/{i:012}.png", id=f"{i:012}", split="val" if i % 8 == 7 else "train")
+            for i, photo in enumerate(make_photos(rng, vocabulary, photos, lengths))
         ),
-    )
-    Vocabulary.build([words], language="en", tokenizer="whitespace", min_count=1, max_words=WORDS).save(
-        folder / VOCABULARY_FILE
+        vocabulary,
     )
 
 

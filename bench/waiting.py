@@ -13,27 +13,22 @@ import contextlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from synthetic import make_photos, make_vocabulary, write_data, write_features
 from tyro.conf import Positional
 
 import train
-from captioning.encoders.images import Transform, split_batches
-from captioning.encoders.loading import encoder_file
-from captioning.features.feature_writer import FeatureWriter, describe_features
-from captioning.runtime.checkpoint import save_checkpoint
 from config import Train
-from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
-from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
-RECIPE = {"name": "bench", "weights": "none", "sha256": "", "transform": Transform().to_dict()}
 CAPTIONS = 5  # per photo
 LENGTH = 11  # words per caption
 WORDS = 5000  # size of the vocabulary
+VAL_PHOTOS = 4
 
 
 @dataclass(frozen=True)
@@ -68,34 +63,12 @@ def main(bench: Bench) -> None:
 def make_data(bench: Bench) -> None:
     """Write captions.jsonl, vocab.json, features.h5 and its encoder to the working directory."""
     rng = np.random.default_rng(0)
-    words = [f"w{number}" for number in range(WORDS)]
-    photos = [
-        Photo(
-            f"{i}.jpg",
-            str(i),
-            "val" if i < 4 else "train",
-            tuple(tuple(rng.choice(words, LENGTH).tolist()) for _ in range(CAPTIONS)),
-        )
-        for i in range(bench.photos)
-    ]
-    write_captions(Path(CAPTIONS_FILE), photos)
-    sentences = [caption for photo in photos for caption in photo.captions]
-    Vocabulary.build(sentences, language="en", tokenizer="whitespace", min_count=1, max_words=WORDS).save(
-        Path(VOCABULARY_FILE)
-    )
-    writer = FeatureWriter(
-        Path("features.h5"),
-        [photo.id for photo in photos],
-        describe_features(RECIPE, (8, 8), "14", "float32"),
-        bench.channels,
-        "float16",
-        overwrite=False,
-    )
-    cells = torch.randn(8, 14, 14, bench.channels)
-    for rows in split_batches(np.arange(bench.photos), len(cells)):
-        writer.write(rows, cells[: len(rows)], cells[: len(rows)].mean((1, 2)))
-    writer.close()
-    save_checkpoint(encoder_file(Path("features.h5")), {"encoder": {**RECIPE, "state": None}})
+    vocabulary = make_vocabulary(WORDS)
+    lengths = np.full(CAPTIONS * bench.photos, LENGTH)
+    train = list(make_photos(rng, vocabulary, bench.photos, lengths))
+    photos = [replace(photo, split="val") if i < VAL_PHOTOS else photo for i, photo in enumerate(train)]
+    write_data(Path("."), photos, vocabulary)
+    write_features(Path("features.h5"), [photo.id for photo in photos], 8, bench.channels, grid="14")
 
 
 def measure(bench: Bench, decoder: str, location: str) -> str:

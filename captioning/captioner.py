@@ -7,12 +7,14 @@ print(captioner.caption("photo.jpg").text)
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -24,12 +26,13 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
-from captioning.encoders.images import to_rgb
+from captioning.encoders.images import DecodedPhoto, stack_photos, to_rgb
 from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 from captioning.search.sampling import sample_captions
 from preprocess.vocabulary import Vocabulary
@@ -49,8 +52,12 @@ class Captioner:
         device: torch.device,
         precision: str,
         hard_attention: HardAttention = "expectation",
+        cuda_graphs: bool = True,
     ):
-        """checkpoints: one run, or the runs of an ensemble, which share the vocabulary and the encoder of the first."""
+        """checkpoints: one run, or the runs of an ensemble, which share the vocabulary and the encoder of the first.
+
+        cuda_graphs: see `load`.
+        """
         first = checkpoints[0]
         self.device = device
         self.precision = pick_precision(precision, device)
@@ -62,6 +69,7 @@ class Captioner:
         self._set_hard_attention(decoders, hard_attention)
         members = cast(Sequence[Decoder], decoders)
         self.decoder = members[0] if len(members) == 1 else cast(Decoder, Ensemble(members))
+        self._graphs = DecodingGraphs() if cuda_graphs and device.type == "cuda" else None
         self._checkpoint = first
         self._encoder: Encoder | None = None
         self._encoder_lock = threading.Lock()
@@ -83,6 +91,7 @@ class Captioner:
         precision: str = "auto",
         hard_attention: HardAttention = "expectation",
         ensemble: Sequence[Path | str] = (),
+        cuda_graphs: bool = True,
     ) -> Captioner:
         """Load a run.
 
@@ -94,6 +103,8 @@ class Captioner:
                 probable cell alone (argmax).
             ensemble: further runs with the same vocabulary and encoder. The probability of a word is then the mean of
                 those of all runs.
+            cuda_graphs: on a GPU, run the steps of a search as CUDA graphs, from the second batch of a size on. Threads
+                then search one after the other.
 
         Raises UserError if a run cannot be loaded, or the runs of an ensemble do not match.
         """
@@ -104,7 +115,7 @@ class Captioner:
             if not matches:
                 raise UserError(f"{name}: has another vocabulary or encoder than {run}; an ensemble must share both")
         with checkpoint_errors(run):
-            return cls([first, *others], pick_device(device), precision, hard_attention)
+            return cls([first, *others], pick_device(device), precision, hard_attention, cuda_graphs)
 
     @property
     def encoder(self) -> Encoder:
@@ -139,9 +150,10 @@ class Captioner:
 
     def _caption_all(self, photos: Sequence[PhotoLike], search: SearchOptions) -> list[CaptionResult]:
         captions = []
+        transform = self.encoder.transform
         for start in range(0, len(photos), BATCH_SIZE):
-            batch = [self.encoder.transform.resize(self._open(photo)) for photo in photos[start : start + BATCH_SIZE]]
-            captions += self.caption_resized(torch.stack(batch), search)
+            batch = [transform.resize(self._open(photo)) for photo in photos[start : start + BATCH_SIZE]]
+            captions += self.caption_resized(stack_photos(batch, transform.image_size), search)
         return captions
 
     @torch.no_grad()
@@ -155,8 +167,8 @@ class Captioner:
     def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
         """Caption feature maps, cached or just computed."""
         find_captions = sample_captions if search.temperature else beam_search
-        with autocast(self.device, self.precision):
-            captions_of_photos = find_captions(self.decoder, grid.to(self.device, self.precision), search)
+        with self._graphs.lock if self._graphs else contextlib.nullcontext(), autocast(self.device, self.precision):
+            captions_of_photos = find_captions(self.decoder, grid.to(self.device, self.precision), search, self._graphs)
         results = []
         for captions in captions_of_photos:
             best, *others = (self._to_result(caption) for caption in captions)
@@ -172,9 +184,9 @@ class Captioner:
             self.vocabulary.join(words), words, caption.log_probability, caption.finished, caption.attention, sentinel
         )
 
-    def _open(self, photo: PhotoLike) -> Image.Image:
+    def _open(self, photo: PhotoLike) -> DecodedPhoto:
         if isinstance(photo, Tensor):
-            return _tensor_to_image(photo)
+            return _tensor_to_pixels(photo)
         return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
 
 
@@ -189,8 +201,8 @@ def _load_decoder(checkpoint: dict) -> nn.Module:
     return decoder
 
 
-def _tensor_to_image(photo: Tensor) -> Image.Image:
-    """(3, H, W) uint8, or floating point in 0..1, which is rounded to the nearest of 256 levels."""
+def _tensor_to_pixels(photo: Tensor) -> np.ndarray:
+    """(3, H, W) uint8, or floating point in 0..1, which is rounded to the nearest of 256 levels -> (H, W, 3) uint8."""
     if photo.ndim != 3 or photo.shape[0] != 3 or not (photo.dtype == torch.uint8 or photo.is_floating_point()):
         found = f"{photo.dtype} of shape {tuple(photo.shape)}".removeprefix("torch.")
         raise PhotoError(f"photo tensor {found}: must be (3, H, W) RGB, uint8 or floating point in 0..1")
@@ -198,4 +210,4 @@ def _tensor_to_image(photo: Tensor) -> Image.Image:
         if not bool(((photo >= 0) & (photo <= 1)).all()):
             raise PhotoError("photo tensor with values outside 0..1: give it before normalisation")
         photo = (255 * photo.float()).round().to(torch.uint8)
-    return Image.fromarray(photo.permute(1, 2, 0).cpu().numpy())
+    return photo.permute(1, 2, 0).cpu().numpy()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioning.decoders import DECODERS
 from captioning.decoders.factory import build_decoder
@@ -175,13 +176,21 @@ def test_a_beam_of_any_width_equals_the_definition_written_plainly(
 
 
 @settings(max_examples=12)
-@given(seeds, st.integers(1, 4), st.sampled_from([None, 1]), st.sampled_from([0.0, 0.4]), st.sampled_from([1, 3, 4]))
-def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, interval):
-    """Also with many equal scores, impossible words and the sync interval of a GPU."""
+@given(
+    seeds,
+    st.integers(1, 4),
+    st.sampled_from([None, 1]),
+    st.sampled_from([0.0, 0.4]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0, 1]),
+)
+def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible, interval, delay):
+    """Also with many equal scores, impossible words and a GPU's checks: every few steps, each read at the next."""
     table = TableDecoder(seed, end=-0.5, levels=levels, impossible=impossible)
     alone = [best_captions(table, make_grid(photo), beam_size, 5)[0] for photo in range(5)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "sync_interval", lambda device: interval)
+        patch.setattr("captioning.search.end_check.check_delay", lambda device: delay)
         together = best_captions(table, make_grid(*range(5)), beam_size, 5)
     for found, expected in zip(together, alone, strict=True):
         assert_same_caption(found, expected)
@@ -294,12 +303,40 @@ class EndsAfter(TableDecoder):
         return row
 
 
-def test_finished_photos_leave_the_batch_and_the_search_stops_after_the_last():
+@pytest.mark.parametrize("delay, sizes", [(0, [6, 12, 6, 6, 2, 2]), (1, [6, 12, 12, 6, 6, 2, 2])])
+def test_finished_photos_leave_the_batch_and_the_search_stops_after_the_last(delay, sizes, monkeypatch):
+    """With a delay, one step later."""
+    monkeypatch.setattr("captioning.search.end_check.check_delay", lambda device: delay)
     table = EndsAfter(0)
     captions = best_captions(table, make_grid(5, 0, 1, 3, 0, 2), 2, 20)
     assert [len(caption.words) for caption in captions] == [5, 0, 1, 3, 0, 2]
-    assert [len(hypotheses) for hypotheses in table.steps] == [6, 12, 6, 6, 2, 2]  # hypotheses: one per photo, then two
+    assert [len(hypotheses) for hypotheses in table.steps] == sizes  # hypotheses: one per photo, then two
     assert all(set(caption.attention[:, 0].tolist()) <= {len(caption.words)} for caption in captions)
+
+
+class NoValues(TorchDispatchMode):
+    """Fails where a value is read from a tensor: on a GPU that would wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        assert function is not torch.ops.aten.nonzero.default, "the number of rows is read"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("search", [SearchOptions(1), SearchOptions(4, min_length=2, num_captions=2, beam_groups=2)])
+def test_a_search_reads_nothing_but_the_number_of_photos_before_its_end(search, monkeypatch):
+    torch.manual_seed(0)
+    sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5)
+    decoder = build_decoder("lstm", sizes).eval()
+    grid = Grid(torch.randn(6, 64, 6), grid_pooling(8, 8))
+    expected = beam_search(decoder, grid, search)  # also makes what is kept from search to search
+    numbers = iter([6, 3, 3, 1, *[1] * 50])
+    monkeypatch.setattr("captioning.search.end_check._start_reading", lambda number: lambda: next(numbers))
+    monkeypatch.setattr(torch, "tensor", lambda *arguments, **settings: pytest.fail("a tensor is made of a list"))
+    with torch.no_grad(), NoValues():
+        searcher = module._BeamSearch(decoder, search, torch.device("cpu"))
+        history, _ = searcher.run(searcher.start(grid))
+    assert len(history) == 31 and len(searcher.photos) == 1 and len(expected) == 6
 
 
 def test_a_finished_hypothesis_does_not_hide_a_better_one_that_ends_later():

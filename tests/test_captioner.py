@@ -14,6 +14,7 @@ from captioning import captioner as captioner_module
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
 from captioning.errors import PhotoError, UserError
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 
 SEARCH = SearchOptions(
@@ -43,7 +44,7 @@ def test_floating_point_tensors_are_rounded_to_the_nearest_level():
     levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)
     exact = levels / 255
     for photo in (exact, (exact + 0.4 / 255).clamp(max=1), (exact - 0.4 / 255).clamp(min=0)):
-        assert np.array_equal(np.asarray(captioner_module._tensor_to_image(photo)), levels.permute(1, 2, 0))
+        assert np.array_equal(captioner_module._tensor_to_pixels(photo), levels.permute(1, 2, 0))
 
 
 def test_one_photo_gives_a_caption_and_a_list_of_any_length_gives_a_list(here, monkeypatch):
@@ -83,6 +84,23 @@ def test_threads_get_the_captions_of_a_single_thread(here, run, times):
     for one, other in zip(captions, expected * rounds, strict=True):
         assert (one.text, one.log_probability, one.sentinel) == (other.text, other.log_probability, other.sentinel)
         assert one.attention is None or torch.equal(one.attention, other.attention)
+
+
+def test_threads_that_share_cuda_graphs_get_the_captions_of_a_single_thread(here):
+    """A CPU repeats the work of the graphs: a search must not overwrite the results of another thread's."""
+    single = Captioner.load("checkpoints/attention", precision="float32")
+    assert single._graphs is None
+    shared = Captioner.load("checkpoints/attention", precision="float32")
+    shared._graphs = DecodingGraphs(lambda work: work)
+    batches = [PHOTOS[:3], PHOTOS[3:6], PHOTOS[6:7], PHOTOS[7:]]
+    expected = [single.caption(batch, SEARCH) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        captions = list(pool.map(partial(shared.caption, search=SEARCH), batches * 3))
+    for batch, expected_batch in zip(captions, expected * 3, strict=True):
+        for one, other in zip(batch, expected_batch, strict=True):
+            assert one.text == other.text and one.log_probability == pytest.approx(other.log_probability, abs=1e-5)
+            torch.testing.assert_close(one.attention, other.attention)
+    assert any(loop.replays for loop in shared._graphs.loops.values())
 
 
 def test_threads_load_the_encoder_once(here, monkeypatch):

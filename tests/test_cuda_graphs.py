@@ -18,7 +18,7 @@ from captioning.errors import UserError
 from captioning.runtime.cuda_graphs import CaptureError, GraphCapture
 from captioning.runtime.distributed import DistributedContext
 from captioning.training import cuda_graphs
-from captioning.training.cuda_graphs import CudaGraphRunner, StaticSize, plan_static_sizes
+from captioning.training.cuda_graphs import CudaGraphRunner, StaticSize, plan_sampled_sizes, plan_static_sizes
 from captioning.training.objectives import CrossEntropy, Loss, LossWeights
 from config import Train
 from preprocess.captions import Photo
@@ -197,6 +197,19 @@ def test_the_planned_sizes_depend_on_the_data_and_the_seed_alone():
     split = dataset_of(coco_lengths(100))
     first, again = (plan_static_sizes(split, 50, seed=1) for _ in range(2))
     assert all(map(np.array_equal, [size.batch_sizes for size in first], [size.batch_sizes for size in again]))
+
+
+def test_the_sizes_for_samples_hold_captions_that_are_a_quarter_longer():
+    split = dataset_of(coco_lengths(200))
+    longer = dataset_of([[round(1.2 * n) for n in of_photo[:3]] for of_photo in coco_lengths(200)])
+    sizes = plan_sampled_sizes(split, 100, samples=3, seed=0)
+    plan = plan_batches(split, 100, epoch_order(200, 0, 0))
+    held = [any(size.fits(as_batch(longer, photos)) for size in sizes) for photos in plan]
+    assert sum(held) >= 0.9 * len(plan)
+    for size in sizes:
+        assert size.batch_sizes[0] <= size.photos * 3
+        assert len(size.batch_sizes) <= split.max_length + 1
+        assert (np.diff(size.batch_sizes) <= 0).all()
 
 
 def test_each_process_plans_for_its_shard_of_every_batch():

@@ -57,6 +57,18 @@ def test_the_weights_are_swapped_back_even_after_an_error():
     assert torch.equal(model.weight, weight) and torch.equal(ema.averages[0], average)
 
 
+def test_the_averages_are_swapped_in_place_where_a_cuda_graph_reads_them():
+    model = nn.Linear(3, 2)
+    ema = EMA(list(model.parameters()), 0.9)
+    train(model, 9, ema.update)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    averages = [average.clone() for average in ema.averages]
+    with ema.average_parameters():
+        assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+        assert all(map(torch.equal, model.parameters(), averages))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
 def test_it_starts_from_the_weights_of_the_first_update_not_from_those_at_construction():
     model = nn.Linear(3, 2)
     ema = EMA(list(model.parameters()), 0.9)

@@ -177,7 +177,7 @@ def assert_same_captions(run, photos, program):
     assert len(different) <= len(photos) / 10, different
     captioner = Captioner.load(run, "cpu", "float32")
     for item in different:
-        assert gap_at_first_difference(captioner, *item) < 1e-3, item
+        assert gap_at_first_difference(captioner, *item) < 5e-3, item  # the program resizes with Pillow's rounding
 
 
 def gap_at_first_difference(captioner, photo, one, other):

@@ -18,11 +18,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import extract_features
-from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
+from captioning.encoders.loading import encoder_file, encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.errors import PhotoError, UserError
 from captioning.features import hdf5_layout
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter
+from captioning.features.feature_writer import FeatureWriter, mark_not_done
+from captioning.runtime.checkpoint import save_checkpoint
 from config import ExtractFeatures
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
 from tests.small import ENCODER
@@ -264,6 +265,41 @@ def test_scaled_decoding_is_part_of_the_recipe(data, tmp_path, capsys):
     extract(data, tmp_path / "scaled.h5", info=True)
     assert "scaled_decoding  True" in capsys.readouterr().out
     assert encoder_from_checkpoint(read_encoder_checkpoint(tmp_path / "scaled.h5")).transform.scaled_decoding
+
+
+def test_a_file_of_before_is_resumed_with_pillows_decoding_byte_for_byte(tmp_path, monkeypatch):
+    """Older versions recorded no decoding. It was Pillow's, which differs from ours by a grey level here and there."""
+    out, rng = tmp_path / "old.h5", np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (90, 80, 3), np.uint8)).save(tmp_path / f"{i}.jpg")
+    write_captions(
+        tmp_path / CAPTIONS_FILE, [Photo(str(tmp_path / f"{i}.jpg"), str(i), "train", (("a",),)) for i in range(8)]
+    )
+    with monkeypatch.context() as before:
+        before.setattr(extract_features, "choose_decoding", lambda config: "pillow")
+        extract(tmp_path, out)
+    encoder = read_encoder_checkpoint(out)
+    del encoder["encoder"]["transform"]["decoding"]
+    save_checkpoint(encoder_file(out), encoder)
+    with h5py.File(out, "r+") as file:
+        del file.attrs["decoding"]
+        expected = file["features"][:]
+        file["features"][2:7] = 0
+    mark_not_done(out, range(2, 7))
+    extract(tmp_path, out)
+    with h5py.File(out) as file:
+        assert np.array_equal(file["features"], expected)
+    extract(tmp_path, out, verify=True)
+    monkeypatch.setattr(extract_features, "choose_decoding", lambda config: "simplejpeg+torch")
+    with pytest.raises(
+        UserError, match=r"decoding pillow, not simplejpeg\+torch; give --overwrite to replace it, or --out"
+    ):
+        extract(tmp_path, out)
+    monkeypatch.undo()
+    extract(tmp_path, out, overwrite=True)
+    assert FeatureReader(out).attributes["decoding"] == "simplejpeg+torch"
+    with h5py.File(out) as file:
+        assert not np.array_equal(file["features"], expected)
 
 
 def test_any_error_of_the_writing_thread_is_raised_instead_of_waiting_for_ever(tmp_path, monkeypatch):

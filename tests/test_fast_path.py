@@ -383,9 +383,15 @@ def graphs_on_cpu(monkeypatch):
 
 
 def use_graphs_on_cpu(monkeypatch):
-    monkeypatch.setattr(trainer, "obstacles", lambda *arguments: {"cuda_graphs": None, "kernels": "no GPU"})
+    use_on_cpu(monkeypatch, GRAPHS)
+
+
+def use_on_cpu(monkeypatch, way):
+    """Let runs on a CPU use a way. A replay repeats the work, and there are no kernels."""
+    found = {name: None if used else "no GPU" for name, used in way._asdict().items()}
+    monkeypatch.setattr(trainer, "obstacles", lambda *arguments: found)
     monkeypatch.setattr("captioning.training.cuda_graphs.GraphCapture", lambda: repeat)
-    monkeypatch.setattr(FastPath, "_time", lambda self, trial, *work: trial._replace(seconds=-trial.way.cuda_graphs))
+    monkeypatch.setattr(FastPath, "_time", lambda self, trial, *work: trial._replace(seconds=-float(trial.way == way)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"grad_accumulation": 3, "ema_decay": 0.9}])

@@ -162,6 +162,7 @@ def test_several_processes_write_rows_of_one_file(tmp_path):
         ({"native": (7, 7)}, "native_grid"),
         ({"grid": "native"}, "grid"),
         ({"dtype": "float32"}, "dtype"),
+        ({"transform": {**RECIPE["transform"], "decoding": "simplejpeg+torch"}}, "decoding pillow, not simplejpeg"),
         ({"ids": IDS[:-1] + ["x"]}, "another data set"),
     ],
 )
@@ -181,7 +182,7 @@ def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, ch
 def test_a_file_of_an_older_version_without_later_attributes_is_resumed(tmp_path):
     write(tmp_path / "features.h5", rows=[0, 1])
     with h5py.File(tmp_path / "features.h5", "r+") as file:
-        for name in ("scaled_decoding", "nvjpeg"):
+        for name in ("scaled_decoding", "nvjpeg", "decoding"):
             del file.attrs[name]
     write(tmp_path / "features.h5", rows=range(2, 10))
     assert FeatureReader(tmp_path / "features.h5").done().all()

@@ -3,11 +3,16 @@
 Without a GPU, torchvision's CPU decoder stands in for nvJPEG: it takes the same files and rejects them in the same way.
 """
 
+import contextlib
 import io
+import re
+import sys
 import warnings
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -21,10 +26,11 @@ from captioning.encoders.gpu_decoding import (
     copy_to_host,
     decode_files,
     decode_jpegs,
+    find_decoder,
     load_photos,
     read_files,
 )
-from captioning.encoders.images import Transform, photo_batches
+from captioning.encoders.images import Transform, photo_batches, resize_with_torch
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
 from config import ExtractFeatures
@@ -37,7 +43,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 NVJPEG = Transform(32, nvjpeg=True)
 
 
-def decoded_by_pillow(paths):
+@pytest.fixture(autouse=True)
+def forget_the_decoder():
+    find_decoder.cache_clear()
+    yield
+    find_decoder.cache_clear()
+
+
+def decoded_on_the_cpu(paths):
     return next(iter(photo_batches(paths, [list(range(len(paths)))], NVJPEG, 0)))
 
 
@@ -51,13 +64,14 @@ def assert_similar(one, other, levels=2):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_decoded_on_the_gpu_is_upright(tmp_path, orientation):
+def test_a_photo_that_is_stored_rotated_is_left_to_the_cpu(tmp_path, orientation):
+    """TorchCodec would turn it upright, torchvision would not."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     a_photo().save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert read_files([tmp_path / "turned.jpg"], [0], NVJPEG).orientations == [orientation]
+    assert read_files([tmp_path / "turned.jpg"], [0], NVJPEG).indices == [0] * (orientation == 1)
     assert_similar(
-        decoded_by_nvjpeg([tmp_path / "turned.jpg"]).photos, decoded_by_pillow([tmp_path / "turned.jpg"]).photos
+        decoded_by_nvjpeg([tmp_path / "turned.jpg"]).photos, decoded_on_the_cpu([tmp_path / "turned.jpg"]).photos
     )
 
 
@@ -110,20 +124,20 @@ def test_decoding_jpegs_emits_no_warning():
     assert photo.shape == (3, 60, 90)
 
 
-def test_pillow_decodes_files_that_nvjpeg_may_decode_differently(all_kinds):
+def test_the_cpu_decodes_files_that_nvjpeg_may_decode_differently(all_kinds):
     files = read_files(all_kinds, range(12), NVJPEG)
     assert [all_kinds[i].name for i in files.indices] == ["0 gpu.jpg", "5 gpu progressive.jpg", "10 gpu last.jpg"]
     assert files.sizes == [all_kinds[i].stat().st_size for i in files.indices]
-    batch, expected = decoded_by_nvjpeg(all_kinds), decoded_by_pillow(all_kinds)
+    batch, expected = decoded_by_nvjpeg(all_kinds), decoded_on_the_cpu(all_kinds)
     assert batch.indices == expected.indices == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]
     assert batch.failures == expected.failures and "truncated" in batch.failures[1]
     for index, one, other in zip(batch.indices, batch.photos, expected.photos, strict=True):
         assert_similar(one, other, levels=2 if index in files.indices else 0)
-    assert len(read_files(all_kinds, range(12), Transform(32)).indices) == 0
 
 
-def test_pillow_decodes_a_jpeg_that_nvjpeg_rejects_and_no_other(all_kinds, monkeypatch):
+def test_the_cpu_decodes_a_jpeg_that_nvjpeg_rejects_and_no_other(all_kinds, monkeypatch):
     decode_jpeg, rejected_size = torchvision.io.decode_jpeg, all_kinds[5].stat().st_size
+    find_decoder(CPU)
 
     def strict(files, *settings):
         if any(len(file) == rejected_size for file in files):
@@ -131,7 +145,7 @@ def test_pillow_decodes_a_jpeg_that_nvjpeg_rejects_and_no_other(all_kinds, monke
         return [255 - photo for photo in decode_jpeg(files, *settings)]  # negatives, to recognise them
 
     monkeypatch.setattr(torchvision.io, "decode_jpeg", strict)
-    batch, expected = decoded_by_nvjpeg(all_kinds), decoded_by_pillow(all_kinds)
+    batch, expected = decoded_by_nvjpeg(all_kinds), decoded_on_the_cpu(all_kinds)
     photos = dict(zip(expected.indices, expected.photos, strict=True))
     assert_similar(batch.photos[4], photos[5], levels=0)
     for position, index in ((0, 0), (-2, 10)):
@@ -140,7 +154,7 @@ def test_pillow_decodes_a_jpeg_that_nvjpeg_rejects_and_no_other(all_kinds, monke
 
 def test_a_batch_may_hold_no_photo_for_nvjpeg_or_none_at_all(all_kinds, tmp_path):
     others = [all_kinds[1], all_kinds[2]]
-    assert torch.equal(decoded_by_nvjpeg(others).photos, decoded_by_pillow(others).photos)
+    assert torch.equal(decoded_by_nvjpeg(others).photos, decoded_on_the_cpu(others).photos)
     empty = decoded_by_nvjpeg([tmp_path / "none.jpg"])
     assert empty.indices == [] and len(empty.photos) == 0 and "no such file" in empty.failures[0]
 
@@ -154,11 +168,43 @@ def test_nvjpeg_that_is_not_available_is_refused_in_one_line(monkeypatch, fault)
         monkeypatch.setattr(torchvision.io, "decode_jpeg", not_compiled)
     elif fault == "removed":
         monkeypatch.delattr(torchvision.io, "decode_jpeg")
-    with pytest.raises(
-        UserError, match="--nvjpeg: .* on cpu" if fault == "no GPU" else "--nvjpeg: torchvision"
-    ) as error:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # not installed
+    with pytest.raises(UserError) as error:
         check_nvjpeg(CPU if fault == "no GPU" else GPU)
-    assert "\n" not in str(error.value)
+    expected = {
+        "no GPU": "--nvjpeg: decodes on a CUDA GPU, but this extraction runs on cpu; leave it out",
+        "not compiled": r"--nvjpeg: torchvision .*not compiled with nvJPEG.* and torchcodec .* cannot decode JPEGs",
+        "removed": r"--nvjpeg: torchvision .*no attribute.* and torchcodec .* cannot decode JPEGs on cuda; install",
+    }
+    assert re.match(expected[fault], str(error.value)) and "\n" not in str(error.value)
+
+
+def test_torchcodec_decodes_where_torchvision_no_longer_does(all_kinds, monkeypatch):
+    calls = []
+
+    def decode_jpeg(files, *, mode, device):
+        calls.append((len(files), mode, device))
+        return [torch.from_numpy(simplejpeg.decode_jpeg(file.numpy(), mode)).permute(2, 0, 1) for file in files]
+
+    expected = decoded_by_nvjpeg(all_kinds)
+    find_decoder.cache_clear()
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    decoders = ModuleType("torchcodec.decoders")
+    decoders.decode_jpeg = decode_jpeg
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    found = decoded_by_nvjpeg(all_kinds)
+    assert calls == [(1, "RGB", CPU), (3, "RGB", CPU)]  # a trial, and the three of the batch
+    assert found.indices == expected.indices and found.failures == expected.failures
+    assert torch.equal(found.photos, expected.photos)
+
+
+@pytest.mark.parametrize("interpolation, levels", [("bilinear", 1), ("bicubic", 10)])
+def test_the_gpus_resize_is_that_of_the_cpu(interpolation, levels):
+    """To one grey level. With bicubic weights the CPU also clamps between its passes along rows and columns."""
+    photo = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (70, 90, 3))  # bicubic weights overshoot
+    one = gpu_decoding.resize(torch.from_numpy(photo).permute(2, 0, 1), 32, interpolation)
+    assert (one.int() - resize_with_torch(photo, 32, interpolation).int()).abs().max() <= levels
 
 
 def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
@@ -190,6 +236,39 @@ def test_results_are_returned_in_order_with_at_most_the_allowed_number_in_flight
         assert rows == [i] and vector.tolist() == [i, i] and scalar == i
         num_submitted.append(len(submitted))
     assert num_submitted == ([1, 2, 3, 4] if in_flight == 0 else [2, 3, 4, 4])
+
+
+class SimulatedGpu:
+    """A device of type cuda on which everything happens at once, in the memory of the CPU."""
+
+    type = "cuda"
+
+    def install(self, monkeypatch):
+        to, events = torch.Tensor.to, []
+        stream = SimpleNamespace(
+            synchronize=lambda: events.append("synchronize"), wait_stream=lambda other: events.append("wait")
+        )
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda photos, stream: events.append("record"))
+        monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: t if a[0] is self else to(t, *a, **k))
+        monkeypatch.setattr(gpu_decoding, "find_decoder", lambda device: lambda files, _: find_decoder(CPU)(files, CPU))
+        make_loader = gpu_decoding.make_loader
+        monkeypatch.setattr(gpu_decoding, "make_loader", lambda *settings, pin: make_loader(*settings))
+        return events
+
+
+@pytest.mark.parametrize("nvjpeg", [False, True])
+def test_photos_for_a_simulated_gpu_equal_those_that_the_cpu_decodes(all_kinds, monkeypatch, nvjpeg):
+    gpu, plan = SimulatedGpu(), [[0, 1, 2], [3, 4, 5, 6], [7], [8, 9, 10, 11]]
+    expected = list(photo_batches(all_kinds, plan, Transform(32), 0))
+    events = gpu.install(monkeypatch)
+    found = list(load_photos(gpu, all_kinds, plan, Transform(32, nvjpeg=nvjpeg), 1))
+    assert events == ["synchronize", "wait", "record"] * 4
+    for one, other in zip(found, expected, strict=True):
+        assert (one.indices, one.failures, one.photos.shape) == (other.indices, other.failures, other.photos.shape)
+        torch.testing.assert_close(one.photos, other.photos, rtol=0, atol=2 if nvjpeg else 0)
 
 
 # ---- on a GPU

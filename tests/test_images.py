@@ -1,15 +1,36 @@
 """Every stage turns photos of every kind into the same tensor."""
 
 import io
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from captioning.encoders.images import Augment, FailureLimit, Transform, open_photo, photo_batches, to_rgb
-from captioning.errors import PhotoError
+from captioning.encoders import images
+from captioning.encoders.images import (
+    Augment,
+    FailureLimit,
+    Transform,
+    decode_photo,
+    make_loader,
+    open_photo,
+    photo_batches,
+    read_photos,
+    resize_with_pillow,
+    resize_with_torch,
+    to_rgb,
+)
+from captioning.errors import PhotoError, UserError
+
+OLD = Transform.from_dict({"image_size": 32})  # of files and runs of before, which name no decoding
 
 
 def a_photo(width=90, height=60):
@@ -32,6 +53,9 @@ def test_the_transform_is_torchvisions_resize_and_normalise():
     assert (normalised - reference).abs().max() < 0.02  # one step of 8 bits, 1/255/0.225, where the rounding differs
 
 
+# ---- decoding
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "LA", "1", "I;16", "YCbCr"])
 def test_every_mode_becomes_rgb(mode, tmp_path):
     if mode == "I;16":
@@ -45,13 +69,69 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     assert opened.mode == "RGB" and opened.size == (90, 60)
     if mode in ("L", "I;16"):
         np.testing.assert_allclose(np.asarray(opened)[..., 0], np.asarray(a_photo().convert("L")), atol=1)
+    np.testing.assert_array_equal(decode_photo(path), opened)
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "progressive", "restarts"])
+@pytest.mark.parametrize("size", [(90, 60), (301, 199), (8, 5)])
+def test_a_plain_jpeg_has_the_same_pixels_as_from_pillow(tmp_path, monkeypatch, subsampling, size):
+    photo, path = a_photo(*size), tmp_path / "photo.jpg"
+    if subsampling == "progressive":
+        photo.save(path, progressive=True)
+    elif subsampling == "restarts":
+        photo.save(path, restart_marker_blocks=1)
+    else:
+        path.write_bytes(simplejpeg.encode_jpeg(np.asarray(photo), 90, colorsubsampling=subsampling))
+    expected = np.asarray(open_photo(path))
+    monkeypatch.setattr(images, "to_rgb", lambda image: pytest.fail("decoded by Pillow"))
+    np.testing.assert_array_equal(decode_photo(path), expected)
+
+
+def outcome(decode, path):
+    try:
+        return np.asarray(decode(path)).tobytes()
+    except PhotoError as error:
+        return str(error)
+
+
+def test_a_damaged_jpeg_is_read_or_refused_exactly_as_by_pillow(tmp_path, times):
+    rng, path = np.random.default_rng(0), tmp_path / "photo.jpg"
+    refused = total = 0
+    for subsampling, progressive in itertools.product((0, 2), (False, True)):
+        file = io.BytesIO()
+        a_photo(30, 20).save(file, "JPEG", subsampling=subsampling, progressive=progressive)
+        good = np.frombuffer(file.getvalue(), np.uint8)
+        files = [good[:length] for length in range(0, len(good), times(17, 1))]
+        for _ in range(times(50, 3000)):
+            damaged = good.copy()
+            damaged[rng.integers(2, len(good), 2)] = rng.integers(0, 256, 2)
+            files.append(damaged)
+        for content in [good, *files]:
+            path.write_bytes(content.tobytes())
+            expected = outcome(open_photo, path)
+            assert outcome(decode_photo, path) == expected
+            refused += isinstance(expected, str)
+            total += 1
+    assert 0.3 < refused / total < 0.9
+
+
+def test_a_jpeg_that_is_larger_than_pillow_was_told_is_left_to_pillow(tmp_path, monkeypatch):
+    a_photo().save(tmp_path / "photo.jpg")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda *_, **__: (60_000, 60_000, "YCbCr", "420"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
+    assert decode_photo(tmp_path / "photo.jpg").size == (90, 60)
 
 
 def test_a_rotated_photo_stands_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    a_photo(90, 60).save(tmp_path / "photo.jpg", exif=exif)
-    assert open_photo(tmp_path / "photo.jpg").size == (60, 90)
+    for orientation in range(9):  # 1 is upright, 0 is none
+        exif[0x0112] = orientation
+        a_photo(90, 60).save(tmp_path / "photo.jpg", exif=exif)
+        with Image.open(tmp_path / "photo.jpg") as photo:
+            expected = np.asarray(ImageOps.exif_transpose(photo))
+        for decode in (open_photo, decode_photo):
+            np.testing.assert_array_equal(decode(tmp_path / "photo.jpg"), expected)
+    assert expected.shape == (90, 60, 3)
 
 
 def test_transparent_pixels_become_white():
@@ -65,17 +145,98 @@ def test_an_unreadable_photo_is_named_with_its_reason(tmp_path):
     for name, content in files.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(PhotoError, match=name):
-            open_photo(tmp_path / name)
+        for decode in (open_photo, decode_photo):
+            with pytest.raises(PhotoError, match=name):
+                decode(tmp_path / name)
     with pytest.raises(PhotoError):
-        open_photo(tmp_path)
+        decode_photo(tmp_path)
 
 
 def test_an_absurdly_large_photo_is_refused(tmp_path, monkeypatch):
-    a_photo().save(tmp_path / "photo.png")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(PhotoError, match="1,000 pixels"):
-        open_photo(tmp_path / "photo.png")
+    for name in ("photo.png", "photo.jpg"):
+        a_photo().save(tmp_path / name)
+        with pytest.raises(PhotoError, match="1,000 pixels"):
+            decode_photo(tmp_path / name)
+
+
+# ---- resizing
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (90, 60), (32, 32), (32, 400), (20, 9), (1, 1), (1000, 1)])
+def test_torch_resizes_like_pillow_to_two_grey_levels(interpolation, size):
+    photo = a_photo(*size)
+    one, other = (resize(photo, 32, interpolation).int() for resize in (resize_with_torch, resize_with_pillow))
+    assert one.shape == other.shape == (3, 32, 32)
+    assert (one - other).abs().max() <= 2 and (one - other).float().abs().mean() < 0.2
+    assert resize_with_torch(photo, 32, interpolation).stride() == (1, 3 * 32, 3)  # channels-last: no copy is needed
+    assert torch.equal(resize_with_torch(np.asarray(photo), 32, interpolation).int(), one)
+
+
+RESIZE = """
+import hashlib, numpy as np, torch
+from captioning.encoders.images import resize_with_torch
+rng = np.random.default_rng(0)
+sha256 = hashlib.sha256()
+for height, width in ((480, 640), (300, 199), (20, 30), (64, 500)):
+    for interpolation in ("bilinear", "bicubic"):
+        resized = resize_with_torch(rng.integers(0, 256, (height, width, 3), np.uint8), 64, interpolation)
+        sha256.update(resized.contiguous().numpy().tobytes())
+"""
+
+
+def test_a_cpu_without_vector_instructions_resizes_to_the_same_bytes():
+    here: dict = {}
+    exec(RESIZE, here)
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{RESIZE}\nprint(torch.backends.cpu.get_cpu_capability(), sha256.hexdigest())"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert printed == ["DEFAULT", here["sha256"].hexdigest()]
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png"])
+def test_files_and_runs_of_before_keep_pillows_decoding_byte_for_byte(tmp_path, name):
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (300, 200, 3), np.uint8))
+    photo.save(tmp_path / name)
+    with Image.open(tmp_path / name) as opened:
+        resized = opened.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    (old,) = read_photos([tmp_path / name], [0], OLD).photos
+    assert torch.equal(old, expected)
+    (new,) = read_photos([tmp_path / name], [0], replace(OLD, decoding=Transform().decoding)).photos
+    assert not torch.equal(new, expected) and (new.int() - expected.int()).abs().max() <= 2
+
+
+def test_a_transform_records_who_decodes_and_refuses_what_it_does_not_know():
+    assert Transform().to_dict()["decoding"] == "simplejpeg+torch"
+    assert Transform.from_dict(Transform().to_dict()) == Transform()
+    assert OLD.decoding == "pillow" and Transform.from_dict(OLD.to_dict()) == OLD != Transform(32)
+    with pytest.raises(UserError, match="decoding opencv: unknown"):
+        Transform.from_dict({"decoding": "opencv"})
+
+
+# ---- batches
+
+
+def is_shared_by_the_worker(paths, indices, transform):
+    photos = read_photos(paths, indices, transform).photos
+    return [photos.is_shared(), photos.is_contiguous(memory_format=torch.channels_last)]
+
+
+def test_a_batch_is_put_together_in_the_memory_that_the_main_process_reads(tmp_path):
+    a_photo().save(tmp_path / "photo.jpg")
+    for transform in (Transform(32), OLD):
+        loader = make_loader(is_shared_by_the_worker, [tmp_path / "photo.jpg"] * 3, [[0, 1, 2]], transform, 1)
+        assert list(loader) == [[True, True]]
+        [batch] = photo_batches([tmp_path / "photo.jpg"] * 3, [[0, 1, 2]], transform, 1)
+        assert batch.photos.is_contiguous(memory_format=torch.channels_last) and batch.photos.dtype == torch.uint8
+    assert read_photos([], [], Transform(32)).photos.shape == (0, 3, 32, 32)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -99,50 +260,64 @@ def test_too_many_unreadable_photos_stop_the_work():
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_photo():
-    photo, augment = a_photo(), Augment(flip=True, crop=0.7, seed=3)
+    photo, augment = np.asarray(a_photo()), Augment(flip=True, crop=0.7, seed=3)
 
     def augment_all():
-        return [np.asarray(augment(photo, i, epoch, True).resize((8, 8))) for i in range(4) for epoch in range(4)]
+        return [augment(photo, i, epoch, True) for i in range(4) for epoch in range(4)]
 
     augmented, repeated = augment_all(), augment_all()
     assert all(np.array_equal(one, other) for one, other in zip(augmented, repeated, strict=True))
     assert len({photo.tobytes() for photo in augmented}) == len(augmented)
 
 
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png"])
+@pytest.mark.parametrize("transform", [Transform(32), OLD], ids=["new", "old"])
+def test_an_augmented_photo_is_the_crop_or_mirror_of_the_decoded_one(tmp_path, transform, name):
+    a_photo().save(tmp_path / name)
+    crop, mirror = (slice(5, 55), slice(10, 80)), (slice(None), slice(None, None, -1))
+    decoded = open_photo(tmp_path / name)
+    expected = {"crop": decoded.crop((10, 5, 80, 55)), "mirror": decoded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
+    for kind, pixels in (("crop", crop), ("mirror", mirror)):
+        (found,) = read_photos([tmp_path / name], [0], transform, lambda photo, _, pixels=pixels: photo[pixels]).photos
+        assert torch.equal(found, transform.resize(expected[kind]))
+
+
 def test_a_crop_keeps_at_least_its_fraction_and_stays_inside_the_photo():
     pixels = np.arange(90 * 60, dtype=np.uint32).reshape(60, 90)
-    photo = Image.fromarray(np.stack([pixels >> 8, pixels & 255, pixels * 0 + 255], 2).astype(np.uint8))
+    photo = np.stack([pixels >> 8, pixels & 255], 2).astype(np.uint8)
     for index in range(200):
-        crop = np.asarray(Augment(crop=0.6)(photo, index, 0, True)).astype(int)
+        crop = Augment(crop=0.6)(photo, index, 0, True).astype(int)
         assert 0.6 * 60 - 1 <= crop.shape[0] <= 60 and 0.6 * 90 - 1 <= crop.shape[1] <= 90
         positions = crop[..., 0] * 256 + crop[..., 1]
-        assert (crop[..., 2] == 255).all()  # PIL fills what lies outside a photo with black
         assert (np.diff(positions, axis=1) == 1).all() and (np.diff(positions, axis=0) == 90).all()
-    tiny = Image.new("RGB", (1, 1))
-    assert Augment(crop=0.01)(tiny, 0, 0, True).size == (1, 1)
+    tiny = np.zeros((1, 1, 3), np.uint8)
+    assert Augment(crop=0.01)(tiny, 0, 0, True).shape == (1, 1, 3)
 
 
 def test_half_of_the_photos_are_mirrored_but_none_that_may_not_be():
-    photo = a_photo()
-    mirror = np.asarray(photo)[:, ::-1]
-    augmented = [np.asarray(Augment(flip=True)(photo, i, 0, may_flip=True)) for i in range(400)]
+    photo = np.asarray(a_photo())
+    mirror = photo[:, ::-1]
+    augmented = [Augment(flip=True)(photo, i, 0, may_flip=True) for i in range(400)]
     mirrored = [np.array_equal(result, mirror) for result in augmented]
     assert 150 < sum(mirrored) < 250
     assert all(flip or np.array_equal(result, photo) for result, flip in zip(augmented, mirrored, strict=True))
     assert all(np.array_equal(Augment(flip=True)(photo, i, 0, may_flip=False), photo) for i in range(50))
 
 
-def test_scaled_decoding_keeps_twice_the_image_size_and_hardly_changes_the_photo(tmp_path):
+@pytest.mark.parametrize("decoding", ["pillow", "simplejpeg+torch"])
+def test_scaled_decoding_keeps_twice_the_image_size_and_hardly_changes_the_photo(tmp_path, decoding):
     large = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 40, 3), np.uint8)).resize((1600, 1200))
     large.save(tmp_path / "large.jpg", quality=95)
     large.resize((90, 60)).save(tmp_path / "small.jpg")
     large.save(tmp_path / "large.png")
-    plain, scaled = Transform(96), Transform(96, scaled_decoding=True)
-    sizes = {name: scaled.open(tmp_path / name).size for name in ("large.jpg", "small.jpg", "large.png")}
-    assert sizes == {"large.jpg": (400, 300), "small.jpg": (90, 60), "large.png": (1600, 1200)}
+    plain, scaled = (Transform(96, scaled_decoding=scaled, decoding=decoding) for scaled in (False, True))
+    shapes = {name: np.shape(scaled.open(tmp_path / name)) for name in ("large.jpg", "small.jpg", "large.png")}
+    assert shapes == {"large.jpg": (300, 400, 3), "small.jpg": (60, 90, 3), "large.png": (1200, 1600, 3)}
+    for min_side in (37, 100, 150, 151, 300, 599, 601):
+        np.testing.assert_array_equal(*(f(tmp_path / "large.jpg", min_side) for f in (decode_photo, open_photo)))
     one, other = (transform.resize(transform.open(tmp_path / "large.jpg")).float() for transform in (plain, scaled))
     assert 0 < (one - other).abs().mean() < 1
-    assert Transform.from_dict(scaled.to_dict()) == scaled != plain == Transform.from_dict({"image_size": 96})
+    assert Transform.from_dict(scaled.to_dict()) == scaled != plain
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

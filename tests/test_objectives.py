@@ -2,21 +2,25 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import captioning.training.objectives as module
+from captioning.dataset.batches import Batch
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders import DECODERS, hard_attention
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.encoders.grid import Grid
+from captioning.search.graphs import DecodingGraphs
 from captioning.training.cider_reward import CiderReward
+from captioning.training.loss_module import LossModule
 from captioning.training.objectives import Cider, CrossEntropy, LossWeights
 from captioning.training.optimizer import learning_rate_factor, parameter_groups
 from config import Train
@@ -172,6 +176,12 @@ def all_captions(max_length):
                 yield torch.tensor(words)
 
 
+def unprepared(grid, indices):
+    """A batch of these photos of the dataset, with a caption that is not used."""
+    words = pack_sequence([torch.tensor([START])])
+    return Batch(grid, words, torch.tensor([END]), torch.tensor([0]), np.array(indices))
+
+
 def caption_log_probabilities(decoder, grid, captions):
     """(N,) log p of each of these captions, of words 3 (<end>), 4 and 5."""
     with module.deterministic(decoder):
@@ -200,12 +210,12 @@ def test_the_expected_gradient_of_cider_equals_the_exact_sum_over_all_captions(m
     (-probabilities @ rewards).backward()
     exact = pop_gradients(decoder)
     expected = [torch.zeros_like(gradient) for gradient in exact]
-    batch = SimpleNamespace(indices=np.array([1]))
+    batch = unprepared(grid, [1])
     greedy = [captions[7]] if baseline == "greedy" else []
     for chosen in itertools.product(range(len(captions)), repeat=samples):
         sampled = torch.stack([*greedy, *(captions[i] for i in chosen)])
         monkeypatch.setattr(module, "sample", lambda *_, sampled=sampled: sampled[None])
-        loss = objective(decoder, grid, batch, LossWeights())
+        loss = objective(decoder, grid, objective.prepare(decoder, grid, batch), LossWeights())
         loss.objective.backward()
         assert float(loss.value) == pytest.approx(100 * float(rewards[list(chosen)].mean()))
         assert objective.count(batch) == samples
@@ -226,9 +236,10 @@ def test_cider_gradients_of_two_batches_add_up_to_those_of_one(monkeypatch):
     for batches in ([[0, 1, 2]], [[0], [1, 2]]):
         for photos in batches:
             monkeypatch.setattr(module, "sample", lambda *_, photos=photos: captions[photos])
-            batch = SimpleNamespace(indices=np.array(photos))
+            part = grid.select(torch.tensor(photos))
+            batch = objective.prepare(decoder, part, unprepared(part, photos))
             weights = LossWeights(photos=len(photos) / 3)
-            objective(decoder, grid.select(torch.tensor(photos)), batch, weights).objective.backward()
+            objective(decoder, part, batch, weights).objective.backward()
         gradients.append(pop_gradients(decoder))
     for one_batch, two_batches in zip(*gradients, strict=True):
         torch.testing.assert_close(one_batch, two_batches)
@@ -244,12 +255,134 @@ def test_cider_samples_are_as_long_as_max_length_allows(monkeypatch):
         return sampled[-1]
 
     monkeypatch.setattr(module, "sample", record)
-    batch = SimpleNamespace(indices=np.array([0, 1, 2]))
+    batch = unprepared(grid, [0, 1, 2])
     for max_length in (2, 40):  # 40: more than the default of captioning
         options = make_options(objective="cider", start_from="run", samples=2, max_length=max_length)
         objective = Cider(options, CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, max_length)))
-        objective(decoder.train(), grid, batch, LossWeights())
+        objective.prepare(decoder.train(), grid, batch)
         assert sampled[-1].shape == (3, 2, max_length + 1), "max_length words, then <end> or the word in its place"
+
+
+def make_cider(name, **settings):
+    """A loss module with dropout of features and hidden states, and a batch of four photos."""
+    torch.manual_seed(0)
+    sizes = dict(vocabulary_size=11, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.4)
+    reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
+    options = make_options(objective="cider", start_from="run", samples=3, max_length=5, **settings)
+    loss_module = LossModule(None, build_decoder(name, sizes).train(), Cider(options, reward), feature_dropout=0.3)
+    grid = Grid(torch.randn(4, 64, 6), torch.full((196, 64), 1 / 64))
+    return loss_module, unprepared(grid, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("baseline", ["leave-one-out", "greedy"])
+def test_a_prepared_batch_has_the_loss_and_gradients_of_one_call_bit_for_bit(name, baseline):
+    loss_module, batch = make_cider(name, baseline=baseline)
+    results = []
+    for prepare in (lambda batch: batch, loss_module.prepare):
+        torch.manual_seed(1)
+        prepared = prepare(batch)
+        assert prepared.is_prepared == (prepared is not batch)
+        loss = loss_module(prepared, LossWeights(photos=0.25))
+        loss.objective.backward()
+        results.append([loss.objective.detach(), loss.value, *pop_gradients(loss_module)])
+        assert loss_module.objective.count(prepared) == 12 and float(loss.value) > 0
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "greedy"])
+def test_captions_sampled_in_cuda_graphs_are_those_sampled_without(baseline):
+    loss_module, batch = make_cider("attention", baseline=baseline)
+    graphs = DecodingGraphs(lambda work: work)
+    for seed in range(3):
+        prepared = []
+        for loss_module.objective.graphs in (None, graphs):
+            torch.manual_seed(seed)
+            prepared.append(loss_module.prepare(batch))
+        for plain, graphed in [
+            [part.words.data for part in prepared],
+            *([getattr(part, name) for part in prepared] for name in ("targets", "rewards", "advantages")),
+        ]:
+            assert torch.equal(plain, graphed)
+    assert len(graphs.loops) == 1
+
+
+def test_nothing_is_prepared_for_cross_entropy_or_with_a_live_encoder():
+    loss_module, batch = make_cider("attention")
+    live = replace(batch, photos=torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    assert loss_module.prepare(live) is live
+    loss_module.objective = CrossEntropy(make_options())
+    state = torch.get_rng_state()
+    assert loss_module.prepare(batch) is batch and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_captions_and_words_that_only_pad_do_not_change_the_loss_of_cider(name):
+    decoder, grid, *_ = make(name)
+    captions = torch.tensor([[[4, 5, END], [5, END, PAD]], [[4, END, PAD], [5, 5, 4]], [[5, 4, END], [4, 4, END]]])
+    reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
+    objective = Cider(make_options(objective="cider", start_from="run", samples=2), reward)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sample", lambda *_: captions)
+        batch = objective.prepare(decoder.train(), grid, unprepared(grid, [0, 1, 2]))
+    results = []
+    for each in (batch, pad_captions(batch, captions=9, steps=5)):
+        loss = objective(decoder, grid, each, LossWeights(photos=0.5))
+        loss.objective.backward()
+        results.append([loss.objective.detach(), loss.value, *pop_gradients(decoder)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert sum(float(gradient.abs().sum()) for gradient in results[0][2:]) > 0.01
+
+
+def pad_captions(batch, captions, steps):
+    """The batch with so many captions, of so many steps each."""
+
+    def pad(packed):
+        padded = torch.full((steps, captions), PAD)
+        words, _ = pad_packed_sequence(PackedSequence(packed, batch.words.batch_sizes))
+        padded[: len(words), : words.shape[1]] = words
+        return padded.flatten()
+
+    more = captions - batch.num_captions
+    return replace(
+        batch,
+        words=PackedSequence(pad(batch.words.data), torch.full((steps,), captions)),
+        targets=pad(batch.targets),
+        photo_index=F.pad(batch.photo_index, (0, more)),
+        rewards=F.pad(batch.rewards, (0, more)),
+        advantages=F.pad(batch.advantages, (0, more)),
+    )
+
+
+def test_rewards_reach_the_device_in_float32_unless_the_decoder_is_in_float64():
+    """MPS does not have float64."""
+    decoder, grid, *_ = make("lstm")
+    reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
+    objective = Cider(make_options(objective="cider", start_from="run", samples=2), reward)
+    for dtype, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
+        cells = Grid(grid.cells.to(dtype), grid.pooling.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model = decoder.double() if dtype == torch.float64 else decoder.float()
+            batch = objective.prepare(model, cells, unprepared(cells, [0, 1, 2]))
+        assert batch.rewards.dtype == batch.advantages.dtype == expected
+
+
+def test_weights_learn_from_captions_sampled_in_half_precision():
+    """Autocast keeps the weights that it converts; those converted while sampling have no gradients."""
+    decoder, grid, *_ = make("attention")
+    decoder, grid = decoder.float().train(), Grid(grid.cells.float(), grid.pooling.float())
+    reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
+    objective = Cider(make_options(objective="cider", start_from="run", samples=3), reward)
+    loss_module = LossModule(None, decoder, objective, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_module(unprepared(grid, [0, 1, 2]), LossWeights())
+    loss.objective.backward()
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in decoder.parameters())
 
 
 # ---- the optimizer

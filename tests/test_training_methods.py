@@ -12,10 +12,13 @@ from captioning.decoders.attention import AttentionDecoder
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint
 from captioning.runtime.log import read_log
+from captioning.search.graphs import DecodingGraphs
 from captioning.training import objectives, validation
+from captioning.training.fast_path import Way
 from captioning.training.trainer import Trainer
 from config import Generate, Train
 from tests.small import TINY, log_of, same, weights
+from tests.test_fast_path import use_on_cpu
 
 DATA = Path("data/small")
 CIDER = {"objective": "cider", "samples": 3, "start_from": Path("checkpoints/attention")}
@@ -64,6 +67,50 @@ def test_a_killed_run_of_each_method_resumes_to_the_same_weights(here, method):
     assert len(steps) > 2 and same(weights(uninterrupted), weights(resumed))
     for key in ("train_loss", "train_reward", "val_loss", "learning_rate", "CIDEr-D"):
         assert log_of(uninterrupted)[1].get(key) == log_of(resumed)[1].get(key)
+
+
+def test_a_killed_run_that_samples_and_validates_in_cuda_graphs_resumes_to_the_same_weights(here, monkeypatch):
+    """A CPU repeats the work of the graphs: how the trainer uses them, and that samples do not depend on them."""
+    made = []
+
+    def make_decoding_graphs(self):
+        made.append(DecodingGraphs(lambda work: work))
+        return made[-1]
+
+    monkeypatch.setattr(Trainer, "make_decoding_graphs", make_decoding_graphs)
+    setting = {**TINY, "precision": "float32", "epochs": 2, "preview_photos": 0, **CIDER, "save_every": 1e-9}
+    train.main(Train(DATA, "graphs uninterrupted", **setting))
+    train_step = Trainer.train_step
+
+    def killed_in_the_second_epoch(self, *batch, **last):
+        if self.state.progress.epoch == 1 and self.state.progress.step == 1:
+            raise KeyboardInterrupt
+        return train_step(self, *batch, **last)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", killed_in_the_second_epoch)
+        train.main(Train(DATA, "graphs resumed", **setting))
+    train.main(Train(DATA, "graphs resumed", **setting, resume=True))
+    assert same(weights("graphs uninterrupted"), weights("graphs resumed"))
+    decodings = {type(key[0][1]) for key in made[0].loops}
+    assert len(made) == 3 and len(decodings) == 2, "samples and validation captions"
+    assert any(loop.replays for loop in made[0].loops.values())
+
+
+@pytest.mark.parametrize("way", [Way(cuda_graphs=False, kernels=True), Way(cuda_graphs=True, kernels=False)], ids=str)
+def test_cider_optimisation_on_the_fast_path_trains_the_same_weights(here, monkeypatch, way):
+    """The ways are compared on the same sampled captions, and then train on them. A CPU has no kernels to differ."""
+    setting = {**TINY, "precision": "float32", "epochs": 1, "preview_photos": 0, "feature_dropout": 0.2, **CIDER}
+    setting["dropout"] = 0.0  # its masks depend on the shapes
+    runs = f"rewarded plainly, not {way}", f"rewarded by {way}"
+    train.main(Train(DATA, runs[0], **setting))
+    use_on_cpu(monkeypatch, way)
+    train.main(Train(DATA, runs[1], **setting))
+    check, epoch = log_of(runs[1], "self-check", "epoch")
+    assert check["way"] == str(way)
+    assert epoch["batches_without_graph"] == 0
+    for name, values in weights(runs[0]).items():
+        torch.testing.assert_close(values, weights(runs[1])[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_cider_optimisation_raises_the_reward_of_sampled_captions(here):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
@@ -35,11 +34,19 @@ class Batch:
     photo_index: Tensor  # (R,) int64, the photo of the batch that each caption describes
     indices: np.ndarray  # (B,) int64, the index of each photo in its CaptionDataset
     failures: list[str] = field(default_factory=list)  # errors of unreadable photos, which the batch leaves out
+    # Of captions that an objective sampled in place of the dataset's, (R,) float32; a caption that only pads has zeros
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None  # the rewards less their baselines
 
     @property
     def num_captions(self) -> int:
         """R."""
         return len(self.photo_index)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether an objective has sampled its captions and rewarded them."""
+        return self.rewards is not None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Copy the tensors to a device. `dtype` applies to the cells of a Grid; everything else keeps its type."""
@@ -54,6 +61,8 @@ class Batch:
             self.photo_index.to(device, non_blocking=True),
             self.indices,
             self.failures,
+            None if self.rewards is None else self.rewards.to(device, non_blocking=True),
+            None if self.advantages is None else self.advantages.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Batch:
@@ -65,6 +74,8 @@ class Batch:
             pin(self.photo_index),
             self.indices,
             self.failures,
+            None if self.rewards is None else self.rewards.pin_memory(),
+            None if self.advantages is None else self.advantages.pin_memory(),
         )
 
 
@@ -109,7 +120,7 @@ class LivePhotos(Dataset):
             raise PhotoError(f"{failures[0]}; no photo of the batch can be read")
         return Batch(photos, *self.split.pack(readable), np.array(readable), failures)
 
-    def _augment(self, photo: Image.Image, index: int) -> Image.Image:
+    def _augment(self, photo: np.ndarray, index: int) -> np.ndarray:
         assert self.augment is not None
         may_flip = self.mentions_side is None or not self.mentions_side[index]
         return self.augment(photo, index, self.epoch, may_flip)

@@ -1,8 +1,8 @@
 """Copies photos to the device that encodes them, and features back, while it computes.
 
 On a GPU both copies use pinned memory and a separate CUDA stream. With nvJPEG the GPU also decodes, and worker
-processes only read the files. Files that nvJPEG cannot decode, or may decode differently from Pillow, are decoded by
-Pillow: CMYK, grey or damaged JPEGs and all other formats.
+processes only read the files. Files that nvJPEG cannot decode, or may decode differently from Pillow, are decoded on
+the CPU: CMYK, grey, rotated or damaged JPEGs and all other formats.
 
 Letters: B photos, S pixels per side.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from captioning.encoders.images import (
     IndexBatch,
     PhotoBatch,
     Transform,
+    is_plain_jpeg,
     make_loader,
     open_image,
     photo_batches,
@@ -34,10 +36,11 @@ from captioning.encoders.images import (
 )
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.device import empty_pinned, pin
+from captioning.runtime.library_errors import reason
 
 MAX_IN_FLIGHT = {"cuda": 1}  # device type -> batches that may still be computing when the next one is submitted
 END_OF_IMAGE = b"\xff\xd9"  # the last bytes of a complete JPEG
-FLIPPED_AXES = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}  # EXIF orientation -> axes of (3, S, S)
+DecodeJpegs = Callable[[list[Tensor], torch.device], list[Tensor]]
 
 
 def load_photos(
@@ -57,10 +60,14 @@ def load_photos(
         return
     copy_stream = torch.cuda.Stream(device)
     compute_stream = torch.cuda.current_stream(device)
-    for files in make_loader(read_files, paths, batches, transform, workers, pin=True):
-        copy_stream.synchronize()  # nvJPEG writes on a stream unknown to torch, and must not overtake this one
+    read = read_files if transform.nvjpeg else read_photos
+    for loaded in make_loader(read, paths, batches, transform, workers, pin=True):
+        copy_stream.synchronize()  # nvJPEG may write on a stream unknown to torch, and must not overtake this one
         with torch.cuda.stream(copy_stream):
-            batch = decode_files(files, paths, transform, device)
+            if transform.nvjpeg:
+                batch = decode_files(loaded, paths, transform, device)
+            else:
+                batch = loaded._replace(photos=loaded.photos.to(device, non_blocking=True))
         compute_stream.wait_stream(copy_stream)
         batch.photos.record_stream(compute_stream)
         yield batch
@@ -106,12 +113,11 @@ def _finish_copy(rows: Any, copies: list[Tensor], copied: torch.cuda.Event | Non
 
 
 class FileBatch(NamedTuple):
-    """The files of a batch: JPEGs for nvJPEG, and photos that Pillow has decoded."""
+    """The files of a batch: JPEGs for nvJPEG, and photos that the CPU has decoded."""
 
     indices: list[int]  # of the JPEGs, into the list of paths
     jpegs: Tensor  # (bytes,) uint8: all files in one tensor, since each tensor from a worker costs a file descriptor
     sizes: list[int]  # of each JPEG, bytes
-    orientations: list[int]  # EXIF orientation of each JPEG; 1 is upright
     decoded: PhotoBatch  # the other photos, and the failures
 
     def pin_memory(self) -> FileBatch:
@@ -121,48 +127,41 @@ class FileBatch(NamedTuple):
 
 def read_files(paths: Sequence[Path | str], indices: IndexBatch, transform: Transform) -> FileBatch:
     """Read paths[i] for each i of `indices`: JPEGs for nvJPEG stay encoded, all others are decoded and resized."""
-    jpegs = {}
-    if transform.nvjpeg:
-        for i in indices:
-            if jpeg := read_jpeg(paths[i]):
-                jpegs[i] = jpeg
-    files = [torch.from_numpy(file) for file, _ in jpegs.values()]
+    files = {int(i): file for i in indices if (file := read_jpeg(paths[i])) is not None}
     return FileBatch(
-        indices=[int(i) for i in jpegs],
-        jpegs=torch.cat(files or [torch.empty(0, dtype=torch.uint8)]),
-        sizes=[len(file) for file in files],
-        orientations=[orientation for _, orientation in jpegs.values()],
-        decoded=read_photos(paths, [i for i in indices if i not in jpegs], transform),
+        indices=list(files),
+        jpegs=torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *files.values()])),
+        sizes=[len(file) for file in files.values()],
+        decoded=read_photos(paths, [i for i in indices if i not in files], transform),
     )
 
 
-def read_jpeg(path: Path | str) -> tuple[np.ndarray, int] | None:
-    """A JPEG's bytes (N,) uint8 and its EXIF orientation.
+def read_jpeg(path: Path | str) -> np.ndarray | None:
+    """A JPEG's bytes (N,) uint8.
 
     None for files that nvJPEG may decode differently from Pillow, or may accept although they are truncated.
     """
     try:
         with open_image(path) as image:
-            is_plain = image.format == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            is_plain = is_plain_jpeg(image)
             file = np.fromfile(path, np.uint8)
     except PhotoError:
         return None  # read_photos will report the reason
-    return (file, orientation) if is_plain and file[-2:].tobytes() == END_OF_IMAGE else None
+    return file if is_plain and file[-2:].tobytes() == END_OF_IMAGE else None
 
 
 def decode_files(
     files: FileBatch, paths: Sequence[Path | str], transform: Transform, device: torch.device
 ) -> PhotoBatch:
-    """All photos of the batch, resized, on the device. Pillow decodes the files that nvJPEG rejects."""
+    """All photos of the batch, resized, on the device. The CPU decodes the files that nvJPEG rejects."""
     photos: dict[int, Tensor] = {}
     rejected = []
     jpegs = decode_jpegs(list(files.jpegs.split(files.sizes)), device)
-    for index, jpeg, orientation in zip(files.indices, jpegs, files.orientations, strict=True):
+    for index, jpeg in zip(files.indices, jpegs, strict=True):
         if jpeg is None:
             rejected.append(index)
         else:
-            photos[index] = upright(resize(jpeg, transform.image_size, transform.interpolation), orientation)
+            photos[index] = resize(jpeg, transform.image_size, transform.interpolation)
     fallback = read_photos(paths, rejected, transform)
     for batch in (files.decoded, fallback):
         photos |= zip(batch.indices, batch.photos.to(device, non_blocking=True), strict=True)
@@ -176,40 +175,58 @@ def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor | Non
     if not files:
         return []
     try:
-        with warnings.catch_warnings():
-            # torchvision 0.29 deprecates its decoders in favour of another package, TorchCodec
-            warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
-            return torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, device)
+        return [*find_decoder(device)(files, device)]
     except RuntimeError:  # a single damaged file rejects the batch
         if len(files) == 1:
             return [None]
         return [photo for file in files for photo in decode_jpegs([file], device)]
 
 
+@lru_cache
+def find_decoder(device: torch.device) -> DecodeJpegs:
+    """The library that decodes JPEGs on the device. Raises UserError, with each one's reason, if none does.
+
+    TorchCodec's comes second: it follows torchvision's, which was measured here, and decodes with nvJPEG like it.
+    """
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    jpeg = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    reasons = []
+    for name, decode in (("torchvision", decode_with_torchvision), ("torchcodec", decode_with_torchcodec)):
+        try:
+            decode([jpeg], device)
+            return decode
+        except Exception as error:  # not installed, built without CUDA, for another torch, its decoder removed ...
+            reasons.append(f"{name} ({reason(error)})")
+    raise UserError(
+        f"--nvjpeg: {' and '.join(reasons)} cannot decode JPEGs on {device}; "
+        "install torchcodec 0.16 or newer with CUDA, or leave it out"
+    )
+
+
+def decode_with_torchvision(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """JPEG files -> (3, H, W) uint8 each."""
+    with warnings.catch_warnings():
+        # torchvision 0.29 deprecates its decoders in favour of TorchCodec
+        warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
+        return torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, device)
+
+
+def decode_with_torchcodec(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Like `decode_with_torchvision`. It also turns a photo as its EXIF says, but ours are upright already."""
+    from torchcodec.decoders import decode_jpeg  # optional; torchcodec's own versions follow torch's
+
+    return decode_jpeg(files, mode="RGB", device=device)
+
+
 def resize(photo: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
-    """(3, H, W) uint8 -> (3, S, S) uint8, antialiased like Transform.resize. interpolation: bilinear or bicubic."""
+    """(3, H, W) uint8 -> (3, S, S) uint8, antialiased like Transform.resize."""
     resized = F.interpolate(photo[None].float(), (size, size), mode=interpolation, antialias=True)[0]
-    return resized.round().clamp(0, 255).to(torch.uint8)  # bicubic weights may be negative
-
-
-def upright(photo: Tensor, orientation: int) -> Tensor:
-    """Rotate and mirror a square photo (3, S, S) as its EXIF orientation (1 to 8) requires."""
-    if orientation in (5, 6, 7, 8):
-        photo = photo.transpose(1, 2)
-    return photo.flip(FLIPPED_AXES.get(orientation, []))
+    return resized.round().clamp(0, 255).to(torch.uint8)  # clamp: bicubic weights overshoot
 
 
 def check_nvjpeg(device: torch.device) -> None:
     """Raise UserError if JPEGs cannot be decoded on the device."""
     if device.type != "cuda":
         raise UserError(f"--nvjpeg: decodes on a CUDA GPU, but this extraction runs on {device}; leave it out")
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(file, "JPEG")
-    try:
-        (photo,) = decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
-    except AttributeError:  # torchvision has announced the removal of its decoders
-        photo = None
-    if photo is None:
-        raise UserError(
-            f"--nvjpeg: torchvision {torchvision.__version__} cannot decode JPEGs on {device}; leave it out"
-        )
+    find_decoder(device)

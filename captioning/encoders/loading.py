@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from captioning.encoders.encoder import Encoder, Pooled
-from captioning.encoders.images import Transform, photo_batches, split_batches
+from captioning.encoders.images import SIMPLEJPEG_AND_TORCH, Transform, photo_batches, split_batches
 from captioning.encoders.protocol import default_transform, find_family, full_name
 from captioning.encoders.weight_files import fit_weights, read_state_dict
 from captioning.errors import UserError
@@ -32,11 +33,12 @@ def load_encoder(
     seed: int = 0,
     pooled: Pooled | None = None,
     drop_path: float = 0.0,
+    decoding: str = SIMPLEJPEG_AND_TORCH,
 ) -> Encoder:
     """An encoder from the flags --encoder, --weights, --image-size, --pooled and --drop-path; None selects the default.
 
     weights: "imagenet" (torchvision) or "pretrained" (timm), "random", a state-dict file, or a run, which determines
-    the encoder. Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
+    encoder and decoding. Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
     Raises UserError if a name, a file or a run is unknown or damaged.
     """
     if weights and weights not in (*PUBLISHED, "random") and _is_run(Path(weights)):
@@ -53,7 +55,8 @@ def load_encoder(
         raise UserError(f"--weights {weights}: the published weights of {name} are --weights {family.published}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(name, weights, default_transform(name, image_size), pooled or "mean", drop_path)
+        transform = replace(default_transform(name, image_size), decoding=decoding)
+        encoder = Encoder(name, weights, transform, pooled or "mean", drop_path)
     if weights == family.published:
         _load_published_weights(encoder)
     elif weights != "random":

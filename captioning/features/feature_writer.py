@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from captioning.encoders.grid import GRID_SIZE, Grid, to_stored_layout
+from captioning.encoders.images import PILLOW
 from captioning.errors import UserError
 from captioning.features.hdf5_layout import FORMAT, QUANTIZATION, create_file, data_bytes, read_layout
 from captioning.features.quantization import quantize
@@ -26,7 +27,13 @@ from captioning.runtime.files import write_errors
 WRITE_REMEDY = "fix that and run the same command, or give --out elsewhere"
 QUEUE_SIZE = 4  # batches that wait for the disk; the writing thread may hold as many again
 # Absent from files that older versions created
-LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False, "interpolation": "bilinear", "pooled": "mean"}
+LATER_ATTRIBUTES = {
+    "scaled_decoding": False,
+    "nvjpeg": False,
+    "decoding": PILLOW,
+    "interpolation": "bilinear",
+    "pooled": "mean",
+}
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -45,6 +52,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "precision": precision,
         "scaled_decoding": transform.get("scaled_decoding", False),
         "nvjpeg": transform.get("nvjpeg", False),
+        "decoding": transform.get("decoding", PILLOW),
         "interpolation": transform.get("interpolation", "bilinear"),
         "pooled": recipe.get("pooled", "mean"),
         "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all settings above

@@ -6,7 +6,7 @@
     images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
     done     (N,) uint8: 1 once the row is safely on disk
     attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision,
-        scaled_decoding, nvjpeg, interpolation, torch; with uint8 codes: quantization
+        scaled_decoding, nvjpeg, decoding, interpolation, pooled, torch; with uint8 codes: quantization
 
 Every array is contiguous and allocated when the file is created, so its offset never changes. Any number of processes
 read and write rows at their offsets without a lock, and a kill cannot damage HDF5 metadata.

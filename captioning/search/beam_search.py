@@ -21,6 +21,8 @@ adjacent), K hypotheses per group, N wanted captions per group, V vocabulary siz
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,25 +31,33 @@ from torch import Tensor
 from captioning.caption import Caption
 from captioning.decoders.protocol import Decoder, State
 from captioning.encoders.grid import Grid
+from captioning.search.end_check import EndCheck, copy_to_cpu, sync_interval
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 
 @torch.no_grad()  # not inference_mode, in which autocast would convert the weights again at every step
-def beam_search(decoder: Decoder, grid: Grid, search: SearchOptions) -> list[list[Caption]]:
+def beam_search(
+    decoder: Decoder, grid: Grid, search: SearchOptions, graphs: DecodingGraphs | None = None
+) -> list[list[Caption]]:
     """The best captions of each photo of the grid: up to `num_captions` different ones of at most `max_length` words.
 
     Finished captions come first, those of each group by score. Unfinished ones follow where too few end. The decoder
-    should be in eval mode.
+    should be in eval mode. graphs: run the steps as CUDA graphs.
     """
-    device = grid.cells.device
-    beam = _Beam(decoder.init_state(grid), len(grid), device, search)
-    interval = sync_interval(device)
-    for number in range(search.max_length + 1):  # one step more than words: <end> may follow the last word
-        beam.step(decoder)
-        if (number + 1) % interval == 0 and not beam.prune_finished():
-            break
-    captions_of_groups = _build_captions(beam.history, beam.best)
+    searcher = _BeamSearch(decoder, search, grid.cells.device)
+    beams = searcher.start(grid)
+    if graphs is None:
+        history, beams = searcher.run(beams)
+    else:
+        beams, first_step = searcher.step(beams, 0)  # of one hypothesis per group, all other steps of K
+        if beams.words.shape[1] == searcher.size:
+            history, beams = graphs.run(searcher, beams, 1, len(grid))
+        else:  # fewer words than K: the beam grows further
+            history, beams = searcher.run(beams, 1)
+        history = [first_step, *history]
+    captions_of_groups = _build_captions(history, beams)
     results = []
     for first in range(0, len(captions_of_groups), search.beam_groups):
         groups = captions_of_groups[first : first + search.beam_groups]
@@ -55,14 +65,11 @@ def beam_search(decoder: Decoder, grid: Grid, search: SearchOptions) -> list[lis
     return results
 
 
+@cache  # making a tensor of a list waits for the device
 def banned_ids(device: torch.device, allow_unknown: bool = False) -> Tensor:
-    """Ids (int64) of words that are never generated: <pad>, <start> and, unless allowed, <unk>."""
-    return torch.tensor([PAD, START] if allow_unknown else [PAD, UNKNOWN, START], device=device)
-
-
-def sync_interval(device: torch.device) -> int:
-    """Steps between two checks for finished photos. On a GPU each check is a device synchronisation."""
-    return 1 if device.type == "cpu" else 4
+    """Ids (int64) of words that are never generated: <pad>, <start> and, unless allowed, <unk>. Do not modify it."""
+    with torch.inference_mode(False):  # the first call may come from inference mode
+        return torch.tensor([PAD, START] if allow_unknown else [PAD, UNKNOWN, START], device=device)
 
 
 def deduplicate(captions: list[Caption]) -> list[Caption]:
@@ -99,7 +106,7 @@ class _Hypotheses(NamedTuple):
         zero = torch.zeros(groups, captions, dtype=torch.long, device=device)
         return cls(score, score.clone(), zero, zero.clone())
 
-    def merge(self, groups: Tensor, new: _Hypotheses, keep_mask: Tensor | None = None) -> None:
+    def merge(self, groups: Tensor | slice, new: _Hypotheses, keep_mask: Tensor | None = None) -> None:
         """Keep the N best of the present and the `new` (S, K) hypotheses of these groups, in place.
 
         At equal score a present hypothesis comes first. keep_mask (S, 1) bool: groups whose present hypotheses count;
@@ -115,23 +122,23 @@ class _Hypotheses(NamedTuple):
             present[groups] = torch.cat([present[groups], added], 1).gather(1, order[:, :wanted])
 
 
-class _BestHypotheses:
-    """The best finished hypotheses of each group so far, and unfinished ones as a fallback if too few finish."""
+class _Beams(NamedTuple):
+    """The live hypotheses of the photos still searched, and the best hypotheses of all photos so far."""
 
-    def __init__(self, groups: int, captions: int, device: torch.device):
-        self.finished = _Hypotheses.empty(groups, captions, device)
-        self.unfinished = _Hypotheses.empty(groups, captions, device)
-        self.unfinished.score[:, 0] = 0.0  # the empty hypothesis
-        self.unfinished.log_probability[:, 0] = 0.0
-        self.unfinished.last_step.fill_(-1)
+    state: State
+    words: Tensor  # (S, K) int64, the last word of each hypothesis
+    prefixes: Tensor  # (S, K, T) int64, all words of each hypothesis, with no_repeat_ngram; T is the most, 0 without
+    log_probabilities: Tensor  # (S, K) float32, -inf for a hypothesis that has ended or cannot be continued
+    finished: _Hypotheses
+    unfinished: _Hypotheses  # a fallback if too few finish
 
-    def update(
-        self, groups: Tensor, log_probabilities: Tensor, ended: Tensor, step: int, length_penalty: float
+    def update_best(
+        self, groups: Tensor | slice, log_probabilities: Tensor, ended: Tensor, step: int, length_penalty: float
     ) -> None:
-        """Add the hypotheses of one step: log_probabilities and ended (S, K), all of step + 1 words."""
+        """Add the hypotheses of one step, in place: log_probabilities and ended (S, K), all of step + 1 words."""
         log_probabilities = log_probabilities.float()
         last_step = torch.full_like(ended, step, dtype=torch.long)
-        position = torch.arange(ended.shape[1], device=groups.device).expand_as(last_step)
+        position = torch.arange(ended.shape[1], device=ended.device).expand_as(last_step)
 
         score = log_probabilities.masked_fill(~ended, -torch.inf) / (step + 1) ** length_penalty
         self.finished.merge(groups, _Hypotheses(score, log_probabilities, last_step, position))
@@ -141,93 +148,125 @@ class _BestHypotheses:
         self.unfinished.merge(groups, _Hypotheses(live, log_probabilities, last_step, position), keep_mask=none_live)
 
 
-class _Beam:
-    """The live hypotheses of a batch, and the history of their words."""
+class _BeamSearch:
+    """The steps of beam search. Between them, photos may leave the search."""
 
-    def __init__(self, state: State, num_photos: int, device: torch.device, search: SearchOptions):
-        num_groups = num_photos * search.beam_groups
+    def __init__(self, decoder: Decoder, search: SearchOptions, device: torch.device):
+        self.decoder = decoder
         self.search = search
-        self.photos = torch.arange(num_photos, device=device)  # (L,) photos still searched
-        if search.beam_groups > 1:
-            state = state.reorder(self.photos.repeat_interleave(search.beam_groups))
-        self.state = state
-        self.words = torch.full((num_groups, 1), START, device=device)  # (S, K) the last word of each hypothesis
-        # (S, K, T) all words of each hypothesis; filled only for no_repeat_ngram
-        self.prefixes = torch.empty(num_groups, 1, 0, dtype=torch.long, device=device)
-        # (S, K), -inf for a hypothesis that has ended or cannot be continued
-        self.log_probabilities = torch.zeros(num_groups, 1, device=device)
+        self.key: Hashable = (decoder, search)
+        self.num_steps = search.max_length + 1  # one step more than words: <end> may follow the last word
+        self.size = search.beam_size // search.beam_groups  # K
         self.banned_ids = banned_ids(device, search.allow_unknown)
-        self.best = _BestHypotheses(num_groups, search.num_captions // search.beam_groups, device)
-        self.history: list[_BeamStep] = []
+        self.photos: Tensor | None = None  # (L,) int64, those still searched; None: all
 
-    @property
-    def groups(self) -> Tensor:
-        """(S,) int64, the groups still searched, as indices into the B G of the batch."""
-        groups = torch.arange(self.search.beam_groups, device=self.photos.device)
-        return (self.photos[:, None] * self.search.beam_groups + groups).flatten()
+    def start(self, grid: Grid) -> _Beams:
+        """The empty hypothesis of each group."""
+        search = self.search
+        device = grid.cells.device
+        num_groups = len(grid) * search.beam_groups
+        captions = search.num_captions // search.beam_groups
+        state = self.decoder.init_state(grid)
+        if search.beam_groups > 1:
+            state = state.reorder(torch.arange(len(grid), device=device).repeat_interleave(search.beam_groups))
+        unfinished = _Hypotheses.empty(num_groups, captions, device)
+        unfinished.score[:, 0] = 0.0  # the empty hypothesis
+        unfinished.log_probability[:, 0] = 0.0
+        unfinished.last_step.fill_(-1)
+        most_words = self.num_steps if search.no_repeat_ngram else 0
+        return _Beams(
+            state,
+            words=torch.full((num_groups, 1), START, device=device),
+            prefixes=torch.zeros(num_groups, 1, most_words, dtype=torch.long, device=device),
+            log_probabilities=torch.zeros(num_groups, 1, device=device),
+            finished=_Hypotheses.empty(num_groups, captions, device),
+            unfinished=unfinished,
+        )
 
-    def step(self, decoder: Decoder) -> None:
+    def run(self, beams: _Beams, first: int = 0) -> tuple[list[_BeamStep], _Beams]:
+        """Run the steps from number `first` on; photos leave the search once half of those searched are finished."""
+        check = EndCheck(beams.words.device)
+        interval = sync_interval(beams.words.device)
+        history = []
+        for number in range(first, self.num_steps):
+            beams, step = self.step(beams, number)
+            history.append(step)
+            known = check(self.unfinished(beams)) if (number + 1) % interval == 0 else None
+            if known is None:
+                continue
+            if known.number == 0:
+                break
+            if known.number <= len(known.mask) // 2:
+                photos = known.indices()
+                check.keep(photos)
+                beams = self._keep_photos(beams, photos)
+        return history, beams
+
+    def step(self, beams: _Beams, number: int) -> tuple[_Beams, _BeamStep]:
         """Append one word to every hypothesis. The last step drops hypotheses that do not end: they are too long."""
-        number = len(self.history)
-        next_word, attention, state, _ = decoder.step(self.words.flatten(), self.state)
-        log_probabilities, parents, words = self._select(self._continuations(next_word))
-        rows = self._decoder_rows(parents)
+        next_word, attention, state, _ = self.decoder.step(beams.words.flatten(), beams.state)
+        log_probabilities, parents, words = self._select(self._continuations(beams, next_word, number))
+        rows = _decoder_rows(parents, beams.words.shape[1])
         if attention is not None:
             attention = attention.index_select(0, rows).unflatten(0, parents.shape)
         ended = words == END
         if number == self.search.max_length:
             log_probabilities = log_probabilities.masked_fill(~ended, -torch.inf)
-        self.best.update(self.groups, log_probabilities, ended, number, self.search.length_penalty)
-        self.history.append(
-            _BeamStep(
-                self._scatter_groups(words),
-                self._scatter_groups(parents),
-                None if attention is None else self._scatter_groups(attention),
-            )
+        groups = self._groups()
+        beams.update_best(groups, log_probabilities, ended, number, self.search.length_penalty)
+        total = len(beams.finished.score)
+        step = _BeamStep(
+            _scatter_groups(words, groups, total),
+            _scatter_groups(parents, groups, total),
+            None if attention is None else _scatter_groups(attention, groups, total),
         )
+        prefixes = beams.prefixes.gather(1, parents[:, :, None].expand(-1, -1, beams.prefixes.shape[2]))
         if self.search.no_repeat_ngram:
-            prefixes = self.prefixes.gather(1, parents[:, :, None].expand(-1, -1, number))
-            self.prefixes = torch.cat([prefixes, words[:, :, None]], 2)
-        self.words = words
-        self.log_probabilities = log_probabilities.masked_fill(ended, -torch.inf)
-        self.state = state.reorder(rows)
+            prefixes[:, :, number] = words
+        live = log_probabilities.masked_fill(ended, -torch.inf)
+        return beams._replace(state=state.reorder(rows), words=words, prefixes=prefixes, log_probabilities=live), step
 
-    def prune_finished(self) -> bool:
-        """Drop finished photos once they are at least half of those searched; return whether any photo remains."""
+    def unfinished(self, beams: _Beams) -> Tensor:
+        """(L,) bool: photos with a live hypothesis that can still exceed the last of their wanted finished ones."""
         length_factor = (self.search.max_length + 1) ** self.search.length_penalty
-        upper_bound = self.log_probabilities.amax(1) / length_factor
-        unfinished = (upper_bound > self.best.finished.score[self.groups, -1]).view(len(self.photos), -1).any(1)
-        remaining = int(unfinished.sum())
-        if 0 < remaining <= len(unfinished) // 2:
-            self._keep_photos(unfinished.nonzero()[:, 0])
-        return remaining > 0
+        upper_bound = beams.log_probabilities.amax(1) / length_factor
+        exceeds = upper_bound > beams.finished.score[self._groups(), -1]
+        return exceeds.view(-1, self.search.beam_groups).any(1)
 
-    def _keep_photos(self, keep: Tensor) -> None:
+    def _groups(self) -> Tensor | slice:
+        """(S,) int64, the groups still searched, as indices into the B G of the batch."""
+        if self.photos is None:
+            return slice(None)
+        groups = torch.arange(self.search.beam_groups, device=self.photos.device)
+        return (self.photos[:, None] * self.search.beam_groups + groups).flatten()
+
+    def _keep_photos(self, beams: _Beams, keep: Tensor) -> _Beams:
         """Continue with these of the L photos only (int64)."""
-        groups = torch.arange(len(self.words), device=keep.device).view(len(self.photos), -1)[keep].flatten()
-        rows = torch.arange(self.words.numel(), device=keep.device).view_as(self.words)[groups]  # (S, K)
-        self.state = self.state.select(keep, rows.flatten())
-        self.photos = self.photos[keep]
-        self.words = self.words[groups]
-        self.log_probabilities = self.log_probabilities[groups]
-        self.prefixes = self.prefixes[groups]
+        groups = torch.arange(len(beams.words), device=keep.device).view(-1, self.search.beam_groups)[keep].flatten()
+        rows = torch.arange(beams.words.numel(), device=keep.device).view_as(beams.words)[groups]  # (S, K)
+        self.photos = keep if self.photos is None else self.photos[keep]
+        return beams._replace(
+            state=beams.state.select(keep, rows.flatten()),
+            words=beams.words[groups],
+            prefixes=beams.prefixes[groups],
+            log_probabilities=beams.log_probabilities[groups],
+        )
 
-    def _continuations(self, next_word: Tensor) -> Tensor:
+    def _continuations(self, beams: _Beams, next_word: Tensor, number: int) -> Tensor:
         """log p of the next word (S K, V) -> log p of each hypothesis with it appended (S, K, V), -inf if banned."""
-        number = len(self.history)
-        continuations = self.log_probabilities[:, :, None] + next_word.unflatten(0, self.words.shape)
+        continuations = beams.log_probabilities[:, :, None] + next_word.unflatten(0, beams.words.shape)
         continuations.index_fill_(2, self.banned_ids, -torch.inf)
         if number < self.search.min_length:
             continuations[:, :, END] = -torch.inf
         if 0 < self.search.no_repeat_ngram <= number:
-            self._ban_repeated_ngrams(continuations)
+            self._ban_repeated_ngrams(continuations, beams.prefixes[:, :, :number])
         return continuations
 
-    def _ban_repeated_ngrams(self, continuations: Tensor) -> None:
+    def _ban_repeated_ngrams(self, continuations: Tensor, prefixes: Tensor) -> None:
         """Set words that would complete an n-gram of the hypothesis again to -inf, in place (S, K, V)."""
         size = self.search.no_repeat_ngram
-        ngrams = self.prefixes.unfold(2, size, 1)  # (S, K, T - size + 1, size)
-        last_words = self.prefixes[:, :, None, self.prefixes.shape[2] - size + 1 :]  # (S, K, 1, size - 1)
+        ngrams = prefixes.unfold(2, size, 1)  # (S, K, T - size + 1, size)
+        last_words = prefixes[:, :, None, prefixes.shape[2] - size + 1 :]  # (S, K, 1, size - 1)
         repeated = (ngrams[..., :-1] == last_words).all(3)
         continuations.scatter_(2, ngrams[..., -1].where(repeated, PAD), -torch.inf)  # PAD is banned anyway
 
@@ -236,10 +275,9 @@ class _Beam:
 
         K' is below the full beam where fewer continuations exist.
         """
-        groups = self.search.beam_groups
         vocab_size = continuations.shape[2]
-        continuations = continuations.unflatten(0, (-1, groups))  # (L, G, K, V)
-        size = min(self.search.beam_size // groups, continuations.shape[2] * vocab_size)
+        continuations = continuations.unflatten(0, (-1, self.search.beam_groups))  # (L, G, K, V)
+        size = min(self.size, continuations.shape[2] * vocab_size)
         penalties = continuations.new_zeros(len(continuations), 1, vocab_size)  # of words that earlier groups chose
         best: list[Tensor] = []  # of each group (L, K')
         parents: list[Tensor] = []
@@ -254,17 +292,18 @@ class _Beam:
             penalties.scatter_add_(2, words[-1][:, None], penalty)
         return _stack_groups(best), _stack_groups(parents), _stack_groups(words)
 
-    def _decoder_rows(self, parents: Tensor) -> Tensor:
-        """Indices into the K of each group (S, K') -> rows of the decoder's state (S K',)."""
-        first_rows = torch.arange(len(parents), device=parents.device)[:, None] * self.words.shape[1]
-        return (first_rows + parents).flatten()
 
-    def _scatter_groups(self, values: Tensor) -> Tensor:
-        """(S, K, ...) -> (B G, K, ...), zero for the groups of dropped photos."""
-        total = len(self.best.finished.score)
-        if len(values) == total:
-            return values
-        return values.new_zeros(total, *values.shape[1:]).index_copy_(0, self.groups, values)
+def _decoder_rows(parents: Tensor, hypotheses: int) -> Tensor:
+    """Indices into the K hypotheses of each group (S, K') -> rows of the decoder's state (S K',)."""
+    first_rows = torch.arange(len(parents), device=parents.device)[:, None] * hypotheses
+    return (first_rows + parents).flatten()
+
+
+def _scatter_groups(values: Tensor, groups: Tensor | slice, total: int) -> Tensor:
+    """(S, K, ...) of these groups -> (B G, K, ...), zero for the groups of dropped photos."""
+    if isinstance(groups, slice):
+        return values
+    return values.new_zeros(total, *values.shape[1:]).index_copy_(0, groups, values)
 
 
 def _stack_groups(values: list[Tensor]) -> Tensor:
@@ -272,16 +311,14 @@ def _stack_groups(values: list[Tensor]) -> Tensor:
     return torch.stack(values, 1).flatten(0, 1)
 
 
-def _build_captions(history: list[_BeamStep], best: _BestHypotheses) -> list[list[Caption]]:
+def _build_captions(history: list[_BeamStep], beams: _Beams) -> list[list[Caption]]:
     """The captions of each of the B G groups: at most N, finished ones first, each by score."""
-    merged = (torch.cat(pair, 1) for pair in zip(best.finished, best.unfinished, strict=True))
+    merged = (torch.cat(pair, 1) for pair in zip(beams.finished, beams.unfinished, strict=True))
     hypotheses = _Hypotheses(*merged)  # (B G, 2 N)
     words, attention = _backtrack(history, hypotheses)
-    word_ids = words.tolist()
-    scores = hypotheses.score.tolist()
-    log_probabilities = hypotheses.log_probability.tolist()
-    last_steps = hypotheses.last_step.tolist()
-    wanted = best.finished.score.shape[1]
+    *copies, attention = copy_to_cpu(words, *hypotheses[:3], attention)
+    word_ids, scores, log_probabilities, last_steps = (copy.tolist() for copy in copies if copy is not None)
+    wanted = beams.finished.score.shape[1]
     captions_of_groups = []
     for group in range(len(word_ids)):
         existing = [i for i, score in enumerate(scores[group]) if score > -torch.inf]
@@ -298,7 +335,7 @@ def _build_captions(history: list[_BeamStep], best: _BestHypotheses) -> list[lis
 
 
 def _backtrack(history: list[_BeamStep], hypotheses: _Hypotheses) -> tuple[Tensor, Tensor | None]:
-    """Follow the parents back from each hypothesis -> words (B G, 2 N, T), attention (B G, 2 N, T, P) on the CPU.
+    """Follow the parents back from each hypothesis -> words (B G, 2 N, T), attention (B G, 2 N, T, P).
 
     Entries after the last word of a hypothesis are arbitrary.
     """
@@ -313,5 +350,5 @@ def _backtrack(history: list[_BeamStep], hypotheses: _Hypotheses) -> tuple[Tenso
             attentions.append(step.attention[groups, position])
         # a hypothesis that ended before this step keeps its position
         position = torch.where(number <= hypotheses.last_step, step.parents[groups, position], position)
-    attention = torch.stack(attentions[::-1], 2).float().cpu() if attentions else None
+    attention = torch.stack(attentions[::-1], 2).float() if attentions else None
     return torch.stack(words[::-1], 2), attention

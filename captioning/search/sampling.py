@@ -7,26 +7,43 @@ P cells.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from captioning.caption import Caption
-from captioning.decoders.protocol import Decoder, DecoderOutput, attention_sum, concat_samples, sample_categorical
+from captioning.decoders.protocol import (
+    Decoder,
+    DecoderOutput,
+    State,
+    attention_sum,
+    concat_samples,
+    sample_categorical,
+)
 from captioning.encoders.grid import Grid
-from captioning.search.beam_search import banned_ids, sync_interval
+from captioning.search.beam_search import banned_ids
+from captioning.search.end_check import EndCheck, copy_to_cpu, sync_interval
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, PAD, START
 
 
 @torch.no_grad()
-def sample(decoder: Decoder, grid: Grid, num_samples: int, max_length: int, greedy_first: bool = False) -> Tensor:
+def sample(
+    decoder: Decoder,
+    grid: Grid,
+    num_samples: int,
+    max_length: int,
+    greedy_first: bool = False,
+    graphs: DecodingGraphs | None = None,
+) -> Tensor:
     """Sample captions word by word -> (B, K, T) int64: at most `max_length` words, <end> if it ended, then <pad>.
 
     K is num_samples. greedy_first adds the greedy caption of each photo as its first, so that K is num_samples + 1.
-    T is at most max_length + 1.
+    T is at most max_length + 1. graphs: run the steps as CUDA graphs.
     """
     captions = num_samples + greedy_first
 
@@ -36,31 +53,40 @@ def sample(decoder: Decoder, grid: Grid, num_samples: int, max_length: int, gree
             words[::captions] = log_probabilities[::captions].argmax(1)
         return words
 
-    steps = [words for words, _, _ in _decode(decoder, grid, captions, max_length, choose)]
-    return torch.stack(steps, 1).view(len(grid), captions, -1)
+    sampler = _Sampler(decoder, captions, max_length, choose, key=greedy_first)
+    steps = sampler.decode(grid, graphs)
+    return torch.stack([step.words for step in steps], 1).view(len(grid), captions, -1)
 
 
 @torch.no_grad()
-def sample_captions(decoder: Decoder, grid: Grid, search: SearchOptions) -> list[list[Caption]]:
+def sample_captions(
+    decoder: Decoder, grid: Grid, search: SearchOptions, graphs: DecodingGraphs | None = None
+) -> list[list[Caption]]:
     """Sample `num_captions` captions of each photo with `temperature` and `top_p`: see `nucleus_filter`.
 
-    log_probability is that of the unfiltered distribution. The decoder should be in eval mode.
+    log_probability is that of the unfiltered distribution. The decoder should be in eval mode. graphs: run the steps as
+    CUDA graphs.
     """
 
     def choose(log_probabilities: Tensor) -> Tensor:
         return sample_categorical(nucleus_filter(log_probabilities, search.temperature, search.top_p).exp())
 
-    steps = list(_decode(decoder, grid, search.num_captions, search.max_length, choose, search.allow_unknown))
-    words = torch.stack([step[0] for step in steps], 1).tolist()  # R lists of T
-    log_probabilities = torch.stack([step[1] for step in steps], 1).tolist()
-    attentions = [step[2] for step in steps if step[2] is not None]
-    attention = torch.stack(attentions, 1) if attentions else None  # (R, T, P)
+    sampler = _Sampler(decoder, search.num_captions, search.max_length, choose, search, search.allow_unknown)
+    steps = sampler.decode(grid, graphs)
+    attentions = [step.attention for step in steps if step.attention is not None]
+    *copies, attention = copy_to_cpu(
+        torch.stack([step.words for step in steps], 1),  # (R, T)
+        torch.stack([step.log_probabilities for step in steps], 1),
+        torch.stack(attentions, 1).float() if attentions else None,  # (R, T, P)
+    )
+    words, log_probabilities = (copy.tolist() for copy in copies if copy is not None)
     captions = []
     for row, caption in enumerate(words):
         finished = END in caption
         length = caption.index(END) if finished else min(len(caption), search.max_length)
         log_probability = sum(log_probabilities[row][: length + finished])
-        own_attention = None if attention is None else attention[row, :length].float().cpu()
+        # clone: a view would keep the attention of the whole batch in memory
+        own_attention = None if attention is None else attention[row, :length].clone()
         captions.append(Caption(caption[:length], log_probability, finished, own_attention))
     return [captions[first : first + search.num_captions] for first in range(0, len(captions), search.num_captions)]
 
@@ -77,33 +103,81 @@ def nucleus_filter(log_probabilities: Tensor, temperature: float, top_p: float) 
     return torch.empty_like(ordered).scatter_(1, words, ordered).log_softmax(1)
 
 
-def _decode(
-    decoder: Decoder,
-    grid: Grid,
-    captions: int,
-    max_length: int,
-    choose: Callable[[Tensor], Tensor],
-    allow_unknown: bool = False,
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Decode `captions` captions per photo. Yield, at each step, their words (R,), log-probabilities (R,), attention.
+class _Samples(NamedTuple):
+    """What one step hands to the next."""
 
-    Words are int64, <pad> after <end>; attention is (R, P), None without it. One step more than words, since <end> may
-    follow the last word.
+    state: State
+    words: Tensor  # (R,) int64, the words written last
+    ended: Tensor  # (R,) bool
 
-    choose: log-probabilities (R, V), -inf for banned words -> words (R,).
-    """
-    device = grid.cells.device
-    banned = banned_ids(device, allow_unknown)
-    state = decoder.init_state(grid).reorder(torch.arange(len(grid), device=device).repeat_interleave(captions))
-    words = torch.full((len(grid) * captions,), START, device=device)
-    ended = torch.zeros_like(words, dtype=torch.bool)
-    for number in range(max_length + 1):
-        log_probabilities, attention, state, _ = decoder.step(words, state)
-        words = choose(log_probabilities.index_fill(1, banned, -torch.inf)).masked_fill(ended, PAD)
-        yield words, log_probabilities.gather(1, words[:, None])[:, 0], attention
-        ended = ended | (words == END)
-        if (number + 1) % sync_interval(device) == 0 and bool(ended.all()):
-            return
+
+class _SampleStep(NamedTuple):
+    """The results of one step."""
+
+    words: Tensor  # (R,) int64, <pad> after <end>
+    log_probabilities: Tensor  # (R,) float32, of the words
+    attention: Tensor | None  # (R, P), with which they were chosen
+
+
+class _Sampler:
+    """The steps of sampling."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        captions: int,
+        max_length: int,
+        choose: Callable[[Tensor], Tensor],
+        key: Hashable,
+        allow_unknown: bool = False,
+    ):
+        """captions: per photo. choose: log-probabilities (R, V), -inf for banned words -> words (R,).
+
+        key: equal for those with the same `choose` and `allow_unknown`.
+        """
+        self.decoder = decoder
+        self.captions = captions
+        self.choose = choose
+        self.allow_unknown = allow_unknown
+        self.num_steps = max_length + 1  # one step more than words: <end> may follow the last word
+        self.key: Hashable = (decoder, captions, max_length, key)
+
+    def decode(self, grid: Grid, graphs: DecodingGraphs | None) -> list[_SampleStep]:
+        """The steps of all captions of the grid."""
+        samples = self.start(grid)
+        return self.run(samples) if graphs is None else graphs.run(self, samples, 0, len(grid))[0]
+
+    def start(self, grid: Grid) -> _Samples:
+        """Before the first word."""
+        device = grid.cells.device
+        photos = torch.arange(len(grid), device=device).repeat_interleave(self.captions)
+        words = torch.full((len(photos),), START, device=device)
+        return _Samples(self.decoder.init_state(grid).reorder(photos), words, torch.zeros_like(words, dtype=torch.bool))
+
+    def run(self, samples: _Samples) -> list[_SampleStep]:
+        """Run the steps until all captions have ended."""
+        check = EndCheck(samples.words.device)
+        interval = sync_interval(samples.words.device)
+        steps = []
+        for number in range(self.num_steps):
+            samples, step = self.step(samples, number)
+            steps.append(step)
+            known = check(self.unfinished(samples)) if (number + 1) % interval == 0 else None
+            if known is not None and known.number == 0:
+                break
+        return steps
+
+    def step(self, samples: _Samples, number: int) -> tuple[_Samples, _SampleStep]:
+        """Append one word to every caption, <pad> after <end>."""
+        log_probabilities, attention, state, _ = self.decoder.step(samples.words, samples.state)
+        banned = banned_ids(log_probabilities.device, self.allow_unknown)
+        words = self.choose(log_probabilities.index_fill(1, banned, -torch.inf)).masked_fill(samples.ended, PAD)
+        step = _SampleStep(words, log_probabilities.gather(1, words[:, None])[:, 0], attention)
+        return _Samples(state, words, samples.ended | (words == END)), step
+
+    def unfinished(self, samples: _Samples) -> Tensor:
+        """(B,) bool: photos with a caption that has not ended."""
+        return ~samples.ended.view(-1, self.captions).all(1)
 
 
 def pack_sampled(captions: Tensor) -> tuple[PackedSequence, Tensor, Tensor]:

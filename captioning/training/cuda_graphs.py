@@ -31,6 +31,7 @@ from preprocess.vocabulary import PAD, UNKNOWN
 
 ROW_MULTIPLE = 8  # photos and captions of a static batch are rounded up to multiples of it
 STEP_QUANTILES = (0.5, 0.8, 0.95, 1.0)  # of the batches' steps: one static batch for each
+SAMPLE_STRETCH = 1.25
 PLANNED_BATCHES = 4000  # so many batches, and at least one epoch, are planned to find the sizes
 
 # a batch on the device, the weights of its losses -> its detached Loss; adds to the gradients of the parameters
@@ -78,6 +79,25 @@ def plan_static_sizes(
     return sizes
 
 
+def plan_sampled_sizes(
+    split: CaptionDataset, batch_size: int, samples: int, seed: int, distributed: DistributedContext = SINGLE
+) -> list[StaticSize]:
+    """Like `plan_static_sizes`, for `samples` captions per photo that an objective samples.
+
+    Their lengths are not known before. They are taken to be distributed like those of the dataset's captions, but up
+    to SAMPLE_STRETCH times as long. Batches with still longer ones run without a graph.
+    """
+    sizes = []
+    for size in plan_static_sizes(split, batch_size, seed, distributed):
+        captions = size.photos * samples
+        steps = min(round(SAMPLE_STRETCH * len(size.batch_sizes)), split.max_length + 1)
+        stretched = np.interp(np.arange(steps) / SAMPLE_STRETCH, np.arange(len(size.batch_sizes)), size.batch_sizes)
+        fractions = stretched / size.batch_sizes[0]
+        batch_sizes = np.minimum(_round_up(np.ceil(captions * fractions).astype(np.int64)), captions)
+        sizes.append(StaticSize(size.photos, batch_sizes))
+    return sizes
+
+
 def _batch_profiles(split: CaptionDataset, photos: Sequence[np.ndarray]) -> np.ndarray:
     """The captions at each step of each batch (len(photos), T) int64. photos: those of each batch, (B,) int64."""
     lengths = np.minimum(np.diff(split.caption_offsets), split.max_length) + 1  # of the decoder's inputs
@@ -113,6 +133,7 @@ class StaticBatch:
         cells = torch.zeros(size.photos, *like.shape[1:], dtype=precision, device=device)
         packed = PackedSequence(words, torch.from_numpy(size.batch_sizes))
         self.grid = Grid(cells, like.pooling.to(device))
+        self.rewards = torch.zeros(2, captions, device=device)  # and advantages, of captions that were sampled
         self.batch = Batch(self.grid, packed, targets, photo_index, np.arange(size.photos))
         self.weight_values = torch.ones(len(LossWeights._fields), device=device)
         self.weights = LossWeights(*self.weight_values)
@@ -126,10 +147,20 @@ class StaticBatch:
         indices[self.num_words + positions] = batch.targets
         indices[2 * self.num_words :][: batch.num_captions] = batch.photo_index
         copy_async(self.indices, indices)
+        if batch.is_prepared:
+            self._fill_rewards(batch)
         copy_async(self.weight_values, torch.tensor(weights))
         # The cells after these keep old values: only words whose target is <pad> attend to them.
         assert not isinstance(batch.photos, Tensor)
         batch.photos.copy_to(self.grid.cells[: len(batch.photos)])
+
+    def _fill_rewards(self, batch: Batch) -> None:
+        assert batch.rewards is not None and batch.advantages is not None
+        rewards = torch.zeros(self.rewards.shape, device=batch.rewards.device)
+        rewards[0, : batch.num_captions] = batch.rewards
+        rewards[1, : batch.num_captions] = batch.advantages
+        copy_async(self.rewards, rewards)
+        self.batch.rewards, self.batch.advantages = self.rewards
 
     def _packed_positions(self, batch_sizes: np.ndarray) -> Tensor:
         """(W,) int64: where each word of a batch packed with these batch sizes goes in this static batch's packing."""

@@ -42,9 +42,13 @@ class EMA:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        """Exchange the values, not the tensors: CUDA graphs read the weights where they were at the capture."""
         for parameter, average in zip(self.parameters, self.averages, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+            weights = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weights)
 
     def state_dict(self) -> dict[str, int | list[Tensor]]:
         """The averages and the number of updates."""

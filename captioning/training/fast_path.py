@@ -94,8 +94,6 @@ def _graph_obstacle(options: TrainingOptions, decoder: nn.Module) -> str | None:
         return "--no-cuda-graphs"
     if not decoder.uses_attention:
         return f"--decoder {options.decoder} needs few kernels"
-    if options.objective != "cross-entropy":
-        return f"--objective {options.objective}"
     if options.scheduled_sampling:
         return "--scheduled-sampling"
     return None
@@ -152,6 +150,7 @@ class FastPath:
         self.is_due = bool(ways)  # a proof is due with the next batch
         self.proof_seconds = 0.0
         self.proved_at = 0.0
+        self.batches_without_graph = 0  # although CUDA graphs are used: no static batch holds them
         self.report: Callable[[list[Trial], Way], None] = lambda trials, way: None  # takes the result of a proof
 
     def __call__(self, batch: Batch, weights: LossWeights) -> Loss:
@@ -166,6 +165,7 @@ class FastPath:
             static_batch = self.graphs.fill(batch, weights) if way.cuda_graphs else None
             if static_batch is not None:
                 return self.graphs.run(static_batch, variant=way.kernels)
+            self.batches_without_graph += way.cuda_graphs
             return self.backward(batch.to(self.device, self.precision), weights, self.precision)
 
     def resume(self, way: Way) -> None:
@@ -177,6 +177,7 @@ class FastPath:
 
     def start_epoch(self) -> None:
         """Repeat the proof with the next batch, unless proofs would then take more than their fraction of the time."""
+        self.batches_without_graph = 0
         affordable = time.monotonic() - self.proved_at >= self.proof_seconds / PROOF_FRACTION
         due = self.is_due or (self.way != PLAIN and affordable)
         self.is_due = self.distributed.all_reduce([float(due)])[0] > 0  # processes prove together

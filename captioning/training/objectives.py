@@ -10,6 +10,7 @@ T words of the longest sample.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders.protocol import DecoderOutput, HardSamples, upcast
 from captioning.encoders.grid import Grid
 from captioning.search.beam_search import banned_ids
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.sampling import deterministic, pack_sampled, sample, scheduled_sampling_forward
 from captioning.training.cider_reward import CiderReward
 from captioning.training.options import TrainingOptions
@@ -52,9 +54,19 @@ class Objective(Protocol):
 
     quantity: str  # what Loss.value is, for the log: "loss" or "reward"
     epoch: int  # set by the trainer, from 0: some objectives change during training
+    prepares: bool  # whether `prepare` has work to do; else it is not called
+
+    def prepare(self, decoder: nn.Module, grid: Grid, batch: Batch) -> Batch:
+        """Do what the loss needs of the CPU, without gradients. Returns the batch to call the objective with.
+
+        Its captions, rewards and advantages are on the CPU, as those of a batch that was just loaded.
+        """
 
     def __call__(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
-        """Return the loss of a batch on the device. The decoder is in training mode; grid: the photos' features."""
+        """Return the loss of a prepared batch on the device: work of the device alone, which a CUDA graph may repeat.
+
+        The decoder is in training mode; grid: the photos' features. Words whose target is <pad> do not count.
+        """
 
     def count(self, batch: Batch) -> int:
         """Return the number of words or captions that Loss.value averages over."""
@@ -83,6 +95,7 @@ class CrossEntropy(nn.Module):
     """
 
     quantity = "loss"
+    prepares = False
 
     def __init__(self, options: TrainingOptions):
         super().__init__()
@@ -92,6 +105,10 @@ class CrossEntropy(nn.Module):
         self.sampling_step = options.scheduled_sampling_step
         self.epoch = 0
         self.reinforce = Reinforce(options.reinforce_weight, options.entropy_weight)
+
+    def prepare(self, decoder: nn.Module, grid: Grid, batch: Batch) -> Batch:
+        """Nothing to do."""
+        return batch
 
     def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
         """See Objective."""
@@ -180,6 +197,7 @@ class Cider(nn.Module):
     """
 
     quantity = "reward"
+    prepares = True
 
     def __init__(self, options: TrainingOptions, reward: CiderReward):
         super().__init__()
@@ -188,40 +206,58 @@ class Cider(nn.Module):
         self.max_length = options.max_length
         self.greedy_baseline = options.baseline == "greedy"
         self.epoch = 0
+        self.graphs: DecodingGraphs | None = None  # to sample with; set by the trainer
+
+    @torch.no_grad()
+    def prepare(self, decoder: nn.Module, grid: Grid, batch: Batch) -> Batch:
+        """Sample captions of the photos and reward them: their words and rewards, on the CPU, are the new batch's."""
+        captions, rewards, baseline = self._sample(decoder, grid, batch)
+        words, targets, order = pack_sampled(captions.flatten(0, 1))
+        # float32, except for a decoder in float64: MPS does not have float64
+        dtype = torch.promote_types(grid.cells.dtype, torch.float32)
+        return replace(
+            batch,
+            words=words,
+            targets=targets,
+            photo_index=order // self.samples,
+            rewards=rewards.flatten()[order].to(dtype),
+            advantages=(rewards - baseline).flatten()[order].to(dtype),
+        )
 
     def forward(self, decoder: nn.Module, grid: Grid, batch: Batch, weights: LossWeights) -> Loss:
         """See Objective. Loss.value is the mean reward, times 100."""
-        captions, rewards, baseline = self._sample(decoder, grid, batch)
-        words, targets, order = pack_sampled(captions.flatten(0, 1))
-        log_probabilities = self._log_probabilities(decoder, grid, words, targets, order // self.samples)
-        advantage = (rewards - baseline).flatten()[order].to(log_probabilities)
-        advantage = torch.cat([advantage[:size] for size in words.batch_sizes.tolist()])  # (W,)
-        objective = -weights.photos * (advantage * log_probabilities).sum() / len(order)
-        return Loss(objective, 100 * rewards.mean())
+        assert batch.rewards is not None and batch.advantages is not None, "the batch must be prepared"
+        log_probabilities = self._log_probabilities(decoder, grid, batch)
+        batch_sizes = batch.words.batch_sizes.tolist()
+        advantages = torch.cat([batch.advantages[:size] for size in batch_sizes])  # (W,)
+        captions = (batch.targets[: batch.num_captions] != PAD).sum()  # each has a target at the first step
+        objective = -weights.photos * (advantages * log_probabilities).sum() / captions
+        return Loss(objective, 100 * batch.rewards.sum() / captions)
 
     def count(self, batch: Batch) -> int:
         """The captions sampled for the photos of the batch."""
         return len(batch.indices) * self.samples
 
     def _sample(self, decoder: nn.Module, grid: Grid, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Captions (B, K, T) int64, their rewards (B, K) and the baselines (B, K) or (B, 1), float64."""
+        """Captions (B, K, T) int64, their rewards (B, K) and the baselines (B, K) or (B, 1), float64; on the CPU."""
         with deterministic(decoder):
-            captions = sample(decoder, grid, self.samples, self.max_length, self.greedy_baseline)
+            captions = sample(decoder, grid, self.samples, self.max_length, self.greedy_baseline, self.graphs)
+        # The weights that autocast converted have no gradients; the loss must convert them again.
+        torch.clear_autocast_cache()
+        captions = captions.cpu()
         photos = batch.indices.repeat(captions.shape[1])
-        scores = self.reward(photos, captions.flatten(0, 1).cpu().numpy())
-        rewards = torch.from_numpy(scores).to(captions.device).view(captions.shape[:2])
+        scores = self.reward(photos, captions.flatten(0, 1).numpy())
+        rewards = torch.from_numpy(scores).view(captions.shape[:2])
         if self.greedy_baseline:  # the first caption of each photo is the greedy one
             return captions[:, 1:], rewards[:, 1:], rewards[:, :1]
         return captions, rewards, (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
 
-    def _log_probabilities(
-        self, decoder: nn.Module, grid: Grid, words: PackedSequence, targets: Tensor, photo_index: Tensor
-    ) -> Tensor:
-        """(W,) float32: log p of the target words, with dropout."""
+    def _log_probabilities(self, decoder: nn.Module, grid: Grid, batch: Batch) -> Tensor:
+        """(W,) float32: log p of the target words, with dropout; 0 where the target is <pad>."""
         with deterministic(decoder, keep_dropout=True):
-            logits = upcast(decoder(grid, words, photo_index).logits)
+            logits = upcast(decoder(grid, batch.words, batch.photo_index).logits)
         logits = logits.index_fill(1, banned_ids(logits.device), -torch.inf)
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -F.cross_entropy(logits, batch.targets, ignore_index=PAD, reduction="none")
 
 
 def make_cross_entropy(options: TrainingOptions, train: CaptionDataset) -> CrossEntropy:

@@ -20,19 +20,19 @@ from captioning.runtime.distributed import SINGLE, DistributedContext, data_para
 from captioning.runtime.log import Log
 from captioning.runtime.meter import Meter
 from captioning.runtime.signals import StopRequest
-from captioning.training.cuda_graphs import plan_static_sizes
+from captioning.search.graphs import DecodingGraphs
+from captioning.training.cuda_graphs import StaticSize, plan_sampled_sizes, plan_static_sizes
 from captioning.training.data import TrainingData, load_batches
 from captioning.training.fast_path import FastPath, Trial, Way, obstacles, possible_ways
-from captioning.training.objectives import Loss, LossWeights, Objective
+from captioning.training.objectives import Cider, Loss, LossWeights, Objective
 from captioning.training.optimizer import learning_rate_factor
 from captioning.training.options import TrainingOptions
 from captioning.training.run_state import build_run_state
 from captioning.training.self_check import Gradients
-from captioning.training.validation import Validation
+from captioning.training.validation import Validation, validation_batch_size
 from captioning.viewing.preview import Preview
 from preprocess.vocabulary import Vocabulary
 
-VALIDATION_BATCH_SIZE = 160  # captions: larger than in training, since no activations are kept
 SYNC_INTERVAL = 20  # updates between reading losses from a GPU, which waits for it to finish
 BEST_METRICS = {"cider": "CIDEr-D", "bleu4": "BLEU-4", "loss": "val_loss"}  # --best-metric -> key in the log
 
@@ -77,9 +77,12 @@ class Trainer:
         num_photos = len(self.train.split) + len(self.val.split)
         self.failures = FailureLimit(num_photos, options.allow_missing)
         preview = Preview(self.val.split, options.preview_photos, options.folder)
+        decoding_graphs = self.make_decoding_graphs()
         self.validation = Validation(
-            self.val.split, vocabulary, preview, self.failures, options.max_length, distributed
+            self.val.split, vocabulary, preview, self.failures, options.max_length, distributed, decoding_graphs
         )
+        if isinstance(objective, Cider):
+            objective.graphs = decoding_graphs
 
     def make_parallel(self) -> nn.Module:
         """Return the loss module, wrapped if there are several processes and no fast path, which adds up gradients."""
@@ -93,10 +96,9 @@ class Trainer:
         ways = possible_ways(**{name: not obstacle for name, obstacle in self.fast_path_obstacles.items()})
         if not ways:
             return None
-        options = self.options
         sizes = []
         if any(way.cuda_graphs for way in ways):
-            sizes = plan_static_sizes(self.train.split, options.batch_size, options.seed, self.distributed)
+            sizes = self.plan_sizes()
         trained = {id(parameter) for parameter in self.state.parameters}
         parameters = {name: value for name, value in self.loss_module.named_parameters() if id(value) in trained}
         return FastPath(
@@ -109,6 +111,22 @@ class Trainer:
             self.precision,
             self.distributed,
         )
+
+    def plan_sizes(self) -> list[StaticSize]:
+        """Return the sizes of the static batches of CUDA graphs."""
+        options = self.options
+        if self.objective.prepares:  # it samples captions of the photos
+            return plan_sampled_sizes(
+                self.train.split, options.batch_size, options.samples, options.seed, self.distributed
+            )
+        return plan_static_sizes(self.train.split, options.batch_size, options.seed, self.distributed)
+
+    def make_decoding_graphs(self) -> DecodingGraphs | None:
+        """Return what generates captions in CUDA graphs, which share their memory with those of training."""
+        options = self.options
+        if self.device.type != "cuda" or not (options.fast_path and options.cuda_graphs):
+            return None
+        return DecodingGraphs(self.fast_path.graphs.capture if self.fast_path else None)
 
     # ---- epochs
 
@@ -181,7 +199,10 @@ class Trainer:
                     self.log_step(log, meter, len(plan), mean)
                     if save_due and not finished:
                         self.save_last(stop)
-        return {f"train_{self.objective.quantity}": progress.mean(), **meter.metrics()}
+        metrics = {f"train_{self.objective.quantity}": progress.mean(), **meter.metrics()}
+        if self.fast_path:
+            metrics["batches_without_graph"] = self.fast_path.batches_without_graph
+        return metrics
 
     def start_epoch(self) -> list[Update]:
         """Set the epoch and the modules' modes. Returns the epoch's updates, a function of seed and epoch."""
@@ -251,7 +272,7 @@ class Trainer:
         self.failures.add(batch.failures)
         weights = self.loss_weights(batch, update)
         if self.fast_path:
-            loss = self.fast_path(batch, weights)
+            loss = self.fast_path(self.prepare(batch), weights)
             if last:
                 self.fast_path.sum_gradients()
         else:
@@ -261,6 +282,13 @@ class Trainer:
         if last:
             self.optimizer_step()
         return loss
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Do the objective's work on the CPU before the fast path runs, and proves itself on, the rest."""
+        if not self.objective.prepares:
+            return batch
+        with autocast(self.device, self.precision):
+            return self.loss_module.prepare(batch.to(self.device, self.precision))
 
     def loss_weights(self, batch: Batch, update: Update) -> LossWeights:
         """The batch's fractions of its update; times the processes where gradients are averaged, not added up."""
@@ -333,7 +361,8 @@ class Trainer:
     def validate(self, stop: StopRequest) -> dict:
         """Return the metrics of the val split: see captioning/training/validation.py."""
         split = self.val.split
-        plan = self.distributed.shard(plan_batches(split, VALIDATION_BATCH_SIZE, range(len(split))))
+        batch_size = validation_batch_size(split, len(self.state.vocabulary), self.device, self.distributed.size)
+        plan = self.distributed.shard(plan_batches(split, batch_size, range(len(split))))
         batches = self.load(self.val, plan)
         bar = self.progress_bar(batches, total=len(plan), desc="validate", unit="batch", leave=False)
         return self.validation.run(self.loss_module, self.precision, bar, self.state.progress.epoch + 1, stop)
