@@ -228,8 +228,8 @@ def test_a_compiled_encoder_gives_the_same_features_and_is_compiled_once(monkeyp
     with torch.inference_mode():
         eager = encoder(photos(4)).cells
         assert encoder.compile_for(4, torch.float32) > 0
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        compiled, fewer = encoder(photos(4)).cells, encoder(photos(4)[:3]).cells
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled, fewer = encoder(photos(4)).cells, encoder(photos(4)[:3]).cells
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fewer, eager[:3], rtol=1e-5, atol=1e-5)
     assert list(encoder.state_dict()) == names
