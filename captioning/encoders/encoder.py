@@ -214,7 +214,7 @@ class Encoder(nn.Module):
 
 
 def _list_layers(names: list[str]) -> str:
-    """The layers in the names of parameters, such as "conv1, blocks.0 to blocks.11, norm"."""
+    """The layers in the names of parameters, such as "conv1, blocks (.0 to .11), norm"."""
     layers: dict[str, list[int]] = {}
     for name in names:
         layer, _, rest = name.partition(".")
@@ -222,4 +222,4 @@ def _list_layers(names: list[str]) -> str:
         numbers = layers.setdefault(layer, [])
         if number.isdigit():
             numbers.append(int(number))
-    return ", ".join(f"{k}.{min(v)} to {k}.{max(v)}" if v else k for k, v in layers.items())
+    return ", ".join(f"{k} (.{min(v)} to .{max(v)})" if v else k for k, v in layers.items())

@@ -856,7 +856,8 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "a layer that is not there",
         None,
         TRAIN + f" --fine-tune {ENCODER} --weights random --unfreeze-from layer9",
-        "--unfreeze-from layer9: resnet18.layer2 has only conv1, bn1, layer1, layer2; give one of them, or all",
+        "--unfreeze-from layer9: resnet18.layer2 has only conv1, bn1, layer1 (.0 to .1), layer2 (.0 to .1); "
+        "give one of them, or all",
     ),
     (
         "a dashboard without http://",
