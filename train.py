@@ -40,6 +40,7 @@ from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
 def main(config: Train, distributed: DistributedContext = SINGLE) -> None:
     """Train a new run, or resume one. Raises UserError."""
+    config = config.for_device(pick_device(config.device).type)
     saved = load_for_resume(config.folder, as_plain_data(config))
     if len(set(distributed.all_gather(saved is None))) > 1:
         raise UserError(f"{config.folder}: not visible to all processes; put it on a disk that all machines share")
@@ -101,6 +102,7 @@ def load_weights(trainer: Trainer, config: Train, saved: dict | None, start: dic
 
 def work(config: Train) -> None:
     """`main` on all processes of the job, with the run locked."""
+    config = config.for_device(pick_device(config.device).type)
     remedy = (
         f"lower --batch-size, now {config.batch_size}, and raise --grad-accumulation, now {config.grad_accumulation}; "
         + ("give --checkpoint-activations" if config.fine_tune else "or give --features-on ram or disk")

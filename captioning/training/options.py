@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from captioning.decoders import DECODERS
 from captioning.errors import UserError
@@ -19,6 +19,20 @@ else:  # the command line offers what is registered
     DecoderName = Literal[tuple(DECODERS)]
     ObjectiveName = Literal[tuple(OBJECTIVES)]
     ScheduleName = Literal[tuple(SCHEDULES)]
+
+
+Options = TypeVar("Options", bound="TrainingOptions")
+
+
+class BatchDefaults(NamedTuple):
+    """A batch size, and the learning rate that goes with it."""
+
+    batch_size: int  # captions
+    learning_rate: float
+
+
+PUBLISHED_BATCH = BatchDefaults(32, 4e-4)  # of the published recipe of soft attention
+GPU_BATCH = BatchDefaults(512, 1.6e-3)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,9 @@ class TrainingOptions:
     features_on: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where the cached features are held during training
     quantize_features: bool = False  # hold them in 8 bits: half of float16; they change by 0.2 to 1 %
     epochs: int = 20  # at most
-    batch_size: int = 32  # captions, over all processes; all captions of a photo are in one batch
+    # captions, over all processes; all captions of a photo are in one batch (32; on a GPU, with cached features and
+    # cross entropy, 512)
+    batch_size: int | None = None
     grad_accumulation: int = 1  # batches per update: large batches in little memory
     embedding_size: int = 512  # of a word
     attention_size: int = 512  # of keys and queries
@@ -58,7 +74,7 @@ class TrainingOptions:
     samples: int = 5  # with --objective cider: captions sampled per photo
     # with --objective cider: the baseline of a reward: the mean of the photo's other samples, or its greedy caption
     baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
-    learning_rate: float = 4e-4  # of the decoder
+    learning_rate: float | None = None  # of the decoder (0.0004; with the 512 captions of a GPU 0.0016)
     weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
     schedule: ScheduleName = "step"  # of the learning rates; cosine: to 0 at --epochs
     warmup_epochs: float = 0.0  # epochs of linear warm-up
@@ -137,7 +153,8 @@ class TrainingOptions:
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         check_fractions(self, "allow_missing", "label_smoothing", "scheduled_sampling")
         for name in ("learning_rate", "encoder_learning_rate", "lr_decay"):
-            check(0 < getattr(self, name) < float("inf"), flag(name), getattr(self, name), "above 0")
+            value = getattr(self, name)
+            check(value is None or 0 < value < float("inf"), flag(name), value, "above 0")
         for name in ("dropout", "feature_dropout", "ema_decay", "drop_path"):
             check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
         for name in ("crop", "layer_decay"):
@@ -194,6 +211,13 @@ class TrainingOptions:
             raise UserError(
                 "--freeze-embeddings: not allowed with --tie-embeddings, which freezes the output layer too"
             )
+
+    def for_device(self: Options, device_type: str) -> Options:
+        """Return the settings with the batch size and learning rate of this kind of device, where none is given."""
+        fills_gpu = device_type == "cuda" and not self.fine_tune and self.objective == "cross-entropy"
+        defaults = GPU_BATCH if fills_gpu and self.batch_size is None else PUBLISHED_BATCH
+        missing = {name: value for name, value in defaults._asdict().items() if getattr(self, name) is None}
+        return replace(self, **missing)
 
     @property
     def folder(self) -> Path:

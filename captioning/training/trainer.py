@@ -59,7 +59,7 @@ class Trainer:
         device: torch.device,
         distributed: DistributedContext = SINGLE,
     ):
-        self.options = options
+        self.options = options = options.for_device(device.type)
         self.device = device
         self.distributed = distributed
         self.train = data.train
