@@ -69,10 +69,14 @@ class ExtractFeatures:
     """
 
     data: Positional[Path]  # folder made by python -m preprocess
-    encoder: str | None = None  # torchvision classifier (resnet101); NAME.LAYER ends earlier, such as resnet18.layer3
-    weights: str = "imagenet"  # imagenet (torchvision's), random, a state-dict file, or a run in checkpoints/
-    image_size: int | None = None  # pixels (256); photos are resized to this square
+    # torchvision classifier (resnet101), NAME.LAYER to end earlier, such as resnet18.layer3; or timm/NAME
+    encoder: str | None = None
+    # a state-dict file, random, or a run in checkpoints/; else those of the library (imagenet; timm: pretrained)
+    weights: str | None = None
+    image_size: int | None = None  # pixels (256, timm: of the weights); photos are resized to this square
     grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own grid (smaller; training is the same)
+    # what --decoder lstm reads: the mean of the cells (unless given), or the class token or attention pooling
+    pooled: Literal["mean", "class"] | None = None
     # of the stored features; uint8: half the size of float16, with a relative error of 0.2 to 1 %
     dtype: Literal["float16", "float32", "uint8"] = "float16"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the CNN's arithmetic

@@ -2,6 +2,7 @@
 
     python extract_features.py data/aic
     python extract_features.py data/aic --encoder mobilenet_v2 --weights FILE --grid native    (small, for a laptop)
+    python extract_features.py data/aic --encoder timm/vit_base_patch16_clip_224.openai        (docs/encoders.md)
 
     torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs write rows of one file)
 
@@ -28,16 +29,16 @@ from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, Transform
+from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
-    DEFAULT_IMAGE_SIZE,
     calibrate_batch_norm,
     encoder_file,
     encoder_from_checkpoint,
     load_encoder,
     read_encoder_checkpoint,
 )
+from captioning.encoders.protocol import default_transform, full_name
 from captioning.errors import PhotoError
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, describe_features, to_stored_rows
@@ -120,20 +121,21 @@ def prepare(
 def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
     """The encoder that the flags describe. One with random weights is calibrated once and stored with the features."""
     decoding = choose_decoding(config)
+    changes = {"scaled_decoding": config.scaled_decoding, "nvjpeg": config.nvjpeg}
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         stored = encoder_from_checkpoint(read_encoder_checkpoint(config.file))
-        transform = Transform(
-            config.image_size or DEFAULT_IMAGE_SIZE,
-            scaled_decoding=config.scaled_decoding,
-            nvjpeg=config.nvjpeg,
-            decoding=decoding,
+        name = full_name(config.encoder or DEFAULT_ENCODER)
+        requested = (
+            name,
+            "random",
+            replace(default_transform(name, config.image_size), decoding=decoding, **changes),
+            config.pooled or "mean",
         )
-        requested = (config.encoder or DEFAULT_ENCODER, "random", transform)
-        if (stored.name, stored.weights, stored.transform) == requested:
+        if (stored.name, stored.weights, stored.transform, stored.pooled) == requested:
             return stored
-    encoder = load_encoder(config.encoder, config.weights, config.image_size, decoding=decoding)
-    scaled_decoding = (config.scaled_decoding or encoder.transform.scaled_decoding) and not config.nvjpeg
-    encoder.transform = replace(encoder.transform, scaled_decoding=scaled_decoding, nvjpeg=config.nvjpeg)
+    encoder = load_encoder(config.encoder, config.weights, config.image_size, pooled=config.pooled, decoding=decoding)
+    changes["scaled_decoding"] |= encoder.transform.scaled_decoding and not config.nvjpeg
+    encoder.transform = replace(encoder.transform, **changes)
     if config.weights == "random":
         calibrate_batch_norm(encoder, paths, config.batch_size, config.workers)
     return encoder
@@ -232,8 +234,9 @@ def encode_batches(
         progress_bar.update(len(batch.failures))
         if batch.indices:
             with autocast(batch.photos.device, precision):
-                grid = encoder(batch.photos)
-            yield batch.indices, *to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
+                grid, class_vector = encoder.encode(batch.photos)
+            features, mean, *scales = to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
+            yield batch.indices, features, mean if class_vector is None else class_vector.float(), *scales
 
 
 def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:

@@ -123,6 +123,7 @@ class Captioner:
         with self._encoder_lock:
             if self._encoder is None:
                 encoder = encoder_from_checkpoint(self._checkpoint)
+                encoder.for_attention = self.decoder.uses_attention
                 self._encoder = encoder.to(self.device).eval().requires_grad_(False)
             return self._encoder
 

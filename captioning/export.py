@@ -157,7 +157,8 @@ def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format
     return {
         "encoder": captioner.encoder.name,
         "decoder": captioner.decoder_name,
-        "photo": "upright, RGB, resized to image_size x image_size by Pillow's resize with BILINEAR; no normalisation",
+        "photo": "upright, RGB, resized to image_size x image_size by Pillow with `interpolation`; no normalisation",
+        "interpolation": transform.interpolation,
         "decoding": transform.decoding,  # if not pillow, Kantu resized with torch: two grey levels away at most
         "image_size": transform.image_size,
         "scaled_decoding": transform.scaled_decoding,  # if true, Pillow's draft(None, twice image_size) comes first

@@ -33,7 +33,8 @@ class Captioner:
             if self.description["scaled_decoding"]:
                 photo.draft(None, (2 * size, 2 * size))
             upright = ImageOps.exif_transpose(photo).convert("RGB")
-        return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        interpolation = Image.Resampling[self.description["interpolation"].upper()]
+        return np.asarray(upright.resize((size, size), interpolation)).transpose(2, 0, 1)
 
     def generate(self, photos):
         """Greedy decoding: photos (B, 3, S, S) uint8 -> the word ids of each, without <start> and <end>."""

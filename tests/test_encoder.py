@@ -14,6 +14,7 @@ from captioning.encoders import ENCODER_FAMILIES
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Transform
 from captioning.encoders.loading import calibrate_batch_norm, encoder_from_checkpoint, load_encoder
+from captioning.encoders.protocol import EncoderFamily
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import read_checkpoint, save_checkpoint, state_sha256
 from captioning.runtime.meter import peak_resident_memory
@@ -81,13 +82,13 @@ def test_an_unsuitable_encoder_is_refused_in_one_line(name, message):
     assert "\n" not in str(error.value)
 
 
-class TinyFamily:
+class TinyFamily(EncoderFamily):
     """An encoder family with one network."""
 
-    def build(self, name):
+    def build(self, name, options):
         return nn.Sequential(nn.Conv2d(3, 4, 32, stride=32))
 
-    def imagenet_weights(self, name):
+    def published_weights(self, name, options):
         return {"0.weight": torch.ones(4, 3, 32, 32), "0.bias": torch.zeros(4), "classifier.weight": torch.ones(1)}
 
 
@@ -227,8 +228,8 @@ def test_a_compiled_encoder_gives_the_same_features_and_is_compiled_once(monkeyp
     with torch.inference_mode():
         eager = encoder(photos(4)).cells
         assert encoder.compile_for(4, torch.float32) > 0
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        compiled, fewer = encoder(photos(4)).cells, encoder(photos(4)[:3]).cells
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled, fewer = encoder(photos(4)).cells, encoder(photos(4)[:3]).cells
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fewer, eager[:3], rtol=1e-5, atol=1e-5)
     assert list(encoder.state_dict()) == names

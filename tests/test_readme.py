@@ -100,6 +100,31 @@ def calibrate(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def make_timm_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow CLIP, whose weights are in the hub's cache, and a file with the weights of an EfficientNet."""
+    timm = pytest.importorskip("timm")
+    hub = pytest.importorskip("huggingface_hub")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    name = "vit_base_patch16_clip_quickgelu_224"
+    create = timm.create_model
+    small = {"embed_dim": 16, "depth": 12, "num_heads": 1}
+
+    def create_small(full_name, **settings):
+        return create(full_name, **(small if full_name.startswith(name) else {}), **settings)
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    repository = timm.get_pretrained_cfg(f"{name}.openai").hf_hub_id
+    files = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    (files / "snapshots" / "0").mkdir(parents=True)
+    (files / "refs").mkdir()
+    (files / "refs" / "main").write_text("0")
+    save_file(timm.create_model(name).state_dict(), files / "snapshots" / "0" / "model.safetensors")
+    efficientnet = calibrate(timm.create_model("tf_efficientnet_lite2"))
+    torch.save(efficientnet.state_dict(), folder / "tf_efficientnet_lite2_imagenet.pth")
+
+
 @pytest.fixture
 def user_folder(tmp_path, monkeypatch):
     """A user's working folder with everything that the README tells them to download."""
@@ -135,6 +160,7 @@ def user_folder(tmp_path, monkeypatch):
         cache / models.ResNet101_Weights.IMAGENET1K_V1.url.rpartition("/")[2],
     )
     torch.save(calibrate(models.mobilenet_v2()).state_dict(), tmp_path / "mobilenet_v2_imagenet.pth")
+    make_timm_small(tmp_path, monkeypatch)
     return tmp_path
 
 

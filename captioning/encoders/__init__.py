@@ -11,5 +11,6 @@ ENCODER_FAMILIES = Registry(
     "--encoder: family",
     {
         "torchvision": "captioning.encoders.torchvision_backbone:TorchvisionFamily",
+        "timm": "captioning.encoders.timm_backbone:TimmFamily",
     },
 )

@@ -1,4 +1,4 @@
-"""The encoder: a CNN body from a family of encoders, applied to photos -> Grid.
+"""The encoder: a network from a family of encoders, applied to photos -> Grid.
 
 Letters: B photos, S pixels per side, C channels, h x w native cells (N = h w).
 """
@@ -8,57 +8,83 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from captioning.encoders import DEFAULT_FAMILY
 from captioning.encoders.activation_checkpointing import checkpoint_segments
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.encoders.images import Transform
-from captioning.encoders.protocol import find_family
+from captioning.encoders.protocol import BODY_PREFIX, BodyOptions, find_family, full_name
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import state_sha256
 from captioning.runtime.device import autocast
 from captioning.runtime.library_errors import reason
 
+Pooled = Literal["mean", "class"]
+BLANK_ERRORS = (RuntimeError, AssertionError, ValueError)  # of networks that photos of a size do not suit
+
 
 class Encoder(nn.Module):
-    """A CNN without its classification head, and the transform of its input. Created in eval mode.
+    """A network without its classification head, and the transform of its input. Created in eval mode.
 
-    name: of the CNN in its family, such as `resnet101`, or `resnet101.LAYER` to truncate it after a layer.
+    name: of the network in its family, such as `resnet101`, `resnet101.LAYER` to truncate it after a layer, or
+    `timm/NAME`.
     weights: their source, for messages and files; this class does not load them (see loading.py).
+    pooled: what a decoder without attention reads: the mean of the cells, or the class token or attention pooling.
+    drop_path: probability that training skips the last residual branch of a photo.
     Raises UserError for an unknown name.
     """
 
-    def __init__(self, name: str, weights: str, transform: Transform):
+    def __init__(self, name: str, weights: str, transform: Transform, pooled: Pooled = "mean", drop_path: float = 0.0):
         super().__init__()
-        self.name = name.removeprefix(f"{DEFAULT_FAMILY}/")
+        self.name = full_name(name)
         self.weights = weights
         self.transform = transform
+        self.pooled = pooled
+        self.body_options = BodyOptions(transform.image_size, pooled == "class", drop_path)
         family, name_in_family = find_family(self.name)
-        self.body = family.build(name_in_family)
+        self.body = family.build(name_in_family, self.body_options)
         self.segments: tuple[nn.Module, ...] = ()  # of the body, for activation checkpointing
         self.compiled_batch_size = 0  # smaller batches are padded to it, since another size would recompile the body
+        self.for_attention = True  # False: a decoder without attention reads the grids
         self.eval()  # BatchNorm must keep its statistics
 
     def forward(self, photos: Tensor) -> Grid:
-        """Photos (B, 3, S, S) uint8 -> their Grid. Under autocast its cells have the lower precision."""
-        features = self._check_spatial(self._run_body(self.transform.normalise(photos)))  # (B, C, h, w)
-        height, width = features.shape[2:]
-        cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C), no copy: the memory is channels-last
-        return Grid(cells, grid_pooling(height, width, cells.device))
+        """Photos (B, 3, S, S) uint8 -> their Grid. Under autocast its cells have the lower precision.
 
-    def _run_body(self, photos: Tensor) -> Tensor:
-        # compiled_batch_size first: comparing len(photos) would fix the batch size of an export
-        if self.compiled_batch_size and len(photos) < self.compiled_batch_size:
-            padding = self.compiled_batch_size - len(photos)
-            padded = F.pad(photos, (0, 0) * 3 + (0, padding))
-            return self.body(padded)[: len(photos)]
-        if not (self.segments and torch.is_grad_enabled()):
-            return self.body(photos)
+        With pooled="class" and for_attention=False the grid has one cell, the class vector.
+        """
+        grid, class_vector = self.encode(photos)
+        if class_vector is None or self.for_attention:
+            return grid
+        return Grid(class_vector[:, None], grid_pooling(1, 1, photos.device))
+
+    def encode(self, photos: Tensor) -> tuple[Grid, Tensor | None]:
+        """Photos (B, 3, S, S) uint8 -> their Grid and, with pooled="class", class vectors (B, C)."""
+        features, class_vector = self._run_body(self.transform.normalise(photos))  # (B, C, h, w)
+        height, width = self._check_spatial(features).shape[2:]
+        cells = features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C), no copy: the memory is channels-last
+        return Grid(cells, grid_pooling(height, width, cells.device)), class_vector
+
+    def _run_body(self, photos: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised photos -> the map (B, C, h, w) and, with pooled="class", class vectors (B, C)."""
+        count = photos.shape[0]
+        # compiled_batch_size first: comparing the count would fix the batch size of an export
+        padded = self.compiled_batch_size > 0 and count < self.compiled_batch_size
+        if padded:
+            photos = F.pad(photos, (0, 0) * 3 + (0, self.compiled_batch_size - count))
+        outputs = self._run_segments(photos) if self.segments and torch.is_grad_enabled() else self.body(photos)
+        features, class_vector = outputs if self.body_options.class_vector else (outputs, None)
+        if padded:
+            features = features[:count]
+            class_vector = None if class_vector is None else class_vector[:count]
+        return features, class_vector
+
+    def _run_segments(self, photos: Tensor) -> Tensor:
         for segment in self.segments:
             photos = checkpoint(segment, photos, use_reentrant=False)
         return photos
@@ -71,10 +97,10 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def output_shape(self) -> tuple[int, int, int]:
-        """(h, w, C) of the native map. Raises UserError if photos of this size are too small for the CNN."""
+        """(h, w, C) of the native map. Raises UserError if photos of this size are too small for the network."""
         try:
-            features = self.body(self._blank_photos(torch.float32))
-        except RuntimeError as error:
+            features, _ = self._run_body(self._blank_photos(torch.float32))
+        except BLANK_ERRORS as error:
             size = self.transform.image_size
             raise UserError(f"--image-size {size}: too small for {self.name} ({reason(error)})") from None
         channels, height, width = self._check_spatial(features).shape[1:]
@@ -88,8 +114,12 @@ class Encoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Store only the activations between segments of the body; the backward pass recomputes those within.
 
-        Raises UserError if the body has no torch.fx graph to split.
+        Raises UserError if the body can do no such thing and has no torch.fx graph to split.
         """
+        body: Any = self.body
+        if hasattr(body, "checkpoint_activations"):
+            body.checkpoint_activations()
+            return
         if not isinstance(self.body, fx.GraphModule):
             raise UserError(f"--checkpoint-activations: {self.name} has no torch.fx graph; leave it out")
         self.segments = tuple(checkpoint_segments(self.body, self._blank_photos(torch.float32)))
@@ -119,28 +149,50 @@ class Encoder(nn.Module):
     def unfreeze(self, from_layer: str | None) -> list[nn.Parameter]:
         """Enable gradients for the body's layers from `from_layer` on -> their parameters.
 
-        None: from layer2 on in a ResNet, else all layers. Raises UserError for an unknown layer.
+        None: from layer2 on in a ResNet, else all. Raises UserError for an unknown layer.
         """
-        names = [name for name, _ in self.body.named_parameters()]
+        names = self._parameter_names()
         if from_layer is None:
             from_layer = "layer2" if any(name.startswith("layer2.") for name in names) else "all"
         inside = [i for i, name in enumerate(names) if from_layer == "all" or f"{name}.".startswith(f"{from_layer}.")]
         if not inside:
-            layers = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
-            raise UserError(f"--unfreeze-from {from_layer}: {self.name} has only {layers}; give one of them, or all")
+            raise UserError(
+                f"--unfreeze-from {from_layer}: {self.name} has only {_list_layers(names)}; give one of them, or all"
+            )
         for i, parameter in enumerate(self.body.parameters()):
             parameter.requires_grad_(i >= inside[0])
         return [parameter for parameter in self.body.parameters() if parameter.requires_grad]
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The trained parameters by depth, for layer-wise learning rates: first those next to the photo.
+
+        Raises UserError if the family does not know the depths.
+        """
+        body: Any = self.body
+        if not hasattr(body, "layer_depths"):
+            raise UserError(f"--layer-decay: requires a timm/ encoder, not {self.name}; leave it out")
+        depths = body.layer_depths()
+        layers: list[list[nn.Parameter]] = [[] for _ in range(max(depths.values()) + 1)]
+        for name, parameter in self.body.named_parameters():
+            if parameter.requires_grad:
+                layers[depths[name]].append(parameter)
+        return layers
+
+    def _parameter_names(self) -> list[str]:
+        """The names of the body's parameters as its library knows them."""
+        return [name.removeprefix(BODY_PREFIX) for name, _ in self.body.named_parameters()]
+
     def train_mode(self, batch_norm: bool) -> None:
         """Prepare for training.
 
-        batch_norm: update BatchNorm's statistics, as a body trained from scratch needs; else keep ImageNet's.
+        batch_norm: update BatchNorm's statistics, as a body trained from scratch needs; else keep those it has.
         """
         self.eval()
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(batch_norm)
+            elif type(module).__name__ == "DropPath":  # timm's: with --drop-path it skips branches at random
+                module.train()
 
     def recipe(self) -> dict:
         """Everything that determines the features, as plain data for feature files and checkpoints."""
@@ -149,12 +201,25 @@ class Encoder(nn.Module):
             "weights": self.weights,
             "sha256": state_sha256(self.body.state_dict()),
             "transform": self.transform.to_dict(),
+            "pooled": self.pooled,
         }
 
     def to_checkpoint(self) -> dict:
         """The recipe and the state dict.
 
-        "state" is None for published ImageNet weights: name and sha256 identify them.
+        "state" is None for torchvision's ImageNet weights: name and sha256 identify them.
         """
         state = None if self.weights == "imagenet" else self.body.state_dict()
         return {**self.recipe(), "state": state}
+
+
+def _list_layers(names: list[str]) -> str:
+    """The layers in the names of parameters, such as "conv1, blocks (.0 to .11), norm"."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        layer, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        numbers = layers.setdefault(layer, [])
+        if number.isdigit():
+            numbers.append(int(number))
+    return ", ".join(f"{k} (.{min(v)} to .{max(v)})" if v else k for k, v in layers.items())

@@ -161,7 +161,7 @@ def decode_files(
         if jpeg is None:
             rejected.append(index)
         else:
-            photos[index] = resize(jpeg, transform.image_size)
+            photos[index] = resize(jpeg, transform.image_size, transform.interpolation)
     fallback = read_photos(paths, rejected, transform)
     for batch in (files.decoded, fallback):
         photos |= zip(batch.indices, batch.photos.to(device, non_blocking=True), strict=True)

@@ -1,7 +1,7 @@
 """Photo decoding and the transform that turns a photo into a tensor, for extraction, training and captioning.
 
-The transform resizes the whole photo to a square (bilinear, antialiased), scales RGB to 0..1 and normalises it with
-ImageNet's mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
+The transform resizes the whole photo to a square (antialiased), scales RGB to 0..1 and normalises it with the encoder's
+mean and standard deviation. Worker processes return uint8; normalisation runs on the device.
 
 `Transform.decoding` names who decodes and resizes. Pillow reads every header. Of the pixels, simplejpeg decodes plain
 JPEGs and Pillow everything else; both use libjpeg-turbo and return the same bytes. torch resizes with integer weights,
@@ -59,6 +59,7 @@ class Transform:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     scaled_decoding: bool = False  # decode JPEGs of at least four times the size at 1/2, 1/4 or 1/8 of it
     nvjpeg: bool = False  # extraction decodes JPEGs on the GPU (encoders/gpu_decoding.py); nothing else does
+    interpolation: str = "bilinear"  # of the resize: bilinear or bicubic, antialiased
     decoding: str = SIMPLEJPEG_AND_TORCH  # who decodes and resizes
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class Transform:
     def resize(self, photo: DecodedPhoto) -> Tensor:
         """A decoded photo -> (3, S, S) uint8, in channels-last memory."""
         resize = resize_with_pillow if self.decoding == PILLOW else resize_with_torch
-        return resize(photo, self.image_size)
+        return resize(photo, self.image_size, self.interpolation)
 
     def normalise(self, photos: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> float32 on the same device, in channels-last memory format."""

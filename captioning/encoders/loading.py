@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from captioning.encoders.encoder import Encoder
+from captioning.encoders.encoder import Encoder, Pooled
 from captioning.encoders.images import SIMPLEJPEG_AND_TORCH, Transform, photo_batches, split_batches
-from captioning.encoders.protocol import find_family
+from captioning.encoders.protocol import default_transform, find_family, full_name
+from captioning.encoders.weight_files import fit_weights, read_state_dict
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import (
     checkpoint_errors,
     load_checkpoint,
-    load_tensors,
     read_checkpoint,
     state_sha256,
 )
 
 DEFAULT_ENCODER = "resnet101"
-DEFAULT_IMAGE_SIZE = 256  # pixels per side
+PUBLISHED = ("imagenet", "pretrained")  # what families call their published weights
 CALIBRATION_PHOTOS = 256
 
 
@@ -30,44 +31,53 @@ def load_encoder(
     weights: str | None,
     image_size: int | None,
     seed: int = 0,
+    pooled: Pooled | None = None,
+    drop_path: float = 0.0,
     decoding: str = SIMPLEJPEG_AND_TORCH,
 ) -> Encoder:
-    """An encoder from the flags --encoder, --weights and --image-size; None selects the default.
+    """An encoder from the flags --encoder, --weights, --image-size, --pooled and --drop-path; None selects the default.
 
-    weights: "imagenet" (default), "random", a state-dict file, or a run, which determines all of them and decoding.
-    Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
+    weights: "imagenet" (torchvision) or "pretrained" (timm), "random", a state-dict file, or a run, which determines
+    encoder and decoding. Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
     Raises UserError if a name, a file or a run is unknown or damaged.
     """
-    weights = weights or "imagenet"
-    if weights not in ("imagenet", "random") and _is_run(Path(weights)):
+    if weights and weights not in (*PUBLISHED, "random") and _is_run(Path(weights)):
         run = load_checkpoint(Path(weights))
-        if name or image_size:
-            raise UserError(f"--weights {weights}: a run has its own --encoder and --image-size; leave those out")
-        return encoder_from_checkpoint(run, weights)
+        if name or image_size or pooled:
+            raise UserError(
+                f"--weights {weights}: a run has its own --encoder, --image-size and --pooled; leave those out"
+            )
+        return encoder_from_checkpoint(run, weights, drop_path)
+    name = full_name(name or DEFAULT_ENCODER)
+    family, _ = find_family(name)
+    weights = weights or family.published
+    if weights in PUBLISHED and weights != family.published:
+        raise UserError(f"--weights {weights}: the published weights of {name} are --weights {family.published}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(
-            name or DEFAULT_ENCODER, weights, Transform(image_size or DEFAULT_IMAGE_SIZE, decoding=decoding)
-        )
-    if weights == "imagenet":
-        _load_imagenet_weights(encoder)
+        transform = replace(default_transform(name, image_size), decoding=decoding)
+        encoder = Encoder(name, weights, transform, pooled or "mean", drop_path)
+    if weights == family.published:
+        _load_published_weights(encoder)
     elif weights != "random":
-        encoder.body.load_state_dict(_select_body_weights(_read_state_dict(Path(weights)), encoder, weights))
+        _load_weights(encoder, read_state_dict(Path(weights)), weights)
     return encoder
 
 
-def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None) -> Encoder:
+def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None, drop_path: float = 0.0) -> Encoder:
     """The encoder stored in a checkpoint. weights: replaces the recorded source of its weights.
 
     Raises UserError if the checkpoint is damaged, or its weights are no longer the same.
     """
     with checkpoint_errors("the run's encoder"):
         saved = checkpoint["encoder"]
-        encoder = Encoder(saved["name"], weights or saved["weights"], Transform.from_dict(saved["transform"]))
+        transform = Transform.from_dict(saved["transform"])
+        pooled = saved.get("pooled", "mean")  # absent in older checkpoints
+        encoder = Encoder(saved["name"], weights or saved["weights"], transform, pooled, drop_path)
         if saved["state"]:
             encoder.body.load_state_dict(saved["state"])
         else:
-            _load_imagenet_weights(encoder)
+            _load_published_weights(encoder)
         same = state_sha256(encoder.body.state_dict()) == saved["sha256"]
     if not same:
         raise UserError(f"{saved['name']}: its weights differ from those of the run; extract and train again")
@@ -102,57 +112,31 @@ def calibrate_batch_norm(encoder: Encoder, paths: Sequence[str], batch_size: int
     """Set BatchNorm's statistics from the first photos; without this the features of random weights may overflow."""
     encoder.output_shape()  # raises if the photos are too small
     photos = range(min(CALIBRATION_PHOTOS, len(paths)))
-    batches = photo_batches(paths, split_batches(photos, batch_size), encoder.transform, workers)
     norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
         norm.train()
-    for batch in batches:
+    batches = split_batches(photos, batch_size) if norms else []
+    for batch in photo_batches(paths, batches, encoder.transform, workers):
         if batch.indices:
             encoder(batch.photos)
     for norm in norms:
         norm.momentum = 0.1
         norm.eval()
-    print(f"--weights random: {encoder.name} is untrained; its BatchNorm is calibrated on {len(photos)} photos")
+    calibrated = f"; its BatchNorm is calibrated on {len(photos)} photos" if norms else ""
+    print(f"--weights random: {encoder.name} is untrained{calibrated}")
 
 
 def _is_run(path: Path) -> bool:
     return path.is_dir() or path.name in ("best.pt", "last.pt")
 
 
-def _load_imagenet_weights(encoder: Encoder) -> None:
+def _load_published_weights(encoder: Encoder) -> None:
     family, name = find_family(encoder.name)
-    state = family.imagenet_weights(name)
-    encoder.body.load_state_dict(_select_body_weights(state, encoder, "imagenet"))
+    _load_weights(encoder, family.published_weights(name, encoder.body_options), family.published)
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(
-            f"--weights {path}: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN"
-        )
-    saved = load_tensors(path, "a state dict that can be read safely", "save model.state_dict() there")
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"--weights {path}: holds no state dict; save model.state_dict() there")
-    # DistributedDataParallel adds "module." to each key.
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _select_body_weights(state: dict[str, Tensor], encoder: Encoder, source: str) -> dict[str, Tensor]:
-    """The entries of a classifier's state dict that the body has, in the body's types.
-
-    Raises UserError if one is missing or has another shape.
-    """
-    selected = {}
-    for key, current in encoder.body.state_dict().items():
-        if key in state and state[key].shape == current.shape:
-            selected[key] = state[key].to(current.dtype)
-        elif key not in state and key.endswith("num_batches_tracked"):  # absent in files from before torch 0.4.1
-            selected[key] = current
-        else:
-            found = f"shape {tuple(state[key].shape)}, not {tuple(current.shape)}" if key in state else "missing"
-            message = f"--weights {source}: not of {encoder.name} ({key}: {found}); give the --encoder they belong to"
-            raise UserError(message)
-    return selected
+def _load_weights(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
+    family, _ = find_family(encoder.name)
+    encoder.body.load_state_dict(fit_weights(state, family, encoder.body, encoder.name, source))

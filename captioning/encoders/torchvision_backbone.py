@@ -10,26 +10,34 @@ activation checkpointing needs one that returns a tensor.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, fx, nn
 from torchvision import models
 
+from captioning.encoders.protocol import BodyOptions, EncoderFamily, no_class_vector, suggest
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import defer_signals
 
 POOLINGS = ("adaptive_avg_pool2d", "mean")  # the functions and methods that torchvision's classifiers pool with
 TRANSFORMS_INPUT = ("inception_v3", "googlenet")  # their published weights expect inputs in -1..1
+OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
-class TorchvisionFamily:
+class TorchvisionFamily(EncoderFamily):
     """See captioning.encoders.protocol.EncoderFamily."""
 
-    def build(self, name: str) -> fx.GraphModule:
+    def build(self, name: str, options: BodyOptions) -> fx.GraphModule:
         """The truncated classifier `name`, or NAME.LAYER. Raises UserError like `truncate_classifier`."""
+        if options.class_vector:
+            raise no_class_vector(name)
+        if options.drop_path:
+            raise UserError(f"--drop-path {options.drop_path}: requires a timm/ encoder, not {name}; leave it out")
         return truncate_classifier(name)
 
-    def imagenet_weights(self, name: str) -> dict[str, Tensor]:
+    def published_weights(self, name: str, options: BodyOptions) -> dict[str, Tensor]:
         """The first ImageNet weights that torchvision published, which the papers use, from torch.hub's cache.
 
         Raises UserError if they cannot be downloaded.
@@ -40,6 +48,10 @@ class TorchvisionFamily:
         except OSError as error:
             message = f"{weights.url}: cannot be downloaded ({reason(error)}); download it and pass --weights FILE"
             raise UserError(message) from None
+
+    def convert(self, state: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
+        """Rename DenseNets' entries of before 2017, which torchvision's own files still have: norm.1 is norm1."""
+        return {OLD_DENSENET_NAME.sub(r"\1", name): value for name, value in state.items()}
 
 
 def truncate_classifier(name: str) -> fx.GraphModule:
@@ -59,10 +71,10 @@ def truncate_classifier(name: str) -> fx.GraphModule:
 
 
 def _build_classifier(model_name: str) -> nn.Module:
-    if model_name not in models.list_models(module=models):
-        raise UserError(
-            f"--encoder {model_name}: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16"
-        )
+    known = models.list_models(module=models)
+    if model_name not in known:
+        advice = suggest(model_name, known, "", "for example resnet101, mobilenet_v2, vgg16, or timm/NAME")
+        raise UserError(f"--encoder {model_name}: not a torchvision classifier; {advice}")
     extra = {"transform_input": True, "init_weights": True} if model_name in TRANSFORMS_INPUT else {}
     return models.get_model(model_name, weights=None, **extra).eval()
 

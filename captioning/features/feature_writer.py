@@ -26,8 +26,14 @@ from captioning.runtime.files import write_errors
 
 WRITE_REMEDY = "fix that and run the same command, or give --out elsewhere"
 QUEUE_SIZE = 4  # batches that wait for the disk; the writing thread may hold as many again
-# absent from files that older versions created
-LATER_ATTRIBUTES = {"scaled_decoding": False, "nvjpeg": False, "decoding": PILLOW}
+# Absent from files that older versions created
+LATER_ATTRIBUTES = {
+    "scaled_decoding": False,
+    "nvjpeg": False,
+    "decoding": PILLOW,
+    "interpolation": "bilinear",
+    "pooled": "mean",
+}
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -47,6 +53,8 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "scaled_decoding": transform.get("scaled_decoding", False),
         "nvjpeg": transform.get("nvjpeg", False),
         "decoding": transform.get("decoding", PILLOW),
+        "interpolation": transform.get("interpolation", "bilinear"),
+        "pooled": recipe.get("pooled", "mean"),
         "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all settings above
     }
 

@@ -1,12 +1,12 @@
 """The layout of features.h5.
 
     features (N, h, w, C) float16 or float32: 14x14 cells, or the CNN's own with --grid native; or uint8 codes of them
-    pooled   (N, C) float32: the mean of the 14x14 cells
+    pooled   (N, C) float32: the mean of the 14x14 cells; or class vectors, which the attribute `pooled` says
     scales   (N, h, w) float32: the scale of each cell; only with uint8 codes, which quantization.py defines
     images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
     done     (N,) uint8: 1 once the row is safely on disk
     attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision,
-        scaled_decoding, nvjpeg, decoding, torch; with uint8 codes: quantization
+        scaled_decoding, nvjpeg, decoding, interpolation, pooled, torch; with uint8 codes: quantization
 
 Every array is contiguous and allocated when the file is created, so its offset never changes. Any number of processes
 read and write rows at their offsets without a lock, and a kill cannot damage HDF5 metadata.

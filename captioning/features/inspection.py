@@ -74,7 +74,11 @@ def verify(reader: FeatureReader, ids: Sequence[str], paths: Sequence[str], devi
 
 
 def damaged_rows(reader: FeatureReader) -> np.ndarray:
-    """The done rows (M,) int64 that are not finite, or whose mean differs from the stored one. Reads every byte."""
+    """The done rows (M,) int64 that are not finite, or whose mean differs from the stored one. Reads every byte.
+
+    Rows with class vectors have no stored mean: those are damaged that are not finite, or zero everywhere.
+    """
+    has_mean = reader.attributes.get("pooled", "mean") == "mean"
     rows = np.flatnonzero(reader.done())
     _, height, width, _ = reader.arrays["features"].shape
     pooling = grid_pooling(height, width)
@@ -82,8 +86,12 @@ def damaged_rows(reader: FeatureReader) -> np.ndarray:
     damaged: list[int] = []
     for batch in tqdm(split_batches(rows, 64), desc="verify", unit="batch"):
         cells = reader.read_all_cells(batch)
-        difference = Grid(cells, pooling).mean() - torch.from_numpy(reader.read_stored(batch, "pooled"))
-        intact = difference.norm(dim=1) <= rounding * cells.abs().mean(1).norm(dim=1)  # False for NaN
+        pooled = torch.from_numpy(reader.read_stored(batch, "pooled"))
+        size = cells.abs().mean(1).norm(dim=1)
+        if has_mean:
+            intact = (Grid(cells, pooling).mean() - pooled).norm(dim=1) <= rounding * size  # False for NaN
+        else:
+            intact = (size > 0) & size.isfinite() & (pooled.norm(dim=1) > 0) & pooled.isfinite().all(1)
         damaged += batch[~intact.numpy()].tolist()
     return np.array(damaged, np.int64)
 

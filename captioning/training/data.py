@@ -83,6 +83,7 @@ def live_data(
     saved: the checkpoint that the run resumes from; start: the checkpoint of --start-from; see `live_encoder`.
     """
     encoder = live_encoder(options, train.paths, saved, start)
+    encoder.for_attention = DECODERS[options.decoder].uses_attention
     height, width, channels = encoder.output_shape()
     augments = options.flip or options.crop < 1
     augment = Augment(options.flip, options.crop, options.seed) if augments else None
@@ -102,11 +103,13 @@ def live_encoder(options: TrainingOptions, paths: Sequence[str], saved: dict | N
     paths: training photos, which calibrate the BatchNorm of an encoder with random weights.
     """
     if saved:
-        return encoder_from_checkpoint(saved)
+        return encoder_from_checkpoint(saved, drop_path=options.drop_path)
     if start:
-        encoder = encoder_from_checkpoint(start)
+        encoder = encoder_from_checkpoint(start, drop_path=options.drop_path)
     else:
-        encoder = load_encoder(options.encoder, options.weights, options.image_size, options.seed)
+        encoder = load_encoder(
+            options.encoder, options.weights, options.image_size, options.seed, drop_path=options.drop_path
+        )
     if encoder.weights == "random":
         calibrate_batch_norm(encoder, paths, CALIBRATION_BATCH_SIZE, options.workers or 0)
     encoder.weights = f"{encoder.weights}, fine-tuned in {options.folder}"

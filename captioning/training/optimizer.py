@@ -9,7 +9,7 @@ SCHEDULES (captioning/training/__init__.py), and add its settings to TrainingOpt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -45,14 +45,32 @@ def parameter_groups(trained: dict[str, Iterable[nn.Parameter]], weight_decay: f
 
     trained: the name of a learning-rate setting, such as "learning_rate" -> parameters. Frozen ones are left out.
     """
+    return [group for rate, parameters in trained.items() for group in _groups_of(parameters, rate, weight_decay)]
+
+
+def layer_decay_groups(
+    layers: Sequence[Iterable[nn.Parameter]], rate: str, weight_decay: float, layer_decay: float
+) -> list[dict]:
+    """Like `parameter_groups`, with the learning rate layer_decay^d of the d-th layer before the last.
+
+    Layer-wise learning-rate decay (Clark et al. 2020, https://arxiv.org/abs/2003.10555, appendix). layers: parameters
+    by depth, the last one next to the decoder. The last group has the full rate, so logs show that one.
+    """
     groups = []
-    for rate, parameters in trained.items():
-        trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        matrices = [parameter for parameter in trainable if parameter.ndim > 1]
-        vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
-        groups.append({"params": matrices, "rate": rate, "weight_decay": weight_decay})
-        groups.append({"params": vectors, "rate": rate, "weight_decay": 0.0})
+    for depth, parameters in enumerate(layers):
+        scale = layer_decay ** (len(layers) - 1 - depth)
+        groups += [group | {"scale": scale} for group in _groups_of(parameters, rate, weight_decay) if group["params"]]
     return groups
+
+
+def _groups_of(parameters: Iterable[nn.Parameter], rate: str, weight_decay: float) -> list[dict]:
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.ndim > 1]
+    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    return [
+        {"params": matrices, "rate": rate, "weight_decay": weight_decay},
+        {"params": vectors, "rate": rate, "weight_decay": 0.0},
+    ]
 
 
 def make_optimizer(groups: Iterable) -> torch.optim.Optimizer:

@@ -89,10 +89,12 @@ class TrainingOptions:
     max_length: int = 52  # words per caption: longer references are truncated, and samples and validation captions end
     fine_tune: bool = False  # train the encoder too, on the photos themselves
     encoder: str | None = None  # with --fine-tune and no --start-from: as in extract_features.py (resnet101)
-    weights: str | None = None  # with --fine-tune and no --start-from: as in extract_features.py (imagenet)
-    image_size: int | None = None  # with --fine-tune and no --start-from: pixels (256)
+    weights: str | None = None  # with --fine-tune and no --start-from: as in extract_features.py
+    image_size: int | None = None  # with --fine-tune and no --start-from: as in extract_features.py
     unfreeze_from: str | None = None  # first encoder layer to train (ResNets: layer2, others: all); a layer, or all
     encoder_learning_rate: float = 1e-4  # of the encoder
+    layer_decay: float = 1.0  # timm encoders: factor of the learning rate from a block (CNNs: stage) to the one before
+    drop_path: float = 0.0  # timm encoders: probability that the last residual branch of a photo is skipped in training
     checkpoint_activations: bool = False  # with --fine-tune: recompute activations of the encoder, to save memory
     flip: bool = False  # with --fine-tune: mirror photos at random, except where a caption says left or right
     crop: float = 1.0  # with --fine-tune: random crops keep at least this fraction of each side; 1 is off
@@ -153,9 +155,10 @@ class TrainingOptions:
         for name in ("learning_rate", "encoder_learning_rate", "lr_decay"):
             value = getattr(self, name)
             check(value is None or 0 < value < float("inf"), flag(name), value, "above 0")
-        for name in ("dropout", "feature_dropout", "ema_decay"):
+        for name in ("dropout", "feature_dropout", "ema_decay", "drop_path"):
             check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
-        check(0 < self.crop <= 1, "--crop", self.crop, "above 0 and at most 1")
+        for name in ("crop", "layer_decay"):
+            check(0 < getattr(self, name) <= 1, flag(name), getattr(self, name), "above 0 and at most 1")
 
     def _check_together(self) -> None:
         """Check settings that contradict one another."""
@@ -170,7 +173,9 @@ class TrainingOptions:
 
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")
-        live_flags = encoder_flags + non_default(self, "unfreeze_from", "checkpoint_activations", "flip", "crop")
+        live_flags = encoder_flags + non_default(
+            self, "unfreeze_from", "layer_decay", "drop_path", "checkpoint_activations", "flip", "crop"
+        )
         cache_flags = non_default(self, "features_on", "features", "quantize_features")
         if live_flags and not self.fine_tune:
             raise UserError(f"{live_flags[0]} requires --fine-tune; cached features fix the encoder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -18,7 +17,7 @@ from captioning.training.data import TrainingData
 from captioning.training.ema import EMA
 from captioning.training.loss_module import LossModule
 from captioning.training.objectives import Objective
-from captioning.training.optimizer import make_optimizer, parameter_groups
+from captioning.training.optimizer import layer_decay_groups, make_optimizer, parameter_groups
 from captioning.training.options import TrainingOptions
 from preprocess.vocabulary import Vocabulary
 
@@ -161,10 +160,9 @@ def build_run_state(
     decoder.embedding.weight.requires_grad_(not options.freeze_embeddings)
     loss_module = LossModule(data.encoder, decoder, objective, options.feature_dropout).to(device)
 
-    trained: dict[str, Iterable[nn.Parameter]] = {"learning_rate": decoder.parameters()}
+    groups = parameter_groups({"learning_rate": decoder.parameters()}, options.weight_decay)
     if data.encoder:
-        trained["encoder_learning_rate"] = unfreeze_encoder(data.encoder, options)
-    groups = parameter_groups(trained, options.weight_decay)
+        groups += encoder_groups(data.encoder, options)
     parameters = [parameter for group in groups for parameter in group["params"]]
     return RunState(
         options=options,
@@ -179,10 +177,13 @@ def build_run_state(
     )
 
 
-def unfreeze_encoder(encoder: Encoder, options: TrainingOptions) -> list[nn.Parameter]:
-    """Prepare a live encoder for training. Returns its trained parameters."""
+def encoder_groups(encoder: Encoder, options: TrainingOptions) -> list[dict]:
+    """Prepare a live encoder for training. Returns the optimizer's groups of its trained parameters."""
     default = "all" if options.weights == "random" else None
     parameters = encoder.unfreeze(options.unfreeze_from or default)
     if options.checkpoint_activations:
         encoder.checkpoint_activations()
-    return parameters
+    rate = "encoder_learning_rate"
+    if options.layer_decay == 1:
+        return parameter_groups({rate: parameters}, options.weight_decay)
+    return layer_decay_groups(encoder.layers(), rate, options.weight_decay, options.layer_decay)

@@ -253,7 +253,7 @@ class Trainer:
         epoch_end = progress.epoch + (progress.step + 1) / num_updates
         factor = learning_rate_factor(self.options, epoch_start, epoch_end)
         for group in self.state.optimizer.param_groups:
-            group["lr"] = factor * getattr(self.options, group["rate"])
+            group["lr"] = factor * group.get("scale", 1.0) * getattr(self.options, group["rate"])
 
     def train_update(self, update: Update, batches: Iterator[Batch], meter: Meter) -> list[PendingLoss]:
         """Make one update of the weights from its batches."""

@@ -579,7 +579,7 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "an unknown encoder",
         None,
         FRESH + " --encoder resnet9 --weights random",
-        "--encoder resnet9: not a torchvision classifier; for example resnet101, mobilenet_v2, vgg16",
+        "--encoder resnet9: not a torchvision classifier; did you mean resnet...",
     ),
     (
         "an unknown layer",
@@ -599,7 +599,8 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "no such weights",
         None,
         FRESH + " --weights none.pth",
-        "--weights none.pth: no such file or run; give imagenet, random, a state-dict file or checkpoints/RUN",
+        "--weights none.pth: no such file or run; give imagenet, pretrained, random, a state-dict file or "
+        "checkpoints/RUN",
     ),
     (
         "weights that are a text",
@@ -623,13 +624,14 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "weights of another encoder",
         save("x.pth", {"a": torch.zeros(1)}),
         FRESH + " --weights x.pth --encoder resnet18",
-        "--weights x.pth: not of resnet18 (conv1.weight: missing); give the --encoder they belong to",
+        "--weights x.pth: not of resnet18 (missing: conv1.weight, bn1.weight, bn1.bias and 97 more); give the "
+        "--encoder they belong to",
     ),
     (
         "a run's weights and an encoder",
         None,
         FRESH + " --weights checkpoints/att --encoder resnet18",
-        "--weights checkpoints/att: a run has its own --encoder and --image-size; leave those out",
+        "--weights checkpoints/att: a run has its own --encoder, --image-size and --pooled; leave those out",
     ),
     (
         "no such run for --weights",
@@ -854,7 +856,8 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "a layer that is not there",
         None,
         TRAIN + f" --fine-tune {ENCODER} --weights random --unfreeze-from layer9",
-        "--unfreeze-from layer9: resnet18.layer2 has only conv1, bn1, layer1, layer2; give one of them, or all",
+        "--unfreeze-from layer9: resnet18.layer2 has only conv1, bn1, layer1 (.0 to .1), layer2 (.0 to .1); "
+        "give one of them, or all",
     ),
     (
         "a dashboard without http://",
