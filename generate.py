@@ -153,6 +153,9 @@ def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) 
         rows = reader.rows_of(photo.id for photo in dataset)
         check_captions_complete(rows, path, len(reader.ids), config.allow_missing)
     if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
+        difference = reader.transform().differences(captioner.transform)
+        if difference:
+            print(f"{path}: made from other pixels than those of {config.run}: {difference}; captions may differ")
         return reader
     encoder = f"{reader.attributes['encoder']} ({reader.attributes['weights']})"
     mismatch = f"{path}: made by {encoder}, not by the encoder of {config.run}"

@@ -26,7 +26,7 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
-from captioning.encoders.images import DecodedPhoto, stack_photos, to_rgb
+from captioning.encoders.images import DecodedPhoto, Transform, stack_photos, to_rgb
 from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
@@ -64,6 +64,7 @@ class Captioner:
         self.encoder_precision = encoder_precision(precision, device)
         self.vocabulary = Vocabulary.from_dict(first["vocabulary"])
         self.encoder_sha256: str = first["encoder"]["sha256"]
+        self.transform = Transform.from_dict(first["encoder"]["transform"])
         self.decoder_name = " + ".join(checkpoint["decoder"]["name"] for checkpoint in checkpoints)
         decoders = [_load_decoder(checkpoint).to(device).eval() for checkpoint in checkpoints]
         self._set_hard_attention(decoders, hard_attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ import train
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
 from captioning.encoders.images import SignalSafeLoader, Transform, open_photo
-from captioning.encoders.loading import load_encoder
+from captioning.encoders.loading import encoder_file, load_encoder
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
 from captioning.runtime import command_line, signals
@@ -34,7 +35,7 @@ from captioning.training.trainer import Trainer
 from config import ExtractFeatures, Generate, Train
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
-from tests.small import ENCODER, QUICK, log_of, same, weights
+from tests.small import ENCODER, QUICK, TINY, log_of, same, weights
 from tests.torture.artefacts import EXTRACT
 from tests.torture.processes import exit_status, has_exited, start
 
@@ -480,6 +481,32 @@ def test_captions_are_not_generated_from_the_features_of_another_encoder(here, t
         "features.h5: made by resnet18.layer2 (random), not by the encoder of checkpoints/tuned; encoding the photos"
         in capsys.readouterr().out
     )
+
+
+def test_features_made_from_other_pixels_are_never_mixed_without_a_word(here, tmp_path, capsys):
+    """The same encoder, whose photos another library has decoded and resized."""
+    features = tmp_path / "pillow.h5"
+    shutil.copy("data/small/features.h5", features)
+    with h5py.File(features, "r+") as file:
+        file.attrs["decoding"] = np.bytes_(b"pillow")
+    encoder = torch.load(encoder_file(Path("data/small/features.h5")), weights_only=True)
+    encoder["encoder"]["transform"]["decoding"] = "pillow"
+    torch.save(encoder, encoder_file(features))
+    difference = "decoding simplejpeg+torch instead of pillow"
+
+    last = (Path("checkpoints/attention/last.pt")).read_bytes()
+    with pytest.raises(UserError) as error:
+        train.main(Train(Path("data/small"), "attention", features=features, resume=True, epochs=9, **TINY))
+    assert str(error.value) == (
+        f"checkpoints/attention: its features were made from other pixels than these: {difference}; give its own"
+    )
+    assert Path("checkpoints/attention/last.pt").read_bytes() == last
+
+    generate.main(Generate(Path("checkpoints/attention"), data=Path("data/small"), features=features, workers=0))
+    assert (
+        "pillow.h5: made from other pixels than those of checkpoints/attention: decoding pillow instead of "
+        "simplejpeg+torch; captions may differ"
+    ) in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten_or_resumed_by_mistake(here):

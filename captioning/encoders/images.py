@@ -101,6 +101,11 @@ class Transform:
         """The settings as plain data."""
         return asdict(self)
 
+    def differences(self, other: Transform) -> str:
+        """In words, how this transform differs from another one; empty if it does not."""
+        names = [name for name in self.to_dict() if getattr(self, name) != getattr(other, name)]
+        return ", ".join(f"{name} {getattr(self, name)} instead of {getattr(other, name)}" for name in names)
+
 
 @lru_cache
 def _channel_values(values: tuple[float, float, float], device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ Letters: N photos, B photos per batch, h x w cells, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from captioning.encoders.grid import Grid, grid_pooling, native_indices
+from captioning.encoders.images import Transform
 from captioning.errors import UserError
 from captioning.features.cached_grid import FeatureRows
 from captioning.features.hdf5_layout import read_layout
@@ -42,6 +44,11 @@ class FeatureReader:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # each process maps the file itself
+
+    def transform(self) -> Transform:
+        """How the photos became the encoder's input."""
+        names = {field.name for field in fields(Transform)}
+        return Transform.from_dict({name: value for name, value in self.attributes.items() if name in names})
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
         """The row of each photo, (N,) int64; -1 if the file does not hold it."""

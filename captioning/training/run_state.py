@@ -9,6 +9,7 @@ from torch import nn
 
 from captioning.decoders.factory import build_decoder, decoder_arguments, load_decoder
 from captioning.encoders.encoder import Encoder
+from captioning.encoders.images import Transform
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import checkpoint_errors
 from captioning.runtime.device import restore_rng, rng_state
@@ -99,7 +100,13 @@ class RunState:
 
     def restore(self, saved: dict) -> None:
         """Continue from a checkpoint of this run. Raises UserError if it does not fit, or is damaged."""
-        self.start_from(saved, str(self.options.folder))
+        source = str(self.options.folder)
+        self.start_from(saved, source)
+        difference = self._transform_difference(saved)
+        if difference:
+            raise UserError(
+                f"{source}: its features were made from other pixels than these: {difference}; give its own"
+            )
         with checkpoint_errors(self.options.folder / "last.pt"):
             self.optimizer.load_state_dict(saved["optimizer"])
             self.loss_module.objective.load_state_dict(saved["objective"])
@@ -137,6 +144,16 @@ class RunState:
                 f"{source}: was trained on another encoder ({found['name']}, {found['weights']}) than the features "
                 f"({expected['name']}, {expected['weights']}); extract features with its encoder"
             )
+
+    def _transform_difference(self, saved: dict) -> str:
+        """How the photos of the run's features were prepared differently from those of these features, in words."""
+        if not self.encoder_recipe:
+            return ""
+        with checkpoint_errors(str(self.options.folder)):
+            found, expected = (
+                Transform.from_dict(recipe["transform"]) for recipe in (saved["encoder"], self.encoder_recipe)
+            )
+        return found.differences(expected)
 
 
 def build_run_state(
