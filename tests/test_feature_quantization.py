@@ -93,8 +93,12 @@ def wrong(error):
     return lambda codes, scales, rows, dtype: dequantize_rows(codes, scales, rows, dtype) * (1 + error)
 
 
+class CompilationError(Exception):
+    """Derives from Exception alone, as Triton's own."""
+
+
 def broken(codes, scales, rows, dtype):
-    raise RuntimeError("an illegal instruction. More text")
+    raise CompilationError("an illegal instruction. More text")
 
 
 @pytest.mark.parametrize(
