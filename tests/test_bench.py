@@ -28,14 +28,10 @@ from preprocess.vocabulary import END
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.fixture(autouse=True)
-def bench_modules(monkeypatch):
-    """The benchmarks import one another, as Python lets scripts of one folder do."""
-    monkeypatch.syspath_prepend(BENCH)
-
-
 def bench(name):
-    """The module bench/NAME.py."""
+    """The module bench/NAME.py, which may import its neighbours, as Python lets scripts do."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
     path = BENCH / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
