@@ -214,6 +214,8 @@ def _outline(name: str, options: BodyOptions) -> _Outline:
         except BUILD_ERRORS as error:
             raise _size_error(name, size, error) from None
         cells, *vectors = outputs if options.class_vector else (outputs,)
+        if 0 in cells.shape:  # old versions of torch do not raise an error on the meta device
+            raise _size_error(name, size, ValueError("it is smaller than a cell"))
         if vectors and vectors[0].shape != cells.shape[:2]:
             raise no_class_vector(f"timm/{name}")
         sum(output.sum() for output in (cells, *vectors)).backward()
