@@ -1,5 +1,6 @@
 """A batch that is padded into a static batch and replayed, against the batch itself."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +111,24 @@ def test_the_largest_static_batch_is_captured_first_and_each_only_once():
         replayed(batch)
     assert [number for number, _ in runner.replays] == [2, 1, 0]
     assert len(captured) == 3
+
+
+def test_what_is_captured_of_batches_with_rewards_has_rewards_too():
+    """Without rewards, the objective would sample captions inside the capture, which waits for the GPU."""
+    held = [random_batch([3, 3], 1), random_batch([6] * 4, 2)]
+    _, _, runner = eager_and_replayed("attention", held)
+    rewarded = []
+
+    def backward(batch, weights):
+        rewarded.append(batch.rewards is not None and batch.advantages is not None)
+        return Loss(torch.zeros(()), torch.zeros(()))
+
+    runner.backward = backward
+    batch = replace(held[0], rewards=torch.ones(2), advantages=torch.ones(2))
+    static_batch = runner.fill(batch, LossWeights())
+    runner.run(static_batch)
+    assert len(runner.replays) == 2 and all(rewarded)
+    assert static_batch.batch.rewards.tolist() == [1, 1]
 
 
 def test_a_batch_that_no_static_batch_holds_is_not_filled_in():
@@ -229,8 +248,10 @@ class FakeGraph:
 
     def __init__(self, ends):
         self.ends = ends
+        self.calls = []
 
     def __call__(self, *arguments, **options):
+        self.calls.append(arguments)
         return self
 
     def __enter__(self):
@@ -242,6 +263,14 @@ class FakeGraph:
 
     def pool(self):
         return "pool"
+
+
+def use_fake_graphs(monkeypatch, ends=True):
+    graph = FakeGraph(ends)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    return graph
 
 
 @pytest.mark.parametrize(
@@ -266,9 +295,7 @@ class FakeGraph:
     ],
 )
 def test_a_failed_capture_reports_its_first_error(error, ends, raised, message, monkeypatch):
-    graph = FakeGraph(ends)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    use_fake_graphs(monkeypatch, ends)
 
     def work():
         raise error
@@ -278,15 +305,30 @@ def test_a_failed_capture_reports_its_first_error(error, ends, raised, message, 
     assert str(caught.value) == message
 
 
-def test_a_captured_graph_is_never_destroyed(monkeypatch):
-    graph = FakeGraph(ends=True)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+def test_no_graph_is_ever_destroyed_not_even_one_whose_work_failed(monkeypatch):
+    """With a graph, torch frees the cuBLAS workspaces of its stream, which other graphs still use."""
+
+    def fail():
+        raise ValueError
+
+    use_fake_graphs(monkeypatch)
     capture = GraphCapture()
     capture(lambda: 1)
+    with pytest.raises(CaptureError):
+        capture(fail)
     capture(lambda: 2)
-    assert capture.graphs == [graph, graph]
+    assert len(capture.graphs) == 3
     assert capture.pool == "pool"
+
+
+def test_each_capture_has_its_own_stream(monkeypatch):
+    """Its graphs may then be destroyed without those of another one, which live on."""
+    graph = use_fake_graphs(monkeypatch)
+    first, second = GraphCapture(), GraphCapture()
+    for capture in (first, first, second):
+        capture(lambda: 1)
+    streams = [arguments[2] for arguments in graph.calls if arguments]
+    assert streams[0] is streams[1] and streams[0] is not streams[2]
 
 
 # ---- on a GPU

@@ -247,6 +247,39 @@ def test_all_processes_use_the_same_way(slow):
     assert set(setup.problems()) == {BOTH, KERNELS}
 
 
+def test_too_little_memory_for_the_comparison_in_one_process_switches_off_the_fast_path_of_all(slow):
+    class OtherHasMemory(DistributedContext):
+        def all_gather(self, trials):
+            return [trials, [*map(Trial, (BOTH, GRAPHS, KERNELS)), Trial(PLAIN, seconds=8.0)]]
+
+    setup = Setup(distributed=OtherHasMemory())
+
+    def compute(backward):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    setup.gradients.compute = compute
+    setup.step()
+    assert setup.path.way == PLAIN
+    assert set(setup.problems()) == {BOTH, GRAPHS, KERNELS}
+
+
+def test_a_later_batch_that_cannot_be_captured_ends_the_run_with_one_line(slow):
+    setup = Setup(ways=[GRAPHS])
+    setup.path.graphs.sizes = [StaticSize(2, torch.tensor([4, 2]).numpy()), *setup.path.graphs.sizes]
+    setup.step()
+    assert setup.path.way == GRAPHS
+
+    def fail(work):
+        raise CaptureError("no memory for it")
+
+    setup.path.graphs.capture = fail
+    with pytest.raises(UserError) as caught:
+        setup.step([2, 2])
+    assert str(caught.value) == (
+        "a batch cannot be captured as a CUDA graph (no memory for it); continue with --resume and --no-cuda-graphs"
+    )
+
+
 # ---- without a trace
 
 

@@ -213,7 +213,7 @@ def test_a_static_batch_is_filled_with_rows_from_the_device_and_from_the_host(tm
     batch = make_batch(PlacedFeatures(source, ROWS, FeaturePlacement(7, 3, 4, ""), CPU), [6, 0, 3, 2])
     assert 0 < len(batch.photos.rows) < 4
     size = StaticSize(photos=8, batch_sizes=np.array([16, 16]))
-    static = StaticBatch(batch.photos, size, 0, CPU, torch.float32)
+    static = StaticBatch(batch, size, 0, CPU, torch.float32)
     static.fill(batch, LossWeights())
     expected = batch.to(CPU, torch.float32).photos
     assert torch.equal(static.grid.cells[:4], expected.cells) and not static.grid.cells[4:].any()

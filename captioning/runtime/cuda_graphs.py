@@ -27,12 +27,14 @@ class Capture(Protocol):
 class GraphCapture:
     """Captures work as CUDA graphs that share one memory pool, since they never run at the same time.
 
-    A graph is never destroyed while this object lives: with the last graph of a pool, its memory would go, and recent
-    versions of torch would also free cuBLAS workspaces that other graphs still use.
+    A graph is never destroyed while this object lives, not even one whose work failed: with the last graph of a pool,
+    its memory would go, and recent versions of torch would also free the cuBLAS workspaces of its stream, which other
+    graphs still use (https://github.com/pytorch/pytorch/issues/193402). The stream is therefore this object's own.
     """
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self.stream: Any = None
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
@@ -43,11 +45,12 @@ class GraphCapture:
         """
         gc.collect()  # autograd graphs still in reference cycles would tie their streams to the capture's
         graph = torch.cuda.CUDAGraph()
+        self.stream = self.stream or torch.cuda.Stream()
         failure: Exception | None = None
         result: T
         try:
             # thread_local: the prefetching thread may call CUDA during the capture
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 try:
                     result = work()
                 except Exception as error:  # raised below, once the capture has ended
@@ -63,12 +66,12 @@ class GraphCapture:
                 f"work cannot be captured as a CUDA graph ({reason(first)}), and the GPU is left in an unknown state; "
                 "run again with --no-cuda-graphs"
             ) from None
+        self.pool = self.pool or graph.pool()
+        self.graphs.append(graph)
         if isinstance(failure, torch.OutOfMemoryError):
             raise failure
         if failure is not None:
             raise CaptureError(reason(failure)) from failure
-        self.pool = self.pool or graph.pool()
-        self.graphs.append(graph)
 
         def replay() -> T:
             graph.replay()

@@ -21,7 +21,6 @@ from torch.nn.utils.rnn import PackedSequence
 from captioning.dataset.batches import Batch, epoch_order, plan_batches
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.encoders.grid import Grid
-from captioning.features.cached_grid import CachedGrid
 from captioning.runtime.cuda_graphs import Capture, GraphCapture
 from captioning.runtime.device import pin
 from captioning.runtime.distributed import SINGLE, DistributedContext
@@ -118,10 +117,8 @@ def _round_up(number: Any) -> Any:
 class StaticBatch:
     """A batch whose tensors keep their shapes and addresses."""
 
-    def __init__(
-        self, like: Grid | CachedGrid, size: StaticSize, number: int, device: torch.device, precision: torch.dtype
-    ):
-        """like: has the same N, C and pooling. number: of the size."""
+    def __init__(self, like: Batch, size: StaticSize, number: int, device: torch.device, precision: torch.dtype):
+        """like: has the same N, C and pooling, and is prepared by its objective or not. number: of the size."""
         self.size = size
         self.number = number
         self.num_words = int(size.batch_sizes.sum())
@@ -130,11 +127,14 @@ class StaticBatch:
         self.indices = torch.full((2 * self.num_words + captions,), UNKNOWN, device=device)
         words, targets, photo_index = self.indices.split([self.num_words, self.num_words, captions])
         photo_index.zero_()
-        cells = torch.zeros(size.photos, *like.shape[1:], dtype=precision, device=device)
+        assert not isinstance(like.photos, Tensor), "photos for a live encoder have no static batch"
+        cells = torch.zeros(size.photos, *like.photos.shape[1:], dtype=precision, device=device)
         packed = PackedSequence(words, torch.from_numpy(size.batch_sizes))
-        self.grid = Grid(cells, like.pooling.to(device))
+        self.grid = Grid(cells, like.photos.pooling.to(device))
         self.rewards = torch.zeros(2, captions, device=device)  # and advantages, of captions that were sampled
         self.batch = Batch(self.grid, packed, targets, photo_index, np.arange(size.photos))
+        if like.is_prepared:
+            self.batch.rewards, self.batch.advantages = self.rewards
         self.weight_values = torch.ones(len(LossWeights._fields), device=device)
         self.weights = LossWeights(*self.weight_values)
 
@@ -160,7 +160,6 @@ class StaticBatch:
         rewards[0, : batch.num_captions] = batch.rewards
         rewards[1, : batch.num_captions] = batch.advantages
         copy_async(self.rewards, rewards)
-        self.batch.rewards, self.batch.advantages = self.rewards
 
     def _packed_positions(self, batch_sizes: np.ndarray) -> Tensor:
         """(W,) int64: where each word of a batch packed with these batch sizes goes in this static batch's packing."""
@@ -208,8 +207,7 @@ class CudaGraphRunner:
         number = next((number for number, size in enumerate(self.sizes) if size.fits(batch)), None)
         if number is None:
             return None
-        assert not isinstance(batch.photos, Tensor), "photos for a live encoder have no static batch"
-        static_batch = self._static_batch(number, batch.photos)
+        static_batch = self._static_batch(number, batch)
         static_batch.fill(batch, weights)
         return static_batch
 
@@ -221,12 +219,12 @@ class CudaGraphRunner:
         # The graph of the largest batch comes first, so that the others fit into its memory.
         for number in (len(self.sizes) - 1, static_batch.number):
             if (number, variant) not in self.replays:
-                work = self._static_batch(number, static_batch.grid)
-                self.replays[number, variant] = self._capture(work)
+                captured = self._static_batch(number, static_batch.batch)
+                self.replays[number, variant] = self._capture(captured)
         loss = self.replays[static_batch.number, variant]()
         return Loss(loss.objective.clone(), loss.value.clone())  # the next replay overwrites them
 
-    def _static_batch(self, number: int, like: Grid | CachedGrid) -> StaticBatch:
+    def _static_batch(self, number: int, like: Batch) -> StaticBatch:
         if number not in self.static_batches:
             size = self.sizes[number]
             self.static_batches[number] = StaticBatch(like, size, number, self.device, self.precision)

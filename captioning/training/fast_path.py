@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from captioning.dataset.batches import Batch
 from captioning.decoders.fused_ops import kernels_unavailable, use_kernels
 from captioning.errors import UserError
-from captioning.runtime.cuda_graphs import Capture
+from captioning.runtime.cuda_graphs import Capture, CaptureError
 from captioning.runtime.device import restore_rng, rng_state, synchronize
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.runtime.library_errors import reason
@@ -157,7 +157,12 @@ class FastPath:
         """Add the gradients of a batch, on any device."""
         if self.is_due:
             self.prove(batch, weights)
-        return self.compute(self.way, batch, weights)
+        try:
+            return self.compute(self.way, batch, weights)
+        except CaptureError as error:  # of a size that no proof has used
+            raise UserError(
+                f"a batch cannot be captured as a CUDA graph ({error}); continue with --resume and --no-cuda-graphs"
+            ) from None
 
     def compute(self, way: Way, batch: Batch, weights: LossWeights) -> Loss:
         """Add the gradients of a batch in this way. A batch that no static batch holds runs without a graph."""
@@ -209,6 +214,13 @@ class FastPath:
         if work is None:
             return []
         ways = [self.way] if self.is_chosen else self.ways
+        trials = self._compare(ways, work)
+        if trials and not self.is_chosen:
+            trials = [self._time(trial, batch, weights) for trial in [*trials, Trial(PLAIN)]]
+        return trials
+
+    def _compare(self, ways: Sequence[Way], work: Callable[[Way, torch.dtype], Loss]) -> list[Trial]:
+        """A Trial of each way, not timed. Empty: plain gradients are not finite."""
         try:
             reference = self.gradients.compute(partial(work, PLAIN, torch.float32))
             plain = self.gradients.compute(partial(work, PLAIN, self.precision))
@@ -218,10 +230,7 @@ class FastPath:
         if not (reference.isfinite().all() and plain.isfinite().all()):
             return []
         plain_errors = self.gradients.errors(plain, reference)
-        trials = [self._try(way, work, reference, plain_errors) for way in ways]
-        if not self.is_chosen:
-            trials = [self._time(trial, batch, weights) for trial in [*trials, Trial(PLAIN)]]
-        return trials
+        return [self._try(way, work, reference, plain_errors) for way in ways]
 
     def _padded_work(self, batch: Batch, weights: LossWeights) -> Callable[[Way, torch.dtype], Loss] | None:
         """A function that computes the batch in a way and a precision, each time from the same random state.
