@@ -23,7 +23,7 @@ from captioning.decoders.word_vectors import load_word_vectors
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import load_checkpoint, load_for_resume
 from captioning.runtime.command_line import run
-from captioning.runtime.device import oom_as_user_error, pick_device
+from captioning.runtime.device import lost_gpu_as_user_error, oom_as_user_error, pick_device
 from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed, lost_process_is_stop
 from captioning.runtime.files import locked
 from captioning.runtime.log import Log
@@ -107,7 +107,9 @@ def work(config: Train) -> None:
         f"lower --batch-size, now {config.batch_size}, and raise --grad-accumulation, now {config.grad_accumulation}; "
         + ("give --checkpoint-activations" if config.fine_tune else "or give --features-on ram or disk")
     )
-    with init_distributed("continue with --resume") as distributed, oom_as_user_error(remedy):
+    resume = "continue with --resume"
+    lost_gpu = f"{resume}; if it happens again, add --no-fast-path"
+    with init_distributed(resume) as distributed, lost_gpu_as_user_error(lost_gpu), oom_as_user_error(remedy):
         with locked(config.folder, config.folder / ".lock", distributed.is_main):
             main(config, distributed)
 

@@ -175,12 +175,13 @@ def test_more_shapes_than_are_kept_run_without_graphs(monkeypatch):
     assert len(graphs.loops) == 1
 
 
-def test_what_cannot_be_captured_runs_without_graphs_and_one_line_says_so(capsys):
+@pytest.mark.parametrize("error", [CaptureError, torch.OutOfMemoryError])
+def test_what_cannot_be_captured_runs_without_graphs_and_one_line_says_so(capsys, error):
     attempts = []
 
     def capture(work):
         attempts.append(work)
-        raise CaptureError("no graph today")
+        raise error("no graph today")
 
     decoder, grid = make_sharp("attention")
     graphs = DecodingGraphs(capture)
@@ -272,6 +273,30 @@ def test_sampling_in_graphs_draws_the_captions_that_it_draws_without(variant, gr
         torch.manual_seed(seed)
         assert trimmed(sample(decoder, grid, 3, 9, greedy_first, graphs)) == trimmed(expected)
     assert len({tuple(caption) for photo in trimmed(expected) for caption in photo}) > 5
+
+
+def test_the_state_of_a_decoder_may_change_its_dtype_in_the_first_step():
+    """As in bfloat16 on a GPU, where cuDNN's recurrent networks compute in float16."""
+
+    class Narrow(torch.nn.Module):
+        def __init__(self, decoder):
+            super().__init__()
+            self.decoder = decoder
+
+        def init_state(self, grid):
+            return map_tensors(torch.Tensor.float, self.decoder.init_state(grid))
+
+        def step(self, words, state):
+            return self.decoder.step(words, map_tensors(torch.Tensor.double, state))
+
+    decoder, grid = make_sharp("lstm")
+    narrow = Narrow(decoder)
+    graphs = DecodingGraphs(Repeat())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = trimmed(sample(narrow, grid, 2, 11))
+        torch.manual_seed(seed)
+        assert trimmed(sample(narrow, grid, 2, 11, graphs=graphs)) == expected
 
 
 def test_sampled_captions_in_graphs_have_the_probabilities_and_attention_of_their_words():

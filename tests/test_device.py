@@ -5,6 +5,7 @@ import torch
 
 from captioning.encoders.gpu_decoding import FileBatch
 from captioning.encoders.images import PhotoBatch
+from captioning.errors import UserError
 from captioning.runtime import device
 
 CPU = torch.device("cpu")
@@ -50,6 +51,31 @@ def test_the_gpu_of_a_run_becomes_the_current_one(monkeypatch, name, local_rank,
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     assert device.pick_device(name) == torch.device("cuda", index)
     assert current[-1] == index
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the GPU: buy more"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "out of memory on the GPU: buy more"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory on the GPU: buy more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "out of memory: buy more"),
+        (
+            RuntimeError("CUDA error: device lost\nSearch"),
+            "the GPU failed (CUDA error: device lost); resume",
+        ),
+    ],
+)
+def test_a_gpu_without_memory_and_a_lost_one_are_one_line(error, message):
+    with pytest.raises(UserError) as caught:
+        with device.lost_gpu_as_user_error("resume"), device.oom_as_user_error("buy more"):
+            raise error
+    assert str(caught.value) == message
+
+
+def test_an_error_that_is_not_the_gpus_keeps_its_traceback():
+    with pytest.raises(RuntimeError), device.lost_gpu_as_user_error("resume"), device.oom_as_user_error("buy more"):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_where_page_locked_memory_is_denied_ordinary_memory_is_used_and_one_line_says_so(monkeypatch, capsys):

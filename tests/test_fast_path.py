@@ -14,7 +14,7 @@ from captioning.runtime.device import autocast
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.training import fast_path, trainer
 from captioning.training.cuda_graphs import StaticSize, plan_static_sizes
-from captioning.training.fast_path import PLAIN, FastPath, Trial, Way, obstacles, possible_ways
+from captioning.training.fast_path import PLAIN, FastPath, Trial, Way, common_obstacles, obstacles, possible_ways
 from captioning.training.objectives import CrossEntropy, Loss, LossWeights
 from captioning.training.self_check import ALIGNMENT, Gradients, judge
 from config import Train
@@ -407,6 +407,11 @@ def test_each_obstacle_to_the_fast_path_has_a_reason(changes, live, device, grap
     data = trainer.TrainingData(None, None, 8, 64, live, None)
     expected = {"cuda_graphs": graphs, "kernels": kernels}
     assert obstacles(options, torch.device(device), decoder, data) == expected
+
+
+def test_an_obstacle_of_one_process_is_one_of_all():
+    of_processes = [{"cuda_graphs": None, "kernels": None}, {"cuda_graphs": None, "kernels": "Triton does not work"}]
+    assert common_obstacles(of_processes) == {"cuda_graphs": None, "kernels": "Triton does not work"}
 
 
 # ---- whole runs

@@ -13,6 +13,9 @@ from torch import Tensor
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
 
+# of memory that CUDA and cuBLAS take for themselves: torch raises no OutOfMemoryError for it
+GPU_MEMORY_ERRORS = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 def pick_device(name: str) -> torch.device:
     """The device of this name. `auto` is the GPU if there is one. Each process of torchrun uses a different GPU.
@@ -110,9 +113,22 @@ def oom_as_user_error(remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on the GPU: {remedy}") from None
     except RuntimeError as error:
+        if any(phrase in str(error) for phrase in GPU_MEMORY_ERRORS):
+            raise UserError(f"out of memory on the GPU: {remedy}") from None
         if "allocate memory" not in str(error):
             raise
         raise UserError(f"out of memory: {remedy}") from None
+
+
+@contextlib.contextmanager
+def lost_gpu_as_user_error(remedy: str) -> Iterator[None]:
+    """Turn an error of the GPU, which this process cannot use after it, into a UserError that ends in `remedy`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA error"):
+            raise
+        raise UserError(f"the GPU failed ({reason(error)}); {remedy}") from None
 
 
 def synchronize(device: torch.device) -> None:

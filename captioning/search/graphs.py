@@ -23,6 +23,7 @@ from torch import Tensor
 
 from captioning.runtime.cuda_graphs import Capture, CaptureError, GraphCapture
 from captioning.runtime.device import restore_rng, rng_state
+from captioning.runtime.library_errors import reason
 from captioning.search.end_check import EndCheck
 
 STEPS_PER_BLOCK = 4
@@ -107,8 +108,8 @@ class DecodingGraphs:
         loop.restore(saved)
         try:
             replay = self.capture(work)
-        except CaptureError as error:
-            self._give_up(str(error))
+        except (CaptureError, torch.OutOfMemoryError) as error:
+            self._give_up(reason(error))
             return work()
         found = replay()
         different = _fraction_different(found, expected)

@@ -145,7 +145,10 @@ class _Sampler:
     def decode(self, grid: Grid, graphs: DecodingGraphs | None) -> list[_SampleStep]:
         """The steps of all captions of the grid."""
         samples = self.start(grid)
-        return self.run(samples) if graphs is None else graphs.run(self, samples, 0, len(grid))[0]
+        if graphs is None:
+            return self.run(samples)
+        samples, first_step = self.step(samples, 0)  # its state may have another dtype than the initial one
+        return [first_step, *graphs.run(self, samples, 1, len(grid))[0]]
 
     def start(self, grid: Grid) -> _Samples:
         """Before the first word."""

@@ -89,6 +89,11 @@ def obstacles(
     }
 
 
+def common_obstacles(of_processes: Sequence[dict[str, str | None]]) -> dict[str, str | None]:
+    """What is not used by one process is used by none: they compute each batch together."""
+    return {name: next(filter(None, (found[name] for found in of_processes)), None) for name in of_processes[0]}
+
+
 def _graph_obstacle(options: TrainingOptions, decoder: nn.Module) -> str | None:
     if not options.cuda_graphs:
         return "--no-cuda-graphs"

@@ -23,7 +23,7 @@ from captioning.runtime.signals import StopRequest
 from captioning.search.graphs import DecodingGraphs
 from captioning.training.cuda_graphs import StaticSize, plan_sampled_sizes, plan_static_sizes
 from captioning.training.data import TrainingData, load_batches
-from captioning.training.fast_path import FastPath, Trial, Way, obstacles, possible_ways
+from captioning.training.fast_path import FastPath, Trial, Way, common_obstacles, obstacles, possible_ways
 from captioning.training.objectives import Cider, Loss, LossWeights, Objective
 from captioning.training.optimizer import learning_rate_factor
 from captioning.training.options import TrainingOptions
@@ -71,7 +71,8 @@ class Trainer:
         self.decoder = self.loss_module.decoder
         self.objective = objective
         self.encoder_from_scratch = options.weights == "random"  # its BatchNorm statistics are trained
-        self.fast_path_obstacles = obstacles(options, device, self.decoder, data)
+        of_processes = distributed.all_gather(obstacles(options, device, self.decoder, data))
+        self.fast_path_obstacles = common_obstacles(of_processes)
         self.fast_path = self.make_fast_path()
         self.parallel_module = self.make_parallel()
         num_photos = len(self.train.split) + len(self.val.split)
@@ -324,9 +325,10 @@ class Trainer:
         Returns their mean, and whether to save a checkpoint now. Raises UserError if a loss is not finite.
         """
         sums = np.zeros(4)  # loss, words or captions it averages, captions, photos
-        for item in pending:
-            self.check_finite(item)
-            sums += float(item.loss.value) * item.averaged, item.averaged, item.captions, len(item.photos)
+        losses = torch.stack([torch.stack(item.loss) for item in pending]).tolist()  # in one copy from a GPU
+        for item, (objective, value) in zip(pending, losses, strict=True):
+            self.check_finite(objective, item)
+            sums += value * item.averaged, item.averaged, item.captions, len(item.photos)
         save_due = self.distributed.is_main and meter.seconds_since_save() > 60 * self.options.save_every
         loss_sum, count, captions, photos, num_stops, num_due = self.distributed.all_reduce(
             [*sums.tolist(), stop.requested, save_due]
@@ -339,9 +341,8 @@ class Trainer:
         meter.add(captions, photos, saved=saves)
         return loss_sum / count, saves
 
-    def check_finite(self, pending: PendingLoss) -> None:
+    def check_finite(self, loss: float, pending: PendingLoss) -> None:
         """Raise UserError, naming the photos, if the loss is not finite."""
-        loss = float(pending.loss.objective)
         if not np.isfinite(loss):
             ids = ", ".join(self.train.split.ids[index] for index in pending.photos[:8])
             self.abort(
