@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 from captioning.decoders import DECODERS, protocol
 from captioning.decoders.factory import build_decoder
@@ -147,6 +148,30 @@ def test_logits_and_gradients_equal_the_equations_word_by_word(variant):
     for (name, _), gradient, reference in zip(decoder.named_parameters(), *gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10, msg=name)
         assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant.startswith("lstm")])
+def test_a_recurrent_network_computes_in_float32_where_cudnn_would_in_float16(variant, monkeypatch):
+    """In bfloat16 on a GPU, autocast gives cuDNN float16, in which gradients that are not scaled underflow."""
+    decoder, grid, _, _, packed = make(variant)
+    decoder.float().eval()
+    grid = Grid(grid.cells.float(), grid.pooling.float())
+    monkeypatch.setattr("captioning.decoders.lstm.cudnn_takes_float16", lambda device_type: True)
+    seen = []
+    decoder.recurrent.register_forward_pre_hook(
+        lambda module, inputs: seen.append(
+            (torch.is_autocast_enabled("cpu"), {t.dtype for t in tree_leaves(inputs) if is_floating(t)})
+        )
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(grid, packed, PHOTO)
+        state = decoder.init_state(grid)
+        decoder.step(torch.ones(3, dtype=torch.long), state)
+    assert len(seen) == 4 and all(found == (False, {torch.float32}) for found in seen)
+
+
+def is_floating(leaf):
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

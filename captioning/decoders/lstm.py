@@ -8,6 +8,9 @@ V vocabulary size.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -53,12 +56,12 @@ class LstmDecoder(nn.Module):
     def init_state(self, grid: Grid) -> State:
         """The state after reading the photo, once for all its captions. per_caption: h (B, L, H), and c of an LSTM."""
         photo = self.norm(self.photo_projection(grid.mean()))  # (B, E)
-        _, memory = self.recurrent(photo[None])
+        _, memory = self._recur(photo[None])
         return State((), _to_per_caption(memory))
 
     def step(self, words: Tensor, state: State) -> Step:
         """See Decoder.step in captioning/decoders/protocol.py."""
-        output, memory = self.recurrent(self.embedding(words)[None], _to_memory(state.per_caption))
+        output, memory = self._recur(self.embedding(words)[None], _to_memory(state.per_caption))
         logits = self.output_layer(self.dropout(output[0]))  # (R, V)
         return Step(F.log_softmax(upcast(logits), 1), None, State((), _to_per_caption(memory)))
 
@@ -66,8 +69,28 @@ class LstmDecoder(nn.Module):
         """See Decoder.forward in captioning/decoders/protocol.py."""
         embedded = PackedSequence(self.embedding(words.data), words.batch_sizes)
         state = self.init_state(grid).expand_to_captions(photo_index)
-        output, _ = self.recurrent(embedded, _to_memory(state.per_caption))
+        output, _ = self._recur(embedded, _to_memory(state.per_caption))
         return DecoderOutput(self.output_layer(self.dropout(output.data)), None)  # (W, V)
+
+    def _recur(self, inputs: Any, memory: Any = None) -> tuple[Any, Any]:
+        """The recurrent network, in float32 where autocast would run it in float16 in place of bfloat16.
+
+        The loss is not scaled for bfloat16, so gradients in float16 would underflow.
+        """
+        device_type = self.embedding.weight.device.type
+        if not cudnn_takes_float16(device_type):
+            return self.recurrent(inputs, memory)
+        if isinstance(inputs, Tensor):
+            inputs = upcast(inputs)
+        with torch.autocast(device_type, enabled=False):
+            return self.recurrent(inputs, memory)
+
+
+def cudnn_takes_float16(device_type: str) -> bool:
+    """Whether autocast converts to bfloat16 here, but what cuDNN's recurrent networks read always to float16."""
+    if device_type != "cuda" or not torch.is_autocast_enabled(device_type):
+        return False
+    return torch.get_autocast_dtype(device_type) == torch.bfloat16
 
 
 def _to_per_caption(memory: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
