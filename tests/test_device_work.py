@@ -4,6 +4,8 @@ It runs on the meta device, which has shapes but no numbers: the code takes the 
 back to the host is an error. The words' batch_sizes stay on the host, as on a GPU.
 """
 
+import gc
+
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -115,6 +117,26 @@ def test_training_on_rewarded_captions_is_work_of_the_device_alone(name):
     objective = Cider(Train("data", "run", objective="cider", start_from="other"), reward=None)
     batch = meta_batch()
     check_twice(lambda: objective(decoder, batch.photos, batch, LossWeights()).objective.backward())
+
+
+def accumulator(parameter):
+    """The node that adds to the parameter's gradient: the present one if an autograd graph holds it, else a new one."""
+    return parameter.view_as(parameter).grad_fn.next_functions[0][0]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["dropped", "kept"])
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_a_batch_leaves_no_gradient_accumulator_behind(name, kept):
+    """It would keep the stream of that batch, and so not be captured on another stream."""
+    decoder = build_decoder(name, SIZES).train()
+    batch = random_batch([6, 5, 3, 3], 2).to(torch.device("cpu"), torch.float32)
+    loss = CrossEntropy(Train("data", "run"))(decoder, batch.photos, batch, LossWeights())
+    for parameter in decoder.parameters():
+        accumulator(parameter).metadata["of the batch"] = True
+    loss.objective.backward()
+    loss = loss if kept else loss._replace(objective=loss.objective.detach())
+    gc.collect()  # as GraphCapture does
+    assert any(accumulator(parameter).metadata for parameter in decoder.parameters()) == kept
 
 
 def check_steps(decoding, carry, photos):

@@ -74,8 +74,8 @@ class Batch:
             pin(self.photo_index),
             self.indices,
             self.failures,
-            None if self.rewards is None else self.rewards.pin_memory(),
-            None if self.advantages is None else self.advantages.pin_memory(),
+            None if self.rewards is None else pin(self.rewards),
+            None if self.advantages is None else pin(self.advantages),
         )
 
 
