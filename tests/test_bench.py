@@ -26,12 +26,11 @@ from preprocess.captions import read_captions
 from preprocess.vocabulary import END
 
 BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))  # the benchmarks import one another, as Python lets scripts of one folder do
 
 
 def bench(name):
-    """The module bench/NAME.py, which may import its neighbours, as Python lets scripts do."""
-    if str(BENCH) not in sys.path:
-        sys.path.append(str(BENCH))
+    """The module bench/NAME.py."""
     path = BENCH / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
