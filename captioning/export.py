@@ -10,7 +10,8 @@ The files hold three modules:
     step      words (B) int64, photo_0, ..., row_0, ... -> log_probabilities (B, V), attention (B, P), next_row_0, ...
 
 Everything else is float32; a decoder without attention has no attention output. B is dynamic: for several captions per
-photo, repeat the rows of its state. description.json holds the shapes, the vocabulary and the preprocessing of photos.
+photo, repeat the rows of its state. Rows (B, T, ...) of a transformer grow: T is the number of words read, 0 at first.
+description.json holds the shapes, the vocabulary and the preprocessing of photos.
 tests/caption_with_onnxruntime.py captions with these files alone.
 
 Letters: B photos, S pixels per side, N native cells, P output cells, C channels, V vocabulary.
@@ -23,7 +24,7 @@ import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -53,32 +54,45 @@ def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
 
 
 def init_state(decoder: Decoder, pooling: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
-    """The module begin: cells (B, N, C) -> the tensors of the state per photo, then those per caption."""
+    """The module begin: cells (B, N, C) -> the tensors of the state: per photo, per caption, growing."""
     state = decoder.init_state(Grid(cells, pooling))
-    return (*state.per_photo, *state.per_caption)
+    return (*state.per_photo, *state.per_caption, *state.growing)
 
 
-def step(decoder: Decoder, num_per_photo: int, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+def step(decoder: Decoder, sizes: tuple[int, int], words: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The module step: one step with one caption per photo.
 
+    sizes: the number of tensors in State.per_photo and in State.per_caption; the rest of `tensors` grow.
     With independent batch sizes of photos and captions, torch.export would exclude equal ones, or fail.
     """
-    result = decoder.step(words, State(state[:num_per_photo], state[num_per_photo:]))
+    num_per_photo, num_per_caption = sizes
+    rows = tensors[num_per_photo:]
+    state = State(tensors[:num_per_photo], rows[:num_per_caption], rows[num_per_caption:])
+    result = decoder.step(words, state)
     attention = () if result.attention is None else (result.attention,)
-    return (result.log_probabilities, *attention, *result.state.per_caption)
+    return (result.log_probabilities, *attention, *result.state.per_caption, *result.state.growing)
 
 
 class ExportModule(nn.Module):
     """compute(*constants, *inputs) as a module, with an example of every input and output by name.
 
     constants: the model, which is frozen, and further arguments that do not change.
+    growing: names of the inputs and outputs whose second dimension, T, is dynamic too.
     """
 
-    def __init__(self, compute: Callable, constants: tuple, inputs: dict[str, Tensor], outputs: Sequence[str]):
+    def __init__(
+        self,
+        compute: Callable,
+        constants: tuple,
+        inputs: dict[str, Tensor],
+        outputs: Sequence[str],
+        growing: Sequence[str] = (),
+    ):
         super().__init__()
         self.compute = compute
         self.model = constants[0].requires_grad_(False)
         self.constants = constants
+        self.growing = frozenset(growing)
         self.eval()
         # clone: torch.export would merge inputs that are the same tensor, such as the first h and m of adaptive
         self.inputs = {name: value.clone() for name, value in inputs.items()}
@@ -98,13 +112,22 @@ def make_modules(captioner: Captioner) -> dict[str, ExportModule]:
     grid = encoder(photos)
     state = decoder.init_state(grid)
     per_photo = [f"photo_{i}" for i in range(len(state.per_photo))]
-    per_caption = [f"row_{i}" for i in range(len(state.per_caption))]
+    rows = [f"row_{i}" for i in range(len(state.per_caption) + len(state.growing))]
+    growing = rows[len(state.per_caption) :]
     encoder_module = ExportModule(encode, (encoder,), {"photos": photos}, ["cells"])
-    begin_module = ExportModule(init_state, (decoder, grid.pooling), encoder_module.outputs, [*per_photo, *per_caption])
-    step_inputs = {"words": torch.full((2,), START), **begin_module.outputs}
+    begin_module = ExportModule(
+        init_state, (decoder, grid.pooling), encoder_module.outputs, [*per_photo, *rows], growing
+    )
+    words = torch.full((2,), START)
+    for _ in range(2):  # torch.export would take 0 or 1 words read for a constant
+        state = decoder.step(words, state).state
+    tensors = (*state.per_photo, *state.per_caption, *state.growing)
+    step_inputs = {"words": words, **dict(zip(begin_module.outputs, tensors, strict=True))}
     attention = ["attention"] if decoder.uses_attention else []
-    step_outputs = ["log_probabilities", *attention, *(f"next_{name}" for name in per_caption)]
-    step_module = ExportModule(step, (decoder, len(per_photo)), step_inputs, step_outputs)
+    step_outputs = ["log_probabilities", *attention, *(f"next_{name}" for name in rows)]
+    sizes = len(state.per_photo), len(state.per_caption)
+    growing = [*growing, *(f"next_{name}" for name in growing)]
+    step_module = ExportModule(step, (decoder, sizes), step_inputs, step_outputs, growing)
     return {"encoder": encoder_module, "begin": begin_module, "step": step_module}
 
 
@@ -146,8 +169,9 @@ def _to_torch(module: ExportModule) -> bytes:
 
 
 def _dynamic_shapes(module: ExportModule) -> Any:
-    """The first dimension of every input is B. The nesting follows `forward(*inputs)`."""
-    return (({0: torch.export.Dim("B")},) * len(module.inputs),)
+    """The first dimension of every input is B, the second of growing ones T. The nesting follows `forward(*inputs)`."""
+    batch, read = torch.export.Dim("B"), torch.export.Dim("T")
+    return (tuple({0: batch, 1: read} if name in module.growing else {0: batch} for name in module.inputs),)
 
 
 def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format: str) -> dict:
@@ -169,8 +193,8 @@ def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format
         "parts": {
             name: {
                 "file": name + SUFFIXES[file_format],
-                "inputs": _describe_tensors(module.inputs),
-                "outputs": _describe_tensors(module.outputs),
+                "inputs": _describe_tensors(module.inputs, module.growing),
+                "outputs": _describe_tensors(module.outputs, module.growing),
             }
             for name, module in modules.items()
         },
@@ -179,12 +203,13 @@ def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format
     }
 
 
-def _describe_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
+def _describe_tensors(tensors: dict[str, Tensor], growing: Collection[str]) -> dict[str, str]:
     """Type and shape of each tensor, such as {"photos": "uint8 (B, 3, 256, 256)"}."""
     descriptions = {}
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        shape = ", ".join(["B", *map(str, tensor.shape[1:])])
+        sizes = ["B", "T", *tensor.shape[2:]] if name in growing else ["B", *tensor.shape[1:]]
+        shape = ", ".join(map(str, sizes))
         descriptions[name] = f"{dtype} ({shape})"
     return descriptions
 

@@ -17,6 +17,7 @@ from captioning.search import beam_search as module
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
+from tests.test_decoders import OWN_SIZES
 
 WORDS = 3  # in the vocabulary, besides the four special ones
 seeds = st.integers(0, 10_000)
@@ -200,7 +201,7 @@ def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible,
 def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
     torch.manual_seed(0)
     sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5)
-    decoder = build_decoder(name, sizes).eval()
+    decoder = build_decoder(name, {**sizes, **OWN_SIZES.get(name, {})}).eval()
     with torch.no_grad():  # sharpen the distributions, so that captions differ and end at different steps
         for weights in decoder.parameters():
             weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(4)

@@ -1,5 +1,6 @@
 """The decoders equal their papers' equations, written plainly: one word at a time, on the full 14x14 map."""
 
+import math
 import re
 import textwrap
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from captioning.decoders import DECODERS, protocol
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
-from captioning.encoders.grid import Grid, grid_pooling
+from captioning.encoders.grid import Grid, grid_pooling, pooling_matrix
 
 SIZES = {
     "vocabulary_size": 11,
@@ -23,6 +24,9 @@ SIZES = {
     "hidden_size": 7,
     "dropout": 0.0,
 }
+OWN_SIZES = {  # of decoders that those above do not fit
+    "transformer": {"hidden_size": 8, "heads": 2, "layers": 2, "encoder_layers": 2, "feed_forward_size": 9},
+}
 LENGTHS = [5, 4, 4, 2, 1]
 PHOTO = torch.tensor([1, 0, 2, 1, 0])  # photo_index: the photo of each caption
 VARIANTS = [
@@ -30,6 +34,8 @@ VARIANTS = [
     "lstm --cell gru",
     "lstm --cell rnn --layers 2",
     "lstm --layers 3 --photo_norm none",
+    "transformer --embedding_size 8 --encoder_layers 0 --positions none",
+    "transformer --memory_slots 2 --positions sinusoidal",
 ]
 
 
@@ -38,7 +44,7 @@ def make(variant, seed=0):
     torch.manual_seed(seed)
     name, *flags = variant.split(" --")
     settings = {key: int(value) if value.isdigit() else value for key, value in map(str.split, flags)}
-    decoder = build_decoder(name, {**SIZES, **settings}).double()
+    decoder = build_decoder(name, {**SIZES, **OWN_SIZES.get(name, {}), **settings}).double()
     features = torch.randn(3, 6, 8, 8, dtype=torch.float64)
     grid = Grid(features.flatten(2).transpose(1, 2), grid_pooling(8, 8).double())
     f14 = F.adaptive_avg_pool2d(features, 14).flatten(2).transpose(1, 2)
@@ -103,7 +109,78 @@ def adaptive_equations(d, f14, words):
     return torch.stack(logits), torch.stack(attentions)
 
 
+def sinusoids(position, size):
+    """Vaswani et al. 2017, section 3.5."""
+    angles = [position / 10000 ** (2 * (i // 2) / size) for i in range(size)]
+    waves = [math.cos(angle) if i % 2 else math.sin(angle) for i, angle in enumerate(angles)]
+    return torch.tensor(waves, dtype=torch.float64)
+
+
+def multi_head(query, keys, values, heads):
+    """Vaswani et al. 2017, section 3.2: one head after the other. Rows of (., H) -> (., H), attention of each head."""
+    size = query.shape[1] // heads
+    outputs, attentions = [], []
+    for columns in (slice(i * size, (i + 1) * size) for i in range(heads)):
+        attentions.append((query[:, columns] @ keys[:, columns].T / size**0.5).softmax(1))
+        outputs.append(attentions[-1] @ values[:, columns])
+    return torch.cat(outputs, 1), torch.stack(attentions)
+
+
+def native_positions(d, size):
+    """The positions of the 8x8 native cells (64, H): means over the output rows and columns that read a cell."""
+    pooling = pooling_matrix(8, 14)  # the share of a native row in each output row
+    means = (pooling / pooling.sum(0)).T  # (8, 14)
+    if hasattr(d.positions, "rows"):
+        return ((means @ d.positions.rows)[:, None] + means @ d.positions.columns).flatten(0, 1)
+    if not hasattr(d.positions, "size"):
+        return torch.zeros(64, size).double()
+    places = [sinusoids(float(mean @ torch.arange(14).double()), size // 2) for mean in means]
+    return torch.stack([torch.cat([row, column]) for row in places for column in places])
+
+
+def transformer_cells(d, f14):
+    """The encoder, one photo: f14 (196, C) -> (64, H). M2's memory slots: Cornia et al. 2020, eq. 2."""
+    native = torch.tensor([0, 2, 4, 6, 7, 9, 11, 13])  # rows of the 14x14 map that show one native row alone
+    f8 = f14.view(14, 14, -1)[native][:, native].flatten(0, 1)
+    size = d.norm.weight.shape[0]
+    x = torch.relu(d.cell_projection(f8)) + native_positions(d, size)
+    for layer in d.encoder_layers:
+        query, keys, values = layer.query_keys_values(layer.attention_norm(x)).chunk(3, 1)
+        if layer.memory_slots is not None:
+            more_keys, more_values = layer.memory_slots.chunk(2, 1)
+            keys, values = torch.cat([keys, more_keys]), torch.cat([values, more_values])
+        x = x + layer.attention_output(multi_head(query, keys, values, layer.heads)[0])
+        x = x + layer.feed_forward[3](torch.relu(layer.feed_forward[0](layer.feed_forward_norm(x))))
+    return d.encoder_norm(x)
+
+
+def transformer_equations(d, f14, words):
+    """Vaswani et al. 2017, pre-norm, one caption: logits (T, V) and attention (T, P). Each word anew from its prefix."""
+    pooling = grid_pooling(8, 8).double()
+    cells = transformer_cells(d, f14)
+    size = cells.shape[1]
+    logits, attentions = [], []
+    for length in range(1, len(words) + 1):
+        x = torch.stack([d.word_projection(d.embedding(word)) * size**0.5 for word in words[:length]])
+        x = x + torch.stack([sinusoids(t, size) for t in range(length)])
+        for layer in d.layers:
+            query, keys, values = layer.query_keys_values(layer.attention_norm(x)).chunk(3, 1)
+            attended = [
+                multi_head(query[t : t + 1], keys[: t + 1], values[: t + 1], layer.heads)[0] for t in range(length)
+            ]
+            x = x + layer.attention_output(torch.cat(attended))
+            query = layer.cell_query(layer.cell_attention_norm(x))
+            attended, attention = multi_head(query, *layer.cell_keys_values(cells).chunk(2, 1), layer.heads)
+            x = x + layer.cell_attention_output(attended)
+            x = x + layer.feed_forward[3](torch.relu(layer.feed_forward[0](layer.feed_forward_norm(x))))
+        logits.append(d.output_layer(d.norm(x[-1])))
+        shown = pooling @ attention[:, -1].mean(0)
+        attentions.append(shown / shown.sum())
+    return torch.stack(logits), torch.stack(attentions)
+
+
 EQUATIONS = {
+    "transformer": transformer_equations,
     "attention": attention_equations,
     "hard-attention": attention_equations,
     "lstm": show_and_tell_equations,

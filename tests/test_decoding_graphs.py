@@ -49,8 +49,9 @@ def make_sharp(variant, end=0.5):
     """A decoder in float64 whose captions differ and end at different steps, and the grid of 16 photos."""
     decoder, grid, *_ = make(variant)
     with torch.no_grad():
-        for weights in decoder.parameters():
-            weights.normal_(0, 1.5)
+        for name, weights in decoder.named_parameters():
+            if "norm." not in name:  # those of a LayerNorm would keep a transformer from telling photos apart
+                weights.normal_(0, 1.5)
         decoder.output_layer.bias[END] = end
     torch.manual_seed(1)
     shape = grid.cells.shape[1:]

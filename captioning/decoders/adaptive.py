@@ -41,7 +41,7 @@ class AdaptiveDecoder(nn.Module):
         embedding_size: int,
         attention_size: int,
         hidden_size: int,
-        dropout: float,
+        dropout: float = 0.5,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
@@ -69,7 +69,8 @@ class AdaptiveDecoder(nn.Module):
 
     def step(self, words: Tensor, state: State) -> Step:
         """See Decoder.step in captioning/decoders/protocol.py."""
-        (values, keys, photo_gates), (hidden, memory) = state
+        values, keys, photo_gates = state.per_photo
+        hidden, memory = state.per_caption
         captions_per_photo = words.shape[0] // values.shape[0]  # not len(): torch.export would take it for a constant
         gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
         hidden, memory, sentinel = self.lstm_cell(gates + self.hidden_gates(hidden), memory)

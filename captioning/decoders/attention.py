@@ -67,7 +67,7 @@ class AttentionDecoder(nn.Module):
         embedding_size: int,
         attention_size: int,
         hidden_size: int,
-        dropout: float,
+        dropout: float = 0.5,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
@@ -107,7 +107,8 @@ class AttentionDecoder(nn.Module):
 
         Captions are packed longest first, so the batch shrinks as they end and no padding is computed.
         """
-        (cells, keys, _), per_caption = self.init_state(grid)
+        per_photo, per_caption, _ = self.init_state(grid)
+        cells, keys, _ = per_photo
         operations = self._training_operations(cells, keys, grid.pooling, photo_index)
         state = State((), per_caption).expand_to_captions(photo_index)  # (R, H)
         word_gates = self.word_gates(self.embedding(words.data))  # (W, 4H): independent of the hidden state

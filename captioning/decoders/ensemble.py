@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ class Ensemble:
         self.members = members
         self.has_sentinel = all(member.has_sentinel for member in members)  # else attention does not sum to 1 - beta
         self.uses_attention = any(member.uses_attention for member in members)
-        self.state_sizes: list[tuple[int, int]] = []  # number of tensors in per_photo and per_caption of each member
+        self.state_sizes: list[list[int]] = []  # of each member: the number of tensors in each part of its state
 
     def init_state(self, grid: Grid) -> State:
         """The concatenation of the members' states."""
         states = [member.init_state(grid) for member in self.members]
-        self.state_sizes = [(len(state.per_photo), len(state.per_caption)) for state in states]
+        self.state_sizes = [[len(part) for part in state] for state in states]
         return _concat_states(states)
 
     def step(self, words: Tensor, state: State) -> Step:
@@ -42,18 +43,13 @@ class Ensemble:
 
     def _split_state(self, state: State) -> list[State]:
         """The inverse of _concat_states."""
-        states = []
-        photo_start = caption_start = 0
-        for num_photo, num_caption in self.state_sizes:
-            photo_end, caption_end = photo_start + num_photo, caption_start + num_caption
-            states.append(State(state.per_photo[photo_start:photo_end], state.per_caption[caption_start:caption_end]))
-            photo_start, caption_start = photo_end, caption_end
-        return states
+        parts = [iter(part) for part in state]
+        return [
+            State(*(tuple(islice(part, size)) for part, size in zip(parts, sizes, strict=True)))
+            for sizes in self.state_sizes
+        ]
 
 
 def _concat_states(states: Sequence[State]) -> State:
     """One State with the tensors of all members, in the order of the members."""
-    return State(
-        tuple(tensor for state in states for tensor in state.per_photo),
-        tuple(tensor for state in states for tensor in state.per_caption),
-    )
+    return State(*(tuple(chain.from_iterable(parts)) for parts in zip(*states, strict=True)))

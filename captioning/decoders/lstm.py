@@ -35,7 +35,7 @@ class LstmDecoder(nn.Module):
         channels: int,
         embedding_size: int,
         hidden_size: int,
-        dropout: float,
+        dropout: float = 0.5,
         cell: str = "lstm",
         layers: int = 1,
         photo_norm: str = "batch",

@@ -73,36 +73,35 @@ class State(NamedTuple):
 
     per_photo: one row per photo (B, ...), constant over the steps, such as the keys of the attention.
     per_caption: one row per caption (R, ...), such as the hidden state of the LSTM. R is a multiple of B.
+    growing: one row per caption and one entry per step so far (R, t, ...), such as the keys of the words read. Before
+    the first step t is 0.
     """
 
     per_photo: tuple[Tensor, ...]
     per_caption: tuple[Tensor, ...]
+    growing: tuple[Tensor, ...] = ()
 
     def reorder(self, rows: Tensor) -> State:
         """Continue row i from row `rows[i]`, its parent beam; rows (R',) int64 must keep captions with their photo."""
-        return State(self.per_photo, tuple(tensor.index_select(0, rows) for tensor in self.per_caption))
+        return State(self.per_photo, _rows_of(self.per_caption, rows), _rows_of(self.growing, rows))
 
     def select(self, photos: Tensor, rows: Tensor) -> State:
         """Keep these photos (B',) int64 and these captions (R',) int64; drop the finished ones."""
-        return State(
-            tuple(tensor.index_select(0, photos) for tensor in self.per_photo),
-            tuple(tensor.index_select(0, rows) for tensor in self.per_caption),
-        )
+        return State(_rows_of(self.per_photo, photos), _rows_of(self.per_caption, rows), _rows_of(self.growing, rows))
 
     def expand_to_captions(self, photo_index: Tensor) -> State:
-        """Expand both parts from one row per photo to one row per caption; photo_index (R,) int64."""
-        return State(
-            tuple(tensor.index_select(0, photo_index) for tensor in self.per_photo),
-            tuple(tensor.index_select(0, photo_index) for tensor in self.per_caption),
-        )
+        """Expand all parts from one row per photo to one row per caption; photo_index (R,) int64."""
+        return self.select(photo_index, photo_index)
 
     def truncate(self, rows: int) -> State:
-        """Keep the first `rows` rows of both parts. Captions are packed longest first: the dropped ones have ended."""
-        if rows == len(self.per_caption[0]):  # the gradient of a slice is a zero-filled tensor of full size: avoid it
+        """Keep the first `rows` rows of all parts. Captions are packed longest first: the dropped ones have ended."""
+        if rows == len((*self.per_caption, *self.growing)[0]):  # a slice's gradient is zero-filled, of full size
             return self
-        return State(
-            tuple(tensor[:rows] for tensor in self.per_photo), tuple(tensor[:rows] for tensor in self.per_caption)
-        )
+        return State(*(tuple(tensor[:rows] for tensor in part) for part in self))
+
+
+def _rows_of(tensors: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.index_select(0, rows) for tensor in tensors)
 
 
 class HardSamples(NamedTuple):
@@ -139,7 +138,7 @@ class Decoder(Protocol):
     has_sentinel: bool  # True: attention sums to 1 - beta, and beta is the weight of the visual sentinel
 
     def init_state(self, grid: Grid) -> State:
-        """Return the state before the first word, one row per photo in both parts: R = B."""
+        """Return the state before the first word, one row per photo in all parts: R = B."""
 
     def step(self, words: Tensor, state: State) -> Step:
         """Read one word per caption.

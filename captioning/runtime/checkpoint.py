@@ -23,6 +23,8 @@ from captioning.runtime.settings import OLDER_VERSION, flag, has_old_settings
 from captioning.runtime.signals import defer_signals
 
 FORMAT = "kantu checkpoint 1"
+# Defaults of before they depended on the decoder: those in a run of then are what None means now
+OLD_DEFAULTS = {"dropout": 0.5, "layers": 1}
 # Settings that may differ between a run and its --resume: they decide how a result is computed, not which one.
 CHANGEABLE_ON_RESUME = {
     "epochs",
@@ -168,6 +170,8 @@ def load_for_resume(folder: Path, config: dict) -> dict | None:
 
 
 def _check_unchanged(name: str, value: object, saved: object, folder: Path) -> None:
+    if value is None and saved == OLD_DEFAULTS.get(name):
+        return
     if name not in CHANGEABLE_ON_RESUME and saved != value:
         raise UserError(
             f"{flag(name)} {value}: {folder} was trained with {saved}; resume with that, or name a new --run"

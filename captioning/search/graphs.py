@@ -2,7 +2,7 @@
 
 A graph repeats fixed work on tensors of fixed addresses and shapes. So no photo leaves a search before its end, and the
 tensors that one step hands to the next, the carry, are static: a search is copied into static tensors of at least as
-many photos. The steps are divided into blocks, each with a graph of its own since steps may differ, and the search may
+many photos. Those that grow by an entry per step have room for all steps, and a step reads those written before it. The steps are divided into blocks, each with a graph of its own since steps may differ, and the search may
 end between two blocks. A block is captured when it is needed for the second time. Before that it runs without a graph,
 on the same tensors: CUDA loads kernels on their first use. Each graph proves itself: its first results are compared
 with those of the same work without it.
@@ -14,13 +14,14 @@ depend on what was captured before, so that a resumed run repeats an uninterrupt
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from captioning.decoders.protocol import State
 from captioning.runtime.cuda_graphs import Capture, CaptureError, GraphCapture
 from captioning.runtime.device import restore_rng, rng_state
 from captioning.runtime.library_errors import reason
@@ -43,7 +44,10 @@ class Decoding(Protocol):
     num_steps: int  # at most
 
     def step(self, carry: Carry, number: int) -> tuple[Carry, Carry]:
-        """Run step `number` -> the carry of the next step, with the same shapes, and the results of this one."""
+        """Run step `number` -> the carry of the next step, and the results of this one.
+
+        Shapes stay, except that the t of State.growing is `number` before the step and one more after it.
+        """
 
     def unfinished(self, carry: Carry) -> Tensor:
         """(L,) bool: the photos that are still decoded."""
@@ -63,7 +67,7 @@ class DecodingGraphs:
         Returns the results of the steps and the last carry, which the next search overwrites.
         """
         loop = self._loop_for(decoding, carry, photos)
-        loop.fill(carry)
+        loop.fill(carry, first)
         check = EndCheck(next(tensors_of(carry)).device)
         results: list[Carry] = []
         for start in range(first, decoding.num_steps, STEPS_PER_BLOCK):
@@ -86,7 +90,7 @@ class DecodingGraphs:
         key = (decoding.key, capacity, shapes, precision)
         loop = self.loops.get(key)
         if loop is None:
-            loop = _StaticLoop(carry, photos, capacity)
+            loop = _StaticLoop(carry, photos, capacity, decoding.num_steps)
             if len(self.loops) < MAX_SHAPES:
                 self.loops[key] = loop
         return loop
@@ -140,31 +144,35 @@ def _fraction_different(found: Carry, expected: Carry) -> float:
 class _StaticLoop:
     """The steps of one search on tensors whose shapes and addresses stay."""
 
-    def __init__(self, carry: Carry, photos: int, capacity: int):
+    def __init__(self, carry: Carry, photos: int, capacity: int, num_steps: int):
+        def static(tensor: Tensor) -> Tensor:
+            return _static_like(tensor, len(tensor) // photos * capacity)
+
+        def static_growing(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(len(tensor) // photos * capacity, num_steps, *tensor.shape[2:])
+
         self.capacity = capacity
-        self.carry = map_tensors(lambda tensor: _static_like(tensor, len(tensor) // photos * capacity), carry)
+        self.carry = map_tensors(static, carry, static_growing)
         self.used: set[int] = set()  # first steps of the blocks that have run
         self.replays: dict[int, Work] = {}  # first step of a block -> its graph
 
-    def fill(self, carry: Carry) -> None:
-        """Copy the carry of a batch in. The rows after it keep old values, and do not affect the others."""
-        self._copy_in(tensors_of(carry))
+    def fill(self, carry: Carry, number: int) -> None:
+        """Copy the carry of a batch before step `number` in. The rows after it stay, and do not affect the others."""
+        _copy_rows(self._before(number), carry)
 
-    def save(self) -> tuple[list[Tensor], dict]:
+    def _before(self, number: int) -> Carry:
+        """The carry before this step: of tensors that grow, the entries that were written."""
+        return map_tensors(lambda tensor: tensor, self.carry, lambda tensor: tensor[:, :number])
+
+    def save(self) -> tuple[Carry, dict]:
         """Copies of the carry and of the state of the random number generators."""
-        tensors = list(tensors_of(self.carry))
-        return [tensor.clone() for tensor in tensors], rng_state(tensors[0].device)
+        return map_tensors(torch.clone, self.carry), rng_state(next(tensors_of(self.carry)).device)
 
-    def restore(self, saved: tuple[list[Tensor], dict]) -> None:
+    def restore(self, saved: tuple[Carry, dict]) -> None:
         """Go back to what `save` returned."""
-        copies, random_numbers = saved
-        self._copy_in(copies)
-        restore_rng(random_numbers, copies[0].device)
-
-    def _copy_in(self, tensors: Iterable[Tensor]) -> None:
-        for static, tensor in zip(tensors_of(self.carry), tensors, strict=True):
-            rows = 1 if static.stride(0) == 0 else len(tensor)
-            static[:rows].copy_(tensor[:rows])
+        carry, random_numbers = saved
+        _copy_rows(self.carry, carry)
+        restore_rng(random_numbers, next(tensors_of(carry)).device)
 
     def run(self, decoding: Decoding, numbers: range) -> BlockResult:
         """Run the steps of these numbers -> their results, and the photos that are then unfinished (L,) bool."""
@@ -172,12 +180,12 @@ class _StaticLoop:
         # a graph, once per block, must not be used outside of it, since they have values only while it runs.
         torch.clear_autocast_cache()
         try:
-            carry = self.carry
+            carry = self._before(numbers.start)
             results = []
             for number in numbers:
                 carry, result = decoding.step(carry, number)
                 results.append(result)
-            for static, tensor in zip(tensors_of(self.carry), tensors_of(carry), strict=True):
+            for static, tensor in zip(tensors_of(self._before(numbers.stop)), tensors_of(carry), strict=True):
                 assert static.shape == tensor.shape and static.dtype == tensor.dtype, "a carry keeps its shapes"
                 if static is not tensor:
                     static.copy_(tensor)
@@ -203,11 +211,23 @@ def _static_like(tensor: Tensor, rows: int) -> Tensor:
     return static.expand(rows, *tensor.shape[1:]) if shared else static
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], carry: Carry) -> Carry:
-    """Apply a function to every tensor of a carry; None stays."""
+def _copy_rows(static: Carry, carry: Carry) -> None:
+    """Copy the tensors of a carry into the first rows of static ones."""
+    for target, tensor in zip(tensors_of(static), tensors_of(carry), strict=True):
+        rows = 1 if target.stride(0) == 0 else len(tensor)
+        target[:rows].copy_(tensor[:rows])
+
+
+def map_tensors(
+    function: Callable[[Tensor], Tensor], carry: Carry, growing: Callable[[Tensor], Tensor] | None = None
+) -> Carry:
+    """Apply a function to every tensor of a carry, and another one to those of State.growing, if given; None stays."""
     if carry is None or isinstance(carry, Tensor):
         return None if carry is None else function(carry)
-    parts = [map_tensors(function, part) for part in carry]
+    if isinstance(carry, State) and growing is not None:
+        fixed = map_tensors(function, carry._replace(growing=()))
+        return fixed._replace(growing=tuple(growing(tensor) for tensor in carry.growing))
+    parts = [map_tensors(function, part, growing) for part in carry]
     return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)
 
 

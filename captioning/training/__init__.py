@@ -18,5 +18,6 @@ SCHEDULES = Registry(
     {
         "step": "captioning.training.optimizer:step_decay",
         "cosine": "captioning.training.optimizer:cosine_decay",
+        "inverse-sqrt": "captioning.training.optimizer:inverse_sqrt_decay",
     },
 )

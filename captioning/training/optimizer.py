@@ -40,6 +40,16 @@ def cosine_decay(options: TrainingOptions, epoch: float) -> float:
     return (1 + math.cos(math.pi * min(1.0, epoch / options.epochs))) / 2
 
 
+def inverse_sqrt_decay(options: TrainingOptions, epoch: float) -> float:
+    """(max(epoch, w) / w)^-0.5 with w = warmup_epochs; 1 epoch if that is 0
+
+    With the linear warm-up it is the schedule of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762, eq. 3) in
+    epochs, whose largest value is --learning-rate.
+    """
+    start = options.warmup_epochs or 1.0
+    return (max(epoch, start) / start) ** -0.5
+
+
 def parameter_groups(trained: dict[str, Iterable[nn.Parameter]], weight_decay: float) -> list[dict]:
     """Return the optimizer's groups: for each learning rate one with weight decay and one without (biases and norms).
 

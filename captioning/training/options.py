@@ -32,6 +32,16 @@ class BatchDefaults(NamedTuple):
 
 
 PUBLISHED_BATCH = BatchDefaults(32, 4e-4)  # of the published recipe of soft attention
+DECODERS_OF_SETTING = {
+    "cell": ("lstm",),
+    "layers": ("lstm", "transformer"),
+    "photo_norm": ("lstm",),
+    "encoder_layers": ("transformer",),
+    "heads": ("transformer",),
+    "feed_forward_size": ("transformer",),
+    "memory_slots": ("transformer",),
+    "positions": ("transformer",),
+}  # settings that the other decoders do not have
 GPU_BATCH = BatchDefaults(512, 1.6e-3)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 
 
@@ -44,7 +54,8 @@ class TrainingOptions:
 
     data: Path  # folder made by python -m preprocess
     run: str  # name of the run, which is written to checkpoints/RUN
-    # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look
+    # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look;
+    # transformer: Attention Is All You Need
     decoder: DecoderName = "attention"
     objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
@@ -57,14 +68,23 @@ class TrainingOptions:
     grad_accumulation: int = 1  # batches per update: large batches in little memory
     embedding_size: int = 512  # of a word
     attention_size: int = 512  # of keys and queries
-    hidden_size: int = 512  # of the recurrent state
+    hidden_size: int = 512  # of the recurrent state; with --decoder transformer, of all layers
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
-    layers: int = 1  # with --decoder lstm: recurrent layers
+    # with --decoder lstm or transformer: layers that read the words (1; transformer 3)
+    layers: int | None = None
+    encoder_layers: int | None = None  # with --decoder transformer: layers that read the cells first; may be 0 (3)
+    heads: int | None = None  # with --decoder transformer: heads of each attention (8)
+    feed_forward_size: int | None = None  # with --decoder transformer: inner size of the feed-forward layers (2048)
+    # with --decoder transformer: learnt keys and values in the attention of the encoder layers (0; 40 in M2)
+    memory_slots: int | None = None
+    # with --decoder transformer: how the row and column of a cell are encoded (learnt)
+    positions: Literal["learnt", "sinusoidal", "none"] | None = None
     photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
     tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
     word_vectors: Path | None = None  # initialise the embedding from a text file of word2vec, GloVe or fastText
     freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
-    dropout: float = 0.5  # probability, of the hidden state before the output layer
+    # probability, of the hidden state before the output layer (0.5); with --decoder transformer, in every layer (0.1)
+    dropout: float | None = None
     feature_dropout: float = 0.0  # probability that a channel of a photo's features is zeroed
     label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
     scheduled_sampling: float = 0.0  # highest probability that an input word is the decoder's own sample
@@ -76,7 +96,8 @@ class TrainingOptions:
     baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
     learning_rate: float | None = None  # of the decoder (0.0004; with the 512 captions of a GPU 0.0016)
     weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
-    schedule: ScheduleName = "step"  # of the learning rates; cosine: to 0 at --epochs
+    # of the learning rates; cosine: to 0 at --epochs; inverse-sqrt: as 1 / sqrt(epoch) after --warmup-epochs
+    schedule: ScheduleName = "step"
     warmup_epochs: float = 0.0  # epochs of linear warm-up
     lr_decay: float = 0.8  # with --schedule step: factor of the learning rates, every --lr-decay-every epochs
     lr_decay_every: int = 3  # with --schedule step: epochs between two reductions of the learning rates
@@ -130,6 +151,8 @@ class TrainingOptions:
             "attention_size",
             "hidden_size",
             "layers",
+            "heads",
+            "feed_forward_size",
             "samples",
             "lr_decay_every",
             "patience",
@@ -149,6 +172,8 @@ class TrainingOptions:
             "entropy_weight",
             "scheduled_sampling_step",
             "workers",
+            "encoder_layers",
+            "memory_slots",
         )
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         check_fractions(self, "allow_missing", "label_smoothing", "scheduled_sampling")
@@ -156,7 +181,8 @@ class TrainingOptions:
             value = getattr(self, name)
             check(value is None or 0 < value < float("inf"), flag(name), value, "above 0")
         for name in ("dropout", "feature_dropout", "ema_decay", "drop_path"):
-            check(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "at least 0 and below 1")
+            value = getattr(self, name)
+            check(value is None or 0 <= value < 1, flag(name), value, "at least 0 and below 1")
         for name in ("crop", "layer_decay"):
             check(0 < getattr(self, name) <= 1, flag(name), getattr(self, name), "above 0 and at most 1")
 
@@ -167,9 +193,9 @@ class TrainingOptions:
         self._check_embeddings()
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-        lstm_flags = non_default(self, "cell", "layers", "photo_norm")
-        if lstm_flags and self.decoder != "lstm":
-            raise UserError(f"{lstm_flags[0]} requires --decoder lstm")
+        for name, decoders in DECODERS_OF_SETTING.items():
+            if non_default(self, name) and self.decoder not in decoders:
+                raise UserError(f"{flag(name)} requires --decoder {' or '.join(decoders)}")
 
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")
