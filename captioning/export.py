@@ -115,9 +115,7 @@ def make_modules(captioner: Captioner) -> dict[str, ExportModule]:
     rows = [f"row_{i}" for i in range(len(state.per_caption) + len(state.growing))]
     growing = rows[len(state.per_caption) :]
     encoder_module = ExportModule(encode, (encoder,), {"photos": photos}, ["cells"])
-    begin_module = ExportModule(
-        init_state, (decoder, grid.pooling), encoder_module.outputs, [*per_photo, *rows], growing
-    )
+    begin_module = ExportModule(init_state, (decoder, grid.pooling), encoder_module.outputs, [*per_photo, *rows])
     words = torch.full((2,), START)
     for _ in range(2):  # torch.export would take 0 or 1 words read for a constant
         state = decoder.step(words, state).state
@@ -193,8 +191,8 @@ def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format
         "parts": {
             name: {
                 "file": name + SUFFIXES[file_format],
-                "inputs": _describe_tensors(module.inputs, module.growing),
-                "outputs": _describe_tensors(module.outputs, module.growing),
+                "inputs": _describe_tensors(module.inputs, module.growing, "T"),
+                "outputs": _describe_tensors(module.outputs, module.growing, "T + 1"),
             }
             for name, module in modules.items()
         },
@@ -203,12 +201,12 @@ def describe(captioner: Captioner, modules: dict[str, ExportModule], file_format
     }
 
 
-def _describe_tensors(tensors: dict[str, Tensor], growing: Collection[str]) -> dict[str, str]:
-    """Type and shape of each tensor, such as {"photos": "uint8 (B, 3, 256, 256)"}."""
+def _describe_tensors(tensors: dict[str, Tensor], growing: Collection[str], words_read: str) -> dict[str, str]:
+    """Type and shape of each tensor, such as {"photos": "uint8 (B, 3, 256, 256)"}; of growing ones the second size."""
     descriptions = {}
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        sizes = ["B", "T", *tensor.shape[2:]] if name in growing else ["B", *tensor.shape[1:]]
+        sizes = ["B", words_read, *tensor.shape[2:]] if name in growing else ["B", *tensor.shape[1:]]
         shape = ", ".join(map(str, sizes))
         descriptions[name] = f"{dtype} ({shape})"
     return descriptions

@@ -35,7 +35,7 @@ VARIANTS = [
     "lstm --cell rnn --layers 2",
     "lstm --layers 3 --photo_norm none",
     "transformer --embedding_size 8 --encoder_layers 0 --positions none",
-    "transformer --memory_slots 2 --positions sinusoidal",
+    "transformer --memory_slots 3 --positions sinusoidal --layers 1",
 ]
 
 

@@ -29,8 +29,8 @@ from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
 GREEDY = SearchOptions(beam_size=1, max_length=8)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive"]
-TORCH_RUNS = ["rnn", "attention", "adaptive"]
+ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "transformer"]
+TORCH_RUNS = ["rnn", "attention", "adaptive", "transformer"]
 LONG_FORM = ("gru", "rnn")  # other cells of the lstm decoder: under --torture only
 # Run -> decoder, its special sizes, and a seed with which the most likely word leads by at least 0.009 in
 # log-probability, so that rounding does not change the captions.
@@ -41,6 +41,7 @@ RUNS = {
     "attention": ("attention", {}, 13),
     "hard-attention": ("hard-attention", {}, 14),
     "adaptive": ("adaptive", {}, 9),
+    "transformer": ("transformer", {"encoder_layers": 1, "layers": 2, "heads": 4, "memory_slots": 3}, 9),
 }
 EXAMPLE = Path(__file__).with_name("caption_with_onnxruntime.py")
 
@@ -215,27 +216,32 @@ def test_batches_of_any_size_and_several_captions_per_photo_work(run, format, ru
         cells = program.run("encoder", photos=np.stack([program.open(path) for path in paths[:photos]]))
         state = program.run("begin", **cells)
         per_photo = {name: value for name, value in state.items() if name.startswith("photo_")}
-        per_caption = {
-            name: rng.normal(size=(photos * captions, *value.shape[1:])).astype(np.float32)
-            for name, value in state.items()
-            if name.startswith("row_")
+        growing = [name for name, shape in program.description["parts"]["step"]["inputs"].items() if "(B, T," in shape]
+        words_read = photos * captions // 2
+        rows = {
+            name: rng.normal(
+                size=(photos * captions, words_read, *shape[1:]) if name in growing else (photos * captions, *shape)
+            )
+            for name, shape in ((name, value.shape[1:]) for name, value in state.items() if name.startswith("row_"))
         }
+        rows = {name: value.astype(np.float32) for name, value in rows.items()}
         words = rng.integers(0, len(program.description["words"]), photos * captions)
         repeated = {name: value.repeat(captions, 0) for name, value in per_photo.items()}
-        actual = program.run("step", words=words, **repeated, **per_caption)
-        tensors = (tuple(map(torch.from_numpy, values.values())) for values in (per_photo, per_caption))
+        actual = program.run("step", words=words, **repeated, **rows)
+        per_caption = [value for name, value in rows.items() if name not in growing]
+        parts = per_photo.values(), per_caption, [rows[name] for name in growing]
         with torch.no_grad():
-            step = decoder.step(torch.from_numpy(words), State(*tensors))
+            step = decoder.step(torch.from_numpy(words), State(*(tuple(map(torch.from_numpy, part)) for part in parts)))
         expected = {"log_probabilities": step.log_probabilities}
         if step.attention is not None:
             expected["attention"] = step.attention
-        expected |= {f"next_row_{i}": value for i, value in enumerate(step.state.per_caption)}
+        expected |= {f"next_row_{i}": value for i, value in enumerate(step.state.per_caption + step.state.growing)}
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(actual[name], value.numpy(), rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("run", ["lstm", "adaptive"])
+@pytest.mark.parametrize("run", ["lstm", "adaptive", "transformer"])
 def test_the_description_lists_the_inputs_and_outputs_of_every_file(run, export_run):
     program = load_program(export_run(run))
     dtypes = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}

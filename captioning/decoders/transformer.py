@@ -327,9 +327,7 @@ def sinusoids(position: Tensor | int, size: int, like: Tensor) -> Tensor:
     position: a number, or (..., 1). Returns (..., size), on the device and in the dtype of `like`, at least float32.
     """
     like = upcast(like)
-    frequencies = torch.exp(
-        torch.arange(0, size, 2, device=like.device, dtype=like.dtype) * (-math.log(10000) / size)
-    )
+    frequencies = torch.exp(torch.arange(0, size, 2, device=like.device, dtype=like.dtype) * (-math.log(10000) / size))
     angles = position * frequencies
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :size]
 
