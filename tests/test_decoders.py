@@ -155,7 +155,7 @@ def transformer_cells(d, f14):
 
 
 def transformer_equations(d, f14, words):
-    """Vaswani et al. 2017, pre-norm, one caption: logits (T, V) and attention (T, P). Each word anew from its prefix."""
+    """Vaswani et al. 2017, pre-norm, one caption: logits (T, V), attention (T, P). Each word anew from its prefix."""
     pooling = grid_pooling(8, 8).double()
     cells = transformer_cells(d, f14)
     size = cells.shape[1]

@@ -261,7 +261,7 @@ def test_settings_of_another_decoder_are_refused(given, flag):
 
 
 def test_the_inverse_square_root_schedule_is_that_of_vaswani():
-    """d^-0.5 min(n^-0.5, n w^-1.5) (eq. 3), relative to its largest value, where update n is the n-th of an epoch of 10."""
+    """d^-0.5 min(n^-0.5, n w^-1.5) (eq. 3), relative to its largest value, with 10 updates n per epoch."""
     options = TrainingOptions("data", "run", schedule="inverse-sqrt", warmup_epochs=2.0)
     peak = 20**-0.5
     for update in range(1, 200):

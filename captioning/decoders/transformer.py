@@ -1,4 +1,4 @@
-"""A transformer: Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762, as captioning uses it.
+"""A transformer: Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762, for captions.
 
 Encoder layers over the native cells, optionally with the memory slots of M2 (Cornia et al. 2020,
 https://arxiv.org/abs/1912.08226), and decoder layers over the words. The layers are pre-norm (Xiong et al. 2020,
@@ -11,6 +11,8 @@ cells, P output cells, C channels, E embedding size, H hidden size (of all layer
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,11 @@ class TransformerDecoder(nn.Module):
         self.output_layer = nn.Linear(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
 
+    @property
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The layers, with their type."""
+        return cast("Sequence[DecoderLayer]", self.layers)
+
     def encode(self, grid: Grid) -> Tensor:
         """The native cells as the decoder layers read them (B, N, H)."""
         cells = self.dropout(self.cell_projection(grid.cells).relu() + self.positions(grid.pooling))
@@ -85,7 +92,7 @@ class TransformerDecoder(nn.Module):
         growing: of each layer, the keys and values of the words read so far (B, t, 2H); t = 0.
         """
         cells = self.encode(grid)
-        of_cells = [layer.cell_keys_values(cells) for layer in self.layers]
+        of_cells = [layer.cell_keys_values(cells) for layer in self.decoder_layers]
         pooling = grid.pooling.expand(cells.shape[0], -1, -1)  # a view: allocates nothing
         return State((pooling, *of_cells), (), tuple(keys_values[:, :0] for keys_values in of_cells))
 
@@ -96,7 +103,7 @@ class TransformerDecoder(nn.Module):
         hidden = self.dropout(hidden + sinusoids(state.growing[0].shape[1], hidden.shape[1], hidden))
         growing = []
         attention = hidden  # of the last layer, below
-        for layer, of_photos, of_words in zip(self.layers, of_cells, state.growing, strict=True):
+        for layer, of_photos, of_words in zip(self.decoder_layers, of_cells, state.growing, strict=True):
             hidden, attention, of_words = layer.step(hidden, of_photos, of_words)
             growing.append(of_words)
         logits = self.output_layer(self.norm(hidden))  # (R, V)
@@ -115,7 +122,7 @@ class TransformerDecoder(nn.Module):
         hidden = self.embed(words.data)  # (W, H)
         positions = sinusoids(steps[:, None], hidden.shape[1], hidden)  # (T, H)
         hidden = self.dropout(hidden + packing.pack(positions.expand(len(photo_index), -1, -1)))
-        for layer in self.layers:
+        for layer in self.decoder_layers:
             of_captions = layer.cell_keys_values(cells).index_select(0, photo_index)  # (R, N, 2H)
             hidden = layer(hidden, of_captions, packing)
         return DecoderOutput(self.output_layer(self.norm(hidden)), None)  # (W, V): one product for all words
@@ -207,7 +214,7 @@ class DecoderLayer(nn.Module):
         return self._finish(hidden, attended)
 
     def step(self, hidden: Tensor, of_cells: Tensor, of_words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One word of each of R = B K captions: hidden (R, H); keys and values of_cells (B, N, 2H), of_words (R, t, 2H).
+        """One word of R = B K captions: hidden (R, H); keys and values of_cells (B, N, 2H) and of_words (R, t, 2H).
 
         Returns hidden (R, H), the attention to the cells (B, K, N), and of_words with this word (R, t + 1, 2H).
         """
@@ -270,7 +277,7 @@ def spread_attention(attention: Tensor, pooling: Tensor) -> Tensor:
 
 
 class LearntPositions(nn.Module):
-    """The sum of a vector per row and one per column of the output cells. A native cell has the mean of those it covers.
+    """A vector per row plus one per column of the output cells; a native cell has the mean of those that read it.
 
     So the positions fit maps of any size, and the pooling matrix tells all that is needed.
     """

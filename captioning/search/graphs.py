@@ -2,10 +2,11 @@
 
 A graph repeats fixed work on tensors of fixed addresses and shapes. So no photo leaves a search before its end, and the
 tensors that one step hands to the next, the carry, are static: a search is copied into static tensors of at least as
-many photos. Those that grow by an entry per step have room for all steps, and a step reads those written before it. The steps are divided into blocks, each with a graph of its own since steps may differ, and the search may
-end between two blocks. A block is captured when it is needed for the second time. Before that it runs without a graph,
-on the same tensors: CUDA loads kernels on their first use. Each graph proves itself: its first results are compared
-with those of the same work without it.
+many photos. Those that grow by an entry per step have room for all steps, and a step reads those written before it. The
+steps are divided into blocks, each with a graph of its own since steps may differ, and the search may end between two
+blocks. A block is captured when it is needed for the second time. Before that it runs without a graph, on the same
+tensors: CUDA loads kernels on their first use. Each graph proves itself: its first results are compared with those of
+the same work without it.
 
 The work of a search, its random numbers included, follows from the search and the number of photos alone. It does not
 depend on what was captured before, so that a resumed run repeats an uninterrupted one.
