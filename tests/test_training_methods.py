@@ -43,6 +43,22 @@ METHODS = {
         "start_from": Path("checkpoints/adaptive"),
         "grad_accumulation": 2,
     },
+    "transformer": {
+        "decoder": "transformer",
+        "encoder_layers": 1,
+        "heads": 4,
+        "memory_slots": 2,
+        "positions": "sinusoidal",
+        "schedule": "inverse-sqrt",
+        "warmup_epochs": 1.5,
+        "scheduled_sampling": 0.5,
+        "scheduled_sampling_step": 0.3,
+        "label_smoothing": 0.1,
+        "tie_embeddings": True,
+        "embedding_size": 24,
+        "ema_decay": 0.9,
+    },
+    "cider, transformer": {**CIDER, "decoder": "transformer", "start_from": Path("checkpoints/transformer")},
     "cider, hard": {**CIDER, "decoder": "hard-attention", "start_from": Path("checkpoints/hard-attention")},
 }
 

@@ -149,6 +149,24 @@ def test_dropout_is_that_of_every_layer_and_none_outside_training():
     assert dropouts == {id(decoder.dropout)}
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_float32_and_the_cache_keeps_its_type(precision):
+    """As --precision runs it: autocast, with the cells in the same type."""
+    decoder, grid, _, words, packed = make("transformer --memory_slots 2")
+    decoder = decoder.float().eval()
+    grid = Grid(grid.cells.float(), grid.pooling.float())
+    expected = decoder(grid, packed, PHOTO).logits
+    with torch.autocast("cpu", precision):
+        half = Grid(grid.cells.to(precision), grid.pooling)
+        torch.testing.assert_close(decoder(half, packed, PHOTO).logits.float(), expected, rtol=0.1, atol=0.05)
+        state = decoder.init_state(half.select(PHOTO))
+        for number in range(2):
+            step = decoder.step(words[:, number], state)
+            assert step.log_probabilities.dtype == step.attention.dtype == torch.float32
+            assert {tensor.dtype for tensor in state.growing + step.state.growing} == {precision}
+            state = step.state
+
+
 @pytest.mark.parametrize("height, width", [(7, 7), (8, 8), (5, 9), (14, 14), (16, 16), (1, 1)])
 def test_attention_shown_on_the_output_cells_sums_to_one_and_equal_weights_stay_equal(height, width):
     pooling = grid_pooling(height, width).double().expand(2, -1, -1)

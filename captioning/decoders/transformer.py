@@ -272,7 +272,7 @@ def spread_attention(attention: Tensor, pooling: Tensor) -> Tensor:
 
     Resampled like an image: equal weights stay equal, and the weight of one cell covers what the cell covers.
     """
-    spread = attention @ pooling.to(attention.dtype).mT  # (B, K, P)
+    spread = upcast(attention @ pooling.to(attention.dtype).mT)  # (B, K, P)
     return (spread / spread.sum(2, keepdim=True)).flatten(0, 1)
 
 
@@ -306,12 +306,11 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, pooling: Tensor) -> Tensor:
         """Pooling (P, N) -> positions of the native cells (N, H)."""
-        cells = torch.arange(GRID_SIZE**2, device=pooling.device)
-        shares = pooling / pooling.sum(0)
-        row, column = ((shares.mT @ part.to(shares.dtype))[:, None] for part in (cells // GRID_SIZE, cells % GRID_SIZE))
-        return torch.cat(
-            [sinusoids(row, self.size // 2, shares), sinusoids(column, self.size - self.size // 2, shares)], 1
-        )
+        shares = pooling / pooling.sum(0)  # no matrix product: autocast would round it
+        cells = torch.arange(GRID_SIZE**2, device=pooling.device)[:, None]
+        row, column = ((shares * part).sum(0)[:, None] for part in (cells // GRID_SIZE, cells % GRID_SIZE))
+        half = self.size // 2
+        return torch.cat([sinusoids(row, half, shares), sinusoids(column, self.size - half, shares)], 1)
 
 
 class NoPositions(nn.Module):
