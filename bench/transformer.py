@@ -13,9 +13,11 @@ A step is gradients, clipping and Adam. The implementations alternate for --roun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from timeit import timeit
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from captioning.decoders.factory import build_decoder
-from captioning.decoders.protocol import State, Step
+from captioning.decoders.protocol import Decoder, State, Step
 from captioning.decoders.transformer import EncoderLayer, TransformerDecoder, sinusoids, spread_attention
 from captioning.encoders.grid import Grid
 from captioning.search.beam_search import beam_search
@@ -164,7 +166,7 @@ def compare(bench: Bench, data: Data, grid: Grid, search: SearchOptions) -> None
     gradient_error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
     double = Grid(grid.cells.double(), grid.pooling.double())
     captions = [
-        [best.words for best, *_ in beam_search(model.eval(), double, search)]
+        [best.words for best, *_ in beam_search(cast(Decoder, model.eval()), double, search)]
         for model in make_pair(bench, 0.0, torch.float64)
     ]
     print(
@@ -183,7 +185,7 @@ def update(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, model: 
     optimizer.zero_grad()
 
 
-def print_times(name: str, tasks: list[Callable[[], object]], rounds: int) -> None:
+def print_times(name: str, tasks: Sequence[Callable[[], object]], rounds: int) -> None:
     """Print the best times of Kantu and the plain way, which take turns."""
     times = [[timeit(task, number=1) for task in tasks] for _ in range(rounds + 1)][1:]
     kantu, plain = (min(column) for column in zip(*times, strict=True))
@@ -207,12 +209,11 @@ def main(bench: Bench) -> None:
     for model, loss in losses(bench, data, 0.1, torch.float32):
         model.train()
         optimizer = make_optimizer([{"params": list(model.parameters())}])
-        steps.append(lambda loss=loss, optimizer=optimizer, model=model: update(loss, optimizer, model))
+        steps.append(partial(update, loss, optimizer, model))
     print_times("training step", steps, bench.rounds)
     pair = [model.eval() for model in make_pair(bench, 0.1, torch.float32)]
-    print_times(
-        "beam search", [lambda model=model: beam_search(model, data.grid, search) for model in pair], bench.rounds
-    )
+    searches = [partial(beam_search, cast(Decoder, model), data.grid, search) for model in pair]
+    print_times("beam search", searches, bench.rounds)
 
 
 if __name__ == "__main__":

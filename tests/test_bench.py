@@ -56,6 +56,15 @@ def test_the_cache_benchmark_runs_and_removes_its_files(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_transformer_benchmark_runs_and_finds_equal_results(capsys):
+    transformer = bench("transformer")
+    sizes = {"photos": 2, "captions_per_photo": 2, "vocabulary": 30, "channels": 4, "size": 16, "grid_side": 3}
+    transformer.main(transformer.Bench(**sizes, beam_size=2, max_length=4, rounds=1, threads=1))
+    output = capsys.readouterr().out
+    assert "the captions are the same\n" in output
+    assert re.findall(r"^(.*): Kantu .* times as fast$", output, re.MULTILINE) == ["training step", "beam search"]
+
+
 def test_the_quantisation_benchmark_runs(here, capsys):
     quantization = bench("quantization")
     quantization.main(quantization.Bench(Path("data/small"), photos=5))
