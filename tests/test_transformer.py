@@ -1,5 +1,7 @@
 """The transformer against torch's own layers, and what only a transformer promises. Its equations: test_decoders.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from captioning.decoders.factory import build_decoder, decoder_arguments
 from captioning.decoders.transformer import DecoderLayer, EncoderLayer, Packing, spread_attention
 from captioning.encoders.grid import Grid, grid_pooling, pooling_matrix
 from captioning.errors import UserError
+from captioning.runtime.checkpoint import _check_unchanged
 from captioning.training.optimizer import learning_rate_factor
 from captioning.training.options import TrainingOptions
 from tests.test_decoders import LENGTHS, PHOTO, make
@@ -259,6 +262,13 @@ def test_settings_that_are_not_given_have_the_published_value_of_the_decoder():
     lstm = decoder_arguments("lstm", options)
     assert lstm["dropout"] == 0.5 and lstm["layers"] == 1
     assert decoder_arguments("lstm", options | {"layers": 2})["layers"] == 2
+
+
+def test_a_run_of_before_the_defaults_depended_on_the_decoder_resumes_without_them():
+    _check_unchanged("dropout", None, 0.5, Path("run"))
+    _check_unchanged("layers", None, 1, Path("run"))
+    with pytest.raises(UserError, match="trained with 0.3"):
+        _check_unchanged("dropout", None, 0.3, Path("run"))
 
 
 @pytest.mark.parametrize(
