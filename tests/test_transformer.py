@@ -1,5 +1,6 @@
 """The transformer against torch's own layers, and what only a transformer promises. Its equations: test_decoders.py."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from captioning.decoders.ensemble import Ensemble
 from captioning.decoders.factory import build_decoder, decoder_arguments
-from captioning.decoders.transformer import DecoderLayer, EncoderLayer, Packing, spread_attention
+from captioning.decoders.transformer import DecoderLayer, EncoderLayer, Packing, TransformerDecoder, spread_attention
 from captioning.encoders.grid import Grid, grid_pooling, pooling_matrix
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import _check_unchanged
@@ -258,6 +259,8 @@ def test_settings_that_are_not_given_have_the_published_value_of_the_decoder():
     arguments = decoder_arguments("transformer", options)
     assert arguments["dropout"] == 0.1 and arguments["layers"] == 3 and arguments["heads"] == 8
     assert arguments["encoder_layers"] == 3 and arguments["feed_forward_size"] == 2048
+    defaults = inspect.signature(TransformerDecoder).parameters
+    assert all(value == defaults[name].default for name, value in arguments.items()), "two places, one value"
     assert decoder_arguments("attention", options)["dropout"] == 0.5
     lstm = decoder_arguments("lstm", options)
     assert lstm["dropout"] == 0.5 and lstm["layers"] == 1

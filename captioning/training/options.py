@@ -72,13 +72,12 @@ class TrainingOptions:
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
     # with --decoder lstm or transformer: layers that read the words (1; transformer 3)
     layers: int | None = None
-    encoder_layers: int | None = None  # with --decoder transformer: layers that read the cells first; may be 0 (3)
-    heads: int | None = None  # with --decoder transformer: heads of each attention (8)
-    feed_forward_size: int | None = None  # with --decoder transformer: inner size of the feed-forward layers (2048)
-    # with --decoder transformer: learnt keys and values in the attention of the encoder layers (0; 40 in M2)
-    memory_slots: int | None = None
-    # with --decoder transformer: how the row and column of a cell are encoded (learnt)
-    positions: Literal["learnt", "sinusoidal", "none"] | None = None
+    encoder_layers: int = 3  # with --decoder transformer: layers that read the cells first; may be 0
+    heads: int = 8  # with --decoder transformer: heads of each attention
+    feed_forward_size: int = 2048  # with --decoder transformer: inner size of the feed-forward layers
+    memory_slots: int = 0  # with --decoder transformer: learnt keys and values in the encoder layers; 40 in M2
+    # with --decoder transformer: how the row and column of a cell are encoded
+    positions: Literal["learnt", "sinusoidal", "none"] = "learnt"
     photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
     tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
     word_vectors: Path | None = None  # initialise the embedding from a text file of word2vec, GloVe or fastText
