@@ -25,13 +25,14 @@ Options = TypeVar("Options", bound="TrainingOptions")
 
 
 class BatchDefaults(NamedTuple):
-    """A batch size, and the learning rate that goes with it."""
+    """A batch size, and the learning rate and the warm-up that go with it."""
 
     batch_size: int  # captions
     learning_rate: float
+    warmup_epochs: float
 
 
-PUBLISHED_BATCH = BatchDefaults(32, 4e-4)  # of the published recipe of soft attention
+PUBLISHED_BATCH = BatchDefaults(32, 4e-4, 0.0)  # of the published recipe of soft attention
 DECODERS_OF_SETTING = {
     "cell": ("lstm",),
     "layers": ("lstm", "transformer"),
@@ -42,7 +43,7 @@ DECODERS_OF_SETTING = {
     "memory_slots": ("transformer",),
     "positions": ("transformer",),
 }  # settings that the other decoders do not have
-GPU_BATCH = BatchDefaults(512, 1.6e-3)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
+GPU_BATCH = BatchDefaults(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class TrainingOptions:
     samples: int = 5  # with --objective cider: captions sampled per photo
     # with --objective cider: the baseline of a reward: the mean of the photo's other samples, or its greedy caption
     baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
-    learning_rate: float | None = None  # of the decoder (0.0004; with the 512 captions of a GPU 0.0016)
+    learning_rate: float | None = None  # of the decoder (0.0004; with the 512 captions of a GPU 0.0032)
     weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
     # of the learning rates; cosine: to 0 at --epochs; inverse-sqrt: as 1 / sqrt(epoch) after --warmup-epochs
     schedule: ScheduleName = "step"
-    warmup_epochs: float = 0.0  # epochs of linear warm-up
+    warmup_epochs: float | None = None  # epochs of linear warm-up (0; with the 512 captions of a GPU 1)
     lr_decay: float = 0.8  # with --schedule step: factor of the learning rates, every --lr-decay-every epochs
     lr_decay_every: int = 3  # with --schedule step: epochs between two reductions of the learning rates
     ema_decay: float = 0.0  # such as 0.999: validate and keep an exponential moving average of the weights; 0 is off
@@ -238,7 +239,7 @@ class TrainingOptions:
             )
 
     def for_device(self: Options, device_type: str) -> Options:
-        """Return the settings with the batch size and learning rate of this kind of device, where none is given."""
+        """Return the settings with the batch size, learning rate and warm-up of this device, where none is given."""
         fills_gpu = device_type == "cuda" and not self.fine_tune and self.objective == "cross-entropy"
         defaults = GPU_BATCH if fills_gpu and self.batch_size is None else PUBLISHED_BATCH
         missing = {name: value for name, value in defaults._asdict().items() if getattr(self, name) is None}
