@@ -103,11 +103,34 @@ def adaptive_equations(d, f14, words):
     return torch.stack(logits), torch.stack(attentions)
 
 
+def updown_equations(d, f14, words):
+    """Anderson et al. 2018, one caption: logits (T, V) and attention (T, P)."""
+    size = d.query.in_features
+    h1 = m1 = h2 = m2 = torch.zeros(1, size).double()
+    from_word_and_photo = torch.cat([d.word_gates.weight, d.photo_gates.weight], 1)
+    zeros = torch.zeros(4 * size).double()
+    logits, attentions = [], []
+    for word in words:
+        (w_h2, w_h1), (v_h1, v_h2) = d.attention_gates.weight.split(size, 1), d.language_gates.weight.split(size, 1)
+        x1 = torch.cat([d.embedding(word), f14.mean(0), h2[0]])[None]
+        weights = torch.cat([from_word_and_photo, w_h2], 1), w_h1, d.word_gates.bias, zeros
+        h1, m1 = torch.lstm_cell(x1, (h1, m1), *weights)
+        scores = [d.score.weight[0] @ torch.tanh(d.key(cell14) + d.query.weight @ h1[0]) for cell14 in f14]
+        attention = torch.stack(scores).softmax(0)
+        x2 = torch.cat([attention @ f14, h1[0]])[None]
+        weights = torch.cat([d.context_gates.weight, v_h1], 1), v_h2, d.context_gates.bias, zeros
+        h2, m2 = torch.lstm_cell(x2, (h2, m2), *weights)
+        logits.append(d.output_layer(h2[0]))
+        attentions.append(attention)
+    return torch.stack(logits), torch.stack(attentions)
+
+
 EQUATIONS = {
     "attention": attention_equations,
     "hard-attention": attention_equations,
     "lstm": show_and_tell_equations,
     "adaptive": adaptive_equations,
+    "updown": updown_equations,
 }
 
 

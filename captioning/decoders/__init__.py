@@ -12,5 +12,6 @@ DECODERS = Registry(
         "attention": "captioning.decoders.attention:AttentionDecoder",
         "hard-attention": "captioning.decoders.hard_attention:HardAttentionDecoder",
         "adaptive": "captioning.decoders.adaptive:AdaptiveDecoder",
+        "updown": "captioning.decoders.updown:UpDownDecoder",
     },
 )
