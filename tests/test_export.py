@@ -29,8 +29,8 @@ from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
 GREEDY = SearchOptions(beam_size=1, max_length=8)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "updown"]
-TORCH_RUNS = ["rnn", "attention", "adaptive", "updown"]
+ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "updown", "xlan"]
+TORCH_RUNS = ["rnn", "attention", "adaptive", "updown", "xlan"]
 LONG_FORM = ("gru", "rnn")  # other cells of the lstm decoder: under --torture only
 # Run -> decoder, its special sizes, and a seed with which the most likely word leads by at least 0.009 in
 # log-probability, so that rounding does not change the captions.
@@ -42,6 +42,7 @@ RUNS = {
     "hard-attention": ("hard-attention", {}, 14),
     "adaptive": ("adaptive", {}, 9),
     "updown": ("updown", {}, 9),
+    "xlan": ("xlan", {"heads": 2, "encoder_layers": 1}, 9),
 }
 EXAMPLE = Path(__file__).with_name("caption_with_onnxruntime.py")
 

@@ -13,5 +13,6 @@ DECODERS = Registry(
         "hard-attention": "captioning.decoders.hard_attention:HardAttentionDecoder",
         "adaptive": "captioning.decoders.adaptive:AdaptiveDecoder",
         "updown": "captioning.decoders.updown:UpDownDecoder",
+        "xlan": "captioning.decoders.xlan:XlanDecoder",
     },
 )

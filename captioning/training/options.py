@@ -44,7 +44,8 @@ class TrainingOptions:
 
     data: Path  # folder made by python -m preprocess
     run: str  # name of the run, which is written to checkpoints/RUN
-    # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look
+    # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look;
+    # updown: Bottom-Up and Top-Down Attention; xlan: X-Linear Attention Networks
     decoder: DecoderName = "attention"
     objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
@@ -61,6 +62,8 @@ class TrainingOptions:
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
     layers: int = 1  # with --decoder lstm: recurrent layers
     photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
+    encoder_layers: int = 3  # with --decoder transformer and xlan: layers that relate the cells; 0 is none
+    heads: int = 8  # with --decoder transformer and xlan: attention heads
     tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
     word_vectors: Path | None = None  # initialise the embedding from a text file of word2vec, GloVe or fastText
     freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
@@ -130,6 +133,7 @@ class TrainingOptions:
             "attention_size",
             "hidden_size",
             "layers",
+            "heads",
             "samples",
             "lr_decay_every",
             "patience",
@@ -148,6 +152,7 @@ class TrainingOptions:
             "reinforce_weight",
             "entropy_weight",
             "scheduled_sampling_step",
+            "encoder_layers",
             "workers",
         )
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
@@ -170,6 +175,9 @@ class TrainingOptions:
         lstm_flags = non_default(self, "cell", "layers", "photo_norm")
         if lstm_flags and self.decoder != "lstm":
             raise UserError(f"{lstm_flags[0]} requires --decoder lstm")
+        head_flags = non_default(self, "encoder_layers", "heads")
+        if head_flags and self.decoder not in ("transformer", "xlan"):
+            raise UserError(f"{head_flags[0]} requires --decoder transformer or xlan")
 
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")
