@@ -199,7 +199,9 @@ def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible,
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
     torch.manual_seed(0)
-    sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5, heads=1)
+    sizes = dict(
+        vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5, heads=1
+    )
     decoder = build_decoder(name, sizes).eval()
     with torch.no_grad():  # sharpen the distributions, so that captions differ and end at different steps
         for weights in decoder.parameters():
@@ -326,7 +328,9 @@ class NoValues(TorchDispatchMode):
 @pytest.mark.parametrize("search", [SearchOptions(1), SearchOptions(4, min_length=2, num_captions=2, beam_groups=2)])
 def test_a_search_reads_nothing_but_the_number_of_photos_before_its_end(search, monkeypatch):
     torch.manual_seed(0)
-    sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5, heads=1)
+    sizes = dict(
+        vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5, heads=1
+    )
     decoder = build_decoder("lstm", sizes).eval()
     grid = Grid(torch.randn(6, 64, 6), grid_pooling(8, 8))
     expected = beam_search(decoder, grid, search)  # also makes what is kept from search to search

@@ -35,7 +35,7 @@ from captioning.training.trainer import Trainer
 from config import ExtractFeatures, Generate, Train
 from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
-from tests.small import ENCODER, QUICK, TINY, log_of, same, weights
+from tests.small import ENCODER, QUICK, SPECIAL, TINY, log_of, same, weights
 from tests.torture.artefacts import EXTRACT
 from tests.torture.processes import exit_status, has_exited, start
 
@@ -224,7 +224,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(here
             Path("data/small"), **encoder, dtype=dtype, workers=0, precision="float32", out=tmp_path / "f.h5"
         )
     )
-    setting = {**QUICK, "decoder": decoder, "precision": "float32", "dropout": 0.0}
+    setting = {**QUICK, "decoder": decoder, "precision": "float32", "dropout": 0.0, **SPECIAL.get(decoder, {})}
     live = train.make_trainer(Train(Path("data/small"), "none", fine_tune=True, **encoder, **setting))
     cached = train.make_trainer(Train(Path("data/small"), "none", features=tmp_path / "f.h5", **setting))
     assert same(live.decoder.state_dict(), cached.decoder.state_dict())

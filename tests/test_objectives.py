@@ -266,7 +266,9 @@ def test_cider_samples_are_as_long_as_max_length_allows(monkeypatch):
 def make_cider(name, **settings):
     """A loss module with dropout of features and hidden states, and a batch of four photos."""
     torch.manual_seed(0)
-    sizes = dict(vocabulary_size=11, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.4, heads=1)
+    sizes = dict(
+        vocabulary_size=11, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.4, heads=1
+    )
     reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
     options = make_options(objective="cider", start_from="run", samples=3, max_length=5, **settings)
     loss_module = LossModule(None, build_decoder(name, sizes).train(), Cider(options, reward), feature_dropout=0.3)

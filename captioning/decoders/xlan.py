@@ -19,6 +19,7 @@ from captioning.decoders.protocol import DecoderOutput, State, Step, init_gates,
 from captioning.encoders.grid import Grid
 from captioning.errors import UserError
 
+
 class XLinearAttention(nn.Module):
     """The X-Linear attention block: spatial and channel-wise attention from products of the query with each key.
 
@@ -28,8 +29,8 @@ class XLinearAttention(nn.Module):
     c = sigmoid(W_e mean_i(b'_i))                         channel-wise attention: squeeze and excitation
     F(k, v, q) = c * sum_i(s_i elu(W_v v_i) * elu(W'_q q))
 
-    As in the authors' experiments, each elu is followed by a GroupNorm whose groups are the heads; each head has its own
-    s and c, and all heads share W_B (d -> d / 2), w_s and W_e (d / 2 -> d).
+    As in the authors' experiments, a GroupNorm over each head follows each elu, each head has its own s and c, and all
+    heads share W_B (d -> d / 2), w_s and W_e (d / 2 -> d).
     """
 
     def __init__(self, query_size: int, cell_size: int, size: int, heads: int):
