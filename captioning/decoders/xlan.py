@@ -57,14 +57,15 @@ class XLinearAttention(nn.Module):
         keys and values as in `keys_and_values`. W_B (k_i * q) is computed as (W_B diag(q)) k_i, whose matrix is smaller
         than the products of all keys with q.
         """
-        photos, captions = keys.shape[0], projected_query.shape[0] // keys.shape[0]  # not len(): see torch.export
+        photos = keys.shape[0]  # not len(): torch.export would take it for a constant
+        captions = projected_query.shape[0] // photos
         query = self.query_norm(F.elu(projected_query))
         query, gate = query.view(photos, captions, 2, self.heads, self.head_size).transpose(1, 3).unbind(2)
         weights = self.bilinear.weight * query[:, :, :, None]  # (B, h, K, d / 2, d)
         pooled = weights.flatten(2, 3).to(keys.dtype) @ keys  # (B, h, K d / 2, N)
         pooled = pooled.view(photos, self.heads, captions, -1, keys.shape[3])
         pooled = (upcast(pooled) + self.bilinear.bias[:, None]).relu()  # b' (B, h, K, d / 2, N)
-        spatial = (upcast(self.spatial.weight) @ pooled).squeeze(3).softmax(3)  # (B, h, K, N)
+        spatial = upcast(self.spatial.weight @ pooled).squeeze(3).softmax(3)  # (B, h, K, N)
         channel = upcast(self.channel(pooled.mean(4))).sigmoid()  # (B, h, K, d)
         attended = channel * gate * upcast(spatial.to(values.dtype) @ values)  # (B, h, K, d)
         return attended.transpose(1, 2).reshape(photos * captions, -1), spatial.transpose(1, 2).flatten(0, 1)
@@ -223,5 +224,6 @@ def _spread(attention: Tensor, pooling: Tensor) -> Tensor:
 
     Equal attention to all native cells remains equal.
     """
-    spread = attention.view(pooling.shape[0], -1, attention.shape[1]) @ pooling.to(attention.dtype).transpose(1, 2)
+    by_photo = attention.view(pooling.shape[0], -1, attention.shape[1])  # (B, K, N)
+    spread = upcast(by_photo @ pooling.to(attention.dtype).transpose(1, 2))
     return (spread / spread.sum(2, keepdim=True)).flatten(0, 1)
