@@ -23,6 +23,8 @@ from captioning.decoders.xlan import XlanDecoder, XLinearAttention
 class Toolkit(nn.Module):
     """The loop over the words of padded captions, which both decoders share."""
 
+    num_states: int  # tensors (R, H) that a step hands to the next
+
     def __init__(self, vocabulary: int, embedding: int, hidden: int, dropout: float):
         super().__init__()
         self.hidden = hidden
@@ -41,6 +43,14 @@ class Toolkit(nn.Module):
         targets = captions[:, 1 : max(lengths) + 1]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return -(outputs.gather(2, targets[:, :, None]).squeeze(2) * mask).sum() / mask.sum()
+
+    def prepare(self, cells: Tensor) -> tuple[Tensor, ...]:
+        """cells (B, P, C) -> what the steps need of each photo."""
+        raise NotImplementedError
+
+    def core(self, word: Tensor, per_photo: list[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One step: word (R, E), what `prepare` returned, repeated, and the state -> output (R, H), next state."""
+        raise NotImplementedError
 
     def copy_common(self, decoder: UpDownDecoder | XlanDecoder) -> None:
         self.embedding.load_state_dict(decoder.embedding.state_dict())
@@ -116,19 +126,12 @@ class ToolkitXLinear(nn.Module):
     def copy_weights(self, block: XLinearAttention) -> None:
         for name in ("bilinear", "spatial", "channel"):
             getattr(self, name).load_state_dict(getattr(block, name).state_dict())
-        halves = zip(
-            *(
-                [*getattr(layer, name).chunk(2), *getattr(other, name).chunk(2)]
-                for layer, other in ((block.query, block.cell), (block.query_norm, block.cell_norm))
-                for name in ("weight", "bias")
-            ),
-            strict=True,
-        )
-        for (linear, _, norm), (weight, bias, norm_weight, norm_bias) in zip(self.projections, halves, strict=True):
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
-            norm.weight.copy_(norm_weight)
-            norm.bias.copy_(norm_bias)
+        for first, layer, norm in ((0, block.query, block.query_norm), (2, block.cell, block.cell_norm)):
+            for half in (0, 1):
+                projection = self.projections[first + half]
+                for target, source in ((projection[0], layer), (projection[2], norm)):
+                    target.weight.copy_(source.weight.chunk(2)[half])
+                    target.bias.copy_(source.bias.chunk(2)[half])
 
 
 class ToolkitXlan(Toolkit):

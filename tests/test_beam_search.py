@@ -17,6 +17,7 @@ from captioning.search import beam_search as module
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
+from tests.test_decoders import OWN_SIZES
 
 WORDS = 3  # in the vocabulary, besides the four special ones
 seeds = st.integers(0, 10_000)
@@ -199,10 +200,8 @@ def test_a_batch_equals_one_photo_at_a_time(seed, beam_size, levels, impossible,
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
     torch.manual_seed(0)
-    sizes = dict(
-        vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5, heads=1
-    )
-    decoder = build_decoder(name, sizes).eval()
+    sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5)
+    decoder = build_decoder(name, {**sizes, **OWN_SIZES.get(name, {})}).eval()
     with torch.no_grad():  # sharpen the distributions, so that captions differ and end at different steps
         for weights in decoder.parameters():
             weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(2 if name == "xlan" else 4)
@@ -328,9 +327,7 @@ class NoValues(TorchDispatchMode):
 @pytest.mark.parametrize("search", [SearchOptions(1), SearchOptions(4, min_length=2, num_captions=2, beam_groups=2)])
 def test_a_search_reads_nothing_but_the_number_of_photos_before_its_end(search, monkeypatch):
     torch.manual_seed(0)
-    sizes = dict(
-        vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5, heads=1
-    )
+    sizes = dict(vocabulary_size=12, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.5)
     decoder = build_decoder("lstm", sizes).eval()
     grid = Grid(torch.randn(6, 64, 6), grid_pooling(8, 8))
     expected = beam_search(decoder, grid, search)  # also makes what is kept from search to search

@@ -25,7 +25,7 @@ from config import Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import PAD, SPECIAL, Vocabulary
 from tests.small import TINY, log_of, weights
-from tests.test_decoders import SIZES
+from tests.test_decoders import OWN_SIZES, SIZES
 
 CPU = torch.device("cpu")
 CAPTURABLE = [name for name, decoder in DECODERS.items() if decoder.uses_attention]
@@ -54,7 +54,7 @@ def eager_and_replayed(name, batches, **settings):
     The static batches have the sizes of these batches.
     """
     torch.manual_seed(0)
-    decoder = build_decoder(name, SIZES).double().train()
+    decoder = build_decoder(name, {**SIZES, **OWN_SIZES.get(name, {})}).double().train()
     parameters = list(decoder.parameters())
     objective = CrossEntropy(Train("data", "run", **settings)).double()
     for parameter in parameters:

@@ -22,9 +22,10 @@ SIZES = {
     "attention_size": 4,
     "hidden_size": 7,
     "dropout": 0.0,
-    "heads": 1,
 }
-SPECIAL = {"xlan": {"attention_size": 8, "heads": 2, "encoder_layers": 2}}  # sizes of one decoder
+OWN_SIZES = {  # of decoders that those above do not fit
+    "xlan": {"attention_size": 8, "heads": 2, "encoder_layers": 2},
+}
 OVER_NATIVE_CELLS = ("xlan",)  # these decoders do not attend to the 14x14 map
 LENGTHS = [5, 4, 4, 2, 1]
 PHOTO = torch.tensor([1, 0, 2, 1, 0])  # photo_index: the photo of each caption
@@ -44,7 +45,7 @@ def make(variant, seed=0):
     torch.manual_seed(seed)
     name, *flags = variant.split(" --")
     settings = {key: int(value) if value.isdigit() else value for key, value in map(str.split, flags)}
-    decoder = build_decoder(name, {**SIZES, **SPECIAL.get(name, {}), **settings}).double()
+    decoder = build_decoder(name, {**SIZES, **OWN_SIZES.get(name, {}), **settings}).double()
     features = torch.randn(3, 6, 8, 8, dtype=torch.float64)
     grid = Grid(features.flatten(2).transpose(1, 2), grid_pooling(8, 8).double())
     cells = grid.cells if name in OVER_NATIVE_CELLS else F.adaptive_avg_pool2d(features, 14).flatten(2).transpose(1, 2)

@@ -31,8 +31,8 @@ GREEDY = SearchOptions(beam_size=1, max_length=8)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "updown", "xlan"]
 TORCH_RUNS = ["rnn", "attention", "adaptive", "updown", "xlan"]
-# Under --torture only: other cells of the lstm decoder, and a second format of decoders much like others
-LONG_FORM = (("gru", "onnx"), ("rnn", "torch"), ("updown", "torch"), ("xlan", "torch"))
+# Under --torture only: other cells of the lstm decoder, and a second format of the newer decoders
+LONG_FORM = (("gru", "onnx"), ("rnn", "torch"), ("updown", "onnx"), ("xlan", "torch"))
 # Run -> decoder, its special sizes, and a seed with which the most likely word leads by at least 0.009 in
 # log-probability, so that rounding does not change the captions.
 RUNS = {

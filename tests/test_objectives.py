@@ -26,7 +26,7 @@ from captioning.training.optimizer import learning_rate_factor, parameter_groups
 from config import Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import END, PAD, SPECIAL, START, Vocabulary
-from tests.test_decoders import LENGTHS, PHOTO, make
+from tests.test_decoders import LENGTHS, OWN_SIZES, PHOTO, make
 
 
 def make_options(**changes):
@@ -266,12 +266,11 @@ def test_cider_samples_are_as_long_as_max_length_allows(monkeypatch):
 def make_cider(name, **settings):
     """A loss module with dropout of features and hidden states, and a batch of four photos."""
     torch.manual_seed(0)
-    sizes = dict(
-        vocabulary_size=11, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.4, heads=1
-    )
+    sizes = dict(vocabulary_size=11, channels=6, embedding_size=5, attention_size=4, hidden_size=7, dropout=0.4)
     reward = CiderReward(CaptionDataset(PHOTOS * 2, VOCABULARY, 9))
     options = make_options(objective="cider", start_from="run", samples=3, max_length=5, **settings)
-    loss_module = LossModule(None, build_decoder(name, sizes).train(), Cider(options, reward), feature_dropout=0.3)
+    decoder = build_decoder(name, {**sizes, **OWN_SIZES.get(name, {})}).train()
+    loss_module = LossModule(None, decoder, Cider(options, reward), feature_dropout=0.3)
     grid = Grid(torch.randn(4, 64, 6), torch.full((196, 64), 1 / 64))
     return loss_module, unprepared(grid, [0, 1, 2, 3])
 

@@ -57,6 +57,6 @@ def test_an_attention_size_that_the_heads_do_not_divide_is_refused_in_one_line()
 
 @pytest.mark.parametrize("flag", ["heads", "encoder_layers"])
 def test_flags_of_xlan_are_refused_for_decoders_without_them(flag):
-    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} requires --decoder transformer or xlan"):
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} requires --decoder .*xlan"):
         Train("data", "run", **{flag: 1})
     assert getattr(Train("data", "run", decoder="xlan", **{flag: 1}), flag) == 1

@@ -12,9 +12,10 @@ from captioning.errors import UserError
 
 
 def decoder_arguments(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that the constructor of the decoder `name` takes."""
+    """Return the settings that the constructor of the decoder `name` takes; its default for those that are None."""
     parameters = inspect.signature(DECODERS[name]).parameters
-    return {argument: value for argument, value in settings.items() if argument in parameters}
+    taken = {argument: value for argument, value in settings.items() if argument in parameters}
+    return {argument: parameters[argument].default if value is None else value for argument, value in taken.items()}
 
 
 def build_decoder(name: str, settings: dict[str, Any]) -> nn.Module:

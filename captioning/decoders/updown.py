@@ -53,7 +53,7 @@ class UpDownDecoder(nn.Module):
         embedding_size: int,
         attention_size: int,
         hidden_size: int,
-        dropout: float,
+        dropout: float = 0.5,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)

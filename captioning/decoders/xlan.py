@@ -130,7 +130,7 @@ class XlanDecoder(nn.Module):
         embedding_size: int,
         attention_size: int,
         hidden_size: int,
-        dropout: float,
+        dropout: float = 0.5,
         encoder_layers: int = 4,
         heads: int = 8,
     ):
@@ -178,11 +178,11 @@ class XlanDecoder(nn.Module):
 
     def step(self, words: Tensor, state: State) -> Step:
         """See Decoder.step in captioning/decoders/protocol.py."""
-        keys, values, pooling, photo_gates = state.per_photo
+        pooling, photo_gates = state.per_photo[2:]
         operations = Operations(self.context_gates, self.hidden_gates, self.attention.query, self.context)
-        captions_per_photo = words.shape[0] // keys.shape[0]  # not len(): torch.export would take it for a constant
+        captions_per_photo = words.shape[0] // pooling.shape[0]  # not len(): torch.export would take it for a constant
         gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
-        per_caption, spatial = self._advance(operations, gates, keys, values, state.per_caption)
+        per_caption, spatial = self._advance(operations, gates, state)
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
         attention = _spread(spatial.mean(1), pooling)
         return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption))
@@ -202,16 +202,18 @@ class XlanDecoder(nn.Module):
         contexts: list[Tensor] = []
         for step_gates in gates.split(step_sizes):
             state = state.truncate(len(step_gates))
-            per_caption, _ = self._advance(operations, step_gates, *state.per_photo, state.per_caption)
+            per_caption, _ = self._advance(operations, step_gates, state)
             state = State(state.per_photo, per_caption)
             contexts.append(per_caption[2])
         return DecoderOutput(self.output_layer(self.dropout(torch.cat(contexts))), None)  # (W, V): one product
 
-    def _advance(
-        self, operations: Operations, gates: Tensor, keys: Tensor, values: Tensor, per_caption: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Run one step: gates from word and photo (R, 4H), per_caption -> next per_caption, s (R, h, N)."""
-        hidden, cell, context = per_caption
+    def _advance(self, operations: Operations, gates: Tensor, state: State) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run one step: gates from word and photo (R, 4H), state -> next per_caption, s (R, h, N).
+
+        state.per_photo: keys, values, and others that this does not use.
+        """
+        keys, values = state.per_photo[:2]
+        hidden, cell, context = state.per_caption
         gates = gates + operations.context_gates(self.dropout(context)) + operations.hidden_gates(hidden)
         hidden, cell = lstm_update(gates, cell)
         attended, spatial = self.attention(operations.query(hidden), keys, values)

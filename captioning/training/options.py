@@ -32,6 +32,13 @@ class BatchDefaults(NamedTuple):
 
 
 PUBLISHED_BATCH = BatchDefaults(32, 4e-4)  # of the published recipe of soft attention
+DECODERS_OF_SETTING = {
+    "cell": ("lstm",),
+    "layers": ("lstm",),
+    "photo_norm": ("lstm",),
+    "encoder_layers": ("xlan",),
+    "heads": ("xlan",),
+}  # settings that the other decoders do not have
 GPU_BATCH = BatchDefaults(512, 1.6e-3)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 
 
@@ -62,8 +69,8 @@ class TrainingOptions:
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
     layers: int = 1  # with --decoder lstm: recurrent layers
     photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
-    encoder_layers: int = 3  # with --decoder transformer and xlan: layers that relate the cells; 0 is none
-    heads: int = 8  # with --decoder transformer and xlan: attention heads
+    encoder_layers: int | None = None  # with --decoder xlan: layers that relate the cells first; may be 0 (4)
+    heads: int | None = None  # with --decoder xlan: heads of each attention (8)
     tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
     word_vectors: Path | None = None  # initialise the embedding from a text file of word2vec, GloVe or fastText
     freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
@@ -172,12 +179,9 @@ class TrainingOptions:
         self._check_embeddings()
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-        lstm_flags = non_default(self, "cell", "layers", "photo_norm")
-        if lstm_flags and self.decoder != "lstm":
-            raise UserError(f"{lstm_flags[0]} requires --decoder lstm")
-        head_flags = non_default(self, "encoder_layers", "heads")
-        if head_flags and self.decoder not in ("transformer", "xlan"):
-            raise UserError(f"{head_flags[0]} requires --decoder transformer or xlan")
+        for name, decoders in DECODERS_OF_SETTING.items():
+            if non_default(self, name) and self.decoder not in decoders:
+                raise UserError(f"{flag(name)} requires --decoder {' or '.join(decoders)}")
 
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")
