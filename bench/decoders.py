@@ -1,8 +1,10 @@
-"""The time of a training step of Kantu's decoders and of the tutorials' (bench/tutorial.py), on random features.
+"""The time of a training step of Kantu's decoders and of others, on random features.
+
+The others are written like the tutorials (bench/tutorial.py) and the captioning toolkits (bench/toolkits.py).
 
     python bench/decoders.py                                     attention, 32 captions of 8 photos
     python bench/decoders.py --photos 32 --captions-per-photo 1     one caption per photo: captions share no work
-    python bench/decoders.py --decoder lstm
+    python bench/decoders.py --decoder lstm                      or updown, xlan
     python bench/decoders.py --encoder resnet101                 the tutorial also runs its encoder, as in every epoch
 
 Both have the same weights and captions, and their losses and gradients are compared before anything is timed. A step is
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 from synthetic import coco_lengths
+from toolkits import ToolkitUpDown, ToolkitXlan
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -39,7 +42,7 @@ from preprocess.vocabulary import END, SPECIAL, START
 
 @dataclass(frozen=True)
 class Bench:
-    decoder: Literal["attention", "lstm"] = "attention"
+    decoder: Literal["attention", "lstm", "updown", "xlan"] = "attention"
     photos: int = 8
     captions_per_photo: int = 4  # not COCO's 5: 32 captions per batch, equally many per photo for BatchNorm
     length_factor: int = 1  # multiplies the lengths of COCO captions
@@ -50,7 +53,14 @@ class Bench:
     encoder: str | None = None  # such as resnet101: the tutorial then encodes one photo per caption, already decoded
     image_size: int = 256
     rounds: int = 5
+    heads: int = 8  # of xlan
+    encoder_layers: int = 4  # of xlan
     threads: int = torch.get_num_threads()
+
+    @property
+    def other(self) -> str:
+        """Whose way Kantu is compared with."""
+        return "tutorial" if self.decoder in ("attention", "lstm") else "toolkit"
 
 
 class Data:
@@ -79,6 +89,15 @@ class Data:
             grid, PackedSequence(words.data, words.batch_sizes), targets, self.photo_index, np.arange(len(grid))
         )
 
+    def other_batch(self, bench: Bench, dtype: torch.dtype = torch.float32) -> tuple:
+        """The batch of the tutorial or the toolkit."""
+        if bench.other == "tutorial":
+            return self.tutorial_batch(dtype)
+        cells = self.grid.cells.to(dtype)
+        if bench.decoder == "updown":
+            cells = self.grid.spread(cells)
+        return cells, self.photo_index, self.captions, self.lengths.tolist()
+
     def tutorial_batch(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, list[int]]:
         """The tutorial's batch: a 14x14 map per caption (B, 14, 14, C), the captions and their lengths."""
         maps = self.grid.spread(self.grid.cells.to(dtype)).unflatten(1, (GRID_SIZE, GRID_SIZE))
@@ -86,7 +105,7 @@ class Data:
 
 
 def make_decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Module]:
-    """Kantu's decoder and the tutorial's, with the same weights."""
+    """Kantu's decoder and the other one, with the same weights."""
     torch.manual_seed(0)
     sizes = {
         "vocabulary_size": bench.vocabulary,
@@ -99,7 +118,16 @@ def make_decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Mod
     if bench.decoder == "lstm":
         lstm = build_decoder("lstm", sizes)
         return lstm, TutorialLstm(*tutorial_sizes, bench.size, dropout).copy_weights(lstm)
-    attention = build_decoder("attention", {**sizes, "attention_size": bench.size})
+    sizes |= {"attention_size": bench.size, "heads": bench.heads, "encoder_layers": bench.encoder_layers}
+    if bench.decoder == "updown":
+        updown = build_decoder("updown", sizes)
+        updown.score.weight.data *= 10
+        return updown, ToolkitUpDown(*tutorial_sizes, bench.size, bench.size, dropout).copy_weights(updown)
+    if bench.decoder == "xlan":
+        xlan = build_decoder("xlan", sizes)
+        xlan_sizes = (*tutorial_sizes, dropout, bench.encoder_layers, bench.heads)
+        return xlan, ToolkitXlan(*xlan_sizes).copy_weights(xlan)
+    attention = build_decoder("attention", sizes)
     # As peaked as trained attention: the gradients of uniform attention are dominated by rounding errors.
     attention.score.weight.data *= 10
     return attention, TutorialAttention(*tutorial_sizes, bench.size, bench.size, dropout).copy_weights(attention)
@@ -132,13 +160,14 @@ def tutorial_step(decoder: nn.Module, optimizer: torch.optim.Optimizer | None, b
 
 def compare(bench: Bench, data: Data) -> None:
     """Print how much losses and gradients differ. Exits if the difference is more than rounding."""
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    rounding = 1e-4 if bench.decoder == "xlan" else 1e-5  # its many norms amplify rounding
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, rounding)):
         kantu_loss, kantu_gradient = compute_kantu_gradient(bench, data, dtype)
         loss, gradient = compute_tutorial_gradient(bench, data, dtype)
         loss_error = abs(kantu_loss / loss - 1).item()
         gradient_error = ((kantu_gradient - gradient).norm() / gradient.norm()).item()
         print(
-            f"{dtype}: Kantu and the tutorial differ by {loss_error:.0e} in the loss, "
+            f"{dtype}: Kantu and the {bench.other} differ by {loss_error:.0e} in the loss, "
             f"{gradient_error:.0e} in the gradient"
         )
         if max(loss_error, gradient_error) > tolerance:
@@ -149,7 +178,7 @@ def compute_tutorial_gradient(bench: Bench, data: Data, dtype: torch.dtype) -> t
     """The loss, and the gradient as one vector. Dropout is off, because its random numbers would differ."""
     _, decoder = make_decoders(bench, dropout=0.0)
     decoder = decoder.to(dtype)
-    loss = tutorial_step(decoder, None, data.tutorial_batch(dtype))
+    loss = tutorial_step(decoder, None, data.other_batch(bench, dtype))
     return loss, parameters_to_vector(parameter.grad for parameter in decoder.parameters())
 
 
@@ -185,16 +214,16 @@ def main(bench: Bench) -> None:
     compare(bench, data)
     kantu, tutorial = make_decoders(bench)
     optimizer = torch.optim.Adam(tutorial.parameters(), 4e-4)
-    steps = {"tutorial": partial(tutorial_step, tutorial, optimizer, data.tutorial_batch())}
+    steps = {bench.other: partial(tutorial_step, tutorial, optimizer, data.other_batch(bench))}
     for dtype in dict.fromkeys((torch.float32, pick_precision("auto", torch.device("cpu")))):
         decoder = copy.deepcopy(kantu)
         name = f"Kantu, {str(dtype).removeprefix('torch.')}"
         steps[name] = partial(kantu_step, decoder, make_optimizer(decoder.parameters()), data.kantu_batch(dtype), dtype)
     if bench.encoder:
-        steps["tutorial"] = tutorial_epoch_step(bench, steps["tutorial"])
+        steps[bench.other] = tutorial_epoch_step(bench, steps[bench.other])
     seconds = best_of(bench.rounds, steps)
     for name, taken in seconds.items():
-        print(f"{name:>16}  {taken:7.3f} s per step  {seconds['tutorial'] / taken:5.1f} times as fast")
+        print(f"{name:>16}  {taken:7.3f} s per step  {seconds[bench.other] / taken:5.1f} times as fast")
     print(f"{len(data.lengths)} captions of {bench.photos} photos, {data.lengths.sum()} words of {bench.vocabulary:,}")
     print(
         f"{bench.grid_side}x{bench.grid_side} cells of {bench.channels}; "

@@ -26,7 +26,9 @@ SIZES = {
 }
 OWN_SIZES = {  # of decoders that those above do not fit
     "transformer": {"hidden_size": 8, "heads": 2, "layers": 2, "encoder_layers": 2, "feed_forward_size": 9},
+    "xlan": {"attention_size": 8, "heads": 2, "encoder_layers": 2},
 }
+OVER_NATIVE_CELLS = ("xlan",)  # these decoders do not attend to the 14x14 map
 LENGTHS = [5, 4, 4, 2, 1]
 PHOTO = torch.tensor([1, 0, 2, 1, 0])  # photo_index: the photo of each caption
 VARIANTS = [
@@ -40,17 +42,20 @@ VARIANTS = [
 
 
 def make(variant, seed=0):
-    """A decoder in float64, the grid of 3 photos, its 14x14 map (3, 196, 6), words (5, 6), the words packed."""
+    """A decoder in float64, the grid of 3 photos, their cells (3, P, 6), words (5, 6), the words packed.
+
+    The cells are those of the equations: the 14x14 map (P = 196), or the native cells (P = 64).
+    """
     torch.manual_seed(seed)
     name, *flags = variant.split(" --")
     settings = {key: int(value) if value.isdigit() else value for key, value in map(str.split, flags)}
     decoder = build_decoder(name, {**SIZES, **OWN_SIZES.get(name, {}), **settings}).double()
     features = torch.randn(3, 6, 8, 8, dtype=torch.float64)
     grid = Grid(features.flatten(2).transpose(1, 2), grid_pooling(8, 8).double())
-    f14 = F.adaptive_avg_pool2d(features, 14).flatten(2).transpose(1, 2)
+    cells = grid.cells if name in OVER_NATIVE_CELLS else F.adaptive_avg_pool2d(features, 14).flatten(2).transpose(1, 2)
     words = torch.randint(4, 11, (5, 6))
     packed = pack_padded_sequence(words[:, :-1], torch.tensor(LENGTHS), batch_first=True)
-    return decoder, grid, f14, words, packed
+    return decoder, grid, cells, words, packed
 
 
 def attention_equations(d, f14, words, weigh_cells=lambda attention: attention):
@@ -179,12 +184,84 @@ def transformer_equations(d, f14, words):
     return torch.stack(logits), torch.stack(attentions)
 
 
+def updown_equations(d, f14, words):
+    """Anderson et al. 2018, one caption: logits (T, V) and attention (T, P)."""
+    size = d.query.in_features
+    h1 = m1 = h2 = m2 = torch.zeros(1, size).double()
+    from_word_and_photo = torch.cat([d.word_gates.weight, d.photo_gates.weight], 1)
+    zeros = torch.zeros(4 * size).double()
+    logits, attentions = [], []
+    for word in words:
+        (w_h2, w_h1), (v_h1, v_h2) = d.attention_gates.weight.split(size, 1), d.language_gates.weight.split(size, 1)
+        x1 = torch.cat([d.embedding(word), f14.mean(0), h2[0]])[None]
+        weights = torch.cat([from_word_and_photo, w_h2], 1), w_h1, d.word_gates.bias, zeros
+        h1, m1 = torch.lstm_cell(x1, (h1, m1), *weights)
+        scores = [d.score.weight[0] @ torch.tanh(d.key(cell14) + d.query.weight @ h1[0]) for cell14 in f14]
+        attention = torch.stack(scores).softmax(0)
+        x2 = torch.cat([attention @ f14, h1[0]])[None]
+        weights = torch.cat([d.context_gates.weight, v_h1], 1), v_h2, d.context_gates.bias, zeros
+        h2, m2 = torch.lstm_cell(x2, (h2, m2), *weights)
+        logits.append(d.output_layer(h2[0]))
+        attentions.append(attention)
+    return torch.stack(logits), torch.stack(attentions)
+
+
+def x_linear_equations(d, cells, query):
+    """Pan et al. 2020, one photo: F(k, v, q) (D,) and the spatial attention of each head (h, N)."""
+
+    def projections(x, layer, norm):
+        """ELU, then GroupNorm over each head, of W_k and W_v, or of W_q and W'_q: two (..., h, d)."""
+        x = layer(x)
+        x = torch.where(x > 0, x, torch.exp(x) - 1).unflatten(-1, (2 * d.heads, -1))
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return (x.flatten(-2) * norm.weight + norm.bias).unflatten(-1, (2, d.heads, -1)).unbind(-3)
+
+    keys, values = projections(cells, d.cell, d.cell_norm)
+    q, q_value = projections(query, d.query, d.query_norm)
+    attended, attentions = [], []
+    for head in range(d.heads):
+        b = torch.relu(d.bilinear(keys[:, head] * q[head]))
+        s = d.spatial(b)[:, 0].softmax(0)
+        c = torch.sigmoid(d.channel(b.mean(0)))
+        attended.append(c * (s[:, None] * (values[:, head] * q_value[head])).sum(0))
+        attentions.append(s)
+    return torch.cat(attended), torch.stack(attentions)
+
+
+def xlan_equations(d, native, words):
+    """Pan et al. 2020, one caption: logits (T, V) and attention (T, P), from the native cells."""
+    cells = F.elu(d.cell(native))
+    photos = [cells.mean(0)]
+    for layer in d.layers:
+        photos.append(x_linear_equations(layer.attention, cells, photos[-1])[0])
+        joint = torch.cat([layer.from_photo.weight, layer.from_cell.weight], 1)
+        both = torch.cat([photos[-1].expand(len(cells), -1), cells], 1)
+        cells = layer.norm(F.linear(both, joint, layer.from_photo.bias).relu() + cells)
+    g = d.photo_norm(d.photo(torch.cat(photos)))
+    h = m = torch.zeros(1, len(g)).double()
+    c = torch.zeros(len(g)).double()
+    from_x = torch.cat([d.word_gates.weight, d.context_gates.weight], 1)
+    logits, attentions = [], []
+    for word in words:
+        x = torch.cat([d.embedding(word), g + c])[None]
+        h, m = torch.lstm_cell(x, (h, m), from_x, d.hidden_gates.weight, d.word_gates.bias, torch.zeros(28).double())
+        attended, spatial = x_linear_equations(d.attention, cells, h[0])
+        value, gate = d.context(torch.cat([attended, h[0]])).chunk(2)
+        c = value * torch.sigmoid(gate)
+        logits.append(d.output_layer(c))
+        spread = grid_pooling(8, 8).double() @ spatial.mean(0)
+        attentions.append(spread / spread.sum())
+    return torch.stack(logits), torch.stack(attentions)
+
+
 EQUATIONS = {
     "transformer": transformer_equations,
     "attention": attention_equations,
     "hard-attention": attention_equations,
     "lstm": show_and_tell_equations,
     "adaptive": adaptive_equations,
+    "updown": updown_equations,
+    "xlan": xlan_equations,
 }
 
 

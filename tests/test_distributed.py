@@ -37,6 +37,7 @@ from captioning.runtime.signals import STOPPED, StopRequest, claim_report
 from config import ExtractFeatures, Train
 from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
+from tests.small import SPECIAL
 from tests.test_fast_path import use_graphs_on_cpu
 
 REPOSITORY = Path(__file__).parents[1]
@@ -127,7 +128,7 @@ def assert_close(values, expected, tolerance=1e-5):
 @pytest.mark.parametrize(
     "setting",
     [
-        *({**CACHED, "decoder": name} for name in DECODERS),
+        *({**CACHED, "decoder": name, **SPECIAL.get(name, {})} for name in DECODERS),
         FINE_TUNED,
         ACCUMULATED,
     ],

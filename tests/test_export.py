@@ -29,9 +29,10 @@ from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
 GREEDY = SearchOptions(beam_size=1, max_length=8)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "transformer"]
-TORCH_RUNS = ["rnn", "attention", "adaptive", "transformer"]
-LONG_FORM = ("gru", "rnn")  # other cells of the lstm decoder: under --torture only
+ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "transformer", "updown", "xlan"]
+TORCH_RUNS = ["rnn", "attention", "adaptive", "transformer", "updown", "xlan"]
+# Under --torture only: other cells of the lstm decoder, and a second format of the newer decoders
+LONG_FORM = (("gru", "onnx"), ("rnn", "torch"), ("updown", "onnx"), ("xlan", "torch"), ("transformer", "torch"))
 # Run -> decoder, its special sizes, and a seed with which the most likely word leads by at least 0.009 in
 # log-probability, so that rounding does not change the captions.
 RUNS = {
@@ -42,6 +43,8 @@ RUNS = {
     "hard-attention": ("hard-attention", {}, 14),
     "adaptive": ("adaptive", {}, 9),
     "transformer": ("transformer", {"encoder_layers": 1, "layers": 2, "heads": 4, "memory_slots": 3}, 9),
+    "updown": ("updown", {}, 9),
+    "xlan": ("xlan", {"heads": 2, "encoder_layers": 1}, 3),
 }
 EXAMPLE = Path(__file__).with_name("caption_with_onnxruntime.py")
 
@@ -62,6 +65,7 @@ def write_run(
     torch.manual_seed(seed)
     model = build_decoder(decoder, sizes)
     scales = {"output_layer": 20, "embedding": 1, "photo_projection": 3, "initial": 3, "value": 3, "whole": 3, "key": 3}
+    scales |= {"cell": 3, "layers": 1, "attention": 1}
     with torch.no_grad():
         for name, weights in model.named_parameters():
             weights *= scales.get(name.partition(".")[0], scale)
@@ -115,7 +119,7 @@ def export_run(runs, times):
         return encoders[file_format]
 
     def export_run(run, format="onnx"):
-        if run in LONG_FORM and times(True, False):
+        if (run, format) in LONG_FORM and times(True, False):
             pytest.skip("long form: make torture")
         need_packages()  # for both formats: TorchReader is derived from the ONNX reader
         if (run, format) not in folders:

@@ -13,5 +13,7 @@ DECODERS = Registry(
         "hard-attention": "captioning.decoders.hard_attention:HardAttentionDecoder",
         "adaptive": "captioning.decoders.adaptive:AdaptiveDecoder",
         "transformer": "captioning.decoders.transformer:TransformerDecoder",
+        "updown": "captioning.decoders.updown:UpDownDecoder",
+        "xlan": "captioning.decoders.xlan:XlanDecoder",
     },
 )

@@ -148,8 +148,13 @@ class AttentionDecoder(nn.Module):
         return (hidden, cell, *extra), attention, samples
 
     def weigh_cells(self, attention: Tensor) -> tuple[Tensor, HardSamples | None]:
-        """Attention (B, K, P) -> the weight of each cell in the context (B, K, P): here the attention itself."""
-        return attention, None
+        """Attention (B, K, P) -> the weight of each cell in the context (B, K, P), samples (R,)."""
+        return soft_weights(attention)
+
+
+def soft_weights(attention: Tensor) -> tuple[Tensor, HardSamples | None]:
+    """The weight of each cell in the context of soft attention: the attention itself (B, K, P), and no samples."""
+    return attention, None
 
 
 class GridAttention:
@@ -167,6 +172,11 @@ class GridAttention:
 
     def __call__(self, query: Tensor, gate: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor, HardSamples | None]:
         """query (R, A), gate (R, C) of R = B K rows -> z_t (R, C), a_t (R, P), samples (R,)."""
+        context, attention, samples = self.attend(query, *extra)
+        return gate.sigmoid() * context, attention, samples
+
+    def attend(self, query: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor, HardSamples | None]:
+        """The same without the gate: query (R, A) -> sum(a_t F) (R, C), a_t (R, P), samples (R,)."""
         if self.scores.photo_index is not None and len(query) != len(self.cells):
             self.cells = self.cells[: len(query)]
         photos = self.cells.shape[0]  # not len(): torch.export would take it for a constant
@@ -174,12 +184,16 @@ class GridAttention:
         attention = upcast(scores).softmax(2)
         weights, samples = self.weigh_cells(attention, *extra)
         context = Grid(self.cells, self.pooling).attend(weights)  # (B, K, C): (a P) F
-        return gate.sigmoid() * context.view(gate.shape), attention.flatten(0, 1), samples
+        return context.flatten(0, 1), attention.flatten(0, 1), samples
 
 
 def lstm_cell(word_gates: Tensor, context_gates: Tensor, hidden_gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """LSTM cell: gate pre-activations (R, 4H) from word, context and hidden state; c_t-1 (R, H) -> h_t, c_t (R, H)."""
-    gates = upcast(word_gates + context_gates + hidden_gates)
-    input_gate, forget_gate, candidate, output_gate = gates.chunk(4, 1)
+    return lstm_update(word_gates + context_gates + hidden_gates, cell)
+
+
+def lstm_update(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """LSTM cell: summed gate pre-activations (R, 4H), c_t-1 (R, H) -> h_t, c_t (R, H)."""
+    input_gate, forget_gate, candidate, output_gate = upcast(gates).chunk(4, 1)
     cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
     return output_gate.sigmoid() * cell.tanh(), cell

@@ -33,17 +33,17 @@ class BatchDefaults(NamedTuple):
 
 
 PUBLISHED_BATCH = BatchDefaults(32, 4e-4, 0.0)  # of the published recipe of soft attention
+GPU_BATCH = BatchDefaults(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 DECODERS_OF_SETTING = {
     "cell": ("lstm",),
     "layers": ("lstm", "transformer"),
     "photo_norm": ("lstm",),
-    "encoder_layers": ("transformer",),
-    "heads": ("transformer",),
+    "encoder_layers": ("transformer", "xlan"),
+    "heads": ("transformer", "xlan"),
     "feed_forward_size": ("transformer",),
     "memory_slots": ("transformer",),
     "positions": ("transformer",),
 }  # settings that the other decoders do not have
-GPU_BATCH = BatchDefaults(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class TrainingOptions:
     data: Path  # folder made by python -m preprocess
     run: str  # name of the run, which is written to checkpoints/RUN
     # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look;
-    # transformer: Attention Is All You Need
+    # transformer: Attention Is All You Need; updown: Bottom-Up and Top-Down Attention;
+    # xlan: X-Linear Attention Networks
     decoder: DecoderName = "attention"
     objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
     features: Path | None = None  # cached features; data/NAME/features.h5 unless given
@@ -73,8 +74,9 @@ class TrainingOptions:
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
     # with --decoder lstm or transformer: layers that read the words (1; transformer 3)
     layers: int | None = None
-    encoder_layers: int = 3  # with --decoder transformer: layers that read the cells first; may be 0
-    heads: int = 8  # with --decoder transformer: heads of each attention
+    # with --decoder transformer or xlan: layers that relate the cells first; may be 0 (3; xlan 4)
+    encoder_layers: int | None = None
+    heads: int | None = None  # with --decoder transformer or xlan: heads of each attention (8)
     feed_forward_size: int = 2048  # with --decoder transformer: inner size of the feed-forward layers
     memory_slots: int = 0  # with --decoder transformer: learnt keys and values in the encoder layers; 40 in M2
     # with --decoder transformer: how the row and column of a cell are encoded
@@ -171,9 +173,9 @@ class TrainingOptions:
             "reinforce_weight",
             "entropy_weight",
             "scheduled_sampling_step",
-            "workers",
             "encoder_layers",
             "memory_slots",
+            "workers",
         )
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         check_fractions(self, "allow_missing", "label_smoothing", "scheduled_sampling")
