@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from captioning.encoders.views import WHOLE, View, first_views
 from captioning.errors import UserError
 from captioning.runtime.command_line import DASHBOARD_URL
 from captioning.runtime.settings import check, check_fractions, check_min, flag, non_default
@@ -86,7 +87,11 @@ class ExtractFeatures:
     nvjpeg: bool = False  # decode JPEGs on the GPU: faster with few CPU cores; features differ slightly
     compile: bool = False  # compile the CNN with torch.compile: takes minutes, worthwhile for many photos
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    out: Path | None = None  # file to write; data/NAME/features.h5 unless given
+    # of the photos, in a file of its own: whole, flip (mirrored), crop:N or flip+crop:N; crops keep 0.8 to 1 of a side
+    view: str = "whole"
+    # write this many views at once: whole, flip, crop:1, flip+crop:2, crop:3, ...; a photo is decoded once for all
+    views: int = 1
+    out: Path | None = None  # file to write; data/NAME/features.h5, for a view features.flip.h5, unless given
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
     info: bool = False  # extract nothing: describe the feature file
@@ -100,14 +105,27 @@ class ExtractFeatures:
         if self.overwrite and (self.info or self.verify):
             raise UserError("--overwrite cannot be combined with --info or --verify, which extract nothing")
         check_min(self, 32, "image_size")
-        check_min(self, 1, "batch_size")
+        check_min(self, 1, "batch_size", "views")
         check_min(self, 0, "workers")
         check_fractions(self, "allow_missing")
+        if View.parse(self.view) != WHOLE and self.views > 1:
+            raise UserError(f"--views {self.views} names the views itself: leave out --view {self.view}")
+        if self.nvjpeg and (self.views > 1 or self.view != "whole"):
+            raise UserError("--nvjpeg decodes whole photos only: leave it out with --view and --views")
+
+    @property
+    def files(self) -> dict[View, Path]:
+        """The feature file of each view."""
+        if self.views > 1:
+            whole = self.out or self.data / "features.h5"
+            return {view: view.file(whole) for view in first_views(self.views)}
+        view = View.parse(self.view)
+        return {view: self.out or view.file(self.data / "features.h5")}
 
     @property
     def file(self) -> Path:
-        """The feature file."""
-        return self.out or self.data / "features.h5"
+        """The feature file, of the first view if there are several."""
+        return next(iter(self.files.values()))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@
     python extract_features.py data/aic --encoder mobilenet_v2 --weights FILE --grid native    (small, for a laptop)
     python extract_features.py data/aic --encoder timm/vit_base_patch16_clip_224.openai        (docs/encoders.md)
 
+    python extract_features.py data/aic --view flip        mirrored, in data/aic/features.flip.h5 (docs/features.md)
+    python extract_features.py data/aic --views 4          the whole photo and three other views
+
     torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs write rows of one file)
 
     python extract_features.py data/aic --info             print what the file holds
@@ -19,17 +22,20 @@ if __name__ == "__main__":
 
     install_exit_handlers()
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch
+from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, ReadViews
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
     calibrate_batch_norm,
@@ -39,9 +45,16 @@ from captioning.encoders.loading import (
     read_encoder_checkpoint,
 )
 from captioning.encoders.protocol import default_transform, full_name
+from captioning.encoders.views import WHOLE, View
 from captioning.errors import PhotoError
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter, describe_features, to_stored_rows
+from captioning.features.feature_writer import (
+    FeatureWriter,
+    describe_features,
+    mark_not_done,
+    stat_photos,
+    to_stored_rows,
+)
 from captioning.features.inspection import describe, verify
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
@@ -54,68 +67,105 @@ from preprocess.captions import read_captions
 
 
 def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> None:
-    """Extract features, or describe or verify the file. Raises UserError."""
+    """Extract features, or describe or verify the files. Raises UserError."""
     if config.info:
-        print(describe(FeatureReader(config.file)))
+        print("\n\n".join(describe(FeatureReader(file)) for file in config.files.values()))
         return
-    ids, paths = read_photo_list(config.data)
+    photos = read_photo_list(config.data)
     device = pick_device(config.device)
     if config.verify:
-        print(verify(FeatureReader(config.file), ids, paths, device))
+        for file in config.files.values():
+            print(verify(FeatureReader(file), photos.ids, photos.paths, device))
         return
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
-    encoder, writer, rows = prepare_on_all_ranks(config, ids, paths, device, precision, distributed)
-    print_plan(config, encoder, writer, num_rows=len(rows))
-    if config.compile and len(rows):
+    encoder, outputs = prepare_on_all_ranks(config, photos, device, precision, distributed)
+    print_plan(encoder, outputs)
+    outputs = [output for output in outputs if len(output.rows)]
+    if config.compile and outputs:
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    extract_rows(config, encoder, writer, paths, rows, precision, distributed)
+    extract_rows(config, encoder, outputs, photos, precision, distributed)
 
 
-def read_photo_list(data: Path) -> tuple[StringArray, StringArray]:
+class PhotoList(NamedTuple):
+    """The photos of captions.jsonl, in order."""
+
+    ids: StringArray
+    paths: StringArray
+
+
+class Output(NamedTuple):
+    """The feature file of one view."""
+
+    view: View
+    writer: FeatureWriter
+    rows: np.ndarray  # (M,) int64: still to extract, by all ranks together
+
+
+def read_photo_list(data: Path) -> PhotoList:
     """The ids and the paths of all photos in captions.jsonl, in order."""
-    ids = StringArray()
-    paths = StringArray()
+    photos = PhotoList(StringArray(), StringArray())
     for photo in read_captions(data):
-        ids.append(photo.id)
-        paths.append(photo.image)
-    return ids, paths
+        photos.ids.append(photo.id)
+        photos.paths.append(photo.image)
+    return photos
 
 
 def prepare_on_all_ranks(
     config: ExtractFeatures,
-    ids: Sequence[str],
-    paths: Sequence[str],
+    photos: PhotoList,
     device: torch.device,
     precision: torch.dtype,
     distributed: DistributedContext,
-) -> tuple[Encoder, FeatureWriter, np.ndarray]:
-    """Each rank's encoder and writer, and the rows still to extract, (M,) int64, of all ranks together."""
+) -> tuple[Encoder, list[Output]]:
+    """Each rank's encoder, and its writers of all files."""
     if distributed.is_main:
-        encoder, writer = prepare(config, ids, paths, device, precision)
-        rows = distributed.broadcast(writer.missing())
-    else:  # rank 0 has created the file and stored the encoder; the broadcast waits for that
+        encoder, writers = prepare(config, photos, device, precision)
+        for writer in writers:
+            redo_changed(writer, photos)
+        rows = distributed.broadcast([writer.missing() for writer in writers])
+    else:  # rank 0 has created the files and stored the encoder; the broadcast waits for that
         rows = distributed.broadcast(None)
-        encoder, writer = prepare(replace(config, overwrite=False), ids, paths, device, precision)
-    return encoder, writer, rows
+        encoder, writers = prepare(replace(config, overwrite=False), photos, device, precision)
+    return encoder, [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
 
 
 def prepare(
-    config: ExtractFeatures, ids: Sequence[str], paths: Sequence[str], device: torch.device, precision: torch.dtype
-) -> tuple[Encoder, FeatureWriter]:
-    """The encoder, and the writer of a new file or of the one that this command resumes."""
-    encoder = prepare_encoder(config, paths).to(device).eval().requires_grad_(False)
+    config: ExtractFeatures, photos: PhotoList, device: torch.device, precision: torch.dtype
+) -> tuple[Encoder, list[FeatureWriter]]:
+    """The encoder, and the writers of new files or of those that this command resumes."""
+    encoder = prepare_encoder(config, photos.paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     precision_name = str(precision).removeprefix("torch.")
-    attributes = describe_features(encoder.recipe(), (height, width), config.grid, precision_name)
     checkpoint = {"encoder": encoder.to_checkpoint()}
-    if not config.file.exists():  # before the file: a kill in between must not lose the random weights behind its rows
-        save_checkpoint(encoder_file(config.file), checkpoint)
-    writer = FeatureWriter(config.file, ids, attributes, channels, config.dtype, config.overwrite)
-    if config.overwrite or not encoder_file(config.file).exists():
-        save_checkpoint(encoder_file(config.file), checkpoint)
-    return encoder, writer
+    photo_files = stat_photos(photos.paths)
+    new = [file for file in config.files.values() if config.overwrite or not file.exists()]
+    writers = []
+    for view, file in config.files.items():
+        attributes = describe_features(encoder.recipe(), (height, width), config.grid, precision_name, str(view))
+        if not file.exists():  # before the file: a kill in between must not lose the random weights behind its rows
+            save_checkpoint(encoder_file(file), checkpoint)
+        others = len(new) - new.index(file) - 1 if file in new else 0
+        writers.append(
+            FeatureWriter(
+                file, photos.ids, attributes, channels, config.dtype, config.overwrite, photo_files, others=others
+            )
+        )
+        if config.overwrite or not encoder_file(file).exists():
+            save_checkpoint(encoder_file(file), checkpoint)
+    return encoder, writers
+
+
+def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
+    """Mark the rows of photos whose file has changed as not done, and name the first of these photos."""
+    changed = writer.changed()
+    if not len(changed):
+        return
+    for row in changed[:10]:
+        print(f"changed: {one_line(photos.paths[row])}")
+    print(f"{writer.path}: {len(changed):,} photos have changed since they were encoded, and are encoded again")
+    mark_not_done(writer.path, changed)
 
 
 def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
@@ -142,42 +192,52 @@ def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
 
 
 def choose_decoding(config: ExtractFeatures) -> str:
-    """Who decodes the photos: of a file that this command resumes the one that made its first rows."""
-    if config.overwrite or not config.file.exists():
-        return SIMPLEJPEG_AND_TORCH
-    return FeatureReader(config.file).attributes.get("decoding", PILLOW)
+    """Who decodes the photos: the same as for the first rows of a file that this command resumes.
+
+    A new view is decoded like the whole photos beside it: training uses the two together.
+    """
+    kept = [] if config.overwrite else [*config.files.values()]
+    if WHOLE not in config.files:
+        kept.append(config.data / "features.h5")
+    for file in kept:
+        if file.exists():
+            return FeatureReader(file).attributes.get("decoding", PILLOW)
+    return SIMPLEJPEG_AND_TORCH
 
 
-def print_plan(config: ExtractFeatures, encoder: Encoder, writer: FeatureWriter, num_rows: int) -> None:
-    """Print the sizes of the file, and how many of its rows are still to extract."""
-    photos, stored_height, stored_width, channels = writer.shape
+def print_plan(encoder: Encoder, outputs: Sequence[Output]) -> None:
+    """Print the sizes of the files, and how many of their rows are still to extract."""
     height, width, _ = encoder.output_shape()
-    print(
-        f"{config.file}: {photos:,} photos, {encoder.name}, {height}x{width} cells of {channels}, stored as "
-        f"{stored_height}x{stored_width}x{channels} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
-        f"{photos - num_rows:,} photos done, {num_rows:,} to do"
-    )
+    for _, writer, rows in outputs:
+        photos, stored_height, stored_width, channels = writer.shape
+        print(
+            f"{writer.path}: {photos:,} photos, {encoder.name}, {height}x{width} cells of {channels}, stored as "
+            f"{stored_height}x{stored_width}x{channels} {writer.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
+            f"{photos - len(rows):,} photos done, {len(rows):,} to do"
+        )
+    if len(outputs) > 1:
+        print(f"all {len(outputs)} views: {sum(output.writer.nbytes() for output in outputs) / 1e9:.2f} GB")
 
 
 def extract_rows(
     config: ExtractFeatures,
     encoder: Encoder,
-    writer: FeatureWriter,
-    paths: Sequence[str],
-    rows: np.ndarray,
+    outputs: Sequence[Output],
+    photos: PhotoList,
     precision: torch.dtype,
     distributed: DistributedContext,
 ) -> None:
-    """Extract this rank's shard of the rows (M,) int64, and report the photos that cannot be read.
+    """Extract this rank's shard of the rows of all files, and report the photos that cannot be read.
 
     Raises PhotoError if there are too many of them.
     """
-    failures = FailureLimit(writer.shape[0], config.allow_missing)
+    failures = FailureLimit(len(photos.ids), config.allow_missing)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(output.rows for output in outputs)]))
     batches = distributed.shard(aligned_batches(rows, config.batch_size))
     num_photos = sum(map(len, batches))
     try:
         with tqdm(total=num_photos, unit="photo", desc="extract", disable=not distributed.is_main) as progress_bar:
-            extract(encoder, writer, paths, batches, precision, config.workers, failures, progress_bar)
+            extract(encoder, outputs, photos, batches, precision, config.workers, failures, progress_bar)
         for reasons in distributed.all_gather(list(failures.reasons)):
             failures.add(reasons)
     except PhotoError:  # too many photos failed: report which
@@ -199,44 +259,60 @@ def aligned_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 def extract(
     encoder: Encoder,
-    writer: FeatureWriter,
-    paths: Sequence[str],
+    outputs: Sequence[Output],
+    photos: PhotoList,
     batches: Iterable[IndexBatch],
     precision: torch.dtype,
     workers: int,
     failures: FailureLimit,
     progress_bar: tqdm,
 ) -> None:
-    """Decode, resize, encode and write each batch of rows; then close the writer."""
+    """Decode, resize, encode and write each batch of rows; then close the writers."""
     device = next(encoder.parameters()).device
+    read = ReadViews([output.view for output in outputs], photos.ids)
     try:
-        photos = load_photos(device, paths, batches, encoder.transform, workers)
-        encoded = encode_batches(encoder, writer, photos, precision, failures, progress_bar)
-        for rows, *values in copy_to_host(encoded, device):
+        loaded = load_photos(device, photos.paths, batches, encoder.transform, workers, read)
+        encoded = encode_batches(encoder, outputs, loaded, precision, failures, progress_bar)
+        for (writer, rows), *values in copy_to_host(encoded, device):
             writer.write(rows, *values)
-            progress_bar.update(len(rows))
     finally:
-        writer.close()
+        with contextlib.ExitStack() as stack:  # closes all, even if one raises
+            for output in outputs:
+                stack.callback(output.writer.close)
 
 
 @torch.inference_mode()
 def encode_batches(
     encoder: Encoder,
-    writer: FeatureWriter,
+    outputs: Sequence[Output],
     batches: Iterable[PhotoBatch],
     precision: torch.dtype,
     failures: FailureLimit,
     progress_bar: tqdm,
 ) -> Iterator[tuple]:
-    """Batches of photos -> (rows, features, pooled, scales if the file has them), still on the device."""
+    """Batches of photos -> ((writer, rows), features, pooled, scales if the file has them), still on the device.
+
+    Each file gets only those rows that it lacks.
+    """
     for batch in batches:
         failures.add(batch.failures)
-        progress_bar.update(len(batch.failures))
-        if batch.indices:
-            with autocast(batch.photos.device, precision):
-                grid, class_vector = encoder.encode(batch.photos)
-            features, mean, *scales = to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
-            yield batch.indices, features, mean if class_vector is None else class_vector.float(), *scales
+        views = batch.photos.unflatten(0, (-1, len(outputs)))  # (B, V, 3, S, S)
+        for number, (_, writer, missing) in enumerate(outputs):
+            lacks = np.isin(batch.indices, missing)
+            if lacks.any():
+                photos = views[:, number]
+                if not lacks.all():
+                    photos = photos[torch.from_numpy(lacks).to(photos.device)]
+                yield (writer, np.array(batch.indices)[lacks]), *encode(encoder, photos, precision, writer)
+        progress_bar.update(len(batch.indices) + len(batch.failures))
+
+
+def encode(encoder: Encoder, photos: Tensor, precision: torch.dtype, writer: FeatureWriter) -> tuple[Tensor, ...]:
+    """Photos (B, 3, S, S) uint8 -> what the writer takes for them: features, pooled and, in a file of uint8, scales."""
+    with autocast(photos.device, precision):
+        grid, class_vector = encoder.encode(photos)
+    features, mean, *scales = to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
+    return features, mean if class_vector is None else class_vector.float(), *scales
 
 
 def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:
@@ -252,12 +328,14 @@ def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:
 
 
 def work(config: ExtractFeatures) -> None:
-    """`main` on all processes of the job, with the feature file locked."""
+    """`main` on all processes of the job, with the feature files locked."""
     remedy = f"lower --batch-size, now {config.batch_size}"
-    lock = config.file.with_name(config.file.name + ".lock")
     writes = not (config.info or config.verify)
     with init_distributed("the same command goes on") as distributed, oom_as_user_error(remedy):
-        with locked(config.file, lock, distributed.is_main and writes):
+        with contextlib.ExitStack() as locks:
+            for file in config.files.values():
+                lock = file.with_name(file.name + ".lock")
+                locks.enter_context(locked(file, lock, distributed.is_main and writes))
             main(config, distributed)
 
 
