@@ -151,7 +151,7 @@ class Generate:
     photos: Positional[tuple[Path, ...]] = ()  # photos, and folders of photos
     data: Path | None = None  # folder made by python -m preprocess: caption a split of it
     split: Literal["train", "val", "test"] = "val"  # of --data, and of --references data/NAME
-    features: Path | None = None  # with --data: cached features; data/NAME/features.h5, if it exists, unless given
+    features: tuple[Path, ...] = ()  # with --data: cached features; data/NAME/features.h5, if it exists, unless given
     limit: int = 0  # with --data: caption only this many photos, the first of the split; 0 is all
     search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are searched for or sampled
     ensemble: tuple[Path, ...] = ()  # further runs, same vocabulary and encoder: average the word probabilities of all

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,8 +22,7 @@ MIN_SIDE = 0.8  # smallest fraction of each side that a crop keeps; another valu
 DecodedPhoto = Image.Image | np.ndarray  # array: (H, W, 3) uint8, upright and RGB
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """How a photo is looked at. Its name is whole, flip, crop:N or flip+crop:N."""
 
     flip: bool = False
