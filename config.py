@@ -91,6 +91,10 @@ class ExtractFeatures:
     view: str = "whole"
     # write this many views at once: whole, flip, crop:1, flip+crop:2, crop:3, ...; a photo is decoded once for all
     views: int = 1
+    part: str | None = (
+        None  # such as 1/4: the first quarter of the photos, in features.part1of4.h5 unless --out is given
+    )
+    missing_only: bool = False  # with --out: extract the photos that no other file beside features.h5 or --out holds
     out: Path | None = None  # file to write; data/NAME/features.h5, for a view features.flip.h5, unless given
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
@@ -110,17 +114,30 @@ class ExtractFeatures:
         check_fractions(self, "allow_missing")
         if View.parse(self.view) != WHOLE and self.views > 1:
             raise UserError(f"--views {self.views} names the views itself: leave out --view {self.view}")
+        if self.part:
+            number, parts = self.part_of_parts
+            check(1 <= number <= parts, "--part", self.part, "a number and how many parts there are, such as 1/4")
+        if self.missing_only and (not self.out or self.views > 1):
+            raise UserError("--missing-only needs --out FILE, the file of these photos, and no --views")
         if self.nvjpeg and (self.views > 1 or self.view != "whole"):
             raise UserError("--nvjpeg decodes whole photos only: leave it out with --view and --views")
 
     @property
+    def part_of_parts(self) -> tuple[int, int]:
+        """The number of the part, from 1, and how many there are: (1, 1) without --part; (0, 0) if it is nonsense."""
+        numbers = (self.part or "1/1").split("/")
+        valid = len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers)
+        return (int(numbers[0]), int(numbers[1])) if valid else (0, 0)
+
+    @property
     def files(self) -> dict[View, Path]:
         """The feature file of each view."""
+        number, parts = self.part_of_parts
+        whole = self.data / ("features.h5" if parts == 1 else f"features.part{number}of{parts}.h5")
         if self.views > 1:
-            whole = self.out or self.data / "features.h5"
-            return {view: view.file(whole) for view in first_views(self.views)}
+            return {view: view.file(self.out or whole) for view in first_views(self.views)}
         view = View.parse(self.view)
-        return {view: self.out or view.file(self.data / "features.h5")}
+        return {view: self.out or view.file(whole)}
 
     @property
     def file(self) -> Path:

@@ -7,6 +7,9 @@
     python extract_features.py data/aic --view flip        mirrored, in data/aic/features.flip.h5 (docs/features.md)
     python extract_features.py data/aic --views 4          the whole photo and three other views
 
+    python extract_features.py data/aic --part 1/4         on the first of four machines without a shared disk
+    python extract_features.py data/aic --missing-only --out data/aic/features.2.h5     photos added since
+
     torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs write rows of one file)
 
     python extract_features.py data/aic --info             print what the file holds
@@ -46,7 +49,8 @@ from captioning.encoders.loading import (
 )
 from captioning.encoders.protocol import default_transform, full_name
 from captioning.encoders.views import WHOLE, View
-from captioning.errors import PhotoError
+from captioning.errors import PhotoError, UserError
+from captioning.features.feature_files import recipe, recipe_difference, view_of
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import (
     FeatureWriter,
@@ -75,17 +79,23 @@ def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> N
     device = pick_device(config.device)
     if config.verify:
         for file in config.files.values():
-            print(verify(FeatureReader(file), photos.ids, photos.paths, device))
+            reader = FeatureReader(file)
+            own = photos.of_file(reader) or photos
+            print(verify(reader, own.ids, own.paths, device))
         return
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
-    encoder, outputs = prepare_on_all_ranks(config, photos, device, precision, distributed)
+    chosen = distributed.broadcast(choose_photos(config, photos) if distributed.is_main else None)
+    if chosen is not None and not len(chosen.ids):
+        print(f"{config.file}: not written: the other files hold all photos")
+        return
+    encoder, outputs = prepare_on_all_ranks(config, photos, chosen, device, precision, distributed)
     print_plan(encoder, outputs)
     outputs = [output for output in outputs if len(output.rows)]
     if config.compile and outputs:
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    extract_rows(config, encoder, outputs, photos, precision, distributed)
+    extract_rows(config, encoder, outputs, chosen, precision, distributed)
 
 
 class PhotoList(NamedTuple):
@@ -93,6 +103,17 @@ class PhotoList(NamedTuple):
 
     ids: StringArray
     paths: StringArray
+
+    def select(self, indices: Iterable[int]) -> PhotoList:
+        """These photos, in this order."""
+        indices = list(indices)
+        return PhotoList(StringArray(self.ids[i] for i in indices), StringArray(self.paths[i] for i in indices))
+
+    def of_file(self, reader: FeatureReader) -> PhotoList | None:
+        """The photos that a feature file holds, in its order; None if one of them is not in the list."""
+        index = {photo: i for i, photo in enumerate(self.ids)}
+        indices = [index.get(photo, -1) for photo in reader.ids]
+        return None if -1 in indices else self.select(indices)
 
 
 class Output(NamedTuple):
@@ -112,49 +133,111 @@ def read_photo_list(data: Path) -> PhotoList:
     return photos
 
 
+def choose_photos(config: ExtractFeatures, photos: PhotoList) -> PhotoList:
+    """The photos of --part, without those that other files hold with --missing-only.
+
+    A file of --missing-only that exists keeps the photos with which it was created.
+    """
+    number, parts = config.part_of_parts
+    indices = part_of(len(photos.ids), number, parts)
+    if not indices:
+        raise UserError(f"--part {config.part}: has no photos, there are {len(photos.ids):,} in all; give fewer parts")
+    if not config.missing_only:
+        return photos if parts == 1 else photos.select(indices)
+    if config.file.exists() and not config.overwrite:
+        own = photos.of_file(FeatureReader(config.file))
+        if own is None:
+            raise UserError(f"{config.file}: has photos that {config.data} lacks; give --out for another file")
+        return own
+    held = {photo for reader in neighbours(config) for photo in reader.ids}
+    return photos.select(i for i in indices if photos.ids[i] not in held)
+
+
+def part_of(photos: int, number: int, parts: int) -> range:
+    """The indices of part `number`, from 1, of so many `parts` of the photos; each photo is in one part.
+
+    Where there are enough photos, a part begins at a multiple of 256: batches of 32 are then those of the whole data
+    set, and so are all bits of the features.
+    """
+    size = 256
+    while size > 1 and 4 * size > photos // parts:
+        size //= 2
+    start, end = (photos * part // parts // size * size if part < parts else photos for part in (number - 1, number))
+    return range(start, end)
+
+
+def neighbours(config: ExtractFeatures) -> list[FeatureReader]:
+    """The other feature files of the same view in the data folder and beside --out, with the recipe of the first."""
+    folders = (config.data, config.file.parent)
+    paths = {path.resolve(): path for folder in folders for path in sorted(folder.glob("*.h5"))}
+    paths.pop(config.file.resolve(), None)
+    [view] = config.files
+    readers: list[FeatureReader] = []
+    for path in sorted(paths.values(), key=lambda path: (path != config.data / "features.h5", path)):
+        reader = FeatureReader(path)
+        if view_of(reader) == view and not (readers and recipe_difference(reader, readers[0])):
+            readers.append(reader)
+    return readers
+
+
 def prepare_on_all_ranks(
     config: ExtractFeatures,
     photos: PhotoList,
+    chosen: PhotoList,
     device: torch.device,
     precision: torch.dtype,
     distributed: DistributedContext,
 ) -> tuple[Encoder, list[Output]]:
-    """Each rank's encoder, and its writers of all files."""
+    """Each rank's encoder, and its writers of the files of the `chosen` photos."""
     if distributed.is_main:
-        encoder, writers = prepare(config, photos, device, precision)
+        encoder, writers = prepare(config, photos, chosen, device, precision)
         for writer in writers:
-            redo_changed(writer, photos)
+            redo_changed(writer, chosen)
         rows = distributed.broadcast([writer.missing() for writer in writers])
     else:  # rank 0 has created the files and stored the encoder; the broadcast waits for that
         rows = distributed.broadcast(None)
-        encoder, writers = prepare(replace(config, overwrite=False), photos, device, precision)
+        encoder, writers = prepare(replace(config, overwrite=False), photos, chosen, device, precision)
     return encoder, [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
 
 
 def prepare(
-    config: ExtractFeatures, photos: PhotoList, device: torch.device, precision: torch.dtype
+    config: ExtractFeatures, photos: PhotoList, chosen: PhotoList, device: torch.device, precision: torch.dtype
 ) -> tuple[Encoder, list[FeatureWriter]]:
-    """The encoder, and the writers of new files or of those that this command resumes."""
+    """The encoder, and the writers of new files of the `chosen` photos or of those that this command resumes."""
     encoder = prepare_encoder(config, photos.paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     precision_name = str(precision).removeprefix("torch.")
     checkpoint = {"encoder": encoder.to_checkpoint()}
-    photo_files = stat_photos(photos.paths)
+    photo_files = stat_photos(chosen.paths)
     new = [file for file in config.files.values() if config.overwrite or not file.exists()]
     writers = []
     for view, file in config.files.items():
         attributes = describe_features(encoder.recipe(), (height, width), config.grid, precision_name, str(view))
+        if config.missing_only:
+            check_same_recipe(config, attributes)
         if not file.exists():  # before the file: a kill in between must not lose the random weights behind its rows
             save_checkpoint(encoder_file(file), checkpoint)
         others = len(new) - new.index(file) - 1 if file in new else 0
         writers.append(
             FeatureWriter(
-                file, photos.ids, attributes, channels, config.dtype, config.overwrite, photo_files, others=others
+                file, chosen.ids, attributes, channels, config.dtype, config.overwrite, photo_files, others=others
             )
         )
         if config.overwrite or not encoder_file(file).exists():
             save_checkpoint(encoder_file(file), checkpoint)
     return encoder, writers
+
+
+def check_same_recipe(config: ExtractFeatures, attributes: dict) -> None:
+    """Raise UserError if the rows of --missing-only would have another recipe than those of the files beside it."""
+    for reader in neighbours(config)[:1]:
+        found = recipe(reader)
+        for name, value in {**attributes, "dtype": config.dtype}.items():
+            if name != "view" and found.get(name) != value:
+                raise UserError(
+                    f"{config.file}: would have {name} {value}, but {reader.path}, which it is to complete, has "
+                    f"{found.get(name)}; give the flags of that file"
+                )
 
 
 def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:

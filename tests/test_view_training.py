@@ -291,3 +291,39 @@ def test_one_view_needs_no_drawing(four):
     photos = CachedPhotos(trainer_of().train.split, np.arange(20) + 7, lambda rows: rows.tolist())
     photos.start_epoch(3)
     assert photos[np.array([2, 1])].photos == [9, 8]
+
+
+# ---- parts
+
+
+def test_a_run_on_parts_equals_one_on_the_whole_file_to_the_bit(changed, capsys):
+    for name in VIEWS:
+        (DATA / name).unlink()
+    common = {**ENCODER, "grid": "native", "batch_size": 4}
+    extract_features.main(ExtractFeatures(DATA, **common))
+    train.main(settings("whole", epochs=2))
+    parts = [DATA / f"features.part{number}of2.h5" for number in (1, 2)]
+    for number, part in enumerate(parts, 1):
+        shutil.copy(DATA / "features.encoder.pt", encoder_file(part))  # the same random weights
+        extract_features.main(ExtractFeatures(DATA, **common, part=f"{number}/2"))
+    expected = FeatureReader(DATA / "features.h5")
+    (DATA / "features.h5").unlink()
+    train.main(settings("parts", epochs=2))
+    assert same(weights("parts"), weights("whole"))
+    assert "features.part1of2.h5, data/small/features.part2of2.h5: read from the disk" in capsys.readouterr().out
+    assert [*FeatureReader(parts[0]).ids, *FeatureReader(parts[1]).ids] == [*expected.ids]
+    generate.main(Generate(Path("checkpoints/parts"), data=DATA, precision="float32", device="cpu"))
+    parts[1].rename("away.h5")
+    refused("no features for .* of 20 images; run: python extract_features.py data/small$")
+
+
+def test_a_photo_found_twice_is_read_once_and_with_another_recipe_refused(changed):
+    shutil.copy(DATA / "features.h5", "again.h5")
+    mark_not_done(DATA / "features.h5", [2, 3])
+    photos = trainer_of(features=(DATA / "features.h5", Path("again.h5"))).train
+    assert photos.rows[:, 0].tolist() == [i + 24 * (i in (2, 3)) for i in range(24) if i % 6 != 5]
+    extract_features.main(ExtractFeatures(DATA, **ENCODER, grid="native", dtype="float32", out=Path("exact.h5")))
+    refused(
+        "exact.h5: cannot be used with .*: it was extracted with dtype float32, not float16",
+        features=(DATA / "features.h5", Path("exact.h5")),
+    )

@@ -206,3 +206,98 @@ def test_a_photo_that_changed_since_is_named_and_made_anew_in_every_view(copied,
     assert np.flatnonzero(differs).tolist() == [4]
     extract(copied, views=2)
     assert "have changed" not in capsys.readouterr().out
+
+
+# ---- parts
+
+
+def rows_by_photo(path):
+    """Photo -> the bytes of its row, of all arrays."""
+    reader = FeatureReader(path)
+    rows = np.arange(len(reader.ids))
+    stored = [reader.read_stored(rows, name) for name in reader.arrays if name != "done"]
+    assert reader.done().all()
+    return {photo: tuple(values[row].tobytes() for values in stored) for row, photo in enumerate(reader.ids)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_the_rows_of_all_parts_are_those_of_the_whole_byte_for_byte(photos, tmp_path, dtype):
+    settings = {"dtype": dtype, "batch_size": 2, "view": "flip"}
+    extract(photos, out=tmp_path / "whole.h5", **settings)
+    rows = {}
+    for part in ("1/3", "2/3", "3/3"):
+        path = tmp_path / f"part{part[0]}.h5"
+        extract(photos, out=path, part=part, **settings)
+        extract(photos, out=path, verify=True)
+        assert not rows.keys() & rows_by_photo(path).keys()
+        rows |= rows_by_photo(path)
+    assert rows == rows_by_photo(tmp_path / "whole.h5")
+
+
+@pytest.mark.parametrize("number, parts", [(12, 1), (12, 5), (12, 12), (1_000, 7), (123_287, 4), (3, 2)])
+def test_each_photo_is_in_one_part_and_parts_are_about_equal(number, parts):
+    ranges = [extract_features.part_of(number, part, parts) for part in range(1, parts + 1)]
+    assert [i for indices in ranges for i in indices] == list(range(number))
+    assert max(map(len, ranges)) <= 1.5 * number / parts + 1
+
+
+def test_parts_are_named_by_their_number_and_view(photos):
+    assert ExtractFeatures(photos, part="2/4").file == photos / "features.part2of4.h5"
+    assert [path.name for path in ExtractFeatures(photos, part="2/4", views=2).files.values()] == [
+        "features.part2of4.h5",
+        "features.part2of4.flip.h5",
+    ]
+
+
+@pytest.mark.parametrize("part", ["0/4", "5/4", "1", "a/b", "1/4/2", "-1/4", "²/4", ""])
+def test_a_part_that_does_not_exist_is_refused(photos, part):
+    if part:
+        with pytest.raises(UserError, match=f"--part {part}: must be a number and how many parts there are"):
+            ExtractFeatures(photos, part=part)
+    else:
+        with pytest.raises(UserError, match="--part 1/13: has no photos, there are 12 in all; give fewer parts"):
+            extract(photos, part="1/13", out=photos / "no.h5")
+
+
+@pytest.fixture
+def grown(copied):
+    """The copied folder, whose data set has six more photos than its feature files."""
+    records = []
+    for i in range(PHOTOS + 6):
+        if i >= PHOTOS:
+            Image.fromarray(np.full((40, 50, 3), 9 * i, np.uint8)).save(copied / f"{i}.jpg")
+        records.append(Photo(str(copied / f"{i}.jpg"), f"photo{i}", "train", (("a",),)))
+    write_captions(copied / CAPTIONS_FILE, [*records[9:], *records[:9]])
+    return copied
+
+
+def test_missing_only_extracts_what_no_other_file_holds(grown, capsys):
+    with pytest.raises(UserError, match="features.h5: belongs to another data set .12 of its 12.*give --missing-only"):
+        extract(grown)
+    shutil.copy(grown / "features.encoder.pt", grown / "part2.encoder.pt")  # else calibrated on the new photos
+    extract(grown, missing_only=True, out=grown / "part2.h5")
+    assert [*FeatureReader(grown / "part2.h5").ids] == [f"photo{i}" for i in range(12, 18)]
+    extract(grown, missing_only=True, out=grown / "part3.h5")
+    assert f"{grown}/part3.h5: not written: the other files hold all photos" in capsys.readouterr().out
+    assert not (grown / "part3.h5").exists()
+    mark_not_done(grown / "part2.h5", [1])
+    extract(grown, missing_only=True, out=grown / "part2.h5")
+    assert "part2.h5: 6 photos" in capsys.readouterr().out and FeatureReader(grown / "part2.h5").done().all()
+
+
+def test_missing_only_completes_each_view_by_itself(grown):
+    (grown / "features.crop1.h5").unlink()
+    shutil.copy(grown / "features.encoder.pt", grown / "new.encoder.pt")
+    extract(grown, missing_only=True, view="crop:1", out=grown / "new.h5")
+    assert len(FeatureReader(grown / "new.h5").ids) == 18
+    assert FeatureReader(grown / "new.h5").attributes["view"] == "crop:1"
+
+
+def test_missing_only_with_another_recipe_than_the_files_it_completes_is_refused(grown):
+    with pytest.raises(
+        UserError, match="part2.h5: would have grid native, but .*features.h5, which .*, has 14; give the"
+    ):
+        extract(grown, missing_only=True, out=grown / "part2.h5", grid="native")
+    assert not (grown / "part2.h5").exists()
+    with pytest.raises(UserError, match="--missing-only needs --out FILE"):
+        ExtractFeatures(grown, missing_only=True)

@@ -111,17 +111,18 @@ def view_of(reader: FeatureReader) -> View:
 
 def recipe_difference(reader: FeatureReader, other: FeatureReader) -> str:
     """In words, how the recipe of a file differs from that of another one; empty if only the view may differ."""
-    found, expected = _recipe(reader), _recipe(other)
+    found, expected = recipe(reader), recipe(other)
     for name, value in expected.items():
         if found.get(name) != value:
             return f"it was extracted with {name} {found.get(name)}, not {value}"
     return ""
 
 
-def _recipe(reader: FeatureReader) -> dict:
+def recipe(reader: FeatureReader) -> dict:
+    """All attributes that files must share to be used together; those that older files lack have their value."""
     features = reader.arrays["features"]
-    recipe = {**LATER_ATTRIBUTES, **reader.attributes, "dtype": str(features.dtype), "shape": [*features.shape[1:]]}
-    return {name: value for name, value in recipe.items() if name not in ("view", "torch")}
+    found = {**LATER_ATTRIBUTES, **reader.attributes, "dtype": str(features.dtype), "shape": [*features.shape[1:]]}
+    return {name: value for name, value in found.items() if name not in ("view", "torch")}
 
 
 def find_feature_files(data: Path) -> list[Path]:

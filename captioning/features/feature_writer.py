@@ -144,6 +144,8 @@ class FeatureWriter:
         if [*layout.ids] != [*ids]:
             common = len(set(ids).intersection(layout.ids))
             overlap = f"{common:,} of its {len(layout.ids):,} photos are among these {len(ids):,}"
+            if common == len(layout.ids):
+                remedy = f"give --missing-only and --out for the photos that are new, or {remedy.removeprefix('give ')}"
             raise UserError(f"{self.path}: belongs to another data set ({overlap}); {remedy}")
 
     def _check_free_space(self, files: int) -> None:
