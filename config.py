@@ -172,6 +172,8 @@ class Generate:
     limit: int = 0  # with --data: caption only this many photos, the first of the split; 0 is all
     search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are searched for or sampled
     ensemble: tuple[Path, ...] = ()  # further runs, same vocabulary and encoder: average the word probabilities of all
+    # average the log-probabilities of words over this many views of a photo: whole, flip, crop:1, flip+crop:2, ...
+    views: int = 1
     seed: int = 0  # of sampled captions
     # with a run of --decoder hard-attention: the context is the mean of the cells, weighted by attention, or one cell
     hard: Literal["expectation", "argmax"] = "expectation"
@@ -212,7 +214,7 @@ class Generate:
                 raise UserError(f"{flag(name)} requires {flag(other)}")
         if (self.scores or self.extremes) and not (self.data or self.score):
             raise UserError("--scores and --extremes require --data data/NAME, or --score FILE --references FILE")
-        check_min(self, 1, "batch_size")
+        check_min(self, 1, "batch_size", "views")
         check_min(self, 0, "limit", "workers")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         check_fractions(self, "allow_missing")
@@ -223,7 +225,7 @@ class Generate:
             raise UserError("--score needs one file of captions, or two to compare, and --references FILE or data/NAME")
         if self.run:
             raise UserError("--score captions nothing: leave out the run")
-        captioning = non_default(self, "data", "json", "submission", "html", "pictures", "ensemble")
+        captioning = non_default(self, "data", "json", "submission", "html", "pictures", "ensemble", "views")
         captioning += non_default(self.search, *vars(self.search))
         if captioning:
             raise UserError(f"--score captions nothing: leave out {captioning[0]}")

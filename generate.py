@@ -28,8 +28,15 @@ from tqdm import tqdm
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
 from captioning.dataset.caption_dataset import check_captions_complete, photos_in_split
-from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, open_photo, photo_batches, split_batches
-from captioning.encoders.views import WHOLE
+from captioning.encoders.images import (
+    PHOTO_ENDINGS,
+    FailureLimit,
+    ReadViews,
+    make_loader,
+    open_photo,
+    split_batches,
+)
+from captioning.encoders.views import first_views
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
 from captioning.evaluation.results import (
@@ -52,7 +59,7 @@ from config import Generate
 from preprocess.captions import Photo, read_captions
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
-RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "search")  # written with the scores
+RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "views", "search")  # written with the scores
 RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
 
 CaptionedPhoto = tuple[Photo, CaptionResult]
@@ -149,7 +156,7 @@ def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) 
     if not config.features and not path.exists():
         print(f"{path}: does not exist; encoding the photos")
         return None
-    files = open_feature_files(config.features, config.data, views=[str(WHOLE)])
+    files = open_feature_files(config.features, config.data, views=map(str, first_views(config.views)))
     located = files.locate([photo.id for photo in dataset])
     files.check_dataset(located, config.data)
     reader = files.first
@@ -175,10 +182,10 @@ def iterate_captions(
 ) -> Iterator[CaptionedPhoto]:
     """Caption each photo once, in order, from its cached features or, without feature files, from its own file."""
     if files:
-        rows = files.rows_of_views(files.locate([photo.id for photo in photos]))
-        present = files.available(rows, WHOLE, config.allow_missing, config.data)
+        rows = rows_to_read(config, files, photos)
+        present = (rows >= 0).all(1)
         photos = list(compress(photos, present))
-        batches = caption_from_cache(config, captioner, files, photos, rows[present, 0])
+        batches = caption_from_cache(config, captioner, files, photos, rows[present])
     else:
         batches = caption_from_files(config, captioner, photos, failures)
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
@@ -187,13 +194,32 @@ def iterate_captions(
             bar.update(len(batch))
 
 
+def rows_to_read(config: Generate, files: FeatureFiles, photos: list[Photo]) -> np.ndarray:
+    """The rows of the views of each photo, (N, V) int64, -1 where a file lacks one.
+
+    Raises UserError if there are no features of a view, or if too many photos lack one.
+    """
+    rows = files.rows_of_views(files.locate([photo.id for photo in photos]))
+    columns = []
+    for view in first_views(config.views):
+        if view not in files.views:
+            raise UserError(
+                f"--views {config.views}: {files}: no features of the view {view}; run: python extract_features.py "
+                f"{config.data} --views {config.views}"
+            )
+        files.available(rows, view, config.allow_missing, config.data)
+        columns.append(rows[:, files.views.index(view)])
+    return np.stack(columns, 1)
+
+
 def caption_from_cache(
     config: Generate, captioner: Captioner, files: FeatureFiles, photos: list[Photo], rows: np.ndarray
 ) -> Iterator[list[CaptionedPhoto]]:
-    """Yield captions batch by batch. rows (N,) int64: the row of each photo in the feature files."""
+    """Yield captions batch by batch. rows (N, V) int64: the rows of the views of each photo in the feature files."""
     pooled = not captioner.decoder.uses_attention
     for indices in split_batches(range(len(photos)), config.batch_size):
-        captions = captioner.caption_grid(files.read(rows[list(indices)], pooled), config.search)
+        grids = [files.read(view_rows, pooled) for view_rows in rows[list(indices)].T]
+        captions = captioner.caption_views(grids, config.search)
         yield list(zip([photos[index] for index in indices], captions, strict=True))
 
 
@@ -204,10 +230,11 @@ def caption_from_files(
     indices = split_batches(range(len(photos)), config.batch_size)
     workers = config.workers if len(indices) > 1 else 0
     paths = [photo.image for photo in photos]
-    for batch in photo_batches(paths, indices, captioner.encoder.transform, workers):
+    read = ReadViews(first_views(config.views), [photo.id for photo in photos])
+    for batch in make_loader(read, paths, indices, captioner.encoder.transform, workers):
         failures.add(batch.failures)
         if batch.indices:
-            captions = captioner.caption_resized(batch.photos, config.search)
+            captions = captioner.caption_resized(batch.photos, config.search, config.views)
             yield list(zip([photos[index] for index in batch.indices], captions, strict=True))
 
 

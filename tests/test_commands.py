@@ -466,18 +466,7 @@ def test_features_of_another_data_set_are_refused(here, tmp_path):
     write_captions(other / CAPTIONS_FILE, photos)
     Vocabulary.load(Path("data/small") / VOCABULARY_FILE).save(other / VOCABULARY_FILE)
     with pytest.raises(UserError, match="another data set.*extract_features.py"):
-        train.main(
-            Train(
-                other,
-                "other",
-                features=(
-                    Path(
-                        "data/small/features.h5",
-                    )
-                ),
-                **QUICK,
-            )
-        )
+        train.main(Train(other, "other", features=(Path("data/small/features.h5"),), **QUICK))
 
 
 def test_captions_are_not_generated_from_the_features_of_another_encoder(here, tmp_path, capsys):

@@ -332,7 +332,7 @@ def test_batches_for_a_gpu_are_read_into_pinned_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_reader, "empty_pinned", empty_pinned)
     for pin in (True, False):
         FeatureReader(tmp_path / "f.h5", pin).read(np.array([1, 2]))
-    assert shapes == [((2, 8, 8, 6), torch.uint8), ((2, 8, 8), torch.float32)], "codes and scales, of the first reader"
+    assert shapes == [((2, 64, 6), torch.uint8), ((2, 64), torch.float32)], "codes and scales, of the first reader"
 
 
 class Pinned:

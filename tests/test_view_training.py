@@ -1,5 +1,6 @@
 """Training on several cached views: drawn anew in every epoch, evenly, never mirrored where a caption tells sides."""
 
+import csv
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -231,6 +232,36 @@ def test_captions_of_a_split_are_those_of_the_whole_photos(four, capsys):
         )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
+
+
+def log_probabilities(path):
+    """Photo -> caption and its log-probability, from a table of generate.py."""
+    with open(path, encoding="utf-8-sig") as file:
+        return {row["photo"]: (row["caption"], float(row["log_probability"])) for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("decoder", ["attention", "lstm"])
+def test_captions_of_views_are_the_same_from_the_cache_and_from_the_photos(changed, decoder):
+    extract_features.main(ExtractFeatures(DATA, **ENCODER, grid="native", views=4, dtype="float32", overwrite=True))
+    train.main(settings("run", epochs=2, decoder=decoder))
+    common = {"data": DATA, "precision": "float32", "device": "cpu", "workers": 0}
+    for views in (1, 4):
+        generate.main(Generate(Path("checkpoints/run"), csv=Path(f"cache{views}.csv"), views=views, **common))
+    for path in DATA.glob("features*.h5"):
+        path.rename(path.with_suffix(".away"))
+    generate.main(Generate(Path("checkpoints/run"), csv=Path("photos4.csv"), views=4, **common))
+    cached, live, single = (log_probabilities(f"{name}.csv") for name in ("cache4", "photos4", "cache1"))
+    for photo, (caption, value) in cached.items():
+        assert live[photo] == (caption, pytest.approx(value, abs=1.5e-4))
+    assert max(abs(single[photo][1] - value) for photo, (_, value) in cached.items()) > 5e-4
+
+
+def test_captioning_with_views_that_are_not_cached_is_refused(four):
+    train.main(settings("refused", epochs=1))
+    with pytest.raises(
+        UserError, match="--views 5: .*: no features of the view crop:3; run: python extract_f.* --views 5"
+    ):
+        generate.main(Generate(Path("checkpoints/refused"), data=DATA, views=5, precision="float32", device="cpu"))
 
 
 # ---- mistakes: one line each
