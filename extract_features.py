@@ -174,7 +174,11 @@ def neighbours(config: ExtractFeatures) -> list[FeatureReader]:
     [view] = config.files
     readers: list[FeatureReader] = []
     for path in sorted(paths.values(), key=lambda path: (path != config.data / "features.h5", path)):
-        reader = FeatureReader(path)
+        try:
+            reader = FeatureReader(path)
+        except UserError as error:  # any HDF5 file may lie there
+            print(f"not counted: {error}")
+            continue
         if view_of(reader) == view and not (readers and recipe_difference(reader, readers[0])):
             readers.append(reader)
     return readers

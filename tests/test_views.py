@@ -272,6 +272,7 @@ def grown(copied):
 
 
 def test_missing_only_extracts_what_no_other_file_holds(grown, capsys):
+    (grown / "other.h5").write_bytes(b"no feature file")
     with pytest.raises(UserError, match="features.h5: belongs to another data set .12 of its 12.*give --missing-only"):
         extract(grown)
     shutil.copy(grown / "features.encoder.pt", grown / "part2.encoder.pt")  # else calibrated on the new photos
