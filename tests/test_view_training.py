@@ -165,6 +165,17 @@ def test_the_memory_holds_every_view_that_may_be_drawn_and_nothing_else(four, mo
     assert len(placed[0]) == len(set(placed[0].tolist())) == 4 * 20 - 2 * len(SIDES) + 4
 
 
+def test_the_trainer_draws_by_the_epoch_of_its_progress(four):
+    """Also in the middle of an epoch, from which a run may resume."""
+    trainer = trainer_of(seed=7)
+    photos = trainer.train
+    for epoch in (0, 1, 5):
+        trainer.state.progress.epoch, trainer.state.progress.step = epoch, 2
+        trainer.start_epoch()
+        drawn = draw_views(photos.rows >= 0, 7, epoch)
+        assert np.array_equal(photos.drawn_rows, photos.rows[np.arange(20), drawn])
+
+
 def test_validation_sees_the_whole_photos(four):
     trainer = trainer_of()
     reader = FeatureReader(DATA / "features.h5")
