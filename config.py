@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from captioning.encoders.views import WHOLE, View, first_views
 from captioning.errors import UserError
 from captioning.runtime.command_line import DASHBOARD_URL
 from captioning.runtime.settings import check, check_fractions, check_min, flag, non_default
@@ -86,7 +87,15 @@ class ExtractFeatures:
     nvjpeg: bool = False  # decode JPEGs on the GPU: faster with few CPU cores; features differ slightly
     compile: bool = False  # compile the CNN with torch.compile: takes minutes, worthwhile for many photos
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    out: Path | None = None  # file to write; data/NAME/features.h5 unless given
+    # of the photos, in a file of its own: whole, flip (mirrored), crop:N or flip+crop:N; crops keep 0.8 to 1 of a side
+    view: str = "whole"
+    # write this many views at once: whole, flip, crop:1, flip+crop:2, crop:3, ...; a photo is decoded once for all
+    views: int = 1
+    part: str | None = (
+        None  # such as 1/4: the first quarter of the photos, in features.part1of4.h5 unless --out is given
+    )
+    missing_only: bool = False  # with --out: extract the photos that no other file beside features.h5 or --out holds
+    out: Path | None = None  # file to write; data/NAME/features.h5, for a view features.flip.h5, unless given
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
     info: bool = False  # extract nothing: describe the feature file
@@ -100,14 +109,40 @@ class ExtractFeatures:
         if self.overwrite and (self.info or self.verify):
             raise UserError("--overwrite cannot be combined with --info or --verify, which extract nothing")
         check_min(self, 32, "image_size")
-        check_min(self, 1, "batch_size")
+        check_min(self, 1, "batch_size", "views")
         check_min(self, 0, "workers")
         check_fractions(self, "allow_missing")
+        if View.parse(self.view) != WHOLE and self.views > 1:
+            raise UserError(f"--views {self.views} names the views itself: leave out --view {self.view}")
+        if self.part:
+            number, parts = self.part_of_parts
+            check(1 <= number <= parts, "--part", self.part, "a number and how many parts there are, such as 1/4")
+        if self.missing_only and (not self.out or self.views > 1):
+            raise UserError("--missing-only needs --out FILE, the file of these photos, and no --views")
+        if self.nvjpeg and (self.views > 1 or self.view != "whole"):
+            raise UserError("--nvjpeg decodes whole photos only: leave it out with --view and --views")
+
+    @property
+    def part_of_parts(self) -> tuple[int, int]:
+        """The number of the part, from 1, and how many there are: (1, 1) without --part; (0, 0) if it is nonsense."""
+        numbers = (self.part or "1/1").split("/")
+        valid = len(numbers) == 2 and all(number.isascii() and number.isdigit() for number in numbers)
+        return (int(numbers[0]), int(numbers[1])) if valid else (0, 0)
+
+    @property
+    def files(self) -> dict[View, Path]:
+        """The feature file of each view."""
+        number, parts = self.part_of_parts
+        whole = self.data / ("features.h5" if parts == 1 else f"features.part{number}of{parts}.h5")
+        if self.views > 1:
+            return {view: view.file(self.out or whole) for view in first_views(self.views)}
+        view = View.parse(self.view)
+        return {view: self.out or view.file(whole)}
 
     @property
     def file(self) -> Path:
-        """The feature file."""
-        return self.out or self.data / "features.h5"
+        """The feature file, of the first view if there are several."""
+        return next(iter(self.files.values()))
 
 
 @dataclass(frozen=True)
@@ -133,10 +168,12 @@ class Generate:
     photos: Positional[tuple[Path, ...]] = ()  # photos, and folders of photos
     data: Path | None = None  # folder made by python -m preprocess: caption a split of it
     split: Literal["train", "val", "test"] = "val"  # of --data, and of --references data/NAME
-    features: Path | None = None  # with --data: cached features; data/NAME/features.h5, if it exists, unless given
+    features: tuple[Path, ...] = ()  # with --data: cached features; data/NAME/features.h5, if it exists, unless given
     limit: int = 0  # with --data: caption only this many photos, the first of the split; 0 is all
     search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are searched for or sampled
     ensemble: tuple[Path, ...] = ()  # further runs, same vocabulary and encoder: average the word probabilities of all
+    # average the log-probabilities of words over this many views of a photo: whole, flip, crop:1, flip+crop:2, ...
+    views: int = 1
     seed: int = 0  # of sampled captions
     # with a run of --decoder hard-attention: the context is the mean of the cells, weighted by attention, or one cell
     hard: Literal["expectation", "argmax"] = "expectation"
@@ -177,7 +214,7 @@ class Generate:
                 raise UserError(f"{flag(name)} requires {flag(other)}")
         if (self.scores or self.extremes) and not (self.data or self.score):
             raise UserError("--scores and --extremes require --data data/NAME, or --score FILE --references FILE")
-        check_min(self, 1, "batch_size")
+        check_min(self, 1, "batch_size", "views")
         check_min(self, 0, "limit", "workers")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
         check_fractions(self, "allow_missing")
@@ -188,7 +225,7 @@ class Generate:
             raise UserError("--score needs one file of captions, or two to compare, and --references FILE or data/NAME")
         if self.run:
             raise UserError("--score captions nothing: leave out the run")
-        captioning = non_default(self, "data", "json", "submission", "html", "pictures", "ensemble")
+        captioning = non_default(self, "data", "json", "submission", "html", "pictures", "ensemble", "views")
         captioning += non_default(self.search, *vars(self.search))
         if captioning:
             raise UserError(f"--score captions nothing: leave out {captioning[0]}")

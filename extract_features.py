@@ -4,6 +4,12 @@
     python extract_features.py data/aic --encoder mobilenet_v2 --weights FILE --grid native    (small, for a laptop)
     python extract_features.py data/aic --encoder timm/vit_base_patch16_clip_224.openai        (docs/encoders.md)
 
+    python extract_features.py data/aic --view flip        mirrored, in data/aic/features.flip.h5 (docs/features.md)
+    python extract_features.py data/aic --views 4          the whole photo and three other views
+
+    python extract_features.py data/aic --part 1/4         on the first of four machines without a shared disk
+    python extract_features.py data/aic --missing-only --out data/aic/features.2.h5     photos added since
+
     torchrun --nproc-per-node 4 -- extract_features.py data/aic            (four GPUs write rows of one file)
 
     python extract_features.py data/aic --info             print what the file holds
@@ -19,17 +25,20 @@ if __name__ == "__main__":
 
     install_exit_handlers()
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch
+from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, ReadViews
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
     calibrate_batch_norm,
@@ -39,9 +48,17 @@ from captioning.encoders.loading import (
     read_encoder_checkpoint,
 )
 from captioning.encoders.protocol import default_transform, full_name
-from captioning.errors import PhotoError
+from captioning.encoders.views import WHOLE, View
+from captioning.errors import PhotoError, UserError
+from captioning.features.feature_files import recipe, recipe_difference, view_of
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter, describe_features, to_stored_rows
+from captioning.features.feature_writer import (
+    FeatureWriter,
+    describe_features,
+    mark_not_done,
+    stat_photos,
+    to_stored_rows,
+)
 from captioning.features.inspection import describe, verify
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
@@ -54,68 +71,188 @@ from preprocess.captions import read_captions
 
 
 def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> None:
-    """Extract features, or describe or verify the file. Raises UserError."""
+    """Extract features, or describe or verify the files. Raises UserError."""
     if config.info:
-        print(describe(FeatureReader(config.file)))
+        print("\n\n".join(describe(FeatureReader(file)) for file in config.files.values()))
         return
-    ids, paths = read_photo_list(config.data)
+    photos = read_photo_list(config.data)
     device = pick_device(config.device)
     if config.verify:
-        print(verify(FeatureReader(config.file), ids, paths, device))
+        for file in config.files.values():
+            reader = FeatureReader(file)
+            own = photos.of_file(reader) or photos
+            print(verify(reader, own.ids, own.paths, device))
         return
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
-    encoder, writer, rows = prepare_on_all_ranks(config, ids, paths, device, precision, distributed)
-    print_plan(config, encoder, writer, num_rows=len(rows))
-    if config.compile and len(rows):
+    chosen = distributed.broadcast(choose_photos(config, photos) if distributed.is_main else None)
+    if chosen is not None and not len(chosen.ids):
+        print(f"{config.file}: not written: the other files hold all photos")
+        return
+    encoder, outputs = prepare_on_all_ranks(config, photos, chosen, device, precision, distributed)
+    print_plan(encoder, outputs)
+    outputs = [output for output in outputs if len(output.rows)]
+    if config.compile and outputs:
         print(f"--compile: took {encoder.compile_for(config.batch_size, precision):.0f} s")
-    extract_rows(config, encoder, writer, paths, rows, precision, distributed)
+    extract_rows(config, encoder, outputs, chosen, precision, distributed)
 
 
-def read_photo_list(data: Path) -> tuple[StringArray, StringArray]:
+class PhotoList(NamedTuple):
+    """The photos of captions.jsonl, in order."""
+
+    ids: StringArray
+    paths: StringArray
+
+    def select(self, indices: Iterable[int]) -> PhotoList:
+        """These photos, in this order."""
+        indices = list(indices)
+        return PhotoList(StringArray(self.ids[i] for i in indices), StringArray(self.paths[i] for i in indices))
+
+    def of_file(self, reader: FeatureReader) -> PhotoList | None:
+        """The photos that a feature file holds, in its order; None if one of them is not in the list."""
+        index = {photo: i for i, photo in enumerate(self.ids)}
+        indices = [index.get(photo, -1) for photo in reader.ids]
+        return None if -1 in indices else self.select(indices)
+
+
+class Output(NamedTuple):
+    """The feature file of one view."""
+
+    view: View
+    writer: FeatureWriter
+    rows: np.ndarray  # (M,) int64: still to extract, by all ranks together
+
+
+def read_photo_list(data: Path) -> PhotoList:
     """The ids and the paths of all photos in captions.jsonl, in order."""
-    ids = StringArray()
-    paths = StringArray()
+    photos = PhotoList(StringArray(), StringArray())
     for photo in read_captions(data):
-        ids.append(photo.id)
-        paths.append(photo.image)
-    return ids, paths
+        photos.ids.append(photo.id)
+        photos.paths.append(photo.image)
+    return photos
+
+
+def choose_photos(config: ExtractFeatures, photos: PhotoList) -> PhotoList:
+    """The photos of --part, without those that other files hold with --missing-only.
+
+    A file of --missing-only that exists keeps the photos with which it was created.
+    """
+    number, parts = config.part_of_parts
+    indices = part_of(len(photos.ids), number, parts)
+    if not indices:
+        raise UserError(f"--part {config.part}: has no photos, there are {len(photos.ids):,} in all; give fewer parts")
+    if not config.missing_only:
+        return photos if parts == 1 else photos.select(indices)
+    if config.file.exists() and not config.overwrite:
+        own = photos.of_file(FeatureReader(config.file))
+        if own is None:
+            raise UserError(f"{config.file}: has photos that {config.data} lacks; give --out for another file")
+        return own
+    held = {photo for reader in neighbours(config) for photo in reader.ids}
+    return photos.select(i for i in indices if photos.ids[i] not in held)
+
+
+def part_of(photos: int, number: int, parts: int) -> range:
+    """The indices of part `number`, from 1, of so many `parts` of the photos; each photo is in one part.
+
+    Where there are enough photos, a part begins at a multiple of 256: batches of 32 are then those of the whole data
+    set, and so are all bits of the features.
+    """
+    size = 256
+    while size > 1 and 4 * size > photos // parts:
+        size //= 2
+    start, end = (photos * part // parts // size * size if part < parts else photos for part in (number - 1, number))
+    return range(start, end)
+
+
+def neighbours(config: ExtractFeatures) -> list[FeatureReader]:
+    """The other feature files of the same view in the data folder and beside --out, with the recipe of the first."""
+    folders = (config.data, config.file.parent)
+    paths = {path.resolve(): path for folder in folders for path in sorted(folder.glob("*.h5"))}
+    paths.pop(config.file.resolve(), None)
+    [view] = config.files
+    readers: list[FeatureReader] = []
+    for path in sorted(paths.values(), key=lambda path: (path != config.data / "features.h5", path)):
+        try:
+            reader = FeatureReader(path)
+        except UserError as error:  # any HDF5 file may lie there
+            print(f"not counted: {error}")
+            continue
+        if view_of(reader) == view and not (readers and recipe_difference(reader, readers[0])):
+            readers.append(reader)
+    return readers
 
 
 def prepare_on_all_ranks(
     config: ExtractFeatures,
-    ids: Sequence[str],
-    paths: Sequence[str],
+    photos: PhotoList,
+    chosen: PhotoList,
     device: torch.device,
     precision: torch.dtype,
     distributed: DistributedContext,
-) -> tuple[Encoder, FeatureWriter, np.ndarray]:
-    """Each rank's encoder and writer, and the rows still to extract, (M,) int64, of all ranks together."""
+) -> tuple[Encoder, list[Output]]:
+    """Each rank's encoder, and its writers of the files of the `chosen` photos."""
     if distributed.is_main:
-        encoder, writer = prepare(config, ids, paths, device, precision)
-        rows = distributed.broadcast(writer.missing())
-    else:  # rank 0 has created the file and stored the encoder; the broadcast waits for that
+        encoder, writers = prepare(config, photos, chosen, device, precision)
+        for writer in writers:
+            redo_changed(writer, chosen)
+        rows = distributed.broadcast([writer.missing() for writer in writers])
+    else:  # rank 0 has created the files and stored the encoder; the broadcast waits for that
         rows = distributed.broadcast(None)
-        encoder, writer = prepare(replace(config, overwrite=False), ids, paths, device, precision)
-    return encoder, writer, rows
+        encoder, writers = prepare(replace(config, overwrite=False), photos, chosen, device, precision)
+    return encoder, [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
 
 
 def prepare(
-    config: ExtractFeatures, ids: Sequence[str], paths: Sequence[str], device: torch.device, precision: torch.dtype
-) -> tuple[Encoder, FeatureWriter]:
-    """The encoder, and the writer of a new file or of the one that this command resumes."""
-    encoder = prepare_encoder(config, paths).to(device).eval().requires_grad_(False)
+    config: ExtractFeatures, photos: PhotoList, chosen: PhotoList, device: torch.device, precision: torch.dtype
+) -> tuple[Encoder, list[FeatureWriter]]:
+    """The encoder, and the writers of new files of the `chosen` photos or of those that this command resumes."""
+    encoder = prepare_encoder(config, photos.paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     precision_name = str(precision).removeprefix("torch.")
-    attributes = describe_features(encoder.recipe(), (height, width), config.grid, precision_name)
     checkpoint = {"encoder": encoder.to_checkpoint()}
-    if not config.file.exists():  # before the file: a kill in between must not lose the random weights behind its rows
-        save_checkpoint(encoder_file(config.file), checkpoint)
-    writer = FeatureWriter(config.file, ids, attributes, channels, config.dtype, config.overwrite)
-    if config.overwrite or not encoder_file(config.file).exists():
-        save_checkpoint(encoder_file(config.file), checkpoint)
-    return encoder, writer
+    photo_files = stat_photos(chosen.paths)
+    new = [file for file in config.files.values() if config.overwrite or not file.exists()]
+    writers = []
+    for view, file in config.files.items():
+        attributes = describe_features(encoder.recipe(), (height, width), config.grid, precision_name, str(view))
+        if config.missing_only:
+            check_same_recipe(config, attributes)
+        if not file.exists():  # before the file: a kill in between must not lose the random weights behind its rows
+            save_checkpoint(encoder_file(file), checkpoint)
+        others = len(new) - new.index(file) - 1 if file in new else 0
+        writers.append(
+            FeatureWriter(
+                file, chosen.ids, attributes, channels, config.dtype, config.overwrite, photo_files, others=others
+            )
+        )
+        if config.overwrite or not encoder_file(file).exists():
+            save_checkpoint(encoder_file(file), checkpoint)
+    return encoder, writers
+
+
+def check_same_recipe(config: ExtractFeatures, attributes: dict) -> None:
+    """Raise UserError if the rows of --missing-only would have another recipe than those of the files beside it."""
+    for reader in neighbours(config)[:1]:
+        found = recipe(reader)
+        for name, value in {**attributes, "dtype": config.dtype}.items():
+            if name != "view" and found.get(name) != value:
+                raise UserError(
+                    f"{config.file}: would have {name} {value}, but {reader.path}, which it is to complete, has "
+                    f"{found.get(name)}; give the flags of that file"
+                )
+
+
+def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
+    """Mark the rows of photos whose file has changed as not done, and name the first of these photos."""
+    changed = writer.changed()
+    if not len(changed):
+        return
+    for row in changed[:10]:
+        print(f"changed: {one_line(photos.paths[row])}")
+    print(f"{writer.path}: {len(changed):,} photos have changed since they were encoded, and are encoded again")
+    mark_not_done(writer.path, changed)
 
 
 def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
@@ -142,42 +279,52 @@ def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
 
 
 def choose_decoding(config: ExtractFeatures) -> str:
-    """Who decodes the photos: of a file that this command resumes the one that made its first rows."""
-    if config.overwrite or not config.file.exists():
-        return SIMPLEJPEG_AND_TORCH
-    return FeatureReader(config.file).attributes.get("decoding", PILLOW)
+    """Who decodes the photos: the same as for the first rows of a file that this command resumes.
+
+    A new view is decoded like the whole photos beside it: training uses the two together.
+    """
+    kept = [] if config.overwrite else [*config.files.values()]
+    if WHOLE not in config.files:
+        kept.append(config.data / "features.h5")
+    for file in kept:
+        if file.exists():
+            return FeatureReader(file).attributes.get("decoding", PILLOW)
+    return SIMPLEJPEG_AND_TORCH
 
 
-def print_plan(config: ExtractFeatures, encoder: Encoder, writer: FeatureWriter, num_rows: int) -> None:
-    """Print the sizes of the file, and how many of its rows are still to extract."""
-    photos, stored_height, stored_width, channels = writer.shape
+def print_plan(encoder: Encoder, outputs: Sequence[Output]) -> None:
+    """Print the sizes of the files, and how many of their rows are still to extract."""
     height, width, _ = encoder.output_shape()
-    print(
-        f"{config.file}: {photos:,} photos, {encoder.name}, {height}x{width} cells of {channels}, stored as "
-        f"{stored_height}x{stored_width}x{channels} {config.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
-        f"{photos - num_rows:,} photos done, {num_rows:,} to do"
-    )
+    for _, writer, rows in outputs:
+        photos, stored_height, stored_width, channels = writer.shape
+        print(
+            f"{writer.path}: {photos:,} photos, {encoder.name}, {height}x{width} cells of {channels}, stored as "
+            f"{stored_height}x{stored_width}x{channels} {writer.dtype}: {writer.nbytes() / 1e9:.2f} GB; "
+            f"{photos - len(rows):,} photos done, {len(rows):,} to do"
+        )
+    if len(outputs) > 1:
+        print(f"all {len(outputs)} views: {sum(output.writer.nbytes() for output in outputs) / 1e9:.2f} GB")
 
 
 def extract_rows(
     config: ExtractFeatures,
     encoder: Encoder,
-    writer: FeatureWriter,
-    paths: Sequence[str],
-    rows: np.ndarray,
+    outputs: Sequence[Output],
+    photos: PhotoList,
     precision: torch.dtype,
     distributed: DistributedContext,
 ) -> None:
-    """Extract this rank's shard of the rows (M,) int64, and report the photos that cannot be read.
+    """Extract this rank's shard of the rows of all files, and report the photos that cannot be read.
 
     Raises PhotoError if there are too many of them.
     """
-    failures = FailureLimit(writer.shape[0], config.allow_missing)
+    failures = FailureLimit(len(photos.ids), config.allow_missing)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(output.rows for output in outputs)]))
     batches = distributed.shard(aligned_batches(rows, config.batch_size))
     num_photos = sum(map(len, batches))
     try:
         with tqdm(total=num_photos, unit="photo", desc="extract", disable=not distributed.is_main) as progress_bar:
-            extract(encoder, writer, paths, batches, precision, config.workers, failures, progress_bar)
+            extract(encoder, outputs, photos, batches, precision, config.workers, failures, progress_bar)
         for reasons in distributed.all_gather(list(failures.reasons)):
             failures.add(reasons)
     except PhotoError:  # too many photos failed: report which
@@ -199,44 +346,60 @@ def aligned_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 def extract(
     encoder: Encoder,
-    writer: FeatureWriter,
-    paths: Sequence[str],
+    outputs: Sequence[Output],
+    photos: PhotoList,
     batches: Iterable[IndexBatch],
     precision: torch.dtype,
     workers: int,
     failures: FailureLimit,
     progress_bar: tqdm,
 ) -> None:
-    """Decode, resize, encode and write each batch of rows; then close the writer."""
+    """Decode, resize, encode and write each batch of rows; then close the writers."""
     device = next(encoder.parameters()).device
+    read = ReadViews([output.view for output in outputs], photos.ids)
     try:
-        photos = load_photos(device, paths, batches, encoder.transform, workers)
-        encoded = encode_batches(encoder, writer, photos, precision, failures, progress_bar)
-        for rows, *values in copy_to_host(encoded, device):
+        loaded = load_photos(device, photos.paths, batches, encoder.transform, workers, read)
+        encoded = encode_batches(encoder, outputs, loaded, precision, failures, progress_bar)
+        for (writer, rows), *values in copy_to_host(encoded, device):
             writer.write(rows, *values)
-            progress_bar.update(len(rows))
     finally:
-        writer.close()
+        with contextlib.ExitStack() as stack:  # closes all, even if one raises
+            for output in outputs:
+                stack.callback(output.writer.close)
 
 
 @torch.inference_mode()
 def encode_batches(
     encoder: Encoder,
-    writer: FeatureWriter,
+    outputs: Sequence[Output],
     batches: Iterable[PhotoBatch],
     precision: torch.dtype,
     failures: FailureLimit,
     progress_bar: tqdm,
 ) -> Iterator[tuple]:
-    """Batches of photos -> (rows, features, pooled, scales if the file has them), still on the device."""
+    """Batches of photos -> ((writer, rows), features, pooled, scales if the file has them), still on the device.
+
+    Each file gets only those rows that it lacks.
+    """
     for batch in batches:
         failures.add(batch.failures)
-        progress_bar.update(len(batch.failures))
-        if batch.indices:
-            with autocast(batch.photos.device, precision):
-                grid, class_vector = encoder.encode(batch.photos)
-            features, mean, *scales = to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
-            yield batch.indices, features, mean if class_vector is None else class_vector.float(), *scales
+        views = batch.photos.unflatten(0, (-1, len(outputs)))  # (B, V, 3, S, S)
+        for number, (_, writer, missing) in enumerate(outputs):
+            lacks = np.isin(batch.indices, missing)
+            if lacks.any():
+                photos = views[:, number]
+                if not lacks.all():
+                    photos = photos[torch.from_numpy(lacks).to(photos.device)]
+                yield (writer, np.array(batch.indices)[lacks]), *encode(encoder, photos, precision, writer)
+        progress_bar.update(len(batch.indices) + len(batch.failures))
+
+
+def encode(encoder: Encoder, photos: Tensor, precision: torch.dtype, writer: FeatureWriter) -> tuple[Tensor, ...]:
+    """Photos (B, 3, S, S) uint8 -> what the writer takes for them: features, pooled and, in a file of uint8, scales."""
+    with autocast(photos.device, precision):
+        grid, class_vector = encoder.encode(photos)
+    features, mean, *scales = to_stored_rows(grid, writer.shape[1:], str(writer.dtype))
+    return features, mean if class_vector is None else class_vector.float(), *scales
 
 
 def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:
@@ -252,12 +415,14 @@ def report_failures(config: ExtractFeatures, failures: FailureLimit) -> None:
 
 
 def work(config: ExtractFeatures) -> None:
-    """`main` on all processes of the job, with the feature file locked."""
+    """`main` on all processes of the job, with the feature files locked."""
     remedy = f"lower --batch-size, now {config.batch_size}"
-    lock = config.file.with_name(config.file.name + ".lock")
     writes = not (config.info or config.verify)
     with init_distributed("the same command goes on") as distributed, oom_as_user_error(remedy):
-        with locked(config.file, lock, distributed.is_main and writes):
+        with contextlib.ExitStack() as locks:
+            for file in config.files.values():
+                lock = file.with_name(file.name + ".lock")
+                locks.enter_context(locked(file, lock, distributed.is_main and writes))
             main(config, distributed)
 
 

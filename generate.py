@@ -28,7 +28,15 @@ from tqdm import tqdm
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
 from captioning.dataset.caption_dataset import check_captions_complete, photos_in_split
-from captioning.encoders.images import PHOTO_ENDINGS, FailureLimit, open_photo, photo_batches, split_batches
+from captioning.encoders.images import (
+    PHOTO_ENDINGS,
+    FailureLimit,
+    ReadViews,
+    make_loader,
+    open_photo,
+    split_batches,
+)
+from captioning.encoders.views import first_views
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
 from captioning.evaluation.results import (
@@ -40,7 +48,7 @@ from captioning.evaluation.results import (
     write_submission,
 )
 from captioning.evaluation.score_report import CaptionedPhotos, Scores, compare, format_comparison, score_captions
-from captioning.features.feature_reader import FeatureReader
+from captioning.features.feature_files import FeatureFiles, find_feature_files, open_feature_files
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.files import write_errors
@@ -51,7 +59,7 @@ from config import Generate
 from preprocess.captions import Photo, read_captions
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
-RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "search")  # written with the scores
+RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "views", "search")  # written with the scores
 RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
 
 CaptionedPhoto = tuple[Photo, CaptionResult]
@@ -104,13 +112,13 @@ def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
     if config.data:
         dataset = list(read_captions(config.data))
         photos = photos_in_split(dataset, config.split, config.data, config.limit)
-        reader = open_features(config, captioner, dataset)
+        files = open_features(config, captioner, dataset)
     else:
         photos = find_photos(config.photos)
-        reader = None
+        files = None
     failures = FailureLimit(len(photos), config.allow_missing)
     captioned = []
-    for photo, caption in iterate_captions(config, captioner, reader, photos, failures):
+    for photo, caption in iterate_captions(config, captioner, files, photos, failures):
         captioned.append((photo, caption))
         if not output_files(config):
             print_caption(photo, caption)
@@ -139,24 +147,28 @@ def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
     return [Photo(str(path), str(path), split="", captions=()) for path in dict.fromkeys(files)]
 
 
-def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) -> FeatureReader | None:
+def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) -> FeatureFiles | None:
     """Open the cached features, or return None, with a printed reason, to encode the photos instead.
 
-    dataset: all photos of captions.jsonl. Raises UserError if --features names a file of another encoder.
+    dataset: all photos of captions.jsonl. Raises UserError if --features names files of another encoder.
     """
-    path = config.features or config.data / "features.h5"
+    path, *_ = find_feature_files(config.data)
     if not config.features and not path.exists():
         print(f"{path}: does not exist; encoding the photos")
         return None
-    reader = FeatureReader(path)
+    files = open_feature_files(config.features, config.data, views=map(str, first_views(config.views)))
+    located = files.locate([photo.id for photo in dataset])
+    files.check_dataset(located, config.data)
+    reader = files.first
+    path = reader.path
     if not config.features:
-        rows = reader.rows_of(photo.id for photo in dataset)
-        check_captions_complete(rows, path, len(reader.ids), config.allow_missing)
+        for rows, file in zip(located.T, files.readers, strict=True):
+            check_captions_complete(rows, file.path, len(file.ids), config.allow_missing)
     if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
         difference = reader.transform().differences(captioner.transform)
         if difference:
             print(f"{path}: made from other pixels than those of {config.run}: {difference}; captions may differ")
-        return reader
+        return files
     encoder = f"{reader.attributes['encoder']} ({reader.attributes['weights']})"
     mismatch = f"{path}: made by {encoder}, not by the encoder of {config.run}"
     if config.features:
@@ -166,14 +178,14 @@ def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) 
 
 
 def iterate_captions(
-    config: Generate, captioner: Captioner, reader: FeatureReader | None, photos: list[Photo], failures: FailureLimit
+    config: Generate, captioner: Captioner, files: FeatureFiles | None, photos: list[Photo], failures: FailureLimit
 ) -> Iterator[CaptionedPhoto]:
-    """Caption each photo once, in order, from its cached features or, without a reader, from its file."""
-    if reader:
-        rows = reader.rows_of(photo.id for photo in photos)
-        present = reader.available(rows, config.allow_missing, config.data)
+    """Caption each photo once, in order, from its cached features or, without feature files, from its own file."""
+    if files:
+        rows = rows_to_read(config, files, photos)
+        present = (rows >= 0).all(1)
         photos = list(compress(photos, present))
-        batches = caption_from_cache(config, captioner, reader, photos, rows[present])
+        batches = caption_from_cache(config, captioner, files, photos, rows[present])
     else:
         batches = caption_from_files(config, captioner, photos, failures)
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
@@ -182,13 +194,32 @@ def iterate_captions(
             bar.update(len(batch))
 
 
+def rows_to_read(config: Generate, files: FeatureFiles, photos: list[Photo]) -> np.ndarray:
+    """The rows of the views of each photo, (N, V) int64, -1 where a file lacks one.
+
+    Raises UserError if there are no features of a view, or if too many photos lack one.
+    """
+    rows = files.rows_of_views(files.locate([photo.id for photo in photos]))
+    columns = []
+    for view in first_views(config.views):
+        if view not in files.views:
+            raise UserError(
+                f"--views {config.views}: {files}: no features of the view {view}; run: python extract_features.py "
+                f"{config.data} --views {config.views}"
+            )
+        files.available(rows, view, config.allow_missing, config.data)
+        columns.append(rows[:, files.views.index(view)])
+    return np.stack(columns, 1)
+
+
 def caption_from_cache(
-    config: Generate, captioner: Captioner, reader: FeatureReader, photos: list[Photo], rows: np.ndarray
+    config: Generate, captioner: Captioner, files: FeatureFiles, photos: list[Photo], rows: np.ndarray
 ) -> Iterator[list[CaptionedPhoto]]:
-    """Yield captions batch by batch. rows (N,) int64: the row of each photo in the feature file."""
-    read = reader.read if captioner.decoder.uses_attention else reader.read_pooled
+    """Yield captions batch by batch. rows (N, V) int64: the rows of the views of each photo in the feature files."""
+    pooled = not captioner.decoder.uses_attention
     for indices in split_batches(range(len(photos)), config.batch_size):
-        captions = captioner.caption_grid(read(rows[list(indices)]), config.search)
+        grids = [files.read(view_rows, pooled) for view_rows in rows[list(indices)].T]
+        captions = captioner.caption_views(grids, config.search)
         yield list(zip([photos[index] for index in indices], captions, strict=True))
 
 
@@ -199,10 +230,11 @@ def caption_from_files(
     indices = split_batches(range(len(photos)), config.batch_size)
     workers = config.workers if len(indices) > 1 else 0
     paths = [photo.image for photo in photos]
-    for batch in photo_batches(paths, indices, captioner.encoder.transform, workers):
+    read = ReadViews(first_views(config.views), [photo.id for photo in photos])
+    for batch in make_loader(read, paths, indices, captioner.encoder.transform, workers):
         failures.add(batch.failures)
         if batch.indices:
-            captions = captioner.caption_resized(batch.photos, config.search)
+            captions = captioner.caption_resized(batch.photos, config.search, config.views)
             yield list(zip([photos[index] for index in batch.indices], captions, strict=True))
 
 

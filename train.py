@@ -76,7 +76,7 @@ def make_trainer(config: Train, saved: dict | None = None, distributed: Distribu
     if config.fine_tune:
         data = live_data(config, captions.subset(train), captions.subset(val), saved, start)
     else:
-        data = cached_data(config, captions, train, val, device)
+        data = cached_data(config, captions, train, val, device, saved)
     check_vocabulary(data.train.split, config.data)
     del captions  # the subsets are copies: do not hold all captions while the decoder is built
     objective = OBJECTIVES[config.objective](config, data.train.split)

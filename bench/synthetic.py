@@ -128,12 +128,14 @@ def write_data(folder: Path, photos: Iterable[Photo], vocabulary: Vocabulary) ->
     vocabulary.save(folder / VOCABULARY_FILE)
 
 
-def write_features(path: Path, ids: Sequence[str], side: int, channels: int, grid: str = "native") -> None:
+def write_features(
+    path: Path, ids: Sequence[str], side: int, channels: int, grid: str = "native", view: str = "whole"
+) -> None:
     """Write a feature file of random maps in float16, and the file of its encoder.
 
-    side: native cells per side. grid: native, or 14 for 14x14 maps.
+    side: native cells per side. grid: native, or 14 for 14x14 maps. view: that it claims to hold.
     """
-    attributes = describe_features(RECIPE, (side, side), grid, "float32")
+    attributes = describe_features(RECIPE, (side, side), grid, "float32", view)
     writer = FeatureWriter(path, ids, attributes, channels, "float16", overwrite=False)
     stored_side = side if grid == "native" else int(grid)
     cells = torch.randn(min(CHUNK, len(ids)), stored_side, stored_side, channels).relu_().half()

@@ -1,10 +1,12 @@
-"""The fraction of the training time in which train.py waits for features, by decoder and by location of the features.
+"""The fraction of the training time in which train.py waits for features, by decoder, location and number of views.
 
     python bench/waiting.py FOLDER                    a folder on the disk to measure; 0.3 GB are written there
     python bench/waiting.py FOLDER --photos 4000 --device cuda --features-on gpu ram disk
+    python bench/waiting.py FOLDER --views 1 4 1 4 --cold        four views beside one; 1.3 GB
 
-Features and captions are random: they take the same time as real ones. The feature file has just been written, so it
-is in the page cache. The fraction is `waiting` of the run's log.jsonl, for each epoch.
+Features and captions are random: they take the same time as real ones. The feature files have just been written, so
+they are in the page cache, unless --cold drops them from it before each run. The fraction is `waiting` of the run's
+log.jsonl, for each epoch.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from cache import drop_from_page_cache
 from synthetic import make_photos, make_vocabulary, write_data, write_features
 from tyro.conf import Positional
 
 import train
+from captioning.encoders.views import View, first_views
 from config import Train
 
 CAPTIONS = 5  # per photo
@@ -40,6 +44,8 @@ class Bench:
     epochs: int = 2
     decoders: tuple[str, ...] = ("attention", "lstm")
     features_on: tuple[str, ...] = ("disk", "ram")
+    views: tuple[int, ...] = (1,)  # cached views of each photo, one run for each number
+    cold: bool = False  # read from the disk itself: drop the files from the page cache before each run
     device: str = "auto"
 
 
@@ -49,10 +55,17 @@ def main(bench: Bench) -> None:
         os.chdir(folder)  # train.py writes to checkpoints/
         try:
             make_data(bench)
-            rows = [measure(bench, decoder, location) for decoder in bench.decoders for location in bench.features_on]
+            rows = [
+                measure(bench, decoder, location, views)
+                for decoder in bench.decoders
+                for location in bench.features_on
+                for views in bench.views
+            ]
         finally:
             os.chdir(original)
-    print(f"{'decoder':>15} {'on':>5}  {'captions/s':>10}  {'MB/s':>7}  waiting, per epoch")
+    print(
+        f"{'decoder':>15} {'on':>5} {'views':>5}  {'seconds':>8}  {'captions/s':>10}  {'MB/s':>7}  waiting, per epoch"
+    )
     print("\n".join(rows))
     print(
         f"{bench.photos} photos of {bench.channels} channels, {CAPTIONS} captions each, {bench.batch_size} captions "
@@ -61,21 +74,34 @@ def main(bench: Bench) -> None:
 
 
 def make_data(bench: Bench) -> None:
-    """Write captions.jsonl, vocab.json, features.h5 and its encoder to the working directory."""
+    """Write captions.jsonl, vocab.json, the feature files of all views and their encoders to the working directory."""
     rng = np.random.default_rng(0)
     vocabulary = make_vocabulary(WORDS)
     lengths = np.full(CAPTIONS * bench.photos, LENGTH)
     train = list(make_photos(rng, vocabulary, bench.photos, lengths))
     photos = [replace(photo, split="val") if i < VAL_PHOTOS else photo for i, photo in enumerate(train)]
     write_data(Path("."), photos, vocabulary)
-    write_features(Path("features.h5"), [photo.id for photo in photos], 8, bench.channels, grid="14")
+    ids = [photo.id for photo in photos]
+    for view, path in feature_files(max(bench.views)).items():
+        write_features(path, ids, 8, bench.channels, grid="14", view=str(view))
 
 
-def measure(bench: Bench, decoder: str, location: str) -> str:
+def feature_files(views: int) -> dict[View, Path]:
+    """The feature file of each of so many views."""
+    return {view: view.file(Path("features.h5")) for view in first_views(views)}
+
+
+def measure(bench: Bench, decoder: str, location: str, views: int) -> str:
     """Train and return a row of the table."""
+    files = tuple(feature_files(views).values())
+    if bench.cold:
+        for path in files:
+            drop_from_page_cache(path)
     config = Train(
         Path("."),
-        f"{decoder}-{location}",
+        f"{decoder}-{location}-{views}",
+        features=files,
+        overwrite=True,
         decoder=decoder,
         features_on=location,
         batch_size=bench.batch_size,
@@ -90,7 +116,7 @@ def measure(bench: Bench, decoder: str, location: str) -> str:
     size = (4 if decoder == "lstm" else 64 * 2) * bench.channels  # bytes per photo: the mean, or the 8x8 cells
     last = epochs[-1]
     return (
-        f"{decoder:>15} {location:>5}  {last['captions_per_second']:10,.0f}  "
+        f"{decoder:>15} {location:>5} {views:5}  {last['train_seconds']:8.2f}  {last['captions_per_second']:10,.0f}  "
         f"{last['photos_per_second'] * size / 1e6:7,.1f}  "
         f"{', '.join(format(epoch['waiting'], '.1%') for epoch in epochs)}"
     )

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captioning.caption import Caption, CaptionResult
-from captioning.decoders.ensemble import Ensemble
+from captioning.decoders.ensemble import Ensemble, PhotoViews, ViewEnsemble
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
@@ -70,6 +70,7 @@ class Captioner:
         self._set_hard_attention(decoders, hard_attention)
         members = cast(Sequence[Decoder], decoders)
         self.decoder = members[0] if len(members) == 1 else cast(Decoder, Ensemble(members))
+        self._view_decoders: dict[int, Decoder] = {}  # number of views -> the decoder that reads so many
         self._graphs = DecodingGraphs() if cuda_graphs and device.type == "cuda" else None
         self._checkpoint = first
         self._encoder: Encoder | None = None
@@ -158,18 +159,37 @@ class Captioner:
         return captions
 
     @torch.no_grad()
-    def caption_resized(self, photos: Tensor, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
-        """Caption photos (B, 3, S, S) uint8, as the encoder's transform returns them."""
+    def caption_resized(
+        self, photos: Tensor, search: SearchOptions = DEFAULT_SEARCH, views: int = 1
+    ) -> list[CaptionResult]:
+        """Caption photos (B, 3, S, S) uint8, as the encoder's transform returns them.
+
+        views: of each photo, which are adjacent, (B views, 3, S, S): see `caption_views`.
+        """
         with autocast(self.device, self.encoder_precision):
-            grid = self.encoder(photos.to(self.device))
-        return self.caption_grid(grid, search)
+            grids = [self.encoder(photos[view::views].to(self.device)) for view in range(views)]
+        return self.caption_views(grids, search)
+
+    @torch.no_grad()
+    def caption_views(self, grids: Sequence[Grid], search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
+        """Caption photos from several views of each, averaging the log-probabilities of every word.
+
+        grids: of each view, of the same photos; the first is that of the whole photos.
+        """
+        if len(grids) == 1:
+            return self.caption_grid(grids[0], search)
+        decoder = self._view_decoders.setdefault(len(grids), cast(Decoder, ViewEnsemble(self.decoder, len(grids))))
+        return self._search(decoder, cast(Grid, PhotoViews(grids)), search)
 
     @torch.no_grad()
     def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
         """Caption feature maps, cached or just computed."""
+        return self._search(self.decoder, grid, search)
+
+    def _search(self, decoder: Decoder, grid: Grid, search: SearchOptions) -> list[CaptionResult]:
         find_captions = sample_captions if search.temperature else beam_search
         with self._graphs.lock if self._graphs else contextlib.nullcontext(), autocast(self.device, self.precision):
-            captions_of_photos = find_captions(self.decoder, grid.to(self.device, self.precision), search, self._graphs)
+            captions_of_photos = find_captions(decoder, grid.to(self.device, self.precision), search, self._graphs)
         results = []
         for captions in captions_of_photos:
             best, *others = (self._to_result(caption) for caption in captions)

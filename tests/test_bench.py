@@ -78,6 +78,9 @@ def test_the_waiting_benchmark_runs_and_removes_its_files(tmp_path, capsys):
     output = capsys.readouterr().out
     assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", output)
     assert list(tmp_path.iterdir()) == []
+    two = {"views": (1, 2), "decoders": ("lstm",), "features_on": ("disk",), "cold": True}
+    waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, device="cpu", **two))
+    assert re.search(r" lstm +disk +1 .*\n +lstm +disk +2 ", capsys.readouterr().out)
 
 
 def test_the_extraction_benchmark_runs(small_data, capsys):

@@ -79,7 +79,7 @@ def test_native_cells_and_the_14x14_file_train_to_the_same_losses(here, tmp_path
     extract_features.main(ExtractFeatures(Path("data/small"), **ENCODER, grid="native", out=tmp_path / "native.h5"))
     assert (tmp_path / "native.h5").stat().st_size < Path("data/small/features.h5").stat().st_size / 2
     train.main(
-        Train(Path("data/small"), "native", features=tmp_path / "native.h5", epochs=3, precision="float32", **QUICK)
+        Train(Path("data/small"), "native", features=(tmp_path / "native.h5",), epochs=3, precision="float32", **QUICK)
     )
     for line, other in zip(log_of("native"), log_of("attention"), strict=True):
         assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
@@ -203,7 +203,7 @@ def test_fine_tuning_moves_the_encoder_and_its_features_can_be_cached(here):
             Path("data/small"),
             "again",
             epochs=1,
-            features=Path("data/tuned.h5"),
+            features=(Path("data/tuned.h5"),),
             start_from=Path("checkpoints/tuned"),
             **QUICK,
         )
@@ -230,7 +230,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(
     )
     setting = {**QUICK, "decoder": decoder, "precision": "float32", "dropout": 0.0, **SPECIAL.get(decoder, {})}
     live = train.make_trainer(Train(Path("data/small"), "none", fine_tune=True, **encoder, **setting))
-    cached = train.make_trainer(Train(Path("data/small"), "none", features=tmp_path / "f.h5", **setting))
+    cached = train.make_trainer(Train(Path("data/small"), "none", features=(tmp_path / "f.h5",), **setting))
     assert same(live.decoder.state_dict(), cached.decoder.state_dict())
     for trainer in (live, cached):
         trainer.decoder.train()
@@ -470,7 +470,7 @@ def test_features_of_another_data_set_are_refused(here, tmp_path):
     write_captions(other / CAPTIONS_FILE, photos)
     Vocabulary.load(Path("data/small") / VOCABULARY_FILE).save(other / VOCABULARY_FILE)
     with pytest.raises(UserError, match="another data set.*extract_features.py"):
-        train.main(Train(other, "other", features=Path("data/small/features.h5"), **QUICK))
+        train.main(Train(other, "other", features=(Path("data/small/features.h5"),), **QUICK))
 
 
 def test_captions_are_not_generated_from_the_features_of_another_encoder(here, tmp_path, capsys):
@@ -478,7 +478,7 @@ def test_captions_are_not_generated_from_the_features_of_another_encoder(here, t
     extract_features.main(ExtractFeatures(Path("data/small"), "resnet18.layer2", "random", 96, workers=0, out=other))
     setting = {"data": Path("data/small"), "workers": 0, "precision": "float32"}
     with pytest.raises(UserError, match="other.h5: made by resnet18.layer2.*leave out --features") as error:
-        generate.main(Generate(Path("checkpoints/tuned"), features=other, **setting))
+        generate.main(Generate(Path("checkpoints/tuned"), features=(other,), **setting))
     assert "\n" not in str(error.value)
     generate.main(Generate(Path("checkpoints/tuned"), **setting))
     assert (
@@ -500,13 +500,13 @@ def test_features_made_from_other_pixels_are_never_mixed_without_a_word(here, tm
 
     last = (Path("checkpoints/attention/last.pt")).read_bytes()
     with pytest.raises(UserError) as error:
-        train.main(Train(Path("data/small"), "attention", features=features, resume=True, epochs=9, **TINY))
+        train.main(Train(Path("data/small"), "attention", features=(features,), resume=True, epochs=9, **TINY))
     assert str(error.value) == (
         f"checkpoints/attention: its features were made from other pixels than these: {difference}; give its own"
     )
     assert Path("checkpoints/attention/last.pt").read_bytes() == last
 
-    generate.main(Generate(Path("checkpoints/attention"), data=Path("data/small"), features=features, workers=0))
+    generate.main(Generate(Path("checkpoints/attention"), data=Path("data/small"), features=(features,), workers=0))
     assert (
         "pillow.h5: made from other pixels than those of checkpoints/attention: decoding pillow instead of "
         "simplejpeg+torch; captions may differ"
@@ -529,7 +529,7 @@ def test_another_vocabulary_is_refused_with_both_sizes(here, tmp_path):
             Train(
                 tmp_path,
                 "start",
-                features=Path("data/small/features.h5"),
+                features=(Path("data/small/features.h5"),),
                 start_from=Path("checkpoints/attention"),
                 **QUICK,
             )

@@ -291,15 +291,16 @@ def test_ranks_that_leave_never_wait_for_one_another(tmp_path):
             pair.terminate()  # a deadlocked one would wait for ever
 
 
-def test_two_ranks_extract_the_same_file_as_one(data_folder, tmp_path):
+def test_two_ranks_extract_the_same_files_as_one(data_folder, tmp_path):
     flags = "--encoder resnet18.layer2 --weights random --image-size 64 --precision float32 --workers 0 --batch-size 1"
-    command = [REPOSITORY / "extract_features.py", "data/small", *flags.split(), "--out", tmp_path / "two.h5"]
-    status, stdout, stderr = ForkedTorchrun(tmp_path / "output", *command).wait()
+    command = [REPOSITORY / "extract_features.py", "data/small", *flags.split(), "--views", "2"]
+    status, stdout, stderr = ForkedTorchrun(tmp_path / "output", *command, "--out", tmp_path / "two.h5").wait()
     assert status == 0, stderr
     assert stdout.count("done: 24 photos, 0 skipped") == 1
-    setting = {"precision": "float32", "workers": 0, "batch_size": 1, "out": tmp_path / "one.h5"}
+    setting = {"precision": "float32", "workers": 0, "batch_size": 1, "out": tmp_path / "one.h5", "views": 2}
     extract_features.main(ExtractFeatures(Path("data/small"), "resnet18.layer2", "random", 64, **setting))
-    assert (tmp_path / "two.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    for view in ("", ".flip"):
+        assert (tmp_path / f"two{view}.h5").read_bytes() == (tmp_path / f"one{view}.h5").read_bytes()
 
 
 SIZES = "--embedding-size 16 --attention-size 16 --hidden-size 24 --dropout 0 --precision float32"

@@ -2,14 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 
 from captioning.decoders import DECODERS
-from captioning.decoders.ensemble import Ensemble
+from captioning.decoders.ensemble import Ensemble, PhotoViews, ViewEnsemble
 from captioning.search.beam_search import beam_search
+from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 from preprocess.vocabulary import START
 from tests.test_beam_search import (
@@ -77,3 +79,43 @@ def test_an_ensemble_of_equal_members_equals_one_member_also_after_photos_finish
     for photo_expected, photo_found in zip(expected, found, strict=True):
         for expected_caption, found_caption in zip(photo_expected, photo_found, strict=True):
             assert_same_caption(found_caption, expected_caption)
+
+
+def make_views(grid, number):
+    """The grid, and others like it with other cells."""
+    others = [replace(grid, cells=torch.randn_like(grid.cells)) for _ in range(number - 1)]
+    return PhotoViews([grid, *others])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DECODERS)
+def test_log_probabilities_are_averaged_over_the_views_and_attention_is_that_over_the_whole_photo(name):
+    decoder, grid, *_ = make(name)
+    views = make_views(grid, 3)
+    ensemble = ViewEnsemble(decoder.eval(), 3)
+    state, states = ensemble.init_state(views), [decoder.init_state(view) for view in views.grids]
+    words = torch.full((len(grid),), START)
+    for _ in range(3):
+        found = ensemble.step(words, state)
+        steps = [decoder.step(words, view_state) for view_state in states]
+        mean = torch.stack([step.log_probabilities for step in steps]).mean(0)
+        expected = mean - mean.exp().sum(1, keepdim=True).log()
+        torch.testing.assert_close(found.log_probabilities, expected)
+        assert (found.attention is None) == (steps[0].attention is None)
+        if found.attention is not None:
+            assert torch.equal(found.attention, steps[0].attention)
+        state, states = found.state, [step.state for step in steps]
+        words = mean.argmax(1)
+
+
+@pytest.mark.parametrize("graphs", [None, DecodingGraphs(lambda work: work)])
+def test_equal_views_equal_one_view_also_after_photos_finish(graphs):
+    decoder, grid, *_ = make("attention")
+    search = SearchOptions(beam_size=3, max_length=6, num_captions=2)
+    expected = beam_search(decoder.eval(), grid, search)
+    ensemble = ViewEnsemble(decoder, 4)
+    for _ in range(3):
+        found = beam_search(ensemble, PhotoViews([grid] * 4), search, graphs)
+        for photo_expected, photo_found in zip(expected, found, strict=True):
+            for expected_caption, found_caption in zip(photo_expected, photo_found, strict=True):
+                assert_same_caption(found_caption, expected_caption)

@@ -306,14 +306,14 @@ def test_batches_for_a_gpu_are_complete_although_nothing_waits_for_their_copies(
 
 
 def test_the_log_records_the_fraction_of_time_that_training_waited(here, monkeypatch):
-    read = FeatureReader.read_rows
+    read = FeatureReader.read_into
 
     def read_slowly(self, *arguments):
         time.sleep(0.3)
         return read(self, *arguments)
 
     train.main(Train(Path("data/small"), "waits little", features_on="ram", epochs=1, **TINY))
-    monkeypatch.setattr(FeatureReader, "read_rows", read_slowly)
+    monkeypatch.setattr(FeatureReader, "read_into", read_slowly)
     train.main(Train(Path("data/small"), "waits long", features_on="disk", epochs=1, **TINY))
     assert log_of("waits long")[0]["waiting"] > 0.5 > log_of("waits little")[0]["waiting"]
 
@@ -332,7 +332,7 @@ def test_batches_for_a_gpu_are_read_into_pinned_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_reader, "empty_pinned", empty_pinned)
     for pin in (True, False):
         FeatureReader(tmp_path / "f.h5", pin).read(np.array([1, 2]))
-    assert shapes == [((2, 8, 8, 6), torch.uint8), ((2, 8, 8), torch.float32)], "codes and scales, of the first reader"
+    assert shapes == [((2, 64, 6), torch.uint8), ((2, 64), torch.float32)], "codes and scales, of the first reader"
 
 
 class Pinned:

@@ -82,14 +82,26 @@ class Batch:
 class CachedPhotos(Dataset):
     """Batches with features from the cache. An item is indexed by the photos it holds: (B,) int64 -> Batch."""
 
-    def __init__(self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], Grid | CachedGrid]):
-        """rows (N,) int64: the row of each photo of `split` in the feature file; read: rows (B,) -> their maps."""
+    def __init__(
+        self, split: CaptionDataset, rows: np.ndarray, read: Callable[[np.ndarray], Grid | CachedGrid], seed: int = 0
+    ):
+        """rows (N, V) int64: the row of each photo of `split` in each view; -1: it must not be used; or (N,) for one.
+
+        read: rows (B,) -> their maps. seed: see `draw_views`.
+        """
         self.split = split
         self.rows = rows
         self.read = read
+        self.seed = seed
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Draw the view in which each photo is seen in this epoch."""
+        views = self.rows.reshape(len(self.rows), -1)
+        self.drawn_rows = views[np.arange(len(views)), draw_views(views >= 0, self.seed, epoch)]  # (N,)
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
-        return Batch(self.read(self.rows[indices]), *self.split.pack(indices), indices)
+        return Batch(self.read(self.drawn_rows[indices]), *self.split.pack(indices), indices)
 
 
 class LivePhotos(Dataset):
@@ -111,6 +123,10 @@ class LivePhotos(Dataset):
         self.augment = augment
         self.mentions_side = mentions_side
         self.epoch = 0  # seeds the augmentation
+
+    def start_epoch(self, epoch: int) -> None:
+        """Augment the photos anew."""
+        self.epoch = epoch
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
         """Raises PhotoError if none of the photos can be read."""
@@ -181,3 +197,20 @@ def plan_updates(split: CaptionDataset, plan: list[np.ndarray], grad_accumulatio
 def epoch_order(num_photos: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation (N,) of the photos. It depends on seed and epoch only, so a resumed run gets the same one."""
     return np.random.default_rng([seed, epoch]).permutation(num_photos)
+
+
+def draw_views(allowed: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Draw one of the allowed views (N, V) bool of each photo, at least one each -> its column (N,) int64.
+
+    A photo with n views is seen once in each of them in the epochs 0 to n - 1, then again in n to 2n - 1, and so on, in
+    random order. The result depends on the arguments only, so a resumed run gets the same one.
+    """
+    numbers = allowed.sum(1)
+    ranks = np.zeros(len(allowed), np.int64)  # among the allowed views of the photo
+    for number in np.unique(numbers):
+        cycle, place = divmod(epoch, int(number))
+        rng = np.random.default_rng([seed, number, cycle, 1])  # the 1: another stream than that of `epoch_order`
+        photos = numbers == number
+        ranks[photos] = rng.random(allowed.shape[:1] + (number,)).argsort(1)[photos, place]
+    allowed_first = np.argsort(~allowed, axis=1, kind="stable")
+    return np.take_along_axis(allowed_first, ranks[:, None], 1)[:, 0]

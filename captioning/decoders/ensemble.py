@@ -1,4 +1,4 @@
-"""Ensembles: several decoders that write one caption together, from the mean of their probabilities.
+"""Ensembles: several decoders that write one caption together, or one decoder that reads several views of a photo.
 
 Legend: B photos, R captions being written, V vocabulary size, P cells.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
@@ -27,7 +28,9 @@ class Ensemble:
 
     def init_state(self, grid: Grid) -> State:
         """The concatenation of the members' states."""
-        states = [member.init_state(grid) for member in self.members]
+        return self._concat_members([member.init_state(grid) for member in self.members])
+
+    def _concat_members(self, states: Sequence[State]) -> State:
         self.state_sizes = [[len(part) for part in state] for state in states]
         return _concat_states(states)
 
@@ -35,11 +38,16 @@ class Ensemble:
         """Log of the mean probability (R, V); attention (R, P) is the mean over the members that have one."""
         member_states = self._split_state(state)
         steps = [member.step(words, part) for member, part in zip(self.members, member_states, strict=True)]
-        log_probabilities = torch.stack([step.log_probabilities for step in steps])
-        mean = log_probabilities.logsumexp(0) - math.log(len(steps))
+        mean = self._mean(torch.stack([step.log_probabilities for step in steps]))
+        return Step(mean, self._attention(steps), _concat_states([step.state for step in steps]))
+
+    def _mean(self, log_probabilities: Tensor) -> Tensor:
+        """Those of all members (members, R, V) -> (R, V)."""
+        return log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
+
+    def _attention(self, steps: Sequence[Step]) -> Tensor | None:
         attentions = [step.attention for step in steps if step.attention is not None]
-        attention = torch.stack(attentions).mean(0) if attentions else None
-        return Step(mean, attention, _concat_states([step.state for step in steps]))
+        return torch.stack(attentions).mean(0) if attentions else None
 
     def _split_state(self, state: State) -> list[State]:
         """The inverse of _concat_states."""
@@ -48,6 +56,48 @@ class Ensemble:
             State(*(tuple(islice(part, size)) for part, size in zip(parts, sizes, strict=True)))
             for sizes in self.state_sizes
         ]
+
+
+@dataclass
+class PhotoViews:
+    """The grids of several views of the same photos, the whole photos first. A search takes it like a Grid."""
+
+    grids: Sequence[Grid]
+
+    def __len__(self) -> int:
+        return len(self.grids[0])
+
+    @property
+    def cells(self) -> Tensor:
+        """Those of the whole photos, (B, N, C)."""
+        return self.grids[0].cells
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PhotoViews:
+        """Move the grids to a device and convert their cells."""
+        return PhotoViews([grid.to(device, dtype) for grid in self.grids])
+
+
+class ViewEnsemble(Ensemble):
+    """A decoder that reads all views of each photo: p(word) is the normalised geometric mean of those of the views.
+
+    That is, log-probabilities are averaged (test-time augmentation). The attention is that over the whole photo.
+    """
+
+    def __init__(self, decoder: Decoder, views: int):
+        super().__init__([decoder] * views)
+
+    def init_state(self, grid: Grid | PhotoViews) -> State:
+        """The concatenation of the states of all views of a PhotoViews, which has as many."""
+        assert isinstance(grid, PhotoViews)
+        return self._concat_members(
+            [member.init_state(view) for member, view in zip(self.members, grid.grids, strict=True)]
+        )
+
+    def _mean(self, log_probabilities: Tensor) -> Tensor:
+        return log_probabilities.mean(0).log_softmax(1)
+
+    def _attention(self, steps: Sequence[Step]) -> Tensor | None:
+        return steps[0].attention
 
 
 def _concat_states(states: Sequence[State]) -> State:

@@ -31,7 +31,6 @@ from captioning.encoders.images import (
     is_plain_jpeg,
     make_loader,
     open_image,
-    photo_batches,
     read_photos,
 )
 from captioning.errors import PhotoError, UserError
@@ -49,19 +48,20 @@ def load_photos(
     batches: Iterable[IndexBatch],
     transform: Transform,
     workers: int,
+    read: Callable[..., PhotoBatch] = read_photos,
 ) -> Iterator[PhotoBatch]:
     """Like `photo_batches`, with the photos on the device and ascending indices within a batch.
 
-    On a GPU, `transform.nvjpeg` selects decoding by nvJPEG.
+    On a GPU, `transform.nvjpeg` selects decoding by nvJPEG. Otherwise `read` decodes: `read_photos` or a `ReadViews`.
     """
     if device.type != "cuda":
-        for batch in photo_batches(paths, batches, transform, workers):
+        for batch in make_loader(read, paths, batches, transform, workers, pin=False):
             yield batch._replace(photos=batch.photos.to(device))
         return
     copy_stream = torch.cuda.Stream(device)
     compute_stream = torch.cuda.current_stream(device)
-    read = read_files if transform.nvjpeg else read_photos
-    for loaded in make_loader(read, paths, batches, transform, workers, pin=True):
+    read_on_cpu = read_files if transform.nvjpeg else read
+    for loaded in make_loader(read_on_cpu, paths, batches, transform, workers, pin=True):
         copy_stream.synchronize()  # nvJPEG may write on a stream unknown to torch, and must not overtake this one
         with torch.cuda.stream(copy_stream):
             if transform.nvjpeg:

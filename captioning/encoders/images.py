@@ -35,6 +35,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from captioning.encoders.views import DecodedPhoto, View
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.device import pin
 from captioning.runtime.library_errors import reason
@@ -47,7 +48,6 @@ Indices = TypeVar("Indices", Sequence, np.ndarray)
 GREY_16_BIT = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes
 PILLOW = "pillow"  # Transform.decoding: of files and runs that do not name any
 SIMPLEJPEG_AND_TORCH = "simplejpeg+torch"
-DecodedPhoto = Image.Image | np.ndarray  # array: (H, W, 3) uint8
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class PhotoBatch(NamedTuple):
     """The photos of a batch that can be read."""
 
     indices: list[int]  # of the photos, into the list of paths
-    photos: Tensor  # (B, 3, S, S) uint8, in channels-last memory
+    photos: Tensor  # (B, 3, S, S) uint8, in channels-last memory; of `ReadViews` (B V, 3, S, S)
     failures: list[str]  # one message per photo that cannot be read
 
     def pin_memory(self) -> PhotoBatch:
@@ -269,15 +269,42 @@ def read_photos(
 
     augment(photo, i), if given, replaces photo i, (H, W, 3) uint8, before it is resized.
     """
+    return _read_views(
+        paths, indices, transform, lambda photo, i: [augment(np.asarray(photo), i) if augment else photo]
+    )
+
+
+@dataclass(frozen=True)
+class ReadViews:
+    """Like `read_photos`, with V views of each photo, which is decoded once.
+
+    The photos of the batch are (B V, 3, S, S): the views of a photo are adjacent.
+    """
+
+    views: Sequence[View]
+    ids: Sequence[str]  # of the photos, in the order of the paths: crops depend on them
+
+    def __call__(self, paths: Sequence[Path | str], indices: IndexBatch, transform: Transform) -> PhotoBatch:
+        """paths[i] for each i of `indices`."""
+        return _read_views(
+            paths, indices, transform, lambda photo, i: [view(photo, self.ids[i]) for view in self.views]
+        )
+
+
+def _read_views(
+    paths: Sequence[Path | str],
+    indices: IndexBatch,
+    transform: Transform,
+    views_of: Callable[[Any, int], list[DecodedPhoto]],
+) -> PhotoBatch:
+    """Decode paths[i] for each i of `indices`, and resize all of views_of(photo, i)."""
     readable: list[int] = []
     photos: list[Tensor] = []
     failures: list[str] = []
     for index in indices:
         try:
             photo = transform.open(paths[index])
-            if augment:
-                photo = augment(np.asarray(photo), index)
-            photos.append(transform.resize(photo))
+            photos += [transform.resize(view) for view in views_of(photo, index)]
             readable.append(int(index))
         except PhotoError as error:
             failures.append(str(error))

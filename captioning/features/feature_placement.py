@@ -25,6 +25,7 @@ from tqdm import tqdm
 from captioning.encoders.images import split_batches
 from captioning.errors import UserError
 from captioning.features.cached_grid import CachedGrid, FeatureRows
+from captioning.features.feature_files import FeatureFiles
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.quantization import KERNELS, DequantizeRows, dequantize_rows, proven_kernel
 from captioning.runtime.device import oom_as_user_error
@@ -136,7 +137,7 @@ def free_main_memory() -> int:
 
 
 def place_features(
-    reader: FeatureReader,
+    reader: FeatureReader | FeatureFiles,
     rows: np.ndarray,
     pooled: bool,
     requested: str,
@@ -158,9 +159,9 @@ def place_features(
 
 
 class FileRows:
-    """Rows of the file: maps or their means."""
+    """Rows of the files: maps or their means."""
 
-    def __init__(self, reader: FeatureReader, pooled: bool, quantize: bool):
+    def __init__(self, reader: FeatureReader | FeatureFiles, pooled: bool, quantize: bool):
         """quantize: maps that are stored in floating point become codes when they are read."""
         self.reader = reader
         self.pooled = pooled

@@ -5,7 +5,7 @@ Letters: N photos, B photos per batch, h x w cells, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -55,39 +55,23 @@ class FeatureReader:
         rows = {photo: row for row, photo in enumerate(self.ids)}  # not stored: it takes 200 bytes per photo
         return np.fromiter((rows.get(id, -1) for id in ids), np.int64)
 
-    def available(self, rows: np.ndarray, allow_missing: float, dataset: Path) -> np.ndarray:
-        """Which photos are done, (N,) bool, from their rows (N,) int64 as given by `rows_of`.
-
-        Raises UserError if a larger fraction than `allow_missing` is not done.
-        """
-        available = (rows >= 0) & self.done()[rows]
-        missing = int((~available).sum())
-        if missing > allow_missing * len(rows):
-            same_dataset = (rows >= 0).any()
-            problem = "" if same_dataset else "belongs to another data set: "
-            overwrite = "" if same_dataset else " --overwrite"
-            raise UserError(
-                f"{self.path}: {problem}no features for {missing:,} of {len(rows):,} images; "
-                f"run: python extract_features.py {dataset}{overwrite}"
-            )
-        return available
-
     def done(self) -> np.ndarray:
         """Which rows are done, (N,) bool."""
         return self._map("done") == 1
 
     def read(self, rows: np.ndarray) -> Grid:
         """The feature maps of rows (B,) int64. Raises UserError if a row is not finite."""
-        return self._grid(self.read_rows(rows), pooled=False)
+        return self.to_grid(self.read_rows(rows), pooled=False)
 
     def read_pooled(self, rows: np.ndarray) -> Grid:
         """The means of the feature maps of rows (B,) int64, as grids of one cell, for decoders without attention.
 
         Raises UserError if a row is not finite.
         """
-        return self._grid(self.read_rows(rows, pooled=True), pooled=True)
+        return self.to_grid(self.read_rows(rows, pooled=True), pooled=True)
 
-    def _grid(self, rows: FeatureRows, pooled: bool) -> Grid:
+    def to_grid(self, rows: FeatureRows, pooled: bool) -> Grid:
+        """The grid of rows that `read_rows` has read."""
         dtype = rows.cells.dtype if rows.scales is None else torch.float32
         return Grid(rows.decode(dtype), self.pooling(pooled))
 
@@ -100,27 +84,40 @@ class FeatureReader:
 
         Raises UserError if a row is not finite.
         """
-        if pooled:
-            means = torch.from_numpy(self._map("pooled")[rows])  # (B, C)
-            self._check_finite(means, rows)
-            return FeatureRows(means[:, None])
-        cells = self._read_native("features", rows).flatten(1, 2)
-        if cells.dtype != torch.uint8:
-            self._check_finite(cells, rows)
-            return FeatureRows(cells)
-        scales = self._read_native("scales", rows).flatten(1, 2)
-        self._check_finite(scales, rows)
-        return FeatureRows(cells, scales)
+        target = self.empty_rows(len(rows), pooled)
+        self.read_into(target, np.arange(len(rows)), rows, pooled)
+        check_finite(target, lambda i: (self, rows[i]))
+        return target
 
-    def _read_native(self, name: str, rows: np.ndarray) -> Tensor:
-        """The values of the native cells, (B, h, w, ...)."""
+    def empty_rows(self, count: int, pooled: bool) -> FeatureRows:
+        """So many uninitialised rows in the form in which they are stored, in pinned memory if the reader pins."""
+        cells = 1 if pooled else self.height * self.width
+        dtype = self.arrays["pooled" if pooled else "features"].dtype
+        has_scales = dtype == np.uint8
+        return FeatureRows(
+            self._empty((count, cells, self.channels), dtype),
+            self._empty((count, cells), self.arrays["scales"].dtype) if has_scales else None,
+        )
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+        torch_dtype = getattr(torch, str(dtype))
+        return empty_pinned(shape, torch_dtype) if self.pin else torch.empty(shape, dtype=torch_dtype)
+
+    def read_into(self, target: FeatureRows, places: np.ndarray, rows: np.ndarray, pooled: bool) -> None:
+        """Read rows (K,) int64, finite or not, to the rows `places` (K,) int64 of `target`, made by `empty_rows`."""
+        if pooled:
+            target.cells.numpy()[places, 0] = self._map("pooled")[rows]
+            return
+        self._read_native("features", rows, target.cells.numpy(), places)
+        if target.scales is not None:
+            self._read_native("scales", rows, target.scales.numpy(), places)
+
+    def _read_native(self, name: str, rows: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Copy the values of the native cells to the rows `places` of target (B, h w, ...)."""
         stored = self._map(name)
-        shape = (len(rows), self.height, self.width, *stored.shape[3:])
-        dtype = getattr(torch, str(stored.dtype))
-        values = empty_pinned(shape, dtype) if self.pin else torch.empty(shape, dtype=dtype)
-        for value, row in zip(values.numpy(), rows, strict=True):
-            value[:] = stored[row] if self.native_cells is None else stored[row][self.native_cells]
-        return values
+        target = target.reshape(len(target), self.height, self.width, *stored.shape[3:])  # a view
+        for place, row in zip(places, rows, strict=True):
+            target[place] = stored[row] if self.native_cells is None else stored[row][self.native_cells]
 
     def read_stored(self, rows: np.ndarray, name: str = "features") -> np.ndarray:
         """Rows (B,) int64 exactly as stored: features (B, h w C), scales (B, h w) or pooled (B, C), finite or not."""
@@ -140,11 +137,13 @@ class FeatureReader:
             self._maps[name] = np.asarray(self.arrays[name].map(self.path))  # indexing a np.memmap is slow
         return self._maps[name]
 
-    def _check_finite(self, values: Tensor, rows: np.ndarray) -> None:
-        """Raise UserError if one of the values (B, ...) of these rows is not finite."""
-        if len(rows) and not torch.stack(values.aminmax()).isfinite().all():
-            bad = next(row for row, value in zip(rows, values, strict=True) if not value.isfinite().all())
-            raise UserError(
-                f"{self.path}: the features of {self.ids[bad]} are not finite; extract_features.py --verify finds all "
-                "such rows, and the same command without --verify encodes them again"
-            )
+
+def check_finite(rows: FeatureRows, source: Callable[[int], tuple[FeatureReader, int]]) -> None:
+    """Raise UserError if a row is not finite. source(i): the file of row i, and its row there."""
+    values = rows.cells if rows.scales is None else rows.scales
+    if len(values) and not torch.stack(values.aminmax()).isfinite().all():
+        reader, row = source(next(i for i, value in enumerate(values) if not value.isfinite().all()))
+        raise UserError(
+            f"{reader.path}: the features of {reader.ids[row]} are not finite; extract_features.py --verify finds all "
+            "such rows, and the same command without --verify encodes them again"
+        )

@@ -33,12 +33,18 @@ LATER_ATTRIBUTES = {
     "decoding": PILLOW,
     "interpolation": "bilinear",
     "pooled": "mean",
+    "view": "whole",
 }
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
-def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, precision: str) -> dict:
-    """The attributes of a feature file. recipe: Encoder.recipe(); grid: "14" or "native"; precision: a torch dtype."""
+def describe_features(
+    recipe: dict, native_grid: tuple[int, int], grid: str, precision: str, view: str = "whole"
+) -> dict:
+    """The attributes of a feature file.
+
+    recipe: Encoder.recipe(); grid: "14" or "native"; precision: a torch dtype; view: the name of a View.
+    """
     transform = recipe["transform"]
     return {
         "format": FORMAT,
@@ -55,6 +61,7 @@ def describe_features(recipe: dict, native_grid: tuple[int, int], grid: str, pre
         "decoding": transform.get("decoding", PILLOW),
         "interpolation": transform.get("interpolation", "bilinear"),
         "pooled": recipe.get("pooled", "mean"),
+        "view": view,
         "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all settings above
     }
 
@@ -83,13 +90,27 @@ class FeatureWriter:
     A thread writes to the disk while the next batch is computed.
     """
 
-    def __init__(self, path: Path, ids: Sequence[str], attributes: dict, channels: int, dtype: str, overwrite: bool):
+    def __init__(
+        self,
+        path: Path,
+        ids: Sequence[str],
+        attributes: dict,
+        channels: int,
+        dtype: str,
+        overwrite: bool,
+        photo_files: np.ndarray | None = None,
+        others: int = 0,
+    ):
         """ids: of the photos, one per row; attributes: from `describe_features`; dtype: float16, float32 or uint8.
+
+        photo_files (N, 2) int64: see `stat_photos`; None: not known. others: files of this size that will be created
+        on the same disk.
 
         Raises UserError if the existing file has other attributes or photos, or if the disk is full or denies access.
         """
         self.path = path
         self.dtype = np.dtype(dtype)
+        self.photo_files = photo_files
         grid = (GRID_SIZE, GRID_SIZE) if attributes["grid"] == "14" else tuple(attributes["native_grid"])
         self.shape = (len(ids), *grid, channels)
         attributes = {**attributes, "dtype": dtype}
@@ -100,7 +121,7 @@ class FeatureWriter:
                 self._check_resumable(ids, attributes)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._check_free_space()
+                self._check_free_space(1 + others)
                 create_file(path, self.shape, self.dtype, ids, {**attributes, "torch": str(torch.__version__)})
             self.arrays = read_layout(path).arrays
             self.file = os.open(path, os.O_RDWR)
@@ -123,16 +144,19 @@ class FeatureWriter:
         if [*layout.ids] != [*ids]:
             common = len(set(ids).intersection(layout.ids))
             overlap = f"{common:,} of its {len(layout.ids):,} photos are among these {len(ids):,}"
+            if common == len(layout.ids):
+                remedy = f"give --missing-only and --out for the photos that are new, or {remedy.removeprefix('give ')}"
             raise UserError(f"{self.path}: belongs to another data set ({overlap}); {remedy}")
 
-    def _check_free_space(self) -> None:
-        """Raise UserError if the disk cannot hold the file."""
-        needed = self.nbytes()
+    def _check_free_space(self, files: int) -> None:
+        """Raise UserError if the disk cannot hold this file, or this number of files of its size."""
+        needed = files * self.nbytes()
         freed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         free = shutil.disk_usage(self.path.parent).free + freed
         if needed > free:
+            several = f" in {files} files" if files > 1 else ""
             raise UserError(
-                f"{self.path}: needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
+                f"{self.path}: needs {needed / 1e9:.1f} GB{several} and the disk has {free / 1e9:.1f} GB free; "
                 "free some space, give --grid native or --dtype uint8, or --out on another disk"
             )
 
@@ -143,6 +167,17 @@ class FeatureWriter:
     def missing(self) -> np.ndarray:
         """The rows that are not done, (M,) int64."""
         return np.flatnonzero(self.arrays["done"].map(self.path) != 1)
+
+    def changed(self) -> np.ndarray:
+        """The done rows, (M,) int64, whose photo's file has another size or modification time than when it was read.
+
+        A photo of which either is not known, now or then, counts as unchanged.
+        """
+        if self.photo_files is None or "photo_files" not in self.arrays:
+            return np.empty(0, np.int64)
+        stored = self.arrays["photo_files"].map(self.path)
+        known = stored.any(1) & self.photo_files.any(1) & (self.arrays["done"].map(self.path) == 1)
+        return np.flatnonzero(known & (stored != self.photo_files).any(1))
 
     def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor, scales: Tensor | None = None) -> None:
         """Queue rows (B,) int64 with features (B, h, w, C) and pooled (B, C) float32, on the CPU.
@@ -162,7 +197,10 @@ class FeatureWriter:
             )
         values = {"features": features, "pooled": pooled} | ({} if scales is None else {"scales": scales})
         self._raise_failure()
-        self.queue.put(_Batch(np.asarray(rows), {name: _as_array(value) for name, value in values.items()}))
+        arrays = {name: _as_array(value) for name, value in values.items()}
+        if self.photo_files is not None and "photo_files" in self.arrays:
+            arrays["photo_files"] = self.photo_files[rows]
+        self.queue.put(_Batch(np.asarray(rows), arrays))
 
     def _write_queue(self) -> None:
         """The thread: write all queued batches together, so that a slow disk syncs less often."""
@@ -224,6 +262,19 @@ class FeatureWriter:
 
 def _as_array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy())
+
+
+def stat_photos(paths: Iterable[str]) -> np.ndarray:
+    """Bytes and modification time (ns) of photo files, (N, 2) int64; zeros for a file that cannot be found."""
+    return np.array([_stat(path) for path in paths], np.int64).reshape(-1, 2)
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def mark_not_done(path: Path, rows: Iterable[int]) -> None:

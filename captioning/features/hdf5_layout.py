@@ -5,8 +5,9 @@
     scales   (N, h, w) float32: the scale of each cell; only with uint8 codes, which quantization.py defines
     images   (N,) utf-8: the photos' ids, in the order of captions.jsonl
     done     (N,) uint8: 1 once the row is safely on disk
+    photo_files (N, 2) int64: bytes and modification time (ns) of the photo's file; zeros or absent if not known
     attributes: format, encoder, weights, weights_sha256, image_size, grid, native_grid, mean, std, precision,
-        scaled_decoding, nvjpeg, decoding, interpolation, pooled, torch; with uint8 codes: quantization
+        scaled_decoding, nvjpeg, decoding, interpolation, pooled, view, torch; with uint8 codes: quantization
 
 Every array is contiguous and allocated when the file is created, so its offset never changes. Any number of processes
 read and write rows at their offsets without a lock, and a kill cannot damage HDF5 metadata.
@@ -39,6 +40,7 @@ FORMAT = "kantu features 1"
 QUANTIZATION = "square root, one scale per cell"  # the attribute `quantization` of a file with uint8 codes
 DTYPES = {"features": ("float16", "float32", "uint8"), "pooled": ("float32",), "done": ("uint8",)}
 SCALES_DTYPE = "float32"
+PHOTO_FILES_DTYPE = "int64"
 TEXT_ATTRIBUTES = ("encoder", "weights", "weights_sha256", "precision")
 MAX_CELLS_PER_SIDE = 1000
 HEADER_BYTES = 2**16  # more than the metadata takes
@@ -65,7 +67,7 @@ class ContiguousArray:
 class Layout(NamedTuple):
     """The metadata of a feature file."""
 
-    arrays: dict[str, ContiguousArray]  # features, pooled, done and, with uint8 codes, scales
+    arrays: dict[str, ContiguousArray]  # features, pooled, done; with uint8 codes scales; of newer files photo_files
     attributes: dict
     ids: StringArray  # of the photos, one per row
 
@@ -75,6 +77,7 @@ def data_arrays(shape: Sequence[int], dtype: np.dtype) -> dict[str, tuple[tuple[
     arrays = {"features": (tuple(shape), dtype), "pooled": ((shape[0], shape[-1]), np.dtype("float32"))}
     if dtype == np.uint8:
         arrays["scales"] = (tuple(shape[:-1]), np.dtype(SCALES_DTYPE))
+    arrays["photo_files"] = ((shape[0], 2), np.dtype(PHOTO_FILES_DTYPE))
     return arrays
 
 
@@ -99,8 +102,8 @@ def create_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, ids: Sequen
         os.fsync(file.fileno())
     with h5py.File(temporary, "w", libver=("earliest", "v110")) as file:
         for name, (array_shape, array_dtype) in data_arrays(shape, dtype).items():
-            _allocate(file, name, array_shape, array_dtype)
-        _allocate(file, "done", shape[:1], np.dtype("uint8"))
+            _allocate(file, name, array_shape, array_dtype, filled=name == "photo_files")
+        _allocate(file, "done", shape[:1], np.dtype("uint8"), filled=True)
         # a fixed length: HDF5 can read a damaged heap of variable-length strings for ever
         file.create_dataset("images", data=names, dtype=h5py.string_dtype("utf-8", longest))
         for name, value in attributes.items():
@@ -110,13 +113,13 @@ def create_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, ids: Sequen
     os.replace(temporary, path)
 
 
-def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Create a contiguous dataset and allocate it now; only `done` is filled, with zeros."""
+def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype, filled: bool) -> None:
+    """Create a contiguous dataset and allocate it now. filled: with zeros."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_obj_track_times(False)  # the same photos give the same file, bit by bit
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if name == "done" else h5py.h5d.FILL_TIME_NEVER)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_ALLOC if filled else h5py.h5d.FILL_TIME_NEVER)
     space = h5py.h5s.create_simple(shape)
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), space, properties)
 
@@ -154,7 +157,7 @@ def _plain(value: object) -> object:
 
 
 def _read_arrays(file: h5py.File, attributes: dict, size: int) -> dict[str, ContiguousArray]:
-    """Locate features, pooled, done and, with uint8 codes, scales in a file of `size` bytes.
+    """Locate features, pooled, done, photo_files if present and, with uint8 codes, scales in a file of `size` bytes.
 
     Raises ValueError if one is missing, not contiguous, or contradicts another or the attributes; EOFError if the
     file is truncated.
@@ -167,6 +170,10 @@ def _read_arrays(file: h5py.File, attributes: dict, size: int) -> dict[str, Cont
         arrays["scales"] = _locate(file, "scales", (SCALES_DTYPE,))
         if arrays["scales"].shape != shape[:-1]:
             raise ValueError("features and scales have different shapes")
+    if "photo_files" in file:
+        arrays["photo_files"] = _locate(file, "photo_files", (PHOTO_FILES_DTYPE,))
+        if arrays["photo_files"].shape != (shape[0], 2):
+            raise ValueError("features and photo_files have different lengths")
     if len(shape) != 4 or not all(shape):
         raise ValueError(f"features of shape {shape}")
     if arrays["pooled"].shape != (shape[0], shape[3]) or arrays["done"].shape != shape[:1]:

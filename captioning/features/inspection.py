@@ -15,8 +15,9 @@ from tqdm import tqdm
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
 from captioning.encoders.grid import Grid, grid_pooling, to_stored_layout
-from captioning.encoders.images import split_batches
+from captioning.encoders.images import ReadViews, split_batches
 from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
+from captioning.encoders.views import View
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import mark_not_done
@@ -113,7 +114,8 @@ def compare_sample(reader: FeatureReader, encoder: Encoder, paths: Sequence[str]
     device = next(encoder.parameters()).device
     precision = getattr(torch, reader.attributes["precision"])
     worst = Comparison(0.0, "", len(rows))
-    for batch in load_photos(device, paths, split_batches(rows, 16), encoder.transform, 0):
+    read = ReadViews([View.parse(reader.attributes.get("view", "whole"))], reader.ids)
+    for batch in load_photos(device, paths, split_batches(rows, 16), encoder.transform, 0, read):
         if batch.failures:
             raise UserError(f"{batch.failures[0]}; its row cannot be verified")
         with autocast(device, precision):

@@ -21,8 +21,9 @@ from captioning.encoders.loading import (
     load_encoder,
     read_encoder_checkpoint,
 )
+from captioning.encoders.views import WHOLE
+from captioning.features.feature_files import FeatureFiles, open_feature_files
 from captioning.features.feature_placement import place_features
-from captioning.features.feature_reader import FeatureReader
 from captioning.training.options import TrainingOptions
 
 CALIBRATION_BATCH_SIZE = 32  # photos
@@ -37,42 +38,79 @@ class TrainingData(NamedTuple):
     native_cells: int  # of a photo
     encoder: Encoder | None  # the live encoder; None with cached features
     encoder_recipe: dict | None  # of the encoder of the cached features; None with a live encoder
+    views: tuple[str, ...] = ("whole",)  # of the cached photos, between which each epoch chooses
 
 
 def cached_data(
-    options: TrainingOptions, captions: CaptionDataset, train: np.ndarray, val: np.ndarray, device: torch.device
+    options: TrainingOptions,
+    captions: CaptionDataset,
+    train: np.ndarray,
+    val: np.ndarray,
+    device: torch.device,
+    saved: dict | None = None,
 ) -> TrainingData:
     """Open the feature cache, and place the features of these photos on the GPU, in RAM or on disk.
 
-    train, val: (N,) int64, indices of photos in `captions`. Photos without features are left out. Raises UserError if
-    there is no feature file, if too many photos lack features (--allow-missing), or if the features do not fit.
+    train, val: (N,) int64, indices of photos in `captions`. Photos without features are left out. saved: the checkpoint
+    that the run resumes from: without --features, its views are used. Raises UserError if there is no feature file, if
+    too many photos lack features (--allow-missing), or if the features do not fit.
     """
-    reader = FeatureReader(options.features or options.data / "features.h5", pin=device.type == "cuda")
-    rows = reader.rows_of(captions.ids)  # (N,) int64, of all photos
+    views = saved.get("views", ["whole"]) if saved else None
+    files = open_feature_files(options.features, options.data, pin=device.type == "cuda", views=views)
+    first = files.first
+    located = files.locate(captions.ids)
+    files.check_dataset(located, options.data)
     if not options.features:
-        check_captions_complete(rows, reader.path, len(reader.ids), options.allow_missing)
-    recipe = read_encoder_checkpoint(reader.path, reader.attributes["weights_sha256"])["encoder"]
-    train = train[reader.available(rows[train], options.allow_missing, options.data)]
-    val = val[reader.available(rows[val], options.allow_missing, options.data)]
+        for column, reader in zip(located.T, files.readers, strict=True):
+            check_captions_complete(column, reader.path, len(reader.ids), options.allow_missing)
+    recipe = read_encoder_checkpoint(first.path, first.attributes["weights_sha256"])["encoder"]
+    rows = files.rows_of_views(located)  # (N, V), of all photos
+    train = train[files.available(rows[train], WHOLE, options.allow_missing, options.data)]
+    val = val[files.available(rows[val], WHOLE, options.allow_missing, options.data)]
+    train_split = captions.subset(train)
+    train_rows = usable_views(options, files, rows[train], train_split.mentions_side())
+    val_rows = rows[val, 0]
     pooled = not DECODERS[options.decoder].uses_attention
     placed = place_features(
-        reader,
-        rows[np.concatenate([train, val])],
+        files,
+        np.concatenate([train_rows[train_rows >= 0], val_rows]),
         pooled,
         options.features_on,
         device,
         options.quantize_features,
         kernels=options.fast_path and options.kernels,
     )
-    print(f"{reader.path}: read from {placed.placement}")
+    print(f"{files}: read from {placed.placement}")
     return TrainingData(
-        train=CachedPhotos(captions.subset(train), rows[train], placed.read),
-        val=CachedPhotos(captions.subset(val), rows[val], placed.read),
-        channels=reader.channels,
-        native_cells=1 if pooled else reader.height * reader.width,
+        train=CachedPhotos(train_split, train_rows, placed.read, options.seed),
+        val=CachedPhotos(captions.subset(val), val_rows, placed.read),
+        channels=first.channels,
+        native_cells=1 if pooled else first.height * first.width,
         encoder=None,
         encoder_recipe=recipe,
+        views=tuple(map(str, files.views)),
     )
+
+
+def usable_views(
+    options: TrainingOptions, files: FeatureFiles, rows: np.ndarray, mentions_side: np.ndarray
+) -> np.ndarray:
+    """The rows (N, V) int64 of the training photos' views, -1 for those that must not be used.
+
+    Mirrored views of photos whose captions say left or right, mentions_side (N,) bool, are not. Raises UserError if too
+    many photos lack a view.
+    """
+    rows = rows.copy()
+    for column, view in enumerate(files.views):
+        files.available(rows, view, options.allow_missing, options.data)
+        if view.flip:
+            rows[mentions_side, column] = -1
+    if len(files.views) > 1:
+        kept = (
+            f"; {mentions_side.sum():,} of {len(rows):,} are never mirrored" if any(v.flip for v in files.views) else ""
+        )
+        print(f"each epoch shows every photo in one of the views {', '.join(map(str, files.views))}{kept}")
+    return rows
 
 
 def live_data(

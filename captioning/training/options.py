@@ -60,7 +60,8 @@ class TrainingOptions:
     # xlan: X-Linear Attention Networks
     decoder: DecoderName = "attention"
     objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
-    features: Path | None = None  # cached features; data/NAME/features.h5 unless given
+    # cached features: files of views and parts of the photos; data/NAME/features.h5 and features.*.h5 unless given
+    features: tuple[Path, ...] = ()
     features_on: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where the cached features are held during training
     quantize_features: bool = False  # hold them in 8 bits: half of float16; they change by 0.2 to 1 %
     epochs: int = 20  # at most

@@ -66,6 +66,7 @@ class RunState:
     device: torch.device
     loss_module: LossModule  # the encoder if it is trained, the decoder and the objective
     encoder_recipe: dict | None  # of the cached features; None if the encoder is trained
+    views: tuple[str, ...]  # of the cached photos
     decoder_args: dict  # of the decoder's constructor
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -87,6 +88,7 @@ class RunState:
             "encoder": encoder.to_checkpoint() if encoder else self.encoder_recipe,
             "decoder": {"name": self.options.decoder, "sizes": self.decoder_args, "state": decoder.state_dict()},
             "progress": asdict(self.progress),
+            "views": list(self.views),
         }
         if for_resume:
             checkpoint |= {
@@ -106,6 +108,12 @@ class RunState:
         if difference:
             raise UserError(
                 f"{source}: its features were made from other pixels than these: {difference}; give its own"
+            )
+        found = saved.get("views", ["whole"])  # absent in older checkpoints
+        if found != list(self.views):
+            raise UserError(
+                f"{source}: was trained on the views {', '.join(found)} of the photos, not {', '.join(self.views)}; "
+                "give their files with --features"
             )
         with checkpoint_errors(self.options.folder / "last.pt"):
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -187,6 +195,7 @@ def build_run_state(
         device=device,
         loss_module=loss_module,
         encoder_recipe=data.encoder_recipe,
+        views=data.views,
         decoder_args=decoder_args,
         optimizer=make_optimizer(groups),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),

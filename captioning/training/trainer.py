@@ -209,8 +209,7 @@ class Trainer:
         """Set the epoch and the modules' modes. Returns the epoch's updates, a function of seed and epoch."""
         epoch = self.state.progress.epoch
         self.objective.epoch = epoch
-        if isinstance(self.train, LivePhotos):
-            self.train.epoch = epoch
+        self.train.start_epoch(epoch)
         if self.fast_path:
             self.fast_path.start_epoch()
         self.decoder.train()
@@ -391,6 +390,7 @@ class Trainer:
                 "CUDA graphs": self.fast_path_obstacles["cuda_graphs"],
                 "fused kernels": self.fast_path_obstacles["kernels"],
             },
+            "views": list(self.state.views),
             "train_photos": len(self.train.split),
             "val_photos": len(self.val.split),
             "vocabulary": len(self.state.vocabulary),

@@ -194,7 +194,7 @@ def test_the_commands_refuse_crafted_pickles(here, tmp_path, tally):
         (generate.main, Generate(evil, (photo,))),
         (generate.main, Generate(Path("checkpoints/lstm"), (photo,), ensemble=(evil,))),
         (train.main, Train(data, "never", start_from=evil, **TINY)),
-        (train.main, Train(data, "never", features=beside, **TINY)),
+        (train.main, Train(data, "never", features=(beside,), **TINY)),
         (train.main, Train(data, "never", fine_tune=True, encoder="resnet18.layer2", weights=str(evil), **TINY)),
         (extract_features.main, ExtractFeatures(data, weights=str(evil), out=tmp_path / "new.h5")),
         (extract_features.main, ExtractFeatures(data, **ENCODER, out=beside)),
