@@ -97,7 +97,7 @@ def test_a_single_photo_is_refused(tmp_path, images):
 
 def test_an_image_in_two_splits_is_refused(tmp_path, images):
     train = annotations(images, many(3))
-    with pytest.raises(UserError, match=r"'0.jpg' is in --train and in --test"):
+    with pytest.raises(UserError, match=r"0.jpg: the same photo is in train .* and in test"):
         preprocess(tmp_path / "data", train=train, test=train)
 
 
