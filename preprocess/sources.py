@@ -80,7 +80,8 @@ def _sources_below(folder: Content, unpacked: Path) -> Iterator[Source]:
             continue
         try:
             content = load_content(folder.path / name, folder.columns, unpacked)
-        except UserError:  # a file that has nothing to do with captions
+        except UserError as error:
+            print(f"passed over: {error}")
             continue
         if _is_known(content):
             parts = name.split("/")

@@ -26,9 +26,9 @@ class RowsReader:
     def read(self, content: Content) -> Iterator[Entry]:
         """Yield an entry for each row: see AnnotationReader."""
         columns = _columns(content)
-        assert columns is not None and isinstance(content.data, list)
+        assert columns is not None
         image, caption, split = columns
-        for index, row in enumerate(map(as_dict, content.data)):
+        for index, row in enumerate(map(as_dict, _rows(content))):
             where = f"{content.path}: row {index + 1}"
             own_split = row.get(split) if split else None
             yield Entry(where, row.get(image), unpack_captions(row.get(caption)), split=own_split, may_repeat=True)
@@ -51,11 +51,16 @@ def _text(item: object) -> object:
     return item["raw"] if isinstance(item, dict) and isinstance(item.get("raw"), str) else item
 
 
+def _rows(content: Content) -> list[object]:
+    """The rows: a file of one line is a single object."""
+    if isinstance(content.data, dict):
+        return [content.data]
+    return content.data if isinstance(content.data, list) else []
+
+
 def _columns(content: Content) -> tuple[str, str, str | None] | None:
     """The columns of the first rows that have them."""
-    if not isinstance(content.data, list):
-        return None
-    for row in content.data[:FIRST_ENTRIES]:
+    for row in _rows(content)[:FIRST_ENTRIES]:
         if isinstance(row, dict) and (columns := content.columns.find(list(row))):
             return columns
     return None
