@@ -153,6 +153,11 @@ def _build_vocabulary(config: Preprocess, train: SplitStats, language: str, toke
     if not train.photos:
         source, *_ = config.karpathy or config.train or [config.source or "--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
+    if train.is_uncut:
+        raise UserError(
+            f"{config.data}: half of the captions are a single long word: the tokenizer {tokenizer} does not split "
+            "them; give --tokenizer jieba (Chinese) or --tokenizer character"
+        )
     min_count = config.min_count or DEFAULT_MIN_COUNT[language]
     vocabulary = Vocabulary.from_counts(
         train.words, language=language, tokenizer=tokenizer, min_count=min_count, max_words=config.max_words

@@ -178,6 +178,19 @@ def test_a_vocabulary_without_words_is_refused(tmp_path, images):
         preprocess(tmp_path / "data", train=annotations(images, many(9)), min_count=99)
 
 
+def test_captions_that_the_tokenizer_does_not_split_are_refused_with_its_flag(tmp_path, images):
+    train = annotations(images, {f"{i}.jpg": [f"一个男人和两只狗在草地上跑{i}"] for i in range(9)})
+    with pytest.raises(
+        UserError, match="half of the captions are a single long word: .* whitespace .* --tokenizer jieba"
+    ):
+        preprocess(tmp_path / "data", train=train, tokenizer="whitespace")
+
+
+def test_captions_of_a_single_short_word_are_accepted(tmp_path, images):
+    photos, _ = preprocess(tmp_path / "data", train=annotations(images, {f"{i}.jpg": ["dog"] for i in range(9)}))
+    assert len(photos) == 9
+
+
 def test_the_summary_has_the_right_figures(tmp_path, images, capsys):
     train = annotations(images, {"1.jpg": ["a a a dog"], "2.jpg": ["a a"] * 8 + ["a cat bird"]})
     val = annotations(images, {"3.jpg": ["a fox is a fox"]}, "val.json")
