@@ -96,9 +96,13 @@ def read_captions(folder: Path) -> Iterator[Photo]:
 
 def _photo_folder(folder: str, photos: str) -> str:
     """The folder of photos whose path in captions.jsonl is `photos`: see the head of this module."""
-    above = [folder, *map(str, Path(os.path.abspath(folder)).parents), ""]
-    candidates = (os.path.join(base, photos) for base in above)
-    return next(filter(os.path.isdir, candidates), os.path.join(folder, photos)) if photos else folder
+    own = os.path.join(folder, photos) if photos else folder
+    if not photos or os.path.isdir(own):
+        return own
+    above = (os.path.join(parent, photos) for parent in Path(os.path.abspath(folder)).parents)
+    found = next(filter(os.path.isdir, above), photos if os.path.isdir(photos) else own)
+    inside = os.path.relpath(found)
+    return found if inside.startswith("..") else inside
 
 
 def _parse_line(location: str, line: bytes) -> Photo:
