@@ -93,6 +93,11 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_file(tmp_path):
     assert len(captions(tmp_path, f'image,caption\nx.jpg,"a cat\n{rows}')) == 61
 
 
+def test_a_carriage_return_within_a_quoted_row_is_no_traceback(tmp_path):
+    text = '"x\ry",image,caption\nz,a.jpg,a dog\n"u\rv"w,b.jpg,"a\rcat\n'
+    assert captions(tmp_path, text)["a.jpg"] == ("a dog",)
+
+
 def test_columns_may_be_in_any_order_have_other_names_and_hold_the_split(tmp_path):
     text = "split\tn\ttitle\tfilepath\nvalidation\t3\ta dog\ta.jpg\n\t4\ta cat\tb.jpg\n"
     assert read(tmp_path, text)[0] == [("a.jpg", "val", ("a dog",)), ("b.jpg", "", ("a cat",))]

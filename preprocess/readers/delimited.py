@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from itertools import islice
@@ -80,7 +81,7 @@ def _quoted_row(lines: list[str], delimiter: str) -> tuple[int, list[str]]:
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter)
     try:
         cells = next(reader)
-    except csv.Error:  # a cell of more than 131,072 characters
+    except csv.Error:  # a carriage return in the row, or a cell of more than 131,072 characters
         return 1, lines[0].split(delimiter)
     if reader.line_num == MAX_LINES and cells[-1].endswith("\n"):  # the quote is not closed
         return 1, lines[0].split(delimiter)
@@ -91,7 +92,10 @@ def _split(line: str, delimiter: str) -> list[str]:
     """The cells of a line. Between tabs a cell may be quoted, too, but ends with its line."""
     if delimiter == "\t":
         return [_unquote(cell) for cell in line.split("\t")]
-    return next(csv.reader([line], delimiter=delimiter), []) if '"' in line else line.split(delimiter)
+    if '"' in line:
+        with contextlib.suppress(csv.Error):  # a carriage return within the line
+            return next(csv.reader([line], delimiter=delimiter), [])
+    return line.split(delimiter)
 
 
 def _unquote(cell: str) -> str:
