@@ -167,15 +167,15 @@ def collect(content: Content, reader: AnnotationReader, images: str = "", keep_l
         if id not in records or (keep_last and not entry.may_repeat):
             entries[id], records[id], captions[id] = entry, record, []
         elif not entry.may_repeat:
-            raise UserError(f"{path}: image id {id!r} occurs twice; keep one entry with all its captions")
+            raise UserError(f"{path}: image id {id[:60]!r} occurs twice; keep one entry with all its captions")
         elif (record.image, record.split) != (records[id].image, records[id].split):
-            raise UserError(f"{entry.where}: image {id!r} is in two splits, or has two files; keep one of them")
+            raise UserError(f"{entry.where}: image {id[:60]!r} is in two splits, or has two files; keep one of them")
         captions[id] += _texts(entry, found.left_out)
     for id, record in records.items():
         if any(map(str.strip, captions[id])):
             found.records.append(Record(record.image, id, record.split, tuple(captions[id])))
         else:
-            found.left_out.append(LeftOut(f"{entries[id].where} ({record.image!r})", "no caption", "photo"))
+            found.left_out.append(LeftOut(f"{entries[id].where} ({record.image[-100:]!r})", "no caption", "photo"))
     _check_found(path, found)
     return found
 
@@ -203,7 +203,9 @@ def _check(entry: Entry, images: str) -> Record:
         raise _BadEntry(f"id {str(id)[:60]!r} is neither text nor an integer")
     id = _short_text(id)
     if not name or not id or UNSAFE_PATH.search(name) or UNSAFE_PATH.search(id):
-        raise UserError(f"{entry.where}: {id!r}, {name!r}: not a path in the image folder; correct or remove the entry")
+        raise UserError(
+            f"{entry.where}: {id[:60]!r}, {name[:60]!r}: not a path in the image folder; correct or remove the entry"
+        )
     return Record(os.path.join(images, name), id, _split_name(entry.split), ())
 
 
@@ -240,7 +242,7 @@ def _in_split(path: Path, record: Record, split: str) -> Record:
     """The record in a split that the user gave. Raises UserError where the file names another."""
     if record.split not in ("", split):
         raise UserError(
-            f"{path}: names the split of each photo, such as {record.split} of {record.id!r}; give it to --source "
+            f"{path}: names the split of each photo, such as {record.split} of {record.id[:60]!r}; give it to --source "
             "(or, a Karpathy file, to --karpathy) instead"
         )
     return Record(record.image, record.id, split, record.captions)
