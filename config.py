@@ -33,33 +33,47 @@ class Preprocess:
 
     python -m preprocess data/aic --train ANN.json IMAGES --val ANN.json IMAGES
     python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
+    python -m preprocess data/flickr8k --source flickr8k
     python -m preprocess data/scenes --scenes 2000 --language zh
     """
 
     data: Positional[Path]  # folder to write, such as data/aic
-    train: tuple[Path, Path] | None = None  # annotation file (AI Challenger or COCO) and image folder
-    val: tuple[Path, Path] | None = None  # the same for the validation split; a tenth of train unless given
+    train: tuple[Path, Path] | None = None  # annotation file in any form of docs/data.md, and image folder
+    val: tuple[Path, Path] | None = None  # the same for the validation split; --val-share of train unless given
     test: tuple[Path, Path] | None = None  # the same for the test split
     karpathy: tuple[Path, Path] | None = None  # annotation file with the Karpathy splits, and image folder
+    # folder of a data set, annotation file, tar or Parquet in any form of docs/data.md, with the splits that it names
+    source: Path | None = None
+    images: Path | None = None  # with --source: image folder; looked for beside the annotations unless given
+    image_column: str | None = None  # of tables and JSON rows; found by its name unless given
+    caption_column: str | None = None  # of tables and JSON rows; found by its name unless given
+    val_share: float = 0.1  # fraction of the photos without a split that become val, by a hash of their ids
+    test_share: float = 0.0  # fraction of the photos without a split that become test, by a hash of their ids
     scenes: int | None = None  # draw this many scenes with captions instead of reading annotations
     language: Literal["zh", "en"] | None = None  # of the captions; detected unless given (with --scenes: zh)
     tokenizer: TokenizerName | None = None  # splits captions into words; jieba for Chinese, else whitespace
     min_count: int | None = None  # occurrences in train that a word of the vocabulary needs (zh: 2, en: 5)
     max_words: int = 10_000  # size of the vocabulary at most, without the four special words
-    allow_missing: float = 0.01  # fraction of photos that may be missing on disk
+    allow_missing: float = 0.01  # fraction of photos that may be missing on disk, and of captions that may be unusable
     workers: int = os.cpu_count() or 1  # processes that tokenize captions
     seed: int = 0  # of the drawn scenes
     overwrite: bool = False  # replace captions made with other settings
 
     def __post_init__(self) -> None:
-        sources = [self.train, self.karpathy, self.scenes]
+        sources = [self.source, self.train, self.karpathy, self.scenes]
         if sum(source is not None for source in sources) != 1:
-            raise UserError("give exactly one of --train ANN.json IMAGES, --karpathy JSON IMAGES, --scenes N")
+            raise UserError(
+                "give exactly one of --source PATH, --train FILE IMAGES, --karpathy JSON IMAGES, --scenes N"
+            )
         if (self.val or self.test) and not self.train:
-            raise UserError("--val and --test require --train ANN.json IMAGES")
+            raise UserError("--val and --test require --train FILE IMAGES")
+        if self.images and not self.source:
+            raise UserError("--images requires --source PATH; the other flags take the image folder after the file")
+        if (self.test and self.test_share) or self.val_share + self.test_share >= 1:
+            raise UserError("--test-share cannot be combined with --test, and with --val-share must stay below 1")
         check_min(self, 10, "scenes")
         check_min(self, 1, "min_count", "max_words", "workers")
-        check_fractions(self, "allow_missing")
+        check_fractions(self, "allow_missing", "val_share", "test_share")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,15 @@ from captioning.runtime.registry import Registry
 ANNOTATION_READERS = Registry(
     "annotation file",
     {
-        "ai-challenger": "preprocess.readers.ai_challenger:AiChallengerReader",
-        "coco": "preprocess.readers.coco:CocoReader",
         "karpathy": "preprocess.readers.karpathy:KarpathyReader",
+        "coco": "preprocess.readers.coco:CocoReader",
+        "rows": "preprocess.readers.rows:RowsReader",
+        "ai-challenger": "preprocess.readers.ai_challenger:AiChallengerReader",
+        "mapping": "preprocess.readers.mapping:MappingReader",
+        "numbered": "preprocess.readers.numbered:NumberedReader",
+        "flickr30k": "preprocess.readers.flickr30k:Flickr30kReader",
+        "delimited": "preprocess.readers.delimited:DelimitedReader",
+        "photo-folder": "preprocess.readers.photo_folder:PhotoFolderReader",
     },
 )
 # name -> function: caption -> the caption's words, separated by whitespace

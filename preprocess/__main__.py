@@ -2,6 +2,7 @@
 
 python -m preprocess data/aic --train ANN.json IMAGES --val ANN.json IMAGES
 python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
+python -m preprocess data/flickr8k --source flickr8k                          (any form of docs/data.md)
 python -m preprocess data/scenes --scenes 2000 --language zh                  (needs no download)
 """
 
@@ -14,13 +15,11 @@ if __name__ == "__main__":
 
 import contextlib
 import filecmp
-import functools
-import hashlib
-import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -31,9 +30,14 @@ from captioning.runtime.command_line import run
 from captioning.runtime.files import locked
 from captioning.runtime.library_errors import reason
 from config import Preprocess
-from preprocess.annotations import SPLITS, Record, read_annotations
-from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
+from preprocess.annotations import SPLITS, Annotations, LeftOut, Record, read_annotations
+from preprocess.captions import CAPTIONS_FILE, Photo, stored_path, write_captions
+from preprocess.columns import Columns
+from preprocess.left_out import LEFT_OUT_FILE, WORDLESS, check_left_out, left_out_lines, write_left_out
+from preprocess.photos import Located, locate_photos, with_unique_ids
 from preprocess.report import SplitStats, split_table, vocabulary_line
+from preprocess.sources import read_source
+from preprocess.splits import assign_splits, check_splits
 from preprocess.tokenizers import default_tokenizer, detect_language, tokenize_all
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
@@ -49,144 +53,97 @@ def main(config: Preprocess) -> None:
 def preprocess(config: Preprocess) -> None:
     """Write captions.jsonl and vocab.json, and print a summary. Raises UserError."""
     started = time.monotonic()
-    records = _read_records(config)
-    existing = _existing_photos(records, _image_folders(config), config.allow_missing)
+    photos, left_out = _read_photos(config)
+    existing = [photo.record for photo in photos if photo.file]
+    missing = [LeftOut(photo.record.image, "no such photo", "photo") for photo in photos if not photo.file]
+    left_out += missing
+    check_left_out(left_out, existing, config.allow_missing)
     captions = list(chain.from_iterable(record.captions for record in existing))
     language = config.language or detect_language(captions)
     tokenizer = config.tokenizer or default_tokenizer(language)
     stats = {split: SplitStats() for split in SPLITS}
     with _draft_folder(config.data) as drafts:
         with contextlib.closing(tokenize_all(captions, tokenizer, config.workers)) as tokenized:
-            write_captions(drafts / CAPTIONS_FILE, _tokenized_photos(existing, tokenized, stats))
+            write_captions(drafts / CAPTIONS_FILE, _tokenized_photos(config.data, existing, tokenized, stats, left_out))
         vocabulary = _build_vocabulary(config, stats["train"], language, tokenizer)
         vocabulary.save(drafts / VOCABULARY_FILE)
         _publish(drafts, config.data, config.overwrite)
+    write_left_out(config.data, left_out)
     print(f"{config.data}: language {language}, tokenizer {tokenizer}, {time.monotonic() - started:.1f} s")
     print(split_table(stats, vocabulary))
     print(vocabulary_line(stats["train"].words, vocabulary, config.max_words))
-    _print_left_out(stats, len(records) - len(existing), len(existing), len(captions))
+    _print_left_out(stats, len(missing), len(existing), len(captions))
+    if listed := left_out_lines(left_out):
+        print(f"left out, listed in {config.data / LEFT_OUT_FILE}:", *listed, sep="\n  ")
     print(f"next: python extract_features.py {config.data}")
 
 
 # ---- records
 
 
-def _read_records(config: Preprocess) -> list[Record]:
-    """The records that the command line asks for, with unique ids."""
+def _read_photos(config: Preprocess) -> tuple[list[Located], list[LeftOut]]:
+    """The photos that the command line asks for, with unique ids and splits, and what the annotations hold besides."""
     if config.scenes:
         from preprocess.scenes import draw_scenes  # numpy and Pillow are needed only here
 
-        return draw_scenes(config.data, config.scenes, config.language or "zh", config.seed)
-    if config.karpathy:
-        file, images = config.karpathy
-        return read_annotations(file, images, split=None)
-    records: list[Record] = []
-    for split in SPLITS:
+        records = draw_scenes(config.data, config.scenes, config.language or "zh", config.seed)
+        return locate_photos(records, [config.data]), []
+    columns = Columns(config.image_column, config.caption_column)
+    if config.source:
+        found, folders = read_source(config.source, config.images, config.data / "photos", columns)
+    else:
+        found, folders = _read_files(config, columns)
+    photos = locate_photos(with_unique_ids(found.records), folders)
+    check_splits(photos)
+    if not config.val and not config.karpathy and not any(photo.record.split == "val" for photo in photos):
+        photos = [replace(photo, record=_without_train(photo.record)) for photo in photos]
+    photos = assign_splits(photos, config.val_share, config.test_share)
+    return photos, found.left_out
+
+
+def _read_files(config: Preprocess, columns: Columns) -> tuple[Annotations, list[Path]]:
+    """The annotations of --karpathy, or of --train, --val and --test, and their image folders."""
+    found, folders = Annotations(), []
+    for split in ("karpathy", *SPLITS):
         if source := getattr(config, split):
             file, images = source
-            records += read_annotations(file, images, split)
-    _check_ids(records)
-    return records if config.val else _hold_out_val(records)
+            annotations = read_annotations(file, images, None if split == "karpathy" else split, columns)
+            found.records += annotations.records
+            found.left_out += annotations.left_out
+            folders.append(images)
+    if config.karpathy and not all(record.split for record in found.records):
+        raise UserError(f"{config.karpathy[0]}: names no splits; use --source {config.karpathy[0]}, or --train")
+    return found, folders
 
 
-def _check_ids(records: list[Record]) -> None:
-    """Raise UserError for an id that occurs in two splits."""
-    splits: dict[str, str] = {}
-    for record in records:
-        other = splits.setdefault(record.id, record.split)
-        if other != record.split:
-            raise UserError(f"image {record.id!r} is in --{other} and in --{record.split}; remove it from one of them")
-
-
-def _hold_out_val(records: list[Record]) -> list[Record]:
-    """Move a tenth of train to val: the photos whose ids have the smallest hashes, at least one.
-
-    The split of a photo depends on its id, not on the order of the photos, nor on photos that are added later.
-    """
-    train = [record for record in records if record.split == "train"]
-    hashes = {record.id: int(hashlib.sha256(record.id.encode()).hexdigest(), 16) for record in train}
-    limit = max(2**256 // 10, min(hashes.values()))
-    held_out = {id for id, hash in hashes.items() if hash <= limit}
-    return [
-        Record(record.image, record.id, "val", record.captions) if record.id in held_out else record
-        for record in records
-    ]
-
-
-# ---- photos
-
-
-def _image_folders(config: Preprocess) -> list[Path]:
-    sources = (config.train, config.val, config.test, config.karpathy)
-    return [images for _, images in filter(None, sources)] or [config.data]  # drawn scenes are in the data folder
-
-
-def _existing_photos(records: list[Record], folders: list[Path], allow_missing: float) -> list[Record]:
-    """The records whose photo is a file in one of the image folders.
-
-    Raises UserError if more than the fraction `allow_missing` is missing, and for a link out of the folders.
-    """
-    roots = tuple(map(os.path.realpath, folders))
-    list_files = functools.cache(functools.partial(_list_files, roots))
-    existing: list[Record] = []
-    missing: list[Record] = []
-    for record in records:
-        folder, name = os.path.split(record.image)
-        inside = list_files(folder).get(name)
-        if inside is None:
-            missing.append(record)
-        elif inside:
-            existing.append(record)
-        else:
-            raise UserError(f"{record.image}: links to a file outside the image folder; put the photo itself there")
-    if len(missing) > allow_missing * len(records):
-        fraction = len(missing) / len(records)
-        raise UserError(
-            f"{missing[0].image}: no such photo; {len(missing):,} of {len(records):,} photos ({fraction:.1%}) are "
-            f"missing; check the image folder, or leave them out with --allow-missing {math.ceil(100 * fraction) / 100}"
-        )
-    return existing
-
-
-def _list_files(roots: tuple[str, ...], folder: str) -> dict[str, bool]:
-    """The names of the files in a folder, each with whether the file is in one of the roots, links resolved.
-
-    The folder is listed once: that is faster than asking the file system for each of up to 240,000 photos.
-    """
-    folder_is_inside = _is_inside(folder or ".", roots)
-    try:
-        with os.scandir(folder or ".") as entries:
-            return {
-                entry.name: _is_inside(entry.path, roots) if entry.is_symlink() else folder_is_inside
-                for entry in entries
-                if entry.is_file()
-            }
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from None
-
-
-def _is_inside(path: str, roots: tuple[str, ...]) -> bool:
-    real = os.path.realpath(path)
-    return any(os.path.commonpath([real, root]) == root for root in roots)
+def _without_train(record: Record) -> Record:
+    """The record without a split if it is of train: a part of train becomes val."""
+    return replace(record, split="") if record.split == "train" else record
 
 
 # ---- captions and vocabulary
 
 
 def _tokenized_photos(
-    records: list[Record], tokenized: Iterator[list[str]], stats: Mapping[str, SplitStats]
+    data: Path,
+    records: list[Record],
+    tokenized: Iterator[list[str]],
+    stats: Mapping[str, SplitStats],
+    left_out: list[LeftOut],
 ) -> Iterator[Photo]:
     """Yield the records with tokenized captions, and add them to the statistics.
 
-    tokenized: the words of every caption of the records, in order. Captions without words, and photos without captions,
-    are left out.
+    data: the folder of captions.jsonl. tokenized: the words of every caption of the records, in order. Captions without
+    words, and photos without captions, are left out, and added to `left_out`.
     """
     for record in tqdm(records, "tokenizing captions", unit=" photos"):
-        captions = tuple(tuple(words) for words in islice(tokenized, len(record.captions)) if words)
+        all_captions = [tuple(words) for words in islice(tokenized, len(record.captions))]
+        captions = tuple(filter(None, all_captions))
+        for text, words in zip(record.captions, all_captions, strict=True):
+            if not words:
+                left_out.append(LeftOut(f"{record.image} ({text[:60]!r})", WORDLESS, "caption"))
         if captions:
-            photo = Photo(record.image, record.id, record.split, captions)
+            photo = Photo(stored_path(record.image, str(data)), record.id, record.split, captions)
             stats[record.split].add(photo)
             yield photo
 
@@ -194,8 +151,13 @@ def _tokenized_photos(
 def _build_vocabulary(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> Vocabulary:
     """The vocabulary of the train split. Raises UserError if it has no photos, or no word occurs often enough."""
     if not train.photos:
-        source, *_ = config.karpathy or config.train or ["--scenes"]
+        source, *_ = config.karpathy or config.train or [config.source or "--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
+    if train.is_uncut:
+        raise UserError(
+            f"{config.data}: half of the captions are a single long word: the tokenizer {tokenizer} does not split "
+            "them; give --tokenizer jieba (Chinese) or --tokenizer character"
+        )
     min_count = config.min_count or DEFAULT_MIN_COUNT[language]
     vocabulary = Vocabulary.from_counts(
         train.words, language=language, tokenizer=tokenizer, min_count=min_count, max_words=config.max_words

@@ -2,15 +2,20 @@
 
     {"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["one", "brown", "dog"]]}
 
-`image` is an absolute path, or a path relative to the working directory of `python -m preprocess`.
+`image` is an absolute path, or a path relative to the folder of captions.jsonl, whatever folder a command runs in.
+Files of earlier versions have paths relative to the folder that `python -m preprocess` ran in, usually one above the
+data folder. So where the photo's folder is not found from the file's own, it is looked for from each folder above it,
+and then from the working directory.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from captioning.errors import UserError
@@ -32,6 +37,25 @@ class Photo:
     captions: tuple[tuple[str, ...], ...]
 
 
+def stored_path(image: str, folder: str) -> str:
+    """The path that captions.jsonl in `folder` has for a photo: one that is not absolute is told from `folder`."""
+    if os.path.isabs(image):
+        return image
+    photos, name = os.path.split(image)
+    return os.path.join(_stored_folder(photos, folder), name)
+
+
+@functools.cache
+def _stored_folder(photos: str, folder: str) -> str:
+    relative = os.path.relpath(photos or ".", folder)
+    try:
+        if os.path.samefile(os.path.join(folder, relative), photos or "."):
+            return "" if relative == "." else relative
+    except OSError:
+        pass
+    return os.path.abspath(photos)  # `..` of a linked data folder leads elsewhere
+
+
 def write_captions(path: Path, photos: Iterable[Photo]) -> None:
     """Write the photos, one line each. If iterating over `photos` raises, the file at `path` is unchanged."""
     encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -44,14 +68,20 @@ def write_captions(path: Path, photos: Iterable[Photo]) -> None:
 def read_captions(folder: Path) -> Iterator[Photo]:
     """Yield the photos of `folder`/captions.jsonl in the order of the file; equal words are the same object.
 
+    Paths are absolute, or relative to the working directory.
+
     Raises UserError where the file is missing or empty, a line is malformed, or an id occurs twice.
     """
     path = folder / CAPTIONS_FILE
     seen: set[str] = set()
+    photo_folder = functools.cache(functools.partial(_photo_folder, str(folder)))
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 photo = _parse_line(f"{path}:{number}", line)
+                if not os.path.isabs(photo.image):
+                    photos, name = os.path.split(photo.image)
+                    photo = replace(photo, image=os.path.join(photo_folder(photos), name))
                 if photo.id in seen:
                     raise UserError(f"{path}:{number}: id {photo.id!r} occurs twice; remove one of its lines")
                 seen.add(photo.id)
@@ -62,6 +92,17 @@ def read_captions(folder: Path) -> Iterator[Photo]:
         raise UserError(f"{path}: cannot be read ({reason(error)}); check the path and its permissions") from None
     if not seen:
         raise UserError(f"{path}: is empty; make it again with: python -m preprocess {folder} --overwrite")
+
+
+def _photo_folder(folder: str, photos: str) -> str:
+    """The folder of photos whose path in captions.jsonl is `photos`: see the head of this module."""
+    own = os.path.join(folder, photos) if photos else folder
+    if not photos or os.path.isdir(own):
+        return own
+    above = (os.path.join(parent, photos) for parent in Path(os.path.abspath(folder)).parents)
+    found = next(filter(os.path.isdir, above), photos if os.path.isdir(photos) else own)
+    inside = os.path.relpath(found)
+    return found if inside.startswith("..") else inside
 
 
 def _parse_line(location: str, line: bytes) -> Photo:

@@ -29,6 +29,7 @@ CHUNK_SIZE = 2_000  # captions sent to a process at once
 CAPTIONS_PER_PROCESS = 20_000  # fewer do not repay the start of a process: about two seconds of jieba
 LANGUAGE_SAMPLE = 2_000  # captions from which the language is detected
 
+SEPARATORS = "\u200b\ufeff"  # zero-width space, and the same without a break: pages and spreadsheets leave them
 HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 HAN_CHARACTER = re.compile(f"[{HAN}]")
 HAN_CHARACTER_OR_RUN = re.compile(f"[{HAN}]|[^{HAN}\\s]+")
@@ -38,7 +39,8 @@ class _Normalization(dict[int, str]):
     """A table for `str.translate` that keeps letters, digits and accents. It is filled as characters occur.
 
     An apostrophe is removed and does not split its word; other punctuation, symbols and whitespace become spaces.
-    Full-width letters and digits become ordinary ones. Invisible characters (zero-width, surrogates) are removed.
+    Full-width letters and digits become ordinary ones. Zero-width spaces separate words; other
+    invisible characters (joiners, surrogates) are removed.
     """
 
     def __missing__(self, code: int) -> str:
@@ -54,7 +56,7 @@ def _normalize(character: str) -> str:
     if category[0] in "LN" or category in ("Mn", "Mc"):
         is_full_width = unicodedata.decomposition(character).startswith("<wide>")
         return unicodedata.normalize("NFKC", character) if is_full_width else character
-    return " " if category[0] in "PSZ" or category == "Cc" else ""
+    return " " if category[0] in "PSZ" or category == "Cc" or character in SEPARATORS else ""
 
 
 NORMALIZATION = _Normalization()

@@ -1,12 +1,14 @@
 import json
+import os
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from captioning.errors import UserError
-from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
+from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, stored_path, write_captions
 
 LINE = {"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["狗"]]}
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
@@ -35,6 +37,7 @@ def error_message(folder):
 @given(photos=photos)
 def test_photos_survive_writing_and_reading(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("data")
+    photos = [replace(photo, image=f"/{photo.image}") for photo in photos]
     write_captions(folder / CAPTIONS_FILE, iter(photos))
     assert list(read_captions(folder)) == photos
 
@@ -115,3 +118,42 @@ def test_a_missing_or_empty_file_names_the_command(tmp_path):
 def test_bytes_that_are_not_unicode_are_a_bad_line(tmp_path):
     (tmp_path / CAPTIONS_FILE).write_bytes(b'{"image": "\xff"}\n')
     assert f"{CAPTIONS_FILE}:1: " in error_message(tmp_path)
+
+
+def stored_images(data):
+    return [photo.image for photo in read_captions(data)]
+
+
+def test_a_relative_path_is_told_from_the_folder_of_the_file_wherever_a_command_runs(tmp_path, monkeypatch):
+    data, elsewhere = tmp_path / "project/data/x", tmp_path / "elsewhere"
+    (data / "photos").mkdir(parents=True)
+    (elsewhere / "photos").mkdir(parents=True)
+    write_lines(data, {**LINE, "image": "photos/1.jpg"}, {**LINE, "id": "2", "image": "2.jpg"})
+    for folder in (tmp_path, elsewhere):
+        monkeypatch.chdir(folder)
+        assert [os.path.realpath(image) for image in stored_images(data)] == [f"{data}/photos/1.jpg", f"{data}/2.jpg"]
+
+
+def test_paths_of_older_files_are_found_from_every_folder_and_not_only_where_they_were_made(tmp_path, monkeypatch):
+    """They are relative to the folder that preprocess ran in: one above the data, or today's working directory."""
+    project = tmp_path / "project"
+    data, other = project / "data/x", tmp_path / "other"
+    for folder in (data / "photos", project / "images", other / "pictures", tmp_path / "shared"):
+        folder.mkdir(parents=True)
+    images = ["data/x/photos/1.jpg", "images/2.jpg", "../shared/3.jpg", "pictures/4.jpg", "no such folder/5.jpg"]
+    write_lines(data, *({**LINE, "id": image, "image": image} for image in images))
+    monkeypatch.chdir(other)
+    found = [os.path.normpath(image) for image in stored_images(data)]
+    assert found[:2] == [f"{data}/photos/1.jpg", f"{project}/images/2.jpg"]
+    assert found[2:] == [f"{tmp_path}/shared/3.jpg", "pictures/4.jpg", f"{data}/no such folder/5.jpg"]
+
+
+def test_a_written_path_leads_back_to_its_photo(tmp_path, monkeypatch):
+    for folder in ("data/x/photos", "images", "disk"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data/linked").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+    assert stored_path("data/x/photos/1.png", "data/x") == "photos/1.png"
+    assert stored_path("images/1.jpg", "data/x") == "../../images/1.jpg"
+    assert stored_path("images/1.jpg", "data/linked") == f"{tmp_path}/images/1.jpg"
+    assert stored_path("/images/1.jpg", "data/x") == "/images/1.jpg"

@@ -97,7 +97,7 @@ def test_a_single_photo_is_refused(tmp_path, images):
 
 def test_an_image_in_two_splits_is_refused(tmp_path, images):
     train = annotations(images, many(3))
-    with pytest.raises(UserError, match=r"'0.jpg' is in --train and in --test"):
+    with pytest.raises(UserError, match=r"0.jpg: the same photo is in train .* and in test"):
         preprocess(tmp_path / "data", train=train, test=train)
 
 
@@ -176,6 +176,19 @@ def test_a_different_result_requires_overwrite(tmp_path, images, settings):
 def test_a_vocabulary_without_words_is_refused(tmp_path, images):
     with pytest.raises(UserError, match="--min-count"):
         preprocess(tmp_path / "data", train=annotations(images, many(9)), min_count=99)
+
+
+def test_captions_that_the_tokenizer_does_not_split_are_refused_with_its_flag(tmp_path, images):
+    train = annotations(images, {f"{i}.jpg": [f"一个男人和两只狗在草地上跑{i}"] for i in range(9)})
+    with pytest.raises(
+        UserError, match="half of the captions are a single long word: .* whitespace .* --tokenizer jieba"
+    ):
+        preprocess(tmp_path / "data", train=train, tokenizer="whitespace")
+
+
+def test_captions_of_a_single_short_word_are_accepted(tmp_path, images):
+    photos, _ = preprocess(tmp_path / "data", train=annotations(images, {f"{i}.jpg": ["dog"] for i in range(9)}))
+    assert len(photos) == 9
 
 
 def test_the_summary_has_the_right_figures(tmp_path, images, capsys):

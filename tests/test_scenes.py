@@ -330,5 +330,5 @@ def test_captions_written_by_the_command_are_true(tmp_path, monkeypatch, languag
     scenes_by_id = read_scenes(Path("data"))
     for line in Path("data/captions.jsonl").read_text("utf-8").splitlines():
         photo = json.loads(line)
-        assert Path(photo["image"]).is_file()
+        assert Path("data", photo["image"]).is_file()
         assert all(is_true(words, scenes_by_id[photo["id"]], language) for words in photo["captions"])

@@ -77,7 +77,7 @@ def test_per_caption_scores_equal_those_of_the_caption_alone_except_cider():
 )
 def test_references_rarely_end_in_a_function_word(shared, file, language, tokenizer, maximum):
     flickr = shared / "flickr8k"
-    records = read_annotations(flickr / file, flickr / "images", "val" if language == "zh" else None)[-1000:]
+    records = read_annotations(flickr / file, flickr / "images", "val" if language == "zh" else None).records[-1000:]
     captions = [tokenize(caption, tokenizer) for record in records for caption in record.captions]
     assert 0 < CaptionStats.compute(captions, language).function_word_endings < maximum
 

@@ -27,7 +27,7 @@ texts = st.text(st.characters(), max_size=40) | st.text("aB狗一 .,，。'’-3
         ("one,two", "one two"),
         ("café №5 — naïve’s", "café 5 naïves"),
         ("tab\tline\nbreak\u00a0space", "tab line break space"),
-        ("❤️ 3️⃣ \u200bzero\u200bwidth", "3 zerowidth"),
+        ("❤️ 3️⃣ \u200bzero\u200bwidth", "3 zero width"),
         ("一个 长 头发 的 女人，坐着", "一个 长 头发 的 女人 坐着"),
         ("... !! 。", ""),
     ],
@@ -140,3 +140,9 @@ def test_each_language_has_a_default_tokenizer():
 
 def test_the_command_line_offers_the_registered_tokenizers():
     assert typing.get_args(config.TokenizerName) == tuple(TOKENIZERS) == ("jieba", "whitespace", "character")
+
+
+@pytest.mark.parametrize("tokenizer", list(TOKENIZERS))
+def test_zero_width_spaces_separate_words_and_joiners_do_not(tokenizer):
+    assert tokenize("red\u200bdog\ufeff runs", tokenizer) == ["red", "dog", "runs"]
+    assert tokenize("do\u200dg", tokenizer) == ["dog"]

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from preprocess.annotations import Record
-from preprocess.readers.checks import first_has_key, make_record, read_field
+from captioning.errors import UserError
+from preprocess.annotations import Entry
+from preprocess.content import Content
+from preprocess.readers.checks import as_dict, first_has_key
 
 
 class AiChallengerReader:
-    """Reads the caption files of the AI Challenger 2017 competition (Wu et al., 2017, https://arxiv.org/abs/1711.06475)."""
+    """Reads the caption files of the AI Challenger 2017 competition (Wu et al., 2017, https://arxiv.org/abs/1711.06475).
+
+    `caption` may also be one text, as in the challenge's submissions; several entries of a photo then add up.
+    """
 
     description = "AI Challenger"
-    has_splits = False
 
-    def recognises(self, data: object) -> bool:
-        """Whether parsed JSON has this format: see AnnotationReader."""
-        return first_has_key(data, "image_id") and first_has_key(data, "caption")
+    def recognises(self, content: Content) -> bool:
+        """Whether a content has this form: see AnnotationReader."""
+        return first_has_key(content.data, "image_id")
 
-    def read(self, path: Path, data: list, images: str, split: str) -> Iterator[Record]:
-        """Yield the records: see AnnotationReader."""
-        for index, entry in enumerate(data):
-            location = f"{path}: entry {index}"
-            name = read_field(location, entry, "image_id", str)
-            captions = read_field(location, entry, "caption", list)
-            yield make_record(location, images, name, name, split, captions)
+    def read(self, content: Content) -> Iterator[Entry]:
+        """Yield the entries: see AnnotationReader. Raises UserError for a list of photos to caption."""
+        entries = [as_dict(entry) for entry in content.data]  # type: ignore[attr-defined]
+        if not any("caption" in entry for entry in entries):
+            raise UserError(
+                f"{content.path}: lists photos without captions; caption them with generate.py RUN IMAGES, "
+                "or give a file with captions"
+            )
+        for index, entry in enumerate(entries):
+            caption = entry.get("caption")
+            where = f"{content.path}: entry {index}"
+            yield Entry(where, entry.get("image_id"), caption, may_repeat=isinstance(caption, str))

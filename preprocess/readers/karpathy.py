@@ -4,50 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from captioning.errors import UserError
-from preprocess.annotations import SPLITS, Record
-from preprocess.readers.checks import first_has_key, make_record, read_field
+from preprocess.annotations import Entry, LeftOut
+from preprocess.content import Content
+from preprocess.readers.checks import as_dict, first_has_key
 
 
 class KarpathyReader:
-    """Reads the dataset_*.json files of the Karpathy splits (Karpathy and Fei-Fei, 2015, https://arxiv.org/abs/1412.2306).
-
-    The split restval holds the photos of COCO's val2014 that are in neither val nor test. As in most published work, it
-    is part of train.
-    """
+    """Reads the dataset_*.json files of the Karpathy splits (Karpathy and Fei-Fei, 2015, https://arxiv.org/abs/1412.2306)."""
 
     description = "Karpathy"
-    has_splits = True
 
-    def recognises(self, data: object) -> bool:
-        """Whether parsed JSON has this format: see AnnotationReader."""
-        return isinstance(data, dict) and first_has_key(data.get("images"), "sentences")
+    def recognises(self, content: Content) -> bool:
+        """Whether a content has this form: see AnnotationReader."""
+        return isinstance(content.data, dict) and first_has_key(content.data.get("images"), "sentences")
 
-    def read(self, path: Path, data: dict, images: str, split: str) -> Iterator[Record]:
-        """Yield the records: see AnnotationReader."""
-        for index, entry in enumerate(data["images"]):
-            yield _read_entry(f"{path}: image {index}", entry, images)
-
-
-def _read_entry(location: str, entry: dict, images: str) -> Record:
-    name = read_field(location, entry, "filename", str)
-    sentences = read_field(location, entry, "sentences", list)
-    split = read_field(location, entry, "split", str)
-    if split == "restval":
-        split = "train"
-    if split not in SPLITS:
-        raise UserError(f"{location} ({name!r}): split {split!r}; it must be train, restval, val or test")
-    file = os.path.join(str(entry.get("filepath", "")), name)
-    captions = [_sentence_text(location, sentence) for sentence in sentences]
-    return make_record(location, images, file, str(entry.get("cocoid", name)), split, captions)
+    def read(self, content: Content) -> Iterator[Entry | LeftOut]:
+        """Yield the entries: see AnnotationReader."""
+        assert isinstance(content.data, dict)
+        for index, entry in enumerate(map(as_dict, content.data["images"])):
+            where = f"{content.path}: image {index}"
+            name, folder, sentences = entry.get("filename"), entry.get("filepath"), entry.get("sentences")
+            if entry.get("split") is None:
+                yield LeftOut(where, "no 'split'", "photo")
+                continue
+            file = os.path.join(folder, name) if name and isinstance(name, str) and isinstance(folder, str) else name
+            captions = [_sentence_text(sentence) for sentence in sentences] if isinstance(sentences, list) else None
+            id = name if entry.get("cocoid") is None else entry["cocoid"]
+            yield Entry(where, file, captions, id=id, split=entry["split"])
 
 
-def _sentence_text(location: str, sentence: object) -> str:
-    """The sentence as it was written, or else its tokens joined by spaces."""
+def _sentence_text(sentence: object) -> object:
+    """The sentence as it was written, or else its tokens joined by spaces; None where it has neither."""
     if isinstance(sentence, dict) and isinstance(sentence.get("raw"), str):
         return sentence["raw"]
     if isinstance(sentence, dict) and isinstance(sentence.get("tokens"), list):
-        return " ".join(map(str, sentence["tokens"]))
-    raise UserError(f"{location}: a sentence has neither 'raw' text nor 'tokens'; correct or remove it")
+        return " ".join(str(token) for token in sentence["tokens"] if isinstance(token, (str, int, float)))
+    return None

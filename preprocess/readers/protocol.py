@@ -1,39 +1,34 @@
-"""The protocol of an annotation reader. To support another format, write a class like this one and register it."""
+"""The protocol of an annotation reader. To support another form, write a class like this one and register it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from preprocess.annotations import Record
+from preprocess.annotations import Entry, LeftOut
+from preprocess.content import Content
 
 
 class AnnotationReader(Protocol):
-    """Reads one format of annotation file.
+    """Reads one form of annotation file.
 
-    To add a format, write a class with these members in a file of preprocess/readers/ and register it in
-    preprocess.ANNOTATION_READERS (preprocess/__init__.py). The files given to --train, --val, --test, --karpathy and
-    --references are then tried with it, in the order of registration. preprocess/readers/checks.py has what every
-    reader needs: `read_field` checks the type of a field, and `make_record` checks paths and captions.
+    To add a form, write a class with these members in a file of preprocess/readers/ and register it in
+    preprocess.ANNOTATION_READERS (preprocess/__init__.py). The files given to --source, --train, --val, --test,
+    --karpathy and --references are then tried with it, in the order of registration.
 
-    description: the name of the format in error messages.
-    has_splits: whether the file names a split for every photo. Such a file is given to --karpathy, others to --train.
+    description: the name of the form in error messages.
     """
 
     description: str
-    has_splits: bool
 
-    def recognises(self, data: object) -> bool:
-        """Whether parsed JSON has this format. Called with every kind of JSON value; never raises."""
+    def recognises(self, content: Content) -> bool:
+        """Whether the content has this form. Called with every kind of JSON value and text; never raises."""
         ...
 
-    def read(self, path: Path, data: Any, images: str, split: str) -> Iterator[Record]:
-        """Yield the records in the order of the file.
+    def read(self, content: Content) -> Iterator[Entry | LeftOut]:
+        """Yield what the file has, in its order: unchecked, since preprocess.annotations checks all entries alike.
 
-        path: the file, for error messages. data: its parsed JSON, which `recognises` has accepted. images: the image
-        folder, which precedes each record's path; may be "". split: the split of all records; ignored where
-        `has_splits`.
-        Raises UserError for an entry with a missing field, an unsafe path or no captions.
+        content: what `recognises` has accepted. A reader yields LeftOut for what only it can judge, such as a row
+        without a column. Raises UserError only for a file that is of no use as a whole.
         """
         ...

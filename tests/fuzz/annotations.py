@@ -17,13 +17,23 @@ import atheris
 from tests.fuzz import FOLDER, write_seeds
 from tests.torture.annotations import FORMS
 
-with atheris.instrument_imports(include=["preprocess.annotations", "preprocess.readers"]):
+with atheris.instrument_imports(include=["preprocess.annotations", "preprocess.content", "preprocess.readers"]):
     from preprocess import ANNOTATION_READERS, annotations
 
     list(ANNOTATION_READERS.values())  # imports the readers, so that they are instrumented
 
 from captioning.errors import UserError
 
+TEXTS = [
+    b'image,caption\na.jpg,"A dog, a cat"\nb.jpg,"x ""y"""\n',
+    b"a.jpg#0\ta dog\na.jpg#1\tone dog\n",
+    "图.jpg#zhc#0 一只狗\n".encode(),
+    b"image_name| comment_number| comment\na.jpg| 0| A dog\na.jpg| 4   A cat\n",
+    "filepath\ttitle\na.jpg\t一只狗\n".encode("utf-16"),
+    "image,caption\na.jpg,一只狗\n".encode("gb18030"),
+    b'{"file_name": "a.jpg", "text": "a dog"}\n{"file_name": "b.jpg", "text": ["a", null]}\n',
+    b'{"a.jpg": ["a dog"], "b.jpg": null}',
+]
 SEEDS = [form(name, ("a dog", "")) for form in FORMS.values() for name in ("a.jpg", "图/b.png")]
 VALUES = [
     None,
@@ -58,6 +68,9 @@ KEYS = [
     "sentences",
     "raw",
     "tokens",
+    "image",
+    "text",
+    "is_rejected",
 ]
 
 
@@ -67,7 +80,9 @@ def read_bytes(data: bytes) -> None:
     path.write_bytes(data)
     for split in ("train", None):
         try:
-            check(annotations.read_annotations(path, FOLDER, split))
+            found = annotations.read_annotations(path, FOLDER, split)
+            check(found.records, split)
+            assert all(f"{item.where}{item.reason}".isprintable() for item in found.left_out)
         except UserError as error:
             check_line(error, path)
     try:
@@ -76,11 +91,12 @@ def read_bytes(data: bytes) -> None:
         check_line(error, path)
 
 
-def check(records: list) -> None:
+def check(records: list, split: str | None) -> None:
     assert records and len({record.id for record in records}) == len(records)
     for record in records:
         assert f"{os.path.normpath(record.image)}/".startswith(f"{FOLDER}/")
-        assert record.split in annotations.SPLITS and any(map(str.strip, record.captions))
+        assert record.split == split if split else record.split in ("", *annotations.SPLITS)
+        assert any(map(str.strip, record.captions))
         assert all(type(text) is str for text in (record.image, record.id, *record.captions))
         assert (record.image + record.id).encode()  # can be encoded
 
@@ -119,6 +135,6 @@ def change(holder: list, generator: random.Random) -> None:
 
 
 if __name__ == "__main__":
-    write_seeds(json.dumps(seed).encode() for seed in SEEDS)
+    write_seeds([*(json.dumps(seed).encode() for seed in SEEDS), *TEXTS])
     atheris.Setup(sys.argv, read_bytes, custom_mutator=mutate)
     atheris.Fuzz()

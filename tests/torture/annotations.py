@@ -23,4 +23,14 @@ def karpathy_folder(name, captions=("a dog",)):
     return data
 
 
-FORMS = {"AI Challenger": ai_challenger, "COCO": coco, "Karpathy": karpathy, "Karpathy's folder": karpathy_folder}
+def rows(name, captions=("a dog",)):
+    return [{"file_name": name, "text": caption} for caption in captions]
+
+
+FORMS = {
+    "rows": rows,
+    "AI Challenger": ai_challenger,
+    "COCO": coco,
+    "Karpathy": karpathy,
+    "Karpathy's folder": karpathy_folder,
+}
