@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
 from captioning.encoders.images import FailureLimit
+from captioning.encoders.views import WHOLE
 from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.device import autocast
+from captioning.runtime.string_array import StringArray
 
 
 def decode_all(encoder: Encoder, paths: Sequence[str], plan: Sequence[Any], device: torch.device, workers: int) -> None:
@@ -47,7 +50,7 @@ def extract_all(
 
     folder: to write to; the system's folder of temporary files unless given.
     """
-    from extract_features import extract  # needs tyro
+    from extract_features import Output, PhotoList, extract  # needs tyro
 
     height, width, channels = encoder.output_shape()
     recipe = {"name": "bench", "weights": "random", "sha256": "", "transform": encoder.transform.to_dict()}
@@ -56,4 +59,7 @@ def extract_all(
     ids = [str(number) for number in range(len(paths))]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         writer = FeatureWriter(Path(temporary) / "features.h5", ids, attributes, channels, "float16", overwrite=False)
-        extract(encoder, writer, paths, plan, precision, workers, FailureLimit(len(paths), 0), tqdm(disable=True))
+        output = Output(WHOLE, writer, np.arange(len(paths)))
+        photos = PhotoList(StringArray(ids), StringArray(paths))
+        limit = FailureLimit(len(paths), 0)
+        extract(encoder, [output], photos, plan, precision, workers, limit, tqdm(disable=True))

@@ -98,7 +98,8 @@ def _photo_folder(folder: str, photos: str) -> str:
     """The folder of photos whose path in captions.jsonl is `photos`: see the head of this module."""
     own = os.path.join(folder, photos) if photos else folder
     if not photos or os.path.isdir(own):
-        return own
+        short = os.path.normpath(own)  # data/x/../../photos is photos, unless data/x is a link
+        return short if os.path.isdir(short) and os.path.samefile(short, own) else own
     above = (os.path.join(parent, photos) for parent in Path(os.path.abspath(folder)).parents)
     found = next(filter(os.path.isdir, above), photos if os.path.isdir(photos) else own)
     inside = os.path.relpath(found)

@@ -23,7 +23,7 @@ from captioning.search.sampling import _Sampler, deterministic, nucleus_filter
 from captioning.training.objectives import Cider, CrossEntropy, LossWeights
 from config import Train
 from tests.test_cuda_graphs import CAPTURABLE, random_batch
-from tests.test_decoders import SIZES
+from tests.test_decoders import OWN_SIZES, SIZES
 
 META = torch.device("meta")
 # These read the lengths of the captions on the host, not on the device.
@@ -70,6 +70,10 @@ def meta_batch():
     )
 
 
+def small_decoder(name):
+    return build_decoder(name, {**SIZES, **OWN_SIZES.get(name, {})})
+
+
 def check_twice(work):
     """Run the work as before a capture, which makes the tensors that are kept, and then as in a capture."""
     work()
@@ -100,7 +104,7 @@ def test_work_that_waits_for_the_device_is_found(wrong):
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_training_on_captions_is_work_of_the_device_alone(name, settings):
     options = Train("data", "run", **settings)
-    decoder = build_decoder(name, SIZES).train().to(META)
+    decoder = small_decoder(name).train().to(META)
     objective = CrossEntropy(options).to(META)
     batch = meta_batch()
 
@@ -113,7 +117,7 @@ def test_training_on_captions_is_work_of_the_device_alone(name, settings):
 
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_training_on_rewarded_captions_is_work_of_the_device_alone(name):
-    decoder = build_decoder(name, SIZES).train().to(META)
+    decoder = small_decoder(name).train().to(META)
     objective = Cider(Train("data", "run", objective="cider", start_from="other"), reward=None)
     batch = meta_batch()
     check_twice(lambda: objective(decoder, batch.photos, batch, LossWeights()).objective.backward())
@@ -128,7 +132,7 @@ def accumulator(parameter):
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_a_batch_leaves_no_gradient_accumulator_behind(name, kept):
     """It would keep the stream of that batch, and so not be captured on another stream."""
-    decoder = build_decoder(name, SIZES).train()
+    decoder = small_decoder(name).train()
     batch = random_batch([6, 5, 3, 3], 2).to(torch.device("cpu"), torch.float32)
     loss = CrossEntropy(Train("data", "run"))(decoder, batch.photos, batch, LossWeights())
     for parameter in decoder.parameters():
@@ -141,8 +145,8 @@ def test_a_batch_leaves_no_gradient_accumulator_behind(name, kept):
 
 def check_steps(decoding, carry, photos):
     """Check the steps from 1 on as `DecodingGraphs` runs them."""
-    loop = _StaticLoop(carry, photos, photos)
-    loop.fill(carry)
+    loop = _StaticLoop(carry, photos, photos, decoding.num_steps)
+    loop.fill(carry, 1)
     check_twice(lambda: loop.run(decoding, range(1, 4)))
 
 
@@ -165,7 +169,7 @@ def meta_grid():
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_the_steps_of_a_beam_search_are_work_of_the_device_alone(name, search):
-    decoder = build_decoder(name, SIZES).eval().to(META)
+    decoder = small_decoder(name).eval().to(META)
     searcher = _BeamSearch(decoder, search, META)
     beams, _ = searcher.step(searcher.start(meta_grid()), 0)
     check_steps(searcher, beams, 3)
@@ -174,11 +178,12 @@ def test_the_steps_of_a_beam_search_are_work_of_the_device_alone(name, search):
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_the_steps_of_sampling_are_work_of_the_device_alone(name):
-    decoder = build_decoder(name, SIZES).train().to(META)
+    decoder = small_decoder(name).train().to(META)
 
     def choose(log_probabilities):
         return nucleus_filter(log_probabilities, 0.5, 0.9).argmax(1)
 
     sampler = _Sampler(decoder, 2, 8, choose, key=None)
     with deterministic(decoder):
-        check_steps(sampler, sampler.start(meta_grid()), 3)
+        carry, _ = sampler.step(sampler.start(meta_grid()), 0)
+        check_steps(sampler, carry, 3)

@@ -502,7 +502,7 @@ def test_lstm_reads_the_class_token_from_the_cache_and_from_photos(small_data, t
     monkeypatch.chdir(tmp_path)
     extract(small_data, tmp_path / "f.h5", pooled="class", dtype="float32")
     extract(small_data, tmp_path / "f.h5", verify=True)
-    settings = {"features": tmp_path / "f.h5", "epochs": 1, "precision": "float32", **QUICK}
+    settings = {"features": (tmp_path / "f.h5",), "epochs": 1, "precision": "float32", **QUICK}
     for decoder in ("lstm", "attention"):
         train.main(Train(small_data, decoder, decoder=decoder, **settings))
     reader = FeatureReader(tmp_path / "f.h5")
