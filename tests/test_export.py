@@ -65,7 +65,8 @@ def write_run(
     torch.manual_seed(seed)
     model = build_decoder(decoder, sizes)
     scales = {"output_layer": 20, "embedding": 1, "photo_projection": 3, "initial": 3, "value": 3, "whole": 3, "key": 3}
-    scales |= {"cell": 3, "layers": 1, "attention": 1}
+    if decoder == "xlan":
+        scales |= {"cell": 3, "layers": 1, "attention": 1}
     with torch.no_grad():
         for name, weights in model.named_parameters():
             weights *= scales.get(name.partition(".")[0], scale)
