@@ -105,9 +105,8 @@ class ExtractFeatures:
     view: str = "whole"
     # write this many views at once: whole, flip, crop:1, flip+crop:2, crop:3, ...; a photo is decoded once for all
     views: int = 1
-    part: str | None = (
-        None  # such as 1/4: the first quarter of the photos, in features.part1of4.h5 unless --out is given
-    )
+    # such as 1/4: the first quarter of the photos, in features.part1of4.h5 unless --out is given
+    part: str | None = None
     missing_only: bool = False  # with --out: extract the photos that no other file beside features.h5 or --out holds
     out: Path | None = None  # file to write; data/NAME/features.h5, for a view features.flip.h5, unless given
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
