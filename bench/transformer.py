@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from captioning.decoders.factory import build_decoder
-from captioning.decoders.protocol import Decoder, State, Step
-from captioning.decoders.transformer import EncoderLayer, TransformerDecoder, sinusoids, spread_attention
+from captioning.decoders.protocol import Decoder, State, Step, spread_attention
+from captioning.decoders.transformer import EncoderLayer, TransformerDecoder, sinusoids
 from captioning.encoders.grid import Grid
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from captioning.decoders.ensemble import Ensemble
 from captioning.decoders.factory import build_decoder, decoder_arguments
-from captioning.decoders.transformer import DecoderLayer, EncoderLayer, Packing, TransformerDecoder, spread_attention
+from captioning.decoders.protocol import spread_attention
+from captioning.decoders.transformer import DecoderLayer, EncoderLayer, Packing, TransformerDecoder
 from captioning.encoders.grid import Grid, grid_pooling, pooling_matrix
 from captioning.errors import UserError
 from captioning.runtime.checkpoint import _check_unchanged

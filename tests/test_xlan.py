@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from captioning.decoders import xlan
 from captioning.decoders.factory import build_decoder
+from captioning.decoders.protocol import spread_attention
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
 from config import Train
@@ -30,10 +30,10 @@ def test_each_encoder_layer_relates_every_cell_to_every_other():
 def test_the_attention_shown_sums_to_one_and_equal_attention_stays_equal(height, width):
     pooling = grid_pooling(height, width).double().expand(2, -1, -1)
     attention = torch.randn(6, height * width, dtype=torch.float64).softmax(1)  # three captions per photo
-    shown = xlan._spread(attention, pooling)
+    shown = spread_attention(attention.view(2, 3, -1), pooling)
     assert shown.shape == (6, 196) and (shown >= 0).all()
     torch.testing.assert_close(shown.sum(1), torch.ones(6, dtype=torch.float64))
-    equal = xlan._spread(torch.full_like(attention, 1 / (height * width)), pooling)
+    equal = spread_attention(torch.full_like(attention, 1 / (height * width)).view(2, 3, -1), pooling)
     torch.testing.assert_close(equal, torch.full_like(equal, 1 / 196))
 
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, attend_all_steps
-from captioning.decoders.protocol import DecoderOutput, State, Step, init_gates, init_weights, upcast
+from captioning.decoders.protocol import (
+    DecoderOutput,
+    State,
+    Step,
+    init_gates,
+    init_weights,
+    photo_of_each_word,
+    upcast,
+)
 from captioning.encoders.grid import Grid
 
 
@@ -86,7 +94,7 @@ class AdaptiveDecoder(nn.Module):
         """
         values, keys, photo_gates = self.init_state(grid).per_photo
         step_sizes = words.batch_sizes.tolist()
-        photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
+        photo_of_word = photo_of_each_word(photo_index, step_sizes)  # (W,)
         gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 5H)
         from_hidden = DeferredGradLinear(self.hidden_gates)
         hidden = memory = self._zeros(gates, len(photo_index))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
-from captioning.decoders.protocol import upcast
+from captioning.decoders.protocol import photo_of_each_word, upcast
 from captioning.runtime.kernel_loading import load_kernels
 
 CACHE_ELEMENTS = 2**18  # elements of a chunk per thread: they stay in the cache of a core
@@ -294,7 +294,7 @@ def photo_by_photo(
     step_sizes: list[int],
 ) -> Tensor:
     """Like `attend_all_steps`: one call of `attend` per photo, with all words of its captions."""
-    photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
+    photo_of_word = photo_of_each_word(photo_index, step_sizes)  # (W,)
     order = photo_of_word.argsort(stable=True)
     words_per_photo = photo_of_word.bincount(minlength=len(per_photo[0])).tolist()
     photos = zip(*(tensor.split(1) for tensor in per_photo), strict=True)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
+from captioning.decoders.protocol import photo_of_each_word
 
 H_BLOCK = 256
 KEYS_BLOCKS = {"P_BLOCK": 16, "A_BLOCK": 64}  # of the gradient of the keys
@@ -91,7 +92,7 @@ def _keys_gradients(
     keys = keys.contiguous()
     num_photos, num_cells, attention_size = keys.shape
     queries, d_scores = (torch.cat(tensors) for tensors in zip(*steps, strict=True))  # (W, A), (W, P)
-    photo_of_word = torch.cat([photo_index[: len(query)] for query, _ in steps])  # (W,)
+    photo_of_word = photo_of_each_word(photo_index, [len(query) for query, _ in steps])  # (W,)
     sorted_photos, word_order = photo_of_word.sort(stable=True)
     word_offsets = torch.searchsorted(sorted_photos, torch.arange(num_photos + 1, device=keys.device))
     num_tiles = triton.cdiv(num_cells, KEYS_BLOCKS["P_BLOCK"])

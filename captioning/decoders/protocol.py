@@ -166,6 +166,20 @@ def attention_sum(decoder: Decoder, attentions: list[Tensor], words: PackedSeque
     return pad_packed_sequence(PackedSequence(weights, words.batch_sizes))[0].sum(0)
 
 
+def spread_attention(attention: Tensor, pooling: Tensor) -> Tensor:
+    """Attention to the native cells (B, K, N), pooling (B, P, N) -> to the output cells (B K, P); rows sum to 1.
+
+    Resampled like an image: equal weights stay equal, and the weight of one cell covers what the cell covers.
+    """
+    spread = upcast(attention @ pooling.to(attention.dtype).mT)  # (B, K, P)
+    return (spread / spread.sum(2, keepdim=True)).flatten(0, 1)
+
+
+def photo_of_each_word(photo_index: Tensor, step_sizes: list[int]) -> Tensor:
+    """The photo of each packed word (W,) int64. photo_index (R,): that of each caption. step_sizes: rows per step."""
+    return torch.cat([photo_index[:size] for size in step_sizes])
+
+
 def concat_samples(steps: list[HardSamples | None]) -> HardSamples | None:
     """Concatenate the samples of each step (R_t,) to those of all words (W,); None if the decoder does not sample."""
     samples = [step for step in steps if step is not None]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, upcast
+from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, spread_attention, upcast
 from captioning.encoders.grid import GRID_SIZE, Grid
 from captioning.errors import UserError
 
@@ -265,15 +265,6 @@ def split_heads(values: Tensor, heads: int) -> Tensor:
 def join_heads(values: Tensor) -> Tensor:
     """The inverse of split_heads."""
     return values.transpose(1, 2).flatten(2)
-
-
-def spread_attention(attention: Tensor, pooling: Tensor) -> Tensor:
-    """Attention to the native cells (B, K, N), pooling (B, P, N) -> to the output cells (B K, P); rows sum to 1.
-
-    Resampled like an image: equal weights stay equal, and the weight of one cell covers what the cell covers.
-    """
-    spread = upcast(attention @ pooling.to(attention.dtype).mT)  # (B, K, P)
-    return (spread / spread.sum(2, keepdim=True)).flatten(0, 1)
 
 
 class LearntPositions(nn.Module):

@@ -15,7 +15,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import GridAttention, lstm_update, soft_weights
 from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer
-from captioning.decoders.protocol import DecoderOutput, State, Step, init_gates, init_weights, upcast
+from captioning.decoders.protocol import (
+    DecoderOutput,
+    State,
+    Step,
+    init_gates,
+    init_weights,
+    photo_of_each_word,
+    upcast,
+)
 from captioning.encoders.grid import Grid
 
 
@@ -105,7 +113,7 @@ class UpDownDecoder(nn.Module):
         operations = self._training_operations(cells, keys, grid.pooling, photo_index)
         state = State((), per_caption).expand_to_captions(photo_index)  # (R, H)
         step_sizes = words.batch_sizes.tolist()
-        photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
+        photo_of_word = photo_of_each_word(photo_index, step_sizes)  # (W,)
         # Independent of the hidden states: one product for all words, one for all photos
         gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 4H)
         hiddens: list[Tensor] = []

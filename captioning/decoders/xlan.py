@@ -15,7 +15,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import lstm_update
 from captioning.decoders.fused_ops import DeferredGradLinear, Layer
-from captioning.decoders.protocol import DecoderOutput, State, Step, init_gates, init_weights, upcast
+from captioning.decoders.protocol import (
+    DecoderOutput,
+    State,
+    Step,
+    init_gates,
+    init_weights,
+    photo_of_each_word,
+    spread_attention,
+    upcast,
+)
 from captioning.encoders.grid import Grid
 from captioning.errors import UserError
 
@@ -115,8 +124,8 @@ class XlanDecoder(nn.Module):
     F is computed by XLinearAttention. The cells are the native ones, so the attention shown, the mean of the heads, is
     spread to 14 x 14 cells and scaled to a sum of 1. The paper has 4 layers of 8 heads and D = H = E = 1024. Dropout
     applies to k^0, to v^m and F, to the c_t-1 that the LSTM reads, and to c_t before the output layer. Not taken from
-    the authors' experiments: CELU with alpha 1.3 for elu, a smaller
-    dropout inside the blocks, the activation of E y, the LayerNorm of F.
+    the authors' experiments: CELU with alpha 1.3 for elu, a smaller dropout inside the blocks, the activation of E y,
+    the LayerNorm of F.
     """
 
     uses_attention = True
@@ -184,7 +193,8 @@ class XlanDecoder(nn.Module):
         gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
         per_caption, spatial = self._advance(operations, gates, state)
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
-        attention = _spread(spatial.mean(1), pooling)
+        attention = spatial.mean(1).unflatten(0, (pooling.shape[0], -1))  # (B, K, N)
+        attention = spread_attention(attention, pooling)
         return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption))
 
     def forward(self, grid: Grid, words: PackedSequence, photo_index: Tensor) -> DecoderOutput:
@@ -194,7 +204,7 @@ class XlanDecoder(nn.Module):
         """
         (keys, values, _, photo_gates), per_caption, _ = self.init_state(grid)
         step_sizes = words.batch_sizes.tolist()
-        photo_of_word = torch.cat([photo_index[:size] for size in step_sizes])  # (W,)
+        photo_of_word = photo_of_each_word(photo_index, step_sizes)  # (W,)
         gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 4H)
         layers = (self.context_gates, self.hidden_gates, self.attention.query, self.context)
         operations = Operations(*map(DeferredGradLinear, layers))
@@ -219,13 +229,3 @@ class XlanDecoder(nn.Module):
         attended, spatial = self.attention(operations.query(hidden), keys, values)
         context = F.glu(upcast(operations.context(torch.cat([self.dropout(attended), hidden], 1))), 1)
         return (hidden, cell, context), spatial
-
-
-def _spread(attention: Tensor, pooling: Tensor) -> Tensor:
-    """Attention to native cells (R, N), pooling (B, P, N), R = B K -> to output cells (R, P), with a sum of 1.
-
-    Equal attention to all native cells remains equal.
-    """
-    by_photo = attention.view(pooling.shape[0], -1, attention.shape[1])  # (B, K, N)
-    spread = upcast(by_photo @ pooling.to(attention.dtype).transpose(1, 2))
-    return (spread / spread.sum(2, keepdim=True)).flatten(0, 1)
