@@ -9,21 +9,17 @@ from pathlib import Path
 
 import torch
 
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+from captioning.runtime.device import synchronize
 
 
 def best_seconds(function: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
     """The best time of some calls, until the device has finished; one more call before them is not counted."""
     seconds = []
     for _ in range(rounds + 1):
-        synchronise(device)
+        synchronize(device)
         started = time.perf_counter()
         function()
-        synchronise(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])
 

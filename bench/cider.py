@@ -29,7 +29,7 @@ from captioning.dataset.batches import Batch, plan_batches
 from captioning.dataset.caption_dataset import CaptionDataset, photos_in_split
 from captioning.decoders.factory import build_decoder
 from captioning.encoders.grid import Grid, grid_pooling
-from captioning.runtime.device import autocast, pick_device, pick_precision
+from captioning.runtime.device import autocast, pick_device, pick_precision, synchronize
 from captioning.runtime.settings import as_plain_data
 from captioning.training.cider_reward import CiderReward
 from captioning.training.objectives import Cider, LossWeights
@@ -162,7 +162,7 @@ def time_step(
     grid = Grid(cells, grid_pooling(8, 8).to(device))
     start = pack_sequence([torch.tensor([START])])  # the captions are sampled
     batch = Batch(grid, start, torch.tensor([END]), torch.tensor([0]), photos)
-    synchronise(device)
+    synchronize(device)
     started = time.perf_counter()
     with autocast(device, precision):
         batch = objective.prepare(decoder, grid, batch).to(device, precision)
@@ -170,13 +170,8 @@ def time_step(
     loss.objective.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - started
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -181,3 +181,17 @@ def restore_rng(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def restored(state: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Context manager: afterwards, these tensors and the random number generators are as they were before."""
+    saved = [tensor.clone() for tensor in state]
+    random_numbers = rng_state(device)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(state, saved, strict=True):
+                tensor.copy_(values)
+        restore_rng(random_numbers, device)

@@ -22,10 +22,9 @@ from captioning.dataset.batches import Batch, epoch_order, plan_batches
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.encoders.grid import Grid
 from captioning.runtime.cuda_graphs import Capture, GraphCapture
-from captioning.runtime.device import pin
+from captioning.runtime.device import pin, restored
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.training.objectives import Loss, LossWeights
-from captioning.training.self_check import restored
 from preprocess.vocabulary import PAD, UNKNOWN
 
 ROW_MULTIPLE = 8  # photos and captions of a static batch are rounded up to multiples of it
@@ -34,7 +33,7 @@ SAMPLE_STRETCH = 1.25
 PLANNED_BATCHES = 4000  # so many batches, and at least one epoch, are planned to find the sizes
 
 # a batch on the device, the weights of its losses -> its detached Loss; adds to the gradients of the parameters
-Backward = Callable[[Batch, LossWeights], Loss]
+BatchWork = Callable[[Batch, LossWeights], Loss]
 
 
 class StaticSize(NamedTuple):
@@ -181,7 +180,7 @@ class CudaGraphRunner:
 
     def __init__(
         self,
-        backward: Backward,
+        backward: BatchWork,
         sizes: Sequence[StaticSize],
         state: Sequence[Tensor],
         device: torch.device,

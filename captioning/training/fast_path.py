@@ -19,14 +19,14 @@ from captioning.dataset.batches import Batch
 from captioning.decoders.fused_ops import kernels_unavailable, use_kernels
 from captioning.errors import UserError
 from captioning.runtime.cuda_graphs import Capture, CaptureError
-from captioning.runtime.device import restore_rng, rng_state, synchronize
+from captioning.runtime.device import restore_rng, restored, rng_state, synchronize
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.runtime.library_errors import reason
 from captioning.training.cuda_graphs import CudaGraphRunner, StaticSize
 from captioning.training.data import TrainingData
 from captioning.training.objectives import Loss, LossWeights
 from captioning.training.options import TrainingOptions
-from captioning.training.self_check import Finding, Gradients, judge, restored
+from captioning.training.self_check import Finding, Gradients, judge
 
 TIMED_RUNS = 3
 PROOF_FRACTION = 0.01  # at most, of the training time, goes into proofs after the first one

@@ -9,14 +9,11 @@ is right if all is finite and
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from captioning.runtime.device import restore_rng, rng_state
 
 ERROR_FACTOR = 2.0
 ERROR_FLOOR = 1e-3
@@ -69,21 +66,7 @@ class Finding(NamedTuple):
 
 def judge(names: Sequence[str], errors: Tensor, plain_errors: Tensor) -> Finding:
     """Compare the errors of a fast way with those of plain PyTorch, one per parameter; NaN is wrong."""
-    excess = (errors - (ERROR_FACTOR * plain_errors + ERROR_FLOOR)).nan_to_num(torch.inf, torch.inf, -torch.inf)
-    worst = int(excess.argmax())
-    is_right = bool((errors <= ERROR_FACTOR * plain_errors + ERROR_FLOOR).all())
+    allowed = ERROR_FACTOR * plain_errors + ERROR_FLOOR
+    worst = int((errors - allowed).nan_to_num(torch.inf, torch.inf, -torch.inf).argmax())
+    is_right = bool((errors <= allowed).all())
     return Finding(names[worst], float(errors[worst]), float(plain_errors[worst]), is_right)
-
-
-@contextlib.contextmanager
-def restored(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Context manager: afterwards, these tensors and the random number generators are as they were before."""
-    saved = [tensor.clone() for tensor in state]
-    random_numbers = rng_state(device)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, values in zip(state, saved, strict=True):
-                tensor.copy_(values)
-        restore_rng(random_numbers, device)
