@@ -21,6 +21,7 @@ import tyro
 from captioning.errors import LostProcessError, UserError
 from captioning.runtime.library_errors import reason
 from captioning.runtime.signals import claim_report, line_start, stop_report, stop_signals
+from captioning.runtime.usage_errors import unwrapped_errors, usage_error
 
 DASHBOARD_URL = "http://127.0.0.1:8097"  # the value of --dashboard without an argument
 Config = TypeVar("Config")
@@ -32,11 +33,12 @@ def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
     errors = io.StringIO()
     arguments = _add_dashboard_url(sys.argv[1:] if arguments is None else arguments)
     try:
-        with contextlib.redirect_stderr(errors):
+        wraps = "--help" in arguments or "-h" in arguments  # help is for a terminal, an error is one line
+        with contextlib.redirect_stderr(errors), contextlib.nullcontext() if wraps else unwrapped_errors():
             return tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {_usage_error(errors.getvalue())}", file=sys.stderr)
+            print(f"error: {one_line(usage_error(errors.getvalue()))}", file=sys.stderr)
         raise
 
 
@@ -48,14 +50,6 @@ def _add_dashboard_url(arguments: list[str]) -> list[str]:
         if argument == "--dashboard" and (following is None or following.startswith("--")):
             completed.append(DASHBOARD_URL)
     return completed
-
-
-def _usage_error(boxes: str) -> str:
-    """The first error of tyro's output as one line. tyro prints each error in a box, between rules, under a title."""
-    unboxed = re.sub(r"^[│ \t]+|[│ \t]+$", "", boxes, flags=re.MULTILINE)
-    parts = re.split(r"^[-─]+$", unboxed, flags=re.MULTILINE)
-    sentences = parts[1] if len(parts) > 1 else parts[0]
-    return " ".join(sentences.split()) + "; see --help"
 
 
 def run(command: type[Config], work: Callable[[Config], None]) -> None:
