@@ -52,6 +52,16 @@ def test_each_score_equals_pycocoevalcaps(pairs):
     np.testing.assert_allclose(scores, pycocoevalcap_scores(photos, captions), rtol=1e-9, atol=1e-12)
 
 
+@given(st.lists(references, min_size=1, max_size=3))
+def test_every_reward_is_0_exactly_where_all_photos_have_the_same_n_grams(photos):
+    reward = reward_of(photos)
+    n_grams = [
+        {words[i:j] for words in captions for i in range(len(words)) for j in range(i + 1, i + 5)}
+        for captions in ([(*words, "<end>") for words in captions] for captions in photos)
+    ]
+    assert reward.is_zero == all(found == n_grams[0] for found in n_grams)
+
+
 @given(st.lists(references, min_size=2, max_size=6), st.lists(candidates, min_size=1, max_size=9), st.data())
 def test_captions_of_any_photos_in_any_order_score_the_same_together_as_alone(photos, captions, data):
     any_photo = st.integers(0, len(photos) - 1)

@@ -22,6 +22,7 @@ from captioning.evaluation.metrics import (
     confidence_interval,
     per_image_stats,
     score,
+    uninformative,
 )
 
 caption = st.lists(st.sampled_from("abcde"), min_size=1, max_size=8)
@@ -286,6 +287,27 @@ def test_references_of_other_photos_do_not_count():
     references = {"1": [["a", "dog", "runs"]], "2": [["a", "cat"], ["cats"]]}
     more = {**references, "3": [["a", "dog"]]}
     assert score(candidates, more) == score(candidates, references)
+
+
+@given(corpus)
+def test_cider_d_says_nothing_exactly_where_no_caption_can_score_more_than_0(pairs):
+    candidates, references = by_id(pairs)
+    copies = [{**candidates, photo: words} for photo, captions in references.items() for words in captions]
+    always_0 = not any(score(captions, references)["CIDEr-D"] for captions in copies)
+    assert ("CIDEr-D" in uninformative(candidates, references)) == always_0
+
+
+def test_scores_that_say_nothing_are_named_with_their_reason():
+    long, short = "a b c d".split(), "a b c".split()
+    assert uninformative({"0": long, "1": short}, {"0": [long], "1": [short]}) == {}
+    one = uninformative({"0": long}, {"0": [long, short]})
+    assert list(one) == ["CIDEr-D"] and one["CIDEr-D"].endswith("there is only one photo")
+    alike = uninformative({"0": long, "1": short}, {"0": [long], "1": [long, short]})
+    assert list(alike) == ["CIDEr-D"] and alike["CIDEr-D"].endswith("all photos have the same captions")
+    brief = uninformative({"0": short, "1": []}, {"0": [long], "1": [short]})
+    assert brief == {"BLEU-4": "no caption has four words"}
+    brief = uninformative({"0": long, "1": ["a"]}, {"0": [short], "1": [["a"]]})
+    assert brief == {"BLEU-4": "no reference has four words"}
 
 
 def test_captions_that_cannot_be_scored_are_refused():

@@ -64,6 +64,13 @@ def test_statistics_of_captions_and_references_are_reported():
     )
 
 
+def test_a_score_of_one_photo_is_reported_with_the_reason_why_it_says_nothing():
+    pairs = [(Photo("", "1", "val", (("a", "dog"),)), CaptionResult("a dog", ["a", "dog"]))]
+    scores = score_captions(pairs, "en", "whitespace", java=False)
+    assert "CIDEr-D by word says nothing about the captions: it weighs words" in str(scores)
+    assert scores.to_dict()["uninformative"]["word"]["BLEU-4"] == "no reference has four words"
+
+
 def test_per_caption_scores_equal_those_of_the_caption_alone_except_cider():
     per_caption = score_captions(ENGLISH, "en", "whitespace", java=False).per_caption
     for row, (photo, caption) in zip(per_caption, ENGLISH, strict=True):  # CIDEr-D depends on document frequencies

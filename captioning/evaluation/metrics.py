@@ -57,6 +57,38 @@ def score(candidates: Captions, references: References) -> dict[str, float]:
     return by_name(aggregate(per_image_stats(candidates, references)))
 
 
+def uninformative(candidates: Captions, references: References) -> dict[str, str]:
+    """The metrics that say nothing about these captions, and why: metric -> reason.
+
+    CIDEr-D weighs an n-gram by log(photos / photos that have it in their references): it is 0 for all captions if all
+    photos have the same n-grams. BLEU of n words compares n-grams of n words: without any, its value is that of
+    coco-caption's guards against division by zero. Captions are those of `per_image_stats`.
+    """
+    reasons = {}
+    for order, number in enumerate(("two", "three", "four"), start=2):
+        if not any(len(words) >= order for photo in candidates for words in references[photo]):
+            reasons[f"BLEU-{order}"] = f"no reference has {number} words"
+        elif not any(len(words) >= order for words in candidates.values()):
+            reasons[f"BLEU-{order}"] = f"no caption has {number} words"
+    first, *others = candidates
+    ngrams = _distinct_ngrams(references[first])
+    if not others:
+        reasons["CIDEr-D"] = "it weighs words by how few photos they describe, and there is only one photo"
+    elif all(_distinct_ngrams(references[photo]) == ngrams for photo in others):
+        reasons["CIDEr-D"] = "it weighs words by how few photos they describe, and all photos have the same captions"
+    return reasons
+
+
+def _distinct_ngrams(captions: Sequence[Sequence[str]]) -> set[tuple[str, ...]]:
+    """The n-grams of 1 to 4 words in these captions."""
+    return {
+        tuple(words[start : start + order])
+        for words in captions
+        for order in range(1, MAX_ORDER + 1)
+        for start in range(len(words) - order + 1)
+    }
+
+
 def by_name(scores: np.ndarray) -> dict[str, float]:
     """Scores (6,) -> metric name -> score."""
     return dict(zip(METRICS, scores.tolist(), strict=True))

@@ -32,6 +32,7 @@ from captioning.evaluation.metrics import (
     by_name,
     confidence_interval,
     per_image_stats,
+    uninformative,
 )
 from preprocess.captions import Photo
 from preprocess.tokenizers import jieba_cut
@@ -117,6 +118,7 @@ class Scores:
     tokenizer: str
     stats: dict[str, np.ndarray]  # protocol -> per-image statistics (N, 12), see captioning.evaluation.metrics
     java: dict[str, dict[str, float | str]]  # protocol -> METEOR and SPICE, or why they were skipped
+    uninformative: dict[str, dict[str, str]]  # protocol -> metrics that say nothing about the captions, and why
     caption_stats: CaptionStats
     reference_stats: CaptionStats
 
@@ -144,6 +146,7 @@ class Scores:
             "tokenizer": self.tokenizer,
             **scores,
             "intervals": intervals,
+            "uninformative": self.uninformative,
             "facts": {"captions": vars(self.caption_stats), "references": vars(self.reference_stats)},
         }
 
@@ -153,7 +156,8 @@ class Scores:
             f"{len(self.stats['word']):,} photos, tokenizer {self.tokenizer}; times 100, corpus BLEU unsmoothed, "
             f"references are the original words, not their <unk> version; intervals: {NUM_RESAMPLES:,} resamples"
         )
-        return "\n".join([*self._score_lines(), conditions, *self._skipped(), "", *self._stats_lines()])
+        notes = [*self._skipped(), *self._uninformative()]
+        return "\n".join([*self._score_lines(), conditions, *notes, "", *self._stats_lines()])
 
     def _score_lines(self) -> list[str]:
         lines = [_row("", [*METRICS, "METEOR", "SPICE"])]
@@ -168,6 +172,13 @@ class Scores:
         """Why METEOR and SPICE were skipped, each reason once."""
         scores = [score for java in self.java.values() for score in java.values()]
         return list(dict.fromkeys(score for score in scores if isinstance(score, str)))
+
+    def _uninformative(self) -> list[str]:
+        return [
+            f"{metric} by {protocol} says nothing about the captions: {reason}"
+            for protocol, reasons in self.uninformative.items()
+            for metric, reason in reasons.items()
+        ]
 
     def _stats_lines(self) -> list[str]:
         header = ["words", "vocabulary", "distinct", "repeated", "bad endings", "unfinished"]
@@ -186,6 +197,7 @@ def score_captions(captioned: CaptionedPhotos, language: str, tokenizer: str, ja
     """
     stats: dict[str, np.ndarray] = {}
     java_scores: dict[str, dict[str, float | str]] = {}
+    reasons: dict[str, dict[str, str]] = {}
     for name in _protocols(language, tokenizer):
         protocol = PROTOCOLS[name]
         candidates = {photo.id: protocol.tokenize_caption(caption) for photo, caption in captioned}
@@ -193,11 +205,12 @@ def score_captions(captioned: CaptionedPhotos, language: str, tokenizer: str, ja
             photo.id: [protocol.tokenize_reference(words) for words in photo.captions] for photo, _ in captioned
         }
         stats[name] = per_image_stats(candidates, references)
+        reasons[name] = uninformative(candidates, references)
         java_scores[name] = _java_scores(candidates, references, language, name) if java else {}
     captions = [caption for _, caption in captioned]
     caption_stats = CaptionStats.compute([caption.words for caption in captions], language, _unfinished(captions))
     reference_stats = CaptionStats.compute([words for photo, _ in captioned for words in photo.captions], language)
-    return Scores(tokenizer, stats, java_scores, caption_stats, reference_stats)
+    return Scores(tokenizer, stats, java_scores, reasons, caption_stats, reference_stats)
 
 
 def _protocols(language: str, tokenizer: str) -> list[str]:

@@ -78,6 +78,7 @@ class Log:
         self.path = folder / "log.jsonl" if is_main else Path(os.devnull)
         self._last_step_at = time.monotonic()
         self._values: list[float] = []  # since the last step event
+        self._notes: set[str] = set()
         if is_main and resumes_from and self.path.exists():
             self._remove_after(*resumes_from)
         with write_errors(self.path, WRITE_REMEDY):
@@ -130,9 +131,16 @@ class Log:
         self._write({"event": "epoch", **metrics, "best": is_best})
         print(_epoch_line(metrics, is_best), flush=True)
 
-    def end(self, best: float | None, metric: str) -> None:
-        """Print the best score."""
-        print(f"done: {self.folder}/best.pt has {metric} {abs(best or 0):.2f} on val (greedy)", flush=True)
+    def note(self, text: str) -> None:
+        """Print a line, once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            print(text, flush=True)
+
+    def end(self, best: float | None, loss: float, metric: str) -> None:
+        """Print the best score, and the val loss that chose among equal scores of 0."""
+        loss_too = "" if best else f" and val_loss {loss:.2f}"
+        print(f"done: {self.folder}/best.pt has {metric} {abs(best or 0):.2f}{loss_too} on val (greedy)", flush=True)
 
     def _start_line(self, description: dict) -> str:
         millions = description["decoder_parameters"] / 1e6

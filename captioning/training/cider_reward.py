@@ -54,6 +54,11 @@ class CiderReward:
             weights = inverse_document_frequencies(np.append(frequencies, 0), num_photos)
             self.known.append(KnownNGrams(np.append(ngrams.codes, np.iinfo(np.int64).max), weights))
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether every reward is 0: all photos have the same n-grams, as a single photo does."""
+        return not any(known.inverse_frequencies[:-1].any() for known in self.known)
+
     def __call__(self, photos: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """Return (S,) float64: the CIDEr-D of each caption on its original scale, 0 to 10.
 

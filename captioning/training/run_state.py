@@ -32,20 +32,28 @@ class Progress:
     count: int = 0  # words or captions that the loss has averaged in the current epoch, over all processes
     total: float = 0.0  # sum of the loss over them
     best: float | None = None  # score of best.pt, larger is better: with --best-metric loss, the negative loss
-    epochs_without_better: int = 0
+    best_loss: float = float("inf")  # val loss of best.pt; of checkpoints older than this key, unknown
+    epochs_without_better: int = 0  # a better score; epochs whose score says nothing do not count
     way: dict | None = None  # how batches are computed on a GPU, and which one: see captioning/training/fast_path.py
 
     def mean(self) -> float:
         """The mean loss of the current epoch so far."""
         return self.total / max(1, self.count)
 
-    def update_best(self, score: float) -> bool:
-        """Return whether this score, of which larger is better, is the best so far, and record it."""
-        better = self.best is None or score > self.best
+    def update_best(self, score: float, loss: float, informative: bool = True) -> bool:
+        """Return whether this epoch is the best so far, and record it.
+
+        score: larger is better; of equal scores, the lower val loss is. informative: False for a score that says
+        nothing about the captions. It counts as 0, and epochs_without_better stays as it is.
+        """
+        score = score if informative else 0.0
+        higher = self.best is None or score > self.best
+        better = higher or (score == self.best and loss < self.best_loss)
         if better:
-            self.best = score
+            self.best, self.best_loss = score, loss
+        if higher:
             self.epochs_without_better = 0
-        else:
+        elif informative:
             self.epochs_without_better += 1
         return better
 

@@ -135,7 +135,6 @@ class Trainer:
         """Train, validate, log and save epoch by epoch, until --epochs, or --patience epochs without a better score."""
         progress = self.state.progress
         options = self.options
-        best_metric = BEST_METRICS[options.best_metric]
         self.seed_rank()
         self.start_fast_path(log)
         while progress.epoch < options.epochs and progress.epochs_without_better < options.patience:
@@ -145,14 +144,36 @@ class Trainer:
             ema = self.state.ema
             with ema.average_parameters() if ema else contextlib.nullcontext():
                 metrics |= self.validate(stop)
-                score = metrics[best_metric]
-                better = progress.update_best(-score if options.best_metric == "loss" else score)
+                better = self.update_best(metrics)
                 progress.finish_epoch()
                 if better and self.distributed.is_main:
                     save_checkpoint(options.folder / "best.pt", self.state.checkpoint(for_resume=False))
             log.epoch(metrics, better)
+            self.explain_zeros(log, metrics)
             self.save_last(stop)
-        log.end(progress.best, best_metric)
+        log.end(progress.best, progress.best_loss, BEST_METRICS[options.best_metric])
+
+    def update_best(self, metrics: dict) -> bool:
+        """Return whether an epoch with these metrics is the best so far, by --best-metric, and record it."""
+        metric = BEST_METRICS[self.options.best_metric]
+        score, loss = metrics[metric], metrics["val_loss"]
+        if metric == "val_loss":
+            score = -loss
+        return self.state.progress.update_best(score, loss, informative=metric not in metrics["uninformative"])
+
+    def explain_zeros(self, log: Log, metrics: dict) -> None:
+        """Say once why a score says nothing about the captions, or that no reward trained the decoder."""
+        chosen_by = BEST_METRICS[self.options.best_metric]
+        for metric, reason in metrics["uninformative"].items():
+            note = f"{metric} of val says nothing about the captions: {reason}"
+            if metric == chosen_by:
+                note += "; best.pt is chosen by the val loss, and --patience does not count such epochs"
+            log.note(note)
+        if metrics.get("train_reward") == 0:
+            log.note(
+                "every reward of an epoch was 0, so it taught the decoder nothing: no sampled caption shares a telling "
+                "n-gram with the references of its photo; give --start-from a run that captions better"
+            )
 
     def seed_rank(self) -> None:
         """Give each process its own dropout masks. Rank 0 keeps the random numbers of a single process."""

@@ -18,7 +18,7 @@ from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders.protocol import upcast
 from captioning.encoders.images import FailureLimit
 from captioning.errors import UserError
-from captioning.evaluation.metrics import score
+from captioning.evaluation.metrics import score, uninformative
 from captioning.runtime.device import autocast
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.runtime.signals import StopRequest
@@ -29,6 +29,7 @@ from captioning.training.loss_module import LossModule
 from captioning.viewing.preview import Preview, PreviewCaptions
 from preprocess.vocabulary import Vocabulary
 
+VALIDATION_METRICS = ("BLEU-4", "CIDEr-D")
 TOP_K = 5
 BATCH_SIZE = 160  # captions: larger than in training, since no activations are kept
 LARGEST_BATCH = 2048  # captions: a GPU is then busy
@@ -161,12 +162,13 @@ class Validation:
         candidates = {self.split.ids[index]: captions[self.split.ids[index]] for index in scored}
         references = {self.split.ids[index]: self.split.references(index) for index in scored}
         scores = score(candidates, references)
+        reasons = uninformative(candidates, references)
         cross_entropy, top5, words = np.sum([shard.sums for shard in shards], 0).tolist()
         return {
             "val_loss": cross_entropy / words,
             "top5": top5 / words,
-            "BLEU-4": scores["BLEU-4"],
-            "CIDEr-D": scores["CIDEr-D"],
+            **{metric: scores[metric] for metric in VALIDATION_METRICS},
+            "uninformative": {metric: reasons[metric] for metric in VALIDATION_METRICS if metric in reasons},
             "scored": len(candidates),
             "unreadable": len(self.failures.reasons),
             "preview": self.preview.draw(epoch, preview_captions, references, self.vocabulary.join),
