@@ -179,6 +179,8 @@ class Generate:
 
     run: Positional[Path | None] = None  # folder of a run, or a checkpoint file in it
     photos: Positional[tuple[Path, ...]] = ()  # photos, and folders of photos
+    # with photos: take their ids from this file: COCO's image_info_test2017.json, or an annotation file in its form
+    image_info: Path | None = None
     data: Path | None = None  # folder made by python -m preprocess: caption a split of it
     split: Literal["train", "val", "test"] = "val"  # of --data, and of --references data/NAME
     features: tuple[Path, ...] = ()  # with --data: cached features; data/NAME/features.h5, if it exists, unless given
@@ -225,6 +227,8 @@ class Generate:
         for name, other in required.items():
             if non_default(self, name) and not getattr(self, other):
                 raise UserError(f"{flag(name)} requires {flag(other)}")
+        if self.image_info and not self.photos:
+            raise UserError("--image-info gives ids to photos and folders: data sets and results files have their own")
         if (self.scores or self.extremes) and not (self.data or self.score):
             raise UserError("--scores and --extremes require --data data/NAME, or --score FILE --references FILE")
         check_min(self, 1, "batch_size", "views")

@@ -16,7 +16,9 @@ if __name__ == "__main__":
     install_exit_handlers()
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from captioning.encoders.images import (
 from captioning.encoders.views import first_views
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
+from captioning.evaluation.photo_names import PhotoFinder, check_found, read_image_info
 from captioning.evaluation.results import (
     read_reference_photos,
     read_results,
@@ -116,6 +119,8 @@ def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
     else:
         photos = find_photos(config.photos)
         files = None
+        if config.image_info:
+            photos = with_ids(photos, config.image_info)
     failures = FailureLimit(len(photos), config.allow_missing)
     captioned = []
     for photo, caption in iterate_captions(config, captioner, files, photos, failures):
@@ -145,6 +150,18 @@ def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
         else:
             raise UserError(f"{path}: no such photo or folder")
     return [Photo(str(path), str(path), split="", captions=()) for path in dict.fromkeys(files)]
+
+
+def with_ids(photos: list[Photo], image_info: Path) -> list[Photo]:
+    """The photos with the ids of --image-info. Raises UserError unless each photo has one, of its own."""
+    finder = PhotoFinder(read_image_info(image_info))
+    matches = {photo.image: finder.find_file(photo.image) for photo in photos}
+    check_found(image_info, "photos", "image", matches, "give the file of this folder")
+    named = [replace(photo, id=matches[photo.image].photos[0].id) for photo in photos]
+    id, count = Counter(photo.id for photo in named).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{image_info}: {count} of the photos have the id {id}; give each photo once")
+    return named
 
 
 def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) -> FeatureFiles | None:

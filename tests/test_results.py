@@ -2,12 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import generate
 from captioning.caption import CaptionResult
 from captioning.errors import UserError
 from captioning.evaluation.results import read_reference_photos, read_results, write_coco, write_csv, write_submission
@@ -33,7 +35,7 @@ def write(path, data):
 def test_written_results_can_be_read(tmp_path):
     write_coco(tmp_path / "a.json", PAIRS)
     lines = json.loads((tmp_path / "a.json").read_text())
-    assert lines[0] == {"image_id": 9, "caption": "a dog", "log_probability": -1.2346, "finished": True}
+    assert lines[0] == {"image_id": "9", "caption": "a dog", "log_probability": -1.2346, "finished": True}
     found = read_results(tmp_path / "a.json", [photo for photo, _ in PAIRS], "whitespace")
     assert [(p.id, c.words, c.finished) for p, c in found] == [("9", ["a", "dog"], True), ("b.jpg", [], False)]
 
@@ -96,12 +98,87 @@ def test_a_csv_table_keeps_commas_quotes_and_chinese_in_a_spreadsheet(tmp_path):
     assert (tmp_path / "b.csv").read_text("utf-8-sig").splitlines()[0] == "photo,caption,log_probability,finished"
 
 
+def test_ids_are_written_as_integers_if_all_of_them_are(tmp_path):
+    for ids, written in ((["9", "0"], [9, 0]), (["9", "09"], ["9", "09"]), (["9", "b.jpg"], ["9", "b.jpg"])):
+        write_coco(tmp_path / "a.json", [(make_photo(id), CaptionResult("a", ["a"], -1.0, True)) for id in ids])
+        assert [line["image_id"] for line in json.loads((tmp_path / "a.json").read_text())] == written
+
+
+@pytest.mark.parametrize(
+    "name, id, way",
+    [
+        (9, "9", "id"),
+        ("000000000009", "9", "file name without its ending"),
+        ("0009", "9", "number"),
+        ("COCO_val2014_000000000009.jpg", "9", "number"),
+        ("000000000009.jpg", "9", "file name"),
+        ("/home/me/val2017/000000000009.jpg", "9", "end of the path"),
+        ("D:\\coco\\val2017\\000000000009.jpg", "9", "end of the path"),
+        ("/home/me/000000000009.jpg", "9", "file name"),
+        ("b/1.jpg", "b/1.jpg", "id"),
+        ("data/b/1.jpg", "b/1.jpg", "end of the path"),
+        ("x/b/1", "b/1.jpg", "end of the path"),
+        (77, "0077", "number"),
+        (500, "500", "id"),
+        (7, None, None),
+        ("1.jpg", None, "a/1.jpg and b/1.jpg"),
+        ("c/1.jpg", None, "a/1.jpg and b/1.jpg"),
+        ("c/2.jpg", None, None),
+        ("9.5", None, None),
+    ],
+)
+def test_an_image_id_may_be_the_id_the_number_the_file_name_or_the_end_of_the_path(tmp_path, capsys, name, id, way):
+    photos = [make_photo("9", image="/data/val2017/000000000009.jpg"), make_photo("a/1.jpg"), make_photo("b/1.jpg")]
+    photos += [
+        make_photo("0077"),
+        make_photo("77_7.jpg"),
+        make_photo("500", image="0600.jpg"),
+        make_photo("6", image="500.jpg"),
+    ]
+    path = write(tmp_path / "a.json", [{"image_id": name, "caption": "a"}])
+    if id is None:
+        fit = "1 of 1 image_ids fit several photos" if way else "1 of 1 image_ids fit no photo"
+        with pytest.raises(UserError, match=f"{fit}: {name}; give the references"):
+            read_results(path, photos, "whitespace")
+        return
+    assert [photo.id for photo, _ in read_results(path, photos, "whitespace")] == [id]
+    assert capsys.readouterr().out == f"{path}: image_ids were found by {way}\n"
+
+
+def test_all_image_ids_that_fit_no_photo_are_listed_in_the_message_or_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unknown = [f"unknown{number}" for number in range(900)]
+    for count in (3, 900):
+        lines = [{"image_id": name, "caption": "a"} for name in ["9", *unknown[:count]]]
+        with pytest.raises(UserError, match=f"{count} of {count + 1} image_ids fit no photo: unknown0, ") as error:
+            read_results(write(tmp_path / "a.json", lines), [PAIRS[0][0]], "whitespace")
+        assert len(str(error.value)) < 1500 and "(ids of the references are such as 9)" in str(error.value)
+        listed = Path("a.fit_no_photo.txt").read_text().splitlines() if count == 900 else str(error.value)
+        assert all(name in listed for name in unknown[:count])
+
+
+def test_photos_of_a_folder_get_the_ids_of_cocos_list_of_images(tmp_path):
+    info = write(
+        tmp_path / "image_info_test2017.json",
+        {"images": [{"file_name": "01.jpg", "id": 1}, {"file_name": "2.jpg", "id": 2}]},
+    )
+    photos = [Photo(f"test2017/{name}.jpg", f"test2017/{name}.jpg", "", ()) for name in ("2", "01")]
+    assert [photo.id for photo in generate.with_ids(photos, info)] == ["2", "1"]
+    with pytest.raises(UserError, match="1 of 2 photos fit no image: test2017/3.jpg; give the file of this folder"):
+        generate.with_ids([photos[0], Photo("test2017/3.jpg", "x", "", ())], info)
+    with pytest.raises(UserError, match="2 of the photos have the id 2; give each photo once"):
+        generate.with_ids([photos[0], Photo("copy/2.jpg", "x", "", ())], info)
+    for data in ([], {"images": []}, {"images": [{"id": 1}]}, {"images": 2 * [{"id": 1, "file_name": "a"}]}):
+        with pytest.raises(UserError, match="image_info.*: (image . has no file_name|has no list of images)"):
+            generate.with_ids(photos, write(info, data))
+
+
 def test_a_photo_may_be_named_by_its_id_or_by_an_unambiguous_file_name(tmp_path):
     photos = [make_photo("1", image="a/000001.jpg"), make_photo("x.jpg"), make_photo("x/y.jpg"), make_photo("z/y.jpg")]
     lines = [{"image_id": name, "caption": "a"} for name in ("000001", "x", "x/y.jpg")]
     found = read_results(write(tmp_path / "a.json", lines), photos, "whitespace")
     assert [p.id for p, _ in found] == ["1", "x.jpg", "x/y.jpg"]
-    with pytest.raises(UserError, match="image_id y has no references"):
+    with pytest.raises(UserError, match="1 of 1 image_ids fit several photos: y; give"):
         read_results(write(tmp_path / "b.json", [{"image_id": "y", "caption": "a"}]), photos, "whitespace")
     with pytest.raises(UserError, match="under two names"):
         lines = [{"image_id": 1, "caption": "a"}, {"image_id": "000001", "caption": "b"}]
@@ -119,7 +196,7 @@ def test_a_photo_may_be_named_by_its_id_or_by_an_unambiguous_file_name(tmp_path)
         ([{"image_id": True, "caption": "a"}], "entry 0"),
         ([{"image_id": 9, "caption": "a", "finished": 1}], "entry 0"),
         ([{"image_id": 9, "caption": "a"}, {"image_id": "9", "caption": "b"}], "image_id 9 occurs twice"),
-        ([{"image_id": 7, "caption": "a"}], "image_id 7 has no references"),
+        ([{"image_id": 7, "caption": "a"}], "1 of 1 image_ids fit no photo: 7"),
     ],
 )
 def test_a_file_without_a_valid_list_of_captions_is_refused_in_one_line(tmp_path, data, reason):

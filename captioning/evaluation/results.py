@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from captioning.caption import CaptionResult
 from captioning.dataset.caption_dataset import photos_in_split
-from captioning.encoders.images import PHOTO_ENDINGS
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
+from captioning.evaluation.photo_names import Match, PhotoFinder, check_found, photo_name
 from captioning.evaluation.score_report import CaptionedPhotos
 from captioning.runtime.files import atomic_text
 from preprocess.annotations import read_json, read_references
 from preprocess.captions import Photo, read_captions
 from preprocess.tokenizers import default_tokenizer, detect_language, tokenize
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
+
+INTEGER = re.compile("0|[1-9][0-9]{0,99}")  # an id that COCO writes as a number
 
 # ---- writing
 
@@ -38,17 +41,17 @@ def write_json(path: Path, data: object) -> None:
 
 
 def write_coco(path: Path, captioned: CaptionedPhotos) -> None:
-    """Write COCO results. Captions need a log-probability.
+    """Write COCO results. Captions need a log-probability. Ids are written as integers if all of them are integers.
 
     A decoder with a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887) adds the words and the fraction of each
     that came from the language model alone. Further captions of a photo are added as "others".
     """
-    write_json(path, [_coco_entry(photo.id, caption) for photo, caption in captioned])
+    are_numbers = all(INTEGER.fullmatch(photo.id) for photo, _ in captioned)
+    write_json(path, [_coco_entry(int(photo.id) if are_numbers else photo.id, caption) for photo, caption in captioned])
 
 
-def _coco_entry(id: str, caption: CaptionResult) -> dict:
-    is_number = id.isdecimal() and str(int(id)) == id  # COCO's ids are numbers
-    entry = {"image_id": int(id) if is_number else id, **_caption_fields(caption)}
+def _coco_entry(id: int | str, caption: CaptionResult) -> dict:
+    entry = {"image_id": id, **_caption_fields(caption)}
     if caption.sentinel is not None:
         entry["words"] = caption.words
         entry["sentinel"] = [round(beta, 4) for beta in caption.sentinel]
@@ -64,7 +67,7 @@ def _caption_fields(caption: CaptionResult) -> dict:
 
 def write_submission(path: Path, captioned: CaptionedPhotos) -> None:
     """Write an AI Challenger submission. Raises UserError if two photos would have the same name."""
-    names = [_photo_name(photo.id) for photo, _ in captioned]
+    names = [photo_name(photo.id) for photo, _ in captioned]
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if count > 1:
         raise UserError(f"{path}: {count} photos are named {name} without folder and suffix; rename them")
@@ -84,12 +87,6 @@ def write_csv(path: Path, captioned: CaptionedPhotos, per_caption: np.ndarray | 
             log_probability = "" if caption.log_probability is None else f"{caption.log_probability:.4f}"
             scores = [] if per_caption is None else [f"{score:.2f}" for score in per_caption[index]]
             table.writerow([photo.id, caption.text, log_probability, caption.finished, *scores])
-
-
-def _photo_name(path: str) -> str:
-    """The file name without its folder and, if it is that of a photo, without its suffix."""
-    file = PurePosixPath(path)
-    return file.stem if file.suffix.lower() in PHOTO_ENDINGS else file.name
 
 
 # ---- reading
@@ -130,29 +127,36 @@ def _read_annotation_file(path: Path, split: str, tokenizer: str | None) -> tupl
 
 
 def read_results(path: Path, photos: Sequence[Photo], tokenizer: str) -> list[tuple[Photo, CaptionResult]]:
-    """Read the captions of COCO results or of a submission.
+    """Read the captions of COCO results or of a submission, and print how its image_ids were understood.
 
-    photos: those with references. A photo is named by its id or, if that is unambiguous, by its file name. Returns the
-    photos that have a caption, in the order of `photos`, with their captions. Raises UserError if the file is damaged,
-    names a photo twice, or names a photo without references.
+    photos: those with references. An image_id may be the photo's id, the end of its path, its file name or its number:
+    see `captioning.evaluation.photo_names`. Returns the photos that have a caption, in the order of `photos`, with
+    their captions. Raises UserError if the file is damaged, names a photo twice, or names a photo without references.
     """
     entries = _read_entries(path)
-    ids = _ids_by_name(photos)
-    unknown = [name for name in entries if name not in ids]
-    if unknown:
-        raise UserError(
-            f"{path}: image_id {unknown[0]} has no references; give the references of its data set and split"
-        )
-    entry_by_id = {ids[name]: entry for name, entry in entries.items()}
-    if len(entry_by_id) < len(entries):
-        raise UserError(f"{path}: a photo occurs under two names; keep one caption per photo")
+    finder = PhotoFinder(photos)
+    matches = {name: finder.find(name) for name in entries}
+    ids = f"(ids of the references are such as {photos[0].id})" if photos else "(which have no photos)"
+    check_found(path, "image_ids", "photo", matches, f"give the references {ids} of its data set and split")
+    name_of: dict[str, str] = {}
+    for name, match in matches.items():
+        other = name_of.setdefault(match.photos[0].id, name)
+        if other != name:
+            raise UserError(f"{path}: a photo occurs under two names, {other} and {name}; keep one caption per photo")
+    print(f"{path}: image_ids were found by {_ways(matches)}")
     captioned = []
     for photo in photos:
-        if photo.id in entry_by_id:
-            entry = entry_by_id[photo.id]
+        if photo.id in name_of:
+            entry = entries[name_of[photo.id]]
             words = tokenize(entry["caption"], tokenizer)
             captioned.append((photo, CaptionResult(entry["caption"], words, finished=entry.get("finished"))))
     return captioned
+
+
+def _ways(matches: dict[str, Match]) -> str:
+    """How the names were found, with the number of each way if there are several: id (12), number (3)."""
+    counts = Counter(match.way for match in matches.values()).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{way} ({count:,})" for way, count in counts)
 
 
 def _read_entries(path: Path) -> dict[str, dict]:
@@ -178,11 +182,3 @@ def _is_entry(entry: object) -> bool:
         and type(entry.get("image_id")) in (int, str)  # not isinstance: a bool is an int
         and type(entry.get("finished", True)) is bool
     )
-
-
-def _ids_by_name(photos: Sequence[Photo]) -> dict[str, str]:
-    """The names that a results file may use for a photo -> its id: the id, or a file name that no other photo has."""
-    short_names = [(_photo_name(name), photo.id) for photo in photos for name in {photo.id, photo.image}]
-    photos_per_name = Counter(name for name, _ in dict.fromkeys(short_names))
-    ids = {name: id for name, id in short_names if photos_per_name[name] == 1}
-    return ids | {photo.id: photo.id for photo in photos}

@@ -298,7 +298,7 @@ def other(tmp_path_factory):
             "checkpoints/att: was trained with another",
         ),
         ("checkpoints/att/last.pt", [RESUME], "checkpoints/att: was trained with another vocabulary (6 words; data"),
-        ("results.json", [SCORE], "results.json: image_id xphoto5 has no references"),
+        ("results.json", [SCORE], "image_ids fit no photo: xphoto5"),
     ],
 )
 def test_a_file_of_another_data_set_gives_one_line(files, other, file, commands, words, tally):
