@@ -265,6 +265,8 @@ class Dashboard:
     replay: Path | None = None  # show this run, from its log.jsonl, in the server at --url
     compare: tuple[Path, ...] = ()  # plot these runs together, in the server at --url
     url: str = DASHBOARD_URL  # of the server for --replay and --compare
+    # of a server with a login, with the password in the environment variable VISDOM_PASSWORD: starts one, or logs in
+    user: str | None = None
 
     def __post_init__(self) -> None:
         check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")

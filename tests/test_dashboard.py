@@ -29,7 +29,16 @@ from captioning.errors import UserError
 from captioning.runtime.command_line import parse
 from captioning.viewing import dashboard, visdom_server
 from captioning.viewing.attention_plots import CaptionedImage, draw_card
-from captioning.viewing.dashboard import LogTailer, VisdomClient, comparison_windows, read_log, run_windows
+from captioning.viewing.dashboard import (
+    LogTailer,
+    VisdomClient,
+    comparison_windows,
+    environment_of,
+    page_url,
+    read_log,
+    run_names,
+    run_windows,
+)
 from config import DASHBOARD_URL, Dashboard, ExtractFeatures, Train
 from tests.small import make_small_data
 
@@ -224,8 +233,9 @@ def free_port():
 class Server:
     """visdom in a process of its own: a fork of this one, to save the seconds of importing torch."""
 
-    def __init__(self, port, folder, host="127.0.0.1"):
+    def __init__(self, port, folder, host="127.0.0.1", user=None):
         self.folder = folder
+        self.user = user
         self.url = f"http://127.0.0.1:{port}"
         reading, writing = os.pipe()
         self.process = multiprocessing.get_context("fork").Process(target=self.serve, args=(host, port, writing))
@@ -242,7 +252,7 @@ class Server:
         os.environ["HOME"] = str(self.folder)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         with open(stdout, "w") as sys.stdout:
-            visdom_server.serve(host, port, self.folder)
+            visdom_server.serve(host, port, self.folder, self.user)
 
     def windows(self, environment):
         message = json.dumps({"win": None, "eid": environment}).encode()
@@ -283,24 +293,82 @@ def small_data(tmp_path_factory):
 
 def test_the_server_returns_all_windows_of_a_replayed_run(server, tmp_path, capsys):
     write_log(tmp_path / "checkpoints" / "att", make_log())
-    dashboard.main(Dashboard(replay=tmp_path / "checkpoints" / "att", url=server.url))
-    assert f"{server.url}/env/att" in capsys.readouterr().out
-    returned = server.windows("att")
+    run = tmp_path / "checkpoints" / "att"
+    dashboard.main(Dashboard(replay=run, url=server.url))
+    assert capsys.readouterr().out == f"{page_url(server.url, environment_of(run))}\n"
+    returned = server.windows(environment_of(run))
     for name, window in run_windows(make_log(), tmp_path).items():
         if returned[name]["type"] == "text":
             assert returned[name]["content"] == window["data"][0]["content"]
         else:
             assert returned[name]["content"] == {"data": window["data"], "layout": window["layout"]}
     assert CAPTION in returned["photo 1"]["content"]
-    assert (server.folder / "att.json").exists(), "the environment is saved"
+    assert (server.folder / f"{environment_of(run)}.json").exists(), "the environment is saved"
 
 
-def test_compared_runs_share_their_plots(server, tmp_path):
-    for name in ("att", "lstm"):
+def test_runs_of_one_name_have_pages_and_curves_of_their_own(server, tmp_path):
+    runs = tmp_path / "one/checkpoints/att", tmp_path / "two/checkpoints/att"
+    for run, epochs in zip(runs, (1, 2), strict=True):
+        write_log(run, make_log(epochs=epochs))
+        dashboard.main(Dashboard(replay=run, url=server.url))
+    dashboard.main(Dashboard(compare=runs, url=server.url))
+    assert [server.windows(environment_of(run))["loss"]["content"]["data"][1]["x"] for run in runs] == [[1], [1, 2]]
+    names = [curve["name"] for curve in server.windows(environment_of(*runs))["loss"]["content"]["data"]]
+    kinds = ("train", "validation")
+    assert names == [f"{folder}/checkpoints/att: {kind}" for folder in ("one", "two") for kind in kinds]
+
+
+def test_the_page_of_a_comparison_is_never_that_of_a_run(server, tmp_path):
+    write_log(tmp_path / "a and b", make_log(epochs=3))
+    for name in ("a", "b"):
         write_log(tmp_path / name, make_log())
-    dashboard.main(Dashboard(compare=(tmp_path / "att", tmp_path / "lstm"), url=server.url))
-    names = [curve["name"] for curve in server.windows("att and lstm")["loss"]["content"]["data"]]
-    assert names == ["att: train", "att: validation", "lstm: train", "lstm: validation"]
+    dashboard.main(Dashboard(replay=tmp_path / "a and b", url=server.url))
+    dashboard.main(Dashboard(compare=(tmp_path / "a", tmp_path / "b"), url=server.url))
+    assert len(server.windows(environment_of(tmp_path / "a and b"))["loss"]["content"]["data"]) == 2
+    assert len(server.windows(environment_of(tmp_path / "a", tmp_path / "b"))["loss"]["content"]["data"]) == 4
+
+
+def test_a_run_is_named_by_as_many_folders_as_tell_it_from_the_others():
+    assert run_names([Path("x/att"), Path("x/lstm")]) == ["att", "lstm"]
+    assert run_names([Path("x/att"), Path("y/att"), Path("y/lstm")]) == ["x/att", "y/att", "y/lstm"]
+    with pytest.raises(UserError, match="x/att x/../x/att: has a run twice"):
+        run_names([Path("x/att"), Path("x/../x/att")])
+
+
+def test_an_environment_may_have_any_name_and_its_address_is_encoded(tmp_path):
+    environment = environment_of(tmp_path / "50% 狗?#+")
+    assert re.fullmatch(r"50% 狗\?#\+-[0-9a-f]{8}", environment)
+    assert re.fullmatch(r"http://h/env/50%25%20%E7%8B%97%3F%23%2B-\w{8}", page_url("http://h", environment))
+    assert len(environment_of(*(tmp_path / f"{'狗' * 40}{i}" for i in range(9))).encode()) < 200, "the name of a file"
+
+
+def test_a_server_with_a_login_shows_runs_to_its_user_alone(visdom_installed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VISDOM_PASSWORD", "secret")
+    write_log(tmp_path / "att", make_log())
+    server = Server(free_port(), tmp_path / "visdom", host="0.0.0.0", user="me")
+    try:
+        assert "WARNING" not in server.output
+        dashboard.main(Dashboard(replay=tmp_path / "att", url=server.url, user="me"))
+        saved = tmp_path / "visdom" / f"{environment_of(tmp_path / 'att')}.json"
+        assert CAPTION in json.dumps(json.loads(saved.read_text("utf-8")), ensure_ascii=False)
+        with pytest.raises(UserError, match=f"--url {server.url}: asks for a login; give its user, and the password"):
+            dashboard.main(Dashboard(replay=tmp_path / "att", url=server.url))
+        client = VisdomClient(server.url.replace("//", "//me@"), "live")
+        assert client.url == server.url
+        client.send({"loss": run_windows(make_log(), tmp_path)["loss"]})
+        assert (tmp_path / "visdom" / "live.json").exists()
+        monkeypatch.setenv("VISDOM_PASSWORD", "wrong")
+        with LogTailer(tmp_path / "att", server.url.replace("//", "//me@")):
+            pass
+        assert "refuses the user me with the password in VISDOM_PASSWORD; training" in capsys.readouterr().out
+    finally:
+        server.kill()
+    assert (tmp_path / "visdom" / "COOKIE_SECRET").stat().st_mode & 0o77 == 0
+    monkeypatch.delenv("VISDOM_PASSWORD")
+    with pytest.raises(UserError, match="--user me: set the environment variable VISDOM_PASSWORD"):
+        VisdomClient(server.url, "x", "me")
+    with pytest.raises(UserError, match="put the password in VISDOM_PASSWORD"):
+        Train(Path("data"), "a", dashboard="http://me:secret@host:8097")
 
 
 def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(
@@ -318,7 +386,7 @@ def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(
         nonlocal validations
         validations += 1
         if validations == 2:
-            wait_for(lambda: servers[0].windows("watched")["loss"])
+            wait_for(lambda: servers[0].windows(environment_of(Path("checkpoints/watched")))["loss"])
             servers[0].kill()
         if validations == 3:
             time.sleep(0.5)  # the thread notices the dead server
@@ -328,7 +396,7 @@ def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(
     monkeypatch.setattr(train.Trainer, "validate", validate_and_restart_server)
     try:
         train.main(Train(Path("data/small"), "watched", dashboard=servers[0].url, **setting))
-        returned = servers[1].windows("watched")
+        returned = servers[1].windows(environment_of(Path("checkpoints/watched")))
     finally:
         for server in servers:
             server.kill()
@@ -425,7 +493,7 @@ def test_the_page_shows_curves_captions_and_attention_offline(server, browser, t
     draw_card(item, run / "pictures/1.png")
     write_log(run, make_log(caption=CAPTION + MALICIOUS, picture="pictures/1.png"))
     dashboard.main(Dashboard(replay=run, url=server.url))
-    browser.get(f"{server.url}/env/att")
+    browser.get(page_url(server.url, environment_of(run)))
     evaluate = browser.execute_script
     wait_for(lambda: evaluate("return document.querySelectorAll('.window .scatterlayer .trace').length") >= 2)
     wait_for(lambda: CAPTION in evaluate("return document.body.innerText"))

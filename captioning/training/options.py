@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from captioning.decoders import DECODERS
 from captioning.errors import UserError
@@ -130,7 +131,8 @@ class TrainingOptions:
     cuda_graphs: bool = True  # with --fast-path: run each batch as one CUDA graph
     kernels: bool = True  # with --fast-path: compute attention and LSTM gates with fused kernels
     preview_photos: int = 6  # validation photos whose captions and attention are drawn every epoch; 0 is none
-    dashboard: str | None = None  # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097)
+    # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097); http://USER@HOST:8097 logs in
+    dashboard: str | None = None
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int | None = None  # with --fine-tune: processes that decode photos; one per core unless given
     seed: int = 0  # of weights, data order and dropout
@@ -194,6 +196,8 @@ class TrainingOptions:
         self._check_fine_tuning()
         self._check_objective()
         self._check_embeddings()
+        if self.dashboard and urlsplit(self.dashboard).password:
+            raise UserError("--dashboard: a run records its URL; put the password in VISDOM_PASSWORD instead")
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
         for name, decoders in DECODERS_OF_SETTING.items():

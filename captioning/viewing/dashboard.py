@@ -5,6 +5,7 @@
     python -m captioning.viewing.dashboard --replay checkpoints/att     # show a run again
     python -m captioning.viewing.dashboard --compare checkpoints/att checkpoints/show-and-tell
 
+A run has an environment of its own, a page in visdom, named after its folder; a comparison has another.
 Windows are sent complete, and only if they have changed. A server that has died and restarted gets all of them with the
 next update.
 """
@@ -13,13 +14,17 @@ from __future__ import annotations
 
 import base64
 import collections
+import hashlib
 import html
 import http.client
 import json
+import os
+import platform
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +32,7 @@ from tqdm import tqdm
 
 from captioning.errors import UserError
 from captioning.runtime.log import read_log
-from captioning.viewing.visdom_server import LOOPBACK, fetch_page, serve, static_folder
+from captioning.viewing.visdom_server import LOOPBACK, PASSWORD, fetch_page, password_hash, serve, static_folder
 
 if TYPE_CHECKING:
     from config import Dashboard
@@ -37,6 +42,7 @@ Windows = dict[str, dict]  # name -> window, as visdom's server expects it
 MAX_POINTS = 600  # per curve, to bound the size of the page
 POLL_INTERVAL = 2.0  # seconds between two reads of the log
 TIMEOUT = 5.0  # seconds for one response of the server
+MAX_NAME = 150  # bytes of an environment's name, which is also that of a file
 START_COMMAND = "python -m captioning.viewing.dashboard"
 
 
@@ -198,27 +204,57 @@ def _escape(value: object) -> str:
 # ---- sending windows
 
 
+def environment_of(*folders: Path) -> str:
+    """The environment of a run, or of several that are compared: the same for these folders alone, on this machine."""
+    paths = [os.path.realpath(folder) for folder in folders]
+    name = " and ".join(os.path.basename(path) for path in paths)
+    name = name.encode("utf-8", "replace")[:MAX_NAME].decode("utf-8", "ignore")
+    digest = hashlib.sha256(os.fsencode("\0".join([platform.node(), *paths]))).hexdigest()
+    return f"{name}-{digest[:8]}"
+
+
+def page_url(url: str, environment: str) -> str:
+    """The address of an environment."""
+    return f"{url}/env/{urllib.parse.quote(environment, safe='')}"
+
+
+class LoginError(OSError):
+    """A server that answers, but not without a login, or not with this one."""
+
+
 class VisdomClient:
     """Sends windows to an environment of a visdom server, and only those that have changed since the last time."""
 
-    def __init__(self, url: str, environment: str):
-        """Raises UserError if `url` is not an HTTP URL."""
+    def __init__(self, url: str, environment: str, user: str | None = None):
+        """user: of a server with a login; may also be in the URL: http://user@host:8097.
+
+        Raises UserError if `url` is not an HTTP URL, or the user's password is not in the environment variable.
+        """
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https"):
             raise UserError(f"{url}: is no URL; give one such as http://127.0.0.1:8097")
-        self.url = url.rstrip("/")
+        self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
         self.environment = environment
+        user = user or urllib.parse.unquote(parts.username or "")
+        self.login = {"username": user, "password": password_hash(user)} if user else None
         self.sent: Windows = {}
-        handlers = [urllib.request.ProxyHandler({})] if parts.hostname in LOOPBACK else []  # no proxy for this machine
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPCookieProcessor()]  # keeps the login
+        if parts.hostname in LOOPBACK:
+            handlers.append(urllib.request.ProxyHandler({}))  # no proxy for this machine
         self.opener = urllib.request.build_opener(*handlers)
 
     def send(self, windows: Windows) -> None:
         """Send the windows that have changed.
 
-        Raises OSError if the server does not answer; the next call then sends all windows.
+        Raises OSError if the server does not answer, LoginError if it refuses; the next call then sends all windows.
         """
         try:
+            if self.login and not self.sent:
+                self._log_in(self.login)
             self._send_changed(windows)
+        except LoginError:
+            self.sent = {}
+            raise
         except (OSError, http.client.HTTPException) as error:
             self.sent = {}
             raise OSError(str(error) or type(error).__name__) from None
@@ -233,13 +269,27 @@ class VisdomClient:
             self._post("save", {"data": [self.environment]})
         self.sent |= changed
 
+    def _log_in(self, login: dict[str, str]) -> None:
+        """Get the cookie of a user. visdom answers a wrong login with 400, and fails with 500 if it has no login."""
+        try:
+            self._post("", login)
+        except LoginError:
+            raise LoginError(f"refuses the user {login['username']} with the password in {PASSWORD}") from None
+        except urllib.error.HTTPError as error:
+            raise LoginError(f"cannot log in a user ({error}); leave the user out if the server has no login") from None
+
     def _exists(self, window: str) -> bool:
         return self._post("win_exists", {"win": window, "eid": self.environment}) == "true"
 
     def _post(self, path: str, message: dict) -> str:
         request = urllib.request.Request(f"{self.url}/{path}", json.dumps(message).encode("utf-8"))
-        with self.opener.open(request, timeout=TIMEOUT) as response:
-            return response.read().decode("utf-8")
+        try:
+            with self.opener.open(request, timeout=TIMEOUT) as response:
+                return response.read().decode("utf-8")
+        except urllib.error.HTTPError as error:
+            if error.code == 400:  # visdom's answer to a client without a login
+                raise LoginError(f"asks for a login; give its user, and the password in {PASSWORD}") from None
+            raise
 
 
 class LogTailer(threading.Thread):
@@ -251,7 +301,7 @@ class LogTailer(threading.Thread):
     def __init__(self, folder: Path, url: str):
         super().__init__(daemon=True, name="dashboard")
         self.folder = folder
-        self.client = VisdomClient(url, folder.name)
+        self.client = VisdomClient(url, environment_of(folder))
         self.finished = threading.Event()
         self.connected = True
         self.log_size = -1
@@ -270,10 +320,7 @@ class LogTailer(threading.Thread):
             self.client.send(self.windows)
         except (OSError, UserError) as error:
             if self.connected:
-                tqdm.write(
-                    f"dashboard: {self.client.url} does not answer ({error}); training continues; start it with: "
-                    f"{START_COMMAND}"
-                )
+                tqdm.write(f"dashboard: {self.client.url} {_problem(error)}; training continues")
             self.connected = False
         else:
             if not self.connected:
@@ -288,6 +335,7 @@ class LogTailer(threading.Thread):
             self.log_size = size
 
     def __enter__(self) -> LogTailer:
+        print(f"dashboard: {page_url(self.client.url, self.client.environment)}", flush=True)
         self.start()
         return self
 
@@ -297,35 +345,57 @@ class LogTailer(threading.Thread):
         self.join(2 * TIMEOUT)
 
 
-def send_once(url: str, environment: str, windows: Windows) -> None:
+def _problem(error: Exception) -> str:
+    """What is wrong with the server, after its URL, and what to do."""
+    if isinstance(error, (LoginError, UserError)):
+        return str(error)
+    return f"does not answer ({error}); start it with: {START_COMMAND}"
+
+
+def send_once(url: str, environment: str, windows: Windows, user: str | None) -> None:
     """Send windows and print the URL of their page. Raises UserError if the server does not answer."""
+    client = VisdomClient(url, environment, user)
     try:
-        VisdomClient(url, environment).send(windows)
+        client.send(windows)
     except OSError as error:
-        raise UserError(f"--url {url}: no visdom server answers ({error}); start it with: {START_COMMAND}") from None
-    print(f"{url}/env/{environment}")
+        raise UserError(f"--url {client.url}: {_problem(error)}") from None
+    print(page_url(client.url, environment))
 
 
-def replay(folder: Path, url: str) -> None:
+def replay(folder: Path, url: str, user: str | None = None) -> None:
     """Show a run, rebuilt from its log."""
-    send_once(url, folder.name, run_windows(read_log(folder), folder))
+    send_once(url, environment_of(folder), run_windows(read_log(folder), folder), user)
 
 
-def compare(folders: Iterable[Path], url: str) -> None:
+def compare(folders: Sequence[Path], url: str, user: str | None = None) -> None:
     """Show the curves of several runs in the same plots."""
-    runs = {folder.name: read_log(folder) for folder in folders}
-    send_once(url, " and ".join(runs), comparison_windows(runs))
+    runs = {name: read_log(folder) for name, folder in zip(run_names(folders), folders, strict=True)}
+    send_once(url, environment_of(*folders), comparison_windows(runs), user)
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """The names of the runs, with as many folders above them as tell all of them apart.
+
+    Raises UserError if a folder occurs twice.
+    """
+    parts = [Path(os.path.realpath(folder)).parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--compare {' '.join(map(str, folders))}: has a run twice; give each run once")
+    length = 1
+    while len({path[-length:] for path in parts}) < len(parts):
+        length += 1
+    return [str(Path(*path[-length:])) for path in parts]
 
 
 def main(config: Dashboard) -> None:
     """Replay a run, compare several, or start the server."""
     if config.replay:
-        replay(config.replay, config.url)
+        replay(config.replay, config.url, config.user)
     elif config.compare:
-        compare(config.compare, config.url)
+        compare(config.compare, config.url, config.user)
     else:
         fetch_page(static_folder())
-        serve(config.host, config.port, config.folder)
+        serve(config.host, config.port, config.folder, config.user)
 
 
 if __name__ == "__main__":

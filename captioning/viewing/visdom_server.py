@@ -7,9 +7,12 @@ Here they come from one CDN, or, if it does not answer within seconds, from the 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import json
 import logging
+import os
+import secrets
 import shutil
 import subprocess
 import tarfile
@@ -25,6 +28,7 @@ from captioning.runtime.library_errors import reason
 
 CDN = "https://unpkg.com/{package}@{version}/{path}"
 TIMEOUT = 4.0  # seconds per file; after the first timeout all remaining packages come from npm
+PASSWORD = "VISDOM_PASSWORD"  # the environment variable that holds the password of --user
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -156,20 +160,47 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def serve(host: str, port: int, folder: Path) -> None:
-    """Run visdom until Ctrl-C; its environments are stored in `folder`. Raises UserError if the port is in use."""
+def password_hash(user: str) -> str:
+    """What a client of visdom sends as the password. Raises UserError if the environment variable is not set."""
+    password = os.environ.get(PASSWORD)
+    if not password:
+        raise UserError(f"--user {user}: set the environment variable {PASSWORD} to the user's password")
+    return hashlib.sha256(password.encode("utf-8")).hexdigest()
+
+
+def _credential(user: str, folder: Path) -> dict[str, str]:
+    """What visdom compares logins with. The secret that signs its cookies is kept in `folder`, for the next start."""
+    from visdom.server import app
+
+    credential = {"username": user, "password": hashlib.sha256(password_hash(user).encode("ascii")).hexdigest()}
+    secret = folder / "COOKIE_SECRET"
+    if not secret.exists():
+        with write_errors(secret, "give another --folder"), atomic_write(secret) as file:
+            file.write(secrets.token_hex(32).encode("ascii"))
+        secret.chmod(0o600)
+    app.DEFAULT_ENV_PATH = f"{folder}{os.sep}"  # where visdom reads the secret from; its home, unless changed
+    return credential
+
+
+def serve(host: str, port: int, folder: Path, user: str | None = None) -> None:
+    """Run visdom until Ctrl-C; its environments are stored in `folder`.
+
+    user: who may log in, with the password of the environment variable VISDOM_PASSWORD; None asks for no login.
+    Raises UserError if the port is in use, or there is no password.
+    """
     static_folder()
     logging.getLogger("tornado.general").setLevel(logging.CRITICAL)  # hides a missing user style sheet at each page
     from visdom.server.app import Application
 
     async def run_server() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        application = Application(port=port, base_url="", env_path=str(folder))
+        credential = _credential(user, folder) if user else None
+        application = Application(port=port, base_url="", env_path=str(folder), user_credential=credential)
         try:
             application.listen(port, address=host, max_buffer_size=1024**3)
         except OSError as error:
             raise UserError(f"--port {port}: cannot listen on {host} ({reason(error)}); give another --port") from None
-        if host not in LOOPBACK:
+        if host not in LOOPBACK and not user:
             print(f"WARNING: anyone who can reach {host}:{port} can read and change these pages without a password")
         print(f"visdom: http://{host}:{port}, environments in {folder}; press Ctrl-C to stop", flush=True)
         await asyncio.Event().wait()
