@@ -297,7 +297,8 @@ def test_the_server_returns_all_windows_of_a_replayed_run(server, tmp_path, caps
     dashboard.main(Dashboard(replay=run, url=server.url))
     assert capsys.readouterr().out == f"{page_url(server.url, environment_of(run))}\n"
     returned = server.windows(environment_of(run))
-    for name, window in run_windows(make_log(), tmp_path).items():
+    assert str(run) in returned["settings"]["content"]
+    for name, window in run_windows(make_log(), run).items():
         if returned[name]["type"] == "text":
             assert returned[name]["content"] == window["data"][0]["content"]
         else:

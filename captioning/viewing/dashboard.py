@@ -75,7 +75,8 @@ PLOTS = {  # window -> its curves
         Source("encoder", "epoch", "encoder_learning_rate"),
     ],
 }
-SHOWN_SETTINGS = (  # keys of the start event that are shown, in addition to config and versions
+SHOWN_SETTINGS = (  # keys of the start event that are shown, in addition to config and versions; and the run's folder
+    "folder",
     "time",
     "commit",
     "device",
@@ -99,7 +100,8 @@ def run_windows(events: list[dict], folder: Path) -> Windows:
     windows = {title: _plot(title, _curves(events, title)) for title in PLOTS}
     starts = [event for event in events if event["event"] == "start"]
     if starts:
-        windows["settings"] = _text_window("settings", _settings_html(starts[-1]))
+        start = {"folder": os.path.realpath(folder), **starts[-1]}
+        windows["settings"] = _text_window("settings", _settings_html(start))
     epochs = [event for event in events if event["event"] == "epoch"]
     if epochs:
         for number, entry in enumerate(epochs[-1].get("preview", []), start=1):
