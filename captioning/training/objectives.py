@@ -22,7 +22,6 @@ from captioning.dataset.batches import Batch
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders.protocol import DecoderOutput, HardSamples, upcast
 from captioning.encoders.grid import Grid
-from captioning.errors import UserError
 from captioning.search.beam_search import banned_ids
 from captioning.search.graphs import DecodingGraphs
 from captioning.search.sampling import deterministic, pack_sampled, sample, scheduled_sampling_forward
@@ -269,12 +268,12 @@ def make_cross_entropy(options: TrainingOptions, train: CaptionDataset) -> Cross
 def make_cider(options: TrainingOptions, train: CaptionDataset) -> Cider:
     """The factory of --objective cider. train: the references, and the document frequencies of their n-grams.
 
-    Raises UserError if every reward would be 0.
+    Prints a line if every reward will be 0.
     """
     reward = CiderReward(train)
     if reward.is_zero:
-        raise UserError(
-            "--objective cider: every reward would be 0: CIDEr-D weighs words by how few photos they describe, and the "
+        print(
+            "--objective cider: every reward will be 0: CIDEr-D weighs words by how few photos they describe, and the "
             f"train split of {options.data} has one photo, or the same captions for all; give more photos, or train "
             "with --objective cross-entropy"
         )
