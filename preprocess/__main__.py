@@ -189,14 +189,14 @@ def _build_vocabulary(
 
 
 def _check_words(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> None:
-    """Raise UserError if the tokenizer does not seem to split the captions: half of them are one word.
+    """Raise UserError if the tokenizer does not seem to split the captions: most of them are one word.
 
     Labels of one word are accepted if --tokenizer is given and the words are no longer than words are.
     """
     is_long = train.mean_letters > LANGUAGES[language].max_mean_letters
-    if train.length_quantile(0.5) > 1 or (config.tokenizer and not is_long):
+    if 2 * train.lengths[1] <= train.captions or (config.tokenizer and not is_long):
         return
-    problem = f"{config.data}: half of the captions are a single {'long ' if is_long else ''}word"
+    problem = f"{config.data}: most captions are a single {'long ' if is_long else ''}word"
     others = [name for name in (default_tokenizer(language), "character") if name != tokenizer]
     remedy = f"give --tokenizer {' or '.join(others)}"
     if not is_long:

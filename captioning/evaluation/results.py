@@ -105,9 +105,11 @@ class References:
     photos: list[Photo]
     language: str  # a name in preprocess.languages.LANGUAGES
     tokenizer: str
-    user_dictionary: tuple[str, ...]  # of jieba
-    cut_by_hand: bool  # the words are those between spaces, in a language that does not write them
-    texts: Mapping[str, Sequence[str]] | None  # the captions of each photo as they were written, if they are known
+    user_dictionary: tuple[str, ...] = ()  # of jieba
+    cut_by_hand: bool = False  # the words are those between spaces, in a language that does not write them
+    texts: Mapping[str, Sequence[str]] | None = (
+        None  # the captions of each photo as they were written, if they are known
+    )
 
     @property
     def tokenizer_text(self) -> str:
