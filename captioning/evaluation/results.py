@@ -107,9 +107,7 @@ class References:
     tokenizer: str
     user_dictionary: tuple[str, ...] = ()  # of jieba
     cut_by_hand: bool = False  # the words are those between spaces, in a language that does not write them
-    texts: Mapping[str, Sequence[str]] | None = (
-        None  # the captions of each photo as they were written, if they are known
-    )
+    texts: Mapping[str, Sequence[str]] | None = None  # of each photo, the captions as they were written, if known
 
     @property
     def tokenizer_text(self) -> str:
@@ -127,11 +125,11 @@ class References:
         If the references are cut by hand, captions keep their own cuts. Those without any are split by the tokenizer of
         the language: at whitespace, each would be a single word.
         """
-        if self.cut_by_hand and is_cut_by_hand(captions, self.language):
+        if not self.cut_by_hand:
+            return self.tokenizer
+        if 2 * sum(" " in caption.strip() for caption in captions) > len(captions):
             return "whitespace"
-        return (
-            default_tokenizer(self.language) if self.cut_by_hand and self.tokenizer == "whitespace" else self.tokenizer
-        )
+        return default_tokenizer(self.language) if self.tokenizer == "whitespace" else self.tokenizer
 
 
 def read_reference_photos(
