@@ -125,18 +125,20 @@ def _load_jieba() -> ModuleType:
     return jieba
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _load_dictionary(user_dictionary: tuple[str, ...]) -> Any:
     """A jieba.Tokenizer whose words are in lower case, as captions are, and which knows a user dictionary, too."""
     jieba = _load_jieba()
+    base = _load_dictionary(()) if user_dictionary else jieba.dt
     dictionary = jieba.Tokenizer()
-    dictionary.FREQ, dictionary.total, dictionary.initialized = dict(jieba.dt.FREQ), jieba.dt.total, True
-    for word, frequency in jieba.dt.FREQ.items():
-        if frequency and word != word.lower():
-            dictionary.add_word(word.lower(), frequency + dictionary.FREQ.get(word.lower(), 0))
+    dictionary.FREQ, dictionary.total, dictionary.initialized = dict(base.FREQ), base.total, True
     for entry in user_dictionary:
         word, _, frequency = entry.partition(" ")
         dictionary.add_word(word, frequency or None)
+    if not user_dictionary:
+        for word, frequency in base.FREQ.items():
+            if frequency and word != word.lower():
+                dictionary.add_word(word.lower(), frequency + dictionary.FREQ.get(word.lower(), 0))
     return dictionary
 
 
