@@ -20,11 +20,13 @@ from captioning.runtime.settings import check, check_fractions, check_min, flag,
 from captioning.search.options import SearchOptions
 from captioning.training.options import TrainingOptions
 from preprocess import TOKENIZERS
+from preprocess.languages import LANGUAGES
 
 if TYPE_CHECKING:
-    TokenizerName = str
+    TokenizerName = LanguageName = str
 else:  # the command line offers what is registered
     TokenizerName = Literal[tuple(TOKENIZERS)]
+    LanguageName = Literal[tuple(LANGUAGES)]
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ class Preprocess:
     val_share: float = 0.1  # fraction of the photos without a split that become val, by a hash of their ids
     test_share: float = 0.0  # fraction of the photos without a split that become test, by a hash of their ids
     scenes: int | None = None  # draw this many scenes with captions instead of reading annotations
-    language: Literal["zh", "en"] | None = None  # of the captions; detected unless given (with --scenes: zh)
-    tokenizer: TokenizerName | None = None  # splits captions into words; jieba for Chinese, else whitespace
-    min_count: int | None = None  # occurrences in train that a word of the vocabulary needs (zh: 2, en: 5)
+    # of the captions; seen from their script unless given (with --scenes: zh)
+    language: LanguageName | None = None
+    # splits captions into words; unless given jieba (zh), fugashi (ja), pythainlp (th) or whitespace, which also keeps
+    # the words of a Chinese, Japanese or Thai file that is cut by spaces
+    tokenizer: TokenizerName | None = None
+    user_dict: Path | None = None  # words that jieba must know: a word a line, and its frequency if that is known
+    min_count: int | None = None  # occurrences in train that a word of the vocabulary needs (zh: 2, others: 5)
     max_words: int = 10_000  # size of the vocabulary at most, without the four special words
     allow_missing: float = 0.01  # fraction of photos that may be missing on disk, and of captions that may be unusable
     workers: int = os.cpu_count() or 1  # processes that tokenize captions
@@ -69,6 +75,8 @@ class Preprocess:
             raise UserError("--val and --test require --train FILE IMAGES")
         if self.images and not self.source:
             raise UserError("--images requires --source PATH; the other flags take the image folder after the file")
+        if self.scenes and self.language not in (None, "zh", "en"):
+            raise UserError(f"--language {self.language}: scenes are captioned in zh and en; give one of them")
         if (self.test and self.test_share) or self.val_share + self.test_share >= 1:
             raise UserError("--test-share cannot be combined with --test, and with --val-share must stay below 1")
         check_min(self, 10, "scenes")
@@ -201,8 +209,9 @@ class Generate:
     animate: bool = False  # with --pictures: GIFs that show one word after the other, instead of PNGs
     score: tuple[Path, ...] = ()  # caption nothing: score this file of captions from any source; compare two files
     references: Path | None = None  # with --score: data/NAME, or an annotation file
-    # with --score: splits the captions and those of an annotation file into words; jieba for Chinese, else whitespace
+    # with --score: splits the captions and those of an annotation file into words; see python -m preprocess --help
     tokenizer: TokenizerName | None = None
+    user_dict: Path | None = None  # with --score and an annotation file: words that jieba must know; see there, too
     scores: Path | None = None  # write BLEU, ROUGE-L, CIDEr-D, METEOR and SPICE to this file (needs references)
     extremes: Path | None = None  # write a page of the 50 worst and 50 best captions by CIDEr-D (needs references)
     batch_size: int = 32  # photos captioned at once
@@ -220,6 +229,7 @@ class Generate:
         required = {
             "references": "score",
             "tokenizer": "score",
+            "user_dict": "score",
             "features": "data",
             "view": "pictures",
             "animate": "pictures",

@@ -59,7 +59,8 @@ from captioning.runtime.settings import as_plain_data
 from captioning.viewing.attention_plots import CaptionedImage, animate_attention, draw_attention
 from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page
 from config import Generate
-from preprocess.captions import Photo, read_captions
+from preprocess.captions import Photo, read_captions, read_texts
+from preprocess.user_dictionary import read_user_dictionary
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
 RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "views", "search")  # written with the scores
@@ -88,10 +89,11 @@ def caption_photos(config: Generate) -> None:
     check_supported(config, captioner)
     captioned = caption_all(config, captioner)
     language = captioner.vocabulary.language
-    tokenizer = captioner.vocabulary.tokenizer
     scores = None
     if config.data and (config.scores or config.csv or config.html or config.extremes):
-        scores = score_captions(captioned, language, tokenizer, java=bool(config.scores))
+        texts = read_texts(config.data, [photo.id for photo, _ in captioned]) if language == "en" else None
+        tokenizer = captioner.vocabulary.tokenizer_text
+        scores = score_captions(captioned, language, tokenizer, bool(config.scores), texts)
     if config.scores:
         print(scores)
     write_outputs(config, captioned, language, scores)
@@ -287,13 +289,16 @@ def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None
 
 def score_files(config: Generate) -> None:
     """Score one file of captions, or score two and compare them."""
-    photos, language, tokenizer = read_reference_photos(config.references, config.split, config.tokenizer)
-    captioned = [read_results(path, photos, tokenizer) for path in config.score]
+    user_dictionary = read_user_dictionary(config.user_dict) if config.user_dict else ()
+    references = read_reference_photos(config.references, config.split, config.tokenizer, user_dictionary)
+    captioned = [read_results(path, references) for path in config.score]
     check_same_photos(config.score, captioned)
     num_captions = len(captioned[0])
-    if num_captions < len(photos):
-        print(f"{config.score[0]}: has {num_captions:,} of the {len(photos):,} photos; the others are not scored")
-    scores = [score_captions(pairs, language, tokenizer) for pairs in captioned]
+    num_photos = len(references.photos)
+    if num_captions < num_photos:
+        print(f"{config.score[0]}: has {num_captions:,} of the {num_photos:,} photos; the others are not scored")
+    language = references.language
+    scores = [score_captions(pairs, language, references.tokenizer_text, texts=references.texts) for pairs in captioned]
     for path, path_scores in zip(config.score, scores, strict=True):
         print(f"{path}\n{path_scores}\n")
     if len(scores) == 1:

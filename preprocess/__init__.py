@@ -24,5 +24,7 @@ TOKENIZERS = Registry(
         "jieba": "preprocess.tokenizers:separate_with_jieba",
         "whitespace": "preprocess.tokenizers:separate_at_whitespace",
         "character": "preprocess.tokenizers:separate_characters",
+        "fugashi": "preprocess.tokenizers:separate_with_fugashi",
+        "pythainlp": "preprocess.tokenizers:separate_with_pythainlp",
     },
 )

@@ -1,4 +1,4 @@
-"""Stage 1a: annotation files -> data/NAME/captions.jsonl and vocab.json.
+"""Stage 1a: annotation files -> data/NAME/captions.jsonl, vocab.json and, in English, texts.jsonl.
 
 python -m preprocess data/aic --train ANN.json IMAGES --val ANN.json IMAGES
 python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
@@ -31,17 +31,19 @@ from captioning.runtime.files import locked
 from captioning.runtime.library_errors import reason
 from config import Preprocess
 from preprocess.annotations import SPLITS, Annotations, LeftOut, Record, read_annotations
-from preprocess.captions import CAPTIONS_FILE, Photo, stored_path, write_captions
+from preprocess.captions import CAPTIONS_FILE, TEXTS_FILE, Photo, stored_path, write_captions, write_texts
 from preprocess.columns import Columns
+from preprocess.languages import LANGUAGES, default_tokenizer, detect_language, is_cut_by_hand
 from preprocess.left_out import LEFT_OUT_FILE, WORDLESS, check_left_out, left_out_lines, write_left_out
 from preprocess.photos import Located, locate_photos, with_unique_ids
 from preprocess.report import SplitStats, split_table, vocabulary_line
 from preprocess.sources import read_source
 from preprocess.splits import assign_splits, check_splits
-from preprocess.tokenizers import default_tokenizer, detect_language, tokenize_all
+from preprocess.tokenizers import tokenize_all
+from preprocess.user_dictionary import read_user_dictionary
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
-DEFAULT_MIN_COUNT = {"zh": 2, "en": 5}
+DEFAULT_MIN_COUNT = {"zh": 2, "en": 5, "ja": 5, "th": 5}
 
 
 def main(config: Preprocess) -> None:
@@ -51,8 +53,9 @@ def main(config: Preprocess) -> None:
 
 
 def preprocess(config: Preprocess) -> None:
-    """Write captions.jsonl and vocab.json, and print a summary. Raises UserError."""
+    """Write captions.jsonl, vocab.json and, in English, texts.jsonl, and print a summary. Raises UserError."""
     started = time.monotonic()
+    user_dictionary = read_user_dictionary(config.user_dict) if config.user_dict else ()
     photos, left_out = _read_photos(config)
     existing = [photo.record for photo in photos if photo.file]
     missing = [LeftOut(photo.record.image, "no such photo", "photo") for photo in photos if not photo.file]
@@ -60,16 +63,20 @@ def preprocess(config: Preprocess) -> None:
     check_left_out(left_out, existing, config.allow_missing)
     captions = list(chain.from_iterable(record.captions for record in existing))
     language = config.language or detect_language(captions)
-    tokenizer = config.tokenizer or default_tokenizer(language)
+    tokenizer = config.tokenizer or _find_tokenizer(captions, language, user_dictionary)
     stats = {split: SplitStats() for split in SPLITS}
     with _draft_folder(config.data) as drafts:
-        with contextlib.closing(tokenize_all(captions, tokenizer, config.workers)) as tokenized:
+        with contextlib.closing(tokenize_all(captions, tokenizer, config.workers, user_dictionary)) as tokenized:
             write_captions(drafts / CAPTIONS_FILE, _tokenized_photos(config.data, existing, tokenized, stats, left_out))
-        vocabulary = _build_vocabulary(config, stats["train"], language, tokenizer)
+        vocabulary = _build_vocabulary(config, stats["train"], language, tokenizer, user_dictionary)
         vocabulary.save(drafts / VOCABULARY_FILE)
+        if language == "en":
+            write_texts(drafts / TEXTS_FILE, existing)
         _publish(drafts, config.data, config.overwrite)
     write_left_out(config.data, left_out)
-    print(f"{config.data}: language {language}, tokenizer {tokenizer}, {time.monotonic() - started:.1f} s")
+    print(
+        f"{config.data}: language {language}, tokenizer {vocabulary.tokenizer_text}, {time.monotonic() - started:.1f} s"
+    )
     print(split_table(stats, vocabulary))
     print(vocabulary_line(stats["train"].words, vocabulary, config.max_words))
     _print_left_out(stats, len(missing), len(existing), len(captions))
@@ -148,23 +155,53 @@ def _tokenized_photos(
             yield photo
 
 
-def _build_vocabulary(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> Vocabulary:
+def _find_tokenizer(captions: list[str], language: str, user_dictionary: tuple[str, ...]) -> str:
+    """The tokenizer of the language, or that which keeps the spaces of captions that are cut by hand."""
+    if user_dictionary or not is_cut_by_hand(captions, language):
+        return default_tokenizer(language)
+    print(
+        f"the captions are cut by spaces, which are kept: --tokenizer whitespace; give --tokenizer "
+        f"{default_tokenizer(language)} to cut them anew"
+    )
+    return "whitespace"
+
+
+def _build_vocabulary(
+    config: Preprocess, train: SplitStats, language: str, tokenizer: str, user_dictionary: tuple[str, ...]
+) -> Vocabulary:
     """The vocabulary of the train split. Raises UserError if it has no photos, or no word occurs often enough."""
     if not train.photos:
         source, *_ = config.karpathy or config.train or [config.source or "--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
-    if train.is_uncut:
-        raise UserError(
-            f"{config.data}: half of the captions are a single long word: the tokenizer {tokenizer} does not split "
-            "them; give --tokenizer jieba (Chinese) or --tokenizer character"
-        )
+    _check_words(config, train, language, tokenizer)
     min_count = config.min_count or DEFAULT_MIN_COUNT[language]
     vocabulary = Vocabulary.from_counts(
-        train.words, language=language, tokenizer=tokenizer, min_count=min_count, max_words=config.max_words
+        train.words,
+        language=language,
+        tokenizer=tokenizer,
+        min_count=min_count,
+        max_words=config.max_words,
+        user_dictionary=user_dictionary,
     )
     if len(vocabulary) == len(SPECIAL):
         raise UserError(f"no word occurs {min_count} times in train; give a lower --min-count, or more captions")
     return vocabulary
+
+
+def _check_words(config: Preprocess, train: SplitStats, language: str, tokenizer: str) -> None:
+    """Raise UserError if the tokenizer does not seem to split the captions: most of them are one word.
+
+    Labels of one word are accepted if --tokenizer is given and the words are no longer than words are.
+    """
+    is_long = train.mean_letters > LANGUAGES[language].max_mean_letters
+    if 2 * train.lengths[1] <= train.captions or (config.tokenizer and not is_long):
+        return
+    problem = f"{config.data}: most captions are a single {'long ' if is_long else ''}word"
+    others = [name for name in (default_tokenizer(language), "character") if name != tokenizer]
+    remedy = f"give --tokenizer {' or '.join(others)}"
+    if not is_long:
+        remedy += f", or --tokenizer {tokenizer} if they are to be single words"
+    raise UserError(f"{problem}: the tokenizer {tokenizer} does not split them; {remedy}")
 
 
 # ---- output
@@ -188,18 +225,21 @@ def _draft_folder(data: Path) -> Iterator[Path]:
 def _publish(drafts: Path, data: Path, overwrite: bool) -> None:
     """Move the files from `drafts` to `data`. Raises UserError if a file there differs and `overwrite` is off.
 
-    captions.jsonl is removed first and written last, so that a kill never leaves it with the vocabulary of other
-    captions. A vocabulary without captions.jsonl is left over from a kill and may be replaced.
+    captions.jsonl is removed first and written last, so that a kill never leaves it with the vocabulary or the texts of
+    other captions. A vocabulary without captions.jsonl is left over from a kill and may be replaced.
     """
+    names = [name for name in (VOCABULARY_FILE, TEXTS_FILE, CAPTIONS_FILE) if (drafts / name).exists()]
     if (data / CAPTIONS_FILE).exists():
-        changed = [name for name in (VOCABULARY_FILE, CAPTIONS_FILE) if _differs(drafts / name, data / name)]
+        changed = [name for name in names if _differs(drafts / name, data / name)]
         if changed and not overwrite:
             raise UserError(
                 f"{data / changed[0]}: made with other settings or annotations; replace it with --overwrite"
             )
         if changed:
             (data / CAPTIONS_FILE).unlink()
-    for name in (VOCABULARY_FILE, CAPTIONS_FILE):
+    if TEXTS_FILE not in names:
+        (data / TEXTS_FILE).unlink(missing_ok=True)  # of captions in another language
+    for name in names:
         os.replace(drafts / name, data / name)
 
 

@@ -1,4 +1,4 @@
-"""captions.jsonl: one line per photo, the only file that the later stages read captions from.
+"""captions.jsonl: one line per photo, the only file that the later stages read words from.
 
     {"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["one", "brown", "dog"]]}
 
@@ -6,6 +6,9 @@
 Files of earlier versions have paths relative to the folder that `python -m preprocess` ran in, usually one above the
 data folder. So where the photo's folder is not found from the file's own, it is looked for from each folder above it,
 and then from the working directory.
+
+English data sets also have texts.jsonl, {"id": "1", "texts": ["A dog.", "One brown dog!"]}: their captions as they were
+written, which scores by coco-caption's tokens need.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from pathlib import Path
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
 from captioning.runtime.library_errors import reason
-from preprocess.annotations import SPLITS
+from preprocess.annotations import SPLITS, Record
 
 CAPTIONS_FILE = "captions.jsonl"
+TEXTS_FILE = "texts.jsonl"
 KEYS = ["image", "id", "split", "captions"]
 
 
@@ -63,6 +67,46 @@ def write_captions(path: Path, photos: Iterable[Photo]) -> None:
         for photo in photos:
             line = {"image": photo.image, "id": photo.id, "split": photo.split, "captions": photo.captions}
             file.write(encode(line) + "\n")
+
+
+def write_texts(path: Path, records: Iterable[Record]) -> None:
+    """Write the captions of the records as they were written, one line each."""
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    with atomic_text(path) as file:
+        for record in records:
+            file.write(encode({"id": record.id, "texts": record.captions}) + "\n")
+
+
+def read_texts(folder: Path, ids: Iterable[str]) -> dict[str, tuple[str, ...]] | None:
+    """Read the captions of photos as they were written from `folder`/texts.jsonl, by photo.
+
+    Returns None where the file is missing or lacks a photo. Raises UserError where it is damaged.
+    """
+    path = folder / TEXTS_FILE
+    wanted = set(ids)
+    texts: dict[str, tuple[str, ...]] = {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                id, captions = _parse_texts(f"{path}:{number}", line)
+                if id in wanted:
+                    texts[id] = captions
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path and its permissions") from None
+    return texts if len(texts) == len(wanted) else None
+
+
+def _parse_texts(location: str, line: bytes) -> tuple[str, tuple[str, ...]]:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        data = None
+    is_valid = isinstance(data, dict) and data.keys() == {"id", "texts"} and isinstance(data["texts"], list)
+    if not is_valid or not all(isinstance(text, str) for text in [data["id"], *data["texts"]]):
+        raise UserError(f"{location}: not an object with the keys id, texts; delete the file, or preprocess again")
+    return data["id"], tuple(data["texts"])
 
 
 def read_captions(folder: Path) -> Iterator[Photo]:

@@ -11,7 +11,6 @@ from preprocess.captions import Photo
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
 HEADINGS = ("split", "photos", "captions", "words: median", "90 %", "99 %", "max", "unknown")
-UNCUT_LETTERS = 8  # a longer mean is that of sentences without spaces, not of words
 QUANTILES = (0.5, 0.9, 0.99, 1)  # of the caption lengths, in the order of the headings
 
 
@@ -46,10 +45,9 @@ class SplitStats:
         return 0
 
     @property
-    def is_uncut(self) -> bool:
-        """Whether the captions are sentences that the tokenizer did not split: half of them are one long word."""
-        letters = sum(len(word) * count for word, count in self.words.items())
-        return self.length_quantile(0.5) == 1 and letters > UNCUT_LETTERS * self.words.total()
+    def mean_letters(self) -> float:
+        """Letters per word."""
+        return sum(len(word) * count for word, count in self.words.items()) / max(self.words.total(), 1)
 
     def unknown_fraction(self, vocabulary: Vocabulary) -> float:
         """The fraction of the words that are not in the vocabulary."""

@@ -14,6 +14,8 @@ from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
 from captioning.runtime.library_errors import reason
 from preprocess import TOKENIZERS
+from preprocess.languages import LANGUAGES, separator
+from preprocess.tokenizers import describe_tokenizer, tokenize
 
 VOCABULARY_FILE = "vocab.json"
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -24,14 +26,16 @@ PAD, UNKNOWN, START, END = range(4)
 class Vocabulary:
     """The word with id i is `words[i]`; the first four are SPECIAL. Vocabularies with equal fields are equal.
 
-    language: "zh" or "en". tokenizer: the name of the tokenizer of the captions. min_count: how often a word had to
-    occur in train. Raises ValueError for invalid fields.
+    language: a name in LANGUAGES. tokenizer: the name of the tokenizer of the captions. min_count: how often a word had
+    to occur in train. user_dictionary: the entries of --user-dict, see preprocess.user_dictionary. Raises ValueError
+    for invalid fields.
     """
 
     language: str
     tokenizer: str
     min_count: int
     words: tuple[str, ...]
+    user_dictionary: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problem = _find_problem(self)
@@ -48,7 +52,14 @@ class Vocabulary:
 
     @classmethod
     def from_counts(
-        cls, counts: Counter[str], *, language: str, tokenizer: str, min_count: int, max_words: int
+        cls,
+        counts: Counter[str],
+        *,
+        language: str,
+        tokenizer: str,
+        min_count: int,
+        max_words: int,
+        user_dictionary: tuple[str, ...] = (),
     ) -> Vocabulary:
         """The special words, then the `max_words` most frequent words that occur at least `min_count` times.
 
@@ -56,7 +67,7 @@ class Vocabulary:
         """
         frequent = [word for word, count in counts.items() if count >= min_count and word not in SPECIAL]
         words = sorted(frequent, key=lambda word: (-counts[word], word))[:max_words]
-        return cls(language, tokenizer, min_count, SPECIAL + tuple(words))
+        return cls(language, tokenizer, min_count, SPECIAL + tuple(words), user_dictionary)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -76,20 +87,36 @@ class Vocabulary:
         return [self.words[id] for id in ids]
 
     def join(self, words: Iterable[str]) -> str:
-        """The words as running text: without spaces in Chinese, with spaces in English."""
-        return ("" if self.language == "zh" else " ").join(words)
+        """The words as running text, with spaces if the language has them or the captions were cut by them."""
+        return separator(self.language, self.tokenizer).join(words)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text, split as the captions of the data set were."""
+        return tokenize(text, self.tokenizer, self.user_dictionary)
+
+    @property
+    def tokenizer_text(self) -> str:
+        """The tokenizer, and that it has a user dictionary, for people."""
+        return describe_tokenizer(self.tokenizer, self.user_dictionary)
 
     def to_dict(self) -> dict:
-        """JSON-ready data, for vocab.json and checkpoints."""
-        return {**asdict(self), "words": list(self.words)}
+        """JSON-ready data, for vocab.json and checkpoints. There is no key user_dictionary if it is empty."""
+        data = {**asdict(self), "words": list(self.words), "user_dictionary": list(self.user_dictionary)}
+        if not self.user_dictionary:
+            del data["user_dictionary"]
+        return data
 
     @classmethod
     def from_dict(cls, data: object) -> Vocabulary:
         """The inverse of `to_dict`. Raises ValueError for data that is not a vocabulary."""
-        keys = list(cls.__dataclass_fields__)
-        if not isinstance(data, dict) or data.keys() != set(keys) or not isinstance(data["words"], (list, tuple)):
+        keys = [key for key in cls.__dataclass_fields__ if key != "user_dictionary"]
+        if not isinstance(data, dict) or data.keys() - {"user_dictionary"} != set(keys):
             raise ValueError(f"not a vocabulary (an object with the keys {', '.join(keys)}, words a list)")
-        return cls(**{**data, "words": tuple(data["words"])})
+        lists = {"words": data["words"], "user_dictionary": data.get("user_dictionary", ())}
+        for key, value in lists.items():
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"not a vocabulary (an object with the keys {', '.join(keys)}, {key} a list)")
+        return cls(**{**data, **{key: tuple(value) for key, value in lists.items()}})
 
     def save(self, path: Path) -> None:
         """Write vocab.json atomically."""
@@ -117,15 +144,17 @@ class Vocabulary:
 
 def _find_problem(vocabulary: Vocabulary) -> str | None:
     """What is wrong with the fields, for an error message; None if they are valid."""
-    if vocabulary.language not in ("zh", "en"):
-        return f"language {vocabulary.language!r} is neither zh nor en"
-    if vocabulary.tokenizer not in list(TOKENIZERS):  # a list: what a file holds may not be hashable
+    if vocabulary.language not in list(LANGUAGES):  # a list: what a file holds may not be hashable
+        return f"language {vocabulary.language!r} is none of {', '.join(LANGUAGES)}"
+    if vocabulary.tokenizer not in list(TOKENIZERS):
         return f"tokenizer {vocabulary.tokenizer!r} is none of {', '.join(TOKENIZERS)}"
     if type(vocabulary.min_count) is not int or vocabulary.min_count < 1:
         return f"min_count {vocabulary.min_count!r} is not an integer of at least 1"
     words = vocabulary.words
-    if not all(type(word) is str and word for word in words):
+    if not all(type(word) is str and word for word in words + vocabulary.user_dictionary):
         return "a word is not text, or is empty"
+    if vocabulary.user_dictionary and vocabulary.tokenizer != "jieba":
+        return f"a user dictionary is jieba's, not one of the tokenizer {vocabulary.tokenizer}"
     if words[: len(SPECIAL)] != SPECIAL:
         return f"the first words are not {' '.join(SPECIAL)}"
     if len(set(words)) < len(words):

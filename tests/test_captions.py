@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioning.errors import UserError
-from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, stored_path, write_captions
+from preprocess.annotations import Record
+from preprocess.captions import (
+    CAPTIONS_FILE,
+    TEXTS_FILE,
+    Photo,
+    read_captions,
+    read_texts,
+    stored_path,
+    write_captions,
+    write_texts,
+)
 
 LINE = {"image": "photos/1.jpg", "id": "1", "split": "train", "captions": [["a", "dog"], ["狗"]]}
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
@@ -157,3 +167,19 @@ def test_a_written_path_leads_back_to_its_photo(tmp_path, monkeypatch):
     assert stored_path("images/1.jpg", "data/x") == "../../images/1.jpg"
     assert stored_path("images/1.jpg", "data/linked") == f"{tmp_path}/images/1.jpg"
     assert stored_path("/images/1.jpg", "data/x") == "/images/1.jpg"
+
+
+def test_texts_are_read_for_some_photos_or_none_are_known(tmp_path):
+    assert read_texts(tmp_path, ["1"]) is None
+    write_texts(
+        tmp_path / TEXTS_FILE, [Record("1.jpg", "1", "val", ("A dog's.", "狗\n")), Record("2", "2", "", ("a",))]
+    )
+    assert read_texts(tmp_path, ["1"]) == {"1": ("A dog's.", "狗\n")}
+    assert read_texts(tmp_path, ["1", "3"]) is None
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"id": "1"}', '{"id": 1, "texts": []}', '{"id": "1", "texts": [2]}'])
+def test_a_bad_line_of_texts_is_named_by_its_number(line, tmp_path):
+    (tmp_path / TEXTS_FILE).write_text('{"id": "2", "texts": []}\n' + line)
+    with pytest.raises(UserError, match="texts.jsonl:2: not an object with the keys id, texts"):
+        read_texts(tmp_path, ["1"])

@@ -11,7 +11,8 @@ from captioning.runtime import command_line
 from config import Preprocess
 from preprocess.__main__ import main
 from preprocess.annotations import Record
-from preprocess.captions import read_captions
+from preprocess.captions import read_captions, read_texts
+from preprocess.languages import default_tokenizer
 from preprocess.vocabulary import UNKNOWN, Vocabulary
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -58,7 +59,8 @@ def test_both_files_are_written_and_nothing_else(tmp_path, images):
     ]
     assert photos[0].image == str(images / "1.jpg")
     assert vocabulary.words[4:] == ("a", "dog", "cat", "the")
-    assert sorted(contents(tmp_path / "data")) == ["captions.jsonl", "vocab.json"]
+    assert sorted(contents(tmp_path / "data")) == ["captions.jsonl", "texts.jsonl", "vocab.json"]
+    assert read_texts(tmp_path / "data", ["3.jpg", "1.jpg"]) == {"1.jpg": ("A dog.", "The dog!"), "3.jpg": ("A bird",)}
 
 
 def test_a_word_seen_only_in_val_is_unknown(tmp_path, images):
@@ -105,7 +107,7 @@ def test_chinese_is_detected_and_tokenized_by_jieba(tmp_path, images):
     train = annotations(images, {"1.jpg": ["一个穿T恤的男人，在跑。"]})
     val = annotations(images, {"2.jpg": ["一只狗"]}, "val.json")
     photos, vocabulary = preprocess(tmp_path / "data", train=train, val=val)
-    assert photos[0].captions == (("一个", "穿", "T恤", "的", "男人", "在", "跑"),)
+    assert photos[0].captions == (("一个", "穿", "t恤", "的", "男人", "在", "跑"),)
     assert (vocabulary.language, vocabulary.tokenizer) == ("zh", "jieba")
 
 
@@ -113,7 +115,8 @@ def test_chinese_is_detected_and_tokenized_by_jieba(tmp_path, images):
 def test_the_minimum_count_is_two_in_chinese_and_five_in_english(tmp_path, images, language, word, rare, times):
     train = annotations(images, {"1.jpg": [word] * times + [rare] * (times - 1)})
     val = annotations(images, {"2.jpg": [rare]}, "val.json")
-    _, vocabulary = preprocess(tmp_path / "data", train=train, val=val, min_count=None)
+    tokenizer = default_tokenizer(language)  # given, single words are accepted
+    _, vocabulary = preprocess(tmp_path / "data", train=train, val=val, min_count=None, tokenizer=tokenizer)
     assert vocabulary.words[4:] == (word,) and vocabulary.language == language
 
 
@@ -181,14 +184,45 @@ def test_a_vocabulary_without_words_is_refused(tmp_path, images):
 def test_captions_that_the_tokenizer_does_not_split_are_refused_with_its_flag(tmp_path, images):
     train = annotations(images, {f"{i}.jpg": [f"一个男人和两只狗在草地上跑{i}"] for i in range(9)})
     with pytest.raises(
-        UserError, match="half of the captions are a single long word: .* whitespace .* --tokenizer jieba"
+        UserError, match="most captions are a single long word: .* whitespace .* --tokenizer jieba or character$"
     ):
         preprocess(tmp_path / "data", train=train, tokenizer="whitespace")
 
 
-def test_captions_of_a_single_short_word_are_accepted(tmp_path, images):
-    photos, _ = preprocess(tmp_path / "data", train=annotations(images, {f"{i}.jpg": ["dog"] for i in range(9)}))
+def test_captions_of_a_single_word_are_refused_unless_their_tokenizer_is_given(tmp_path, images):
+    train = annotations(images, {f"{i}.jpg": ["dog", "dogs", "two dogs"] for i in range(9)})
+    with pytest.raises(UserError, match="--tokenizer character, or --tokenizer whitespace if they are to be single"):
+        preprocess(tmp_path / "data", train=train)
+    photos, _ = preprocess(tmp_path / "data", train=train, tokenizer="whitespace")
     assert len(photos) == 9
+    short = annotations(images, {f"{i}.jpg": ["红色汽车"] for i in range(9)})
+    with pytest.raises(UserError, match="single long word"):
+        preprocess(tmp_path / "short", train=short, tokenizer="whitespace")
+
+
+def test_captions_cut_by_hand_keep_their_cuts_unless_a_tokenizer_is_given(tmp_path, images, capsys):
+    train = annotations(images, {"1.jpg": ["一只 小 狗 在 草地 上"], "2.jpg": ["两个 男 人 在 奔跑"]})
+    photos, vocabulary = preprocess(tmp_path / "data", train=train)
+    assert photos[0].captions == (("一只", "小", "狗", "在", "草地", "上"),)
+    assert (vocabulary.language, vocabulary.tokenizer) == ("zh", "whitespace")
+    assert "cut by spaces, which are kept" in capsys.readouterr().out
+    photos, vocabulary = preprocess(tmp_path / "again", train=train, tokenizer="jieba")
+    assert vocabulary.tokenizer == "jieba"
+
+
+def test_a_user_dictionary_is_kept_in_the_vocabulary_and_cuts_captions(tmp_path, images):
+    (tmp_path / "words.txt").write_text("遛狗绳 20\n", "utf-8")
+    train = annotations(images, {"1.jpg": ["一只狗在遛狗绳边"], "2.jpg": ["一个遛狗绳"]})
+    photos, vocabulary = preprocess(tmp_path / "data", train=train, user_dict=tmp_path / "words.txt")
+    assert "遛狗绳" in photos[0].captions[0] and vocabulary.user_dictionary == ("遛狗绳 20",)
+    assert vocabulary.tokenize("遛狗绳边") == ["遛狗绳", "边"]
+
+
+def test_texts_of_captions_in_another_language_are_removed(tmp_path, images):
+    preprocess(tmp_path / "data", train=annotations(images, many(9)))
+    chinese = annotations(images, many(9, "一只狗"), "zh.json")
+    preprocess(tmp_path / "data", train=chinese, overwrite=True)
+    assert sorted(contents(tmp_path / "data")) == ["captions.jsonl", "vocab.json"]
 
 
 def test_the_summary_has_the_right_figures(tmp_path, images, capsys):

@@ -31,8 +31,9 @@ from preprocess.drawing import (
     draw,
     random_scene,
 )
+from preprocess.languages import default_tokenizer
 from preprocess.scenes import WORDS, draw_scenes, is_true, named_objects, parse, read_scenes
-from preprocess.tokenizers import default_tokenizer, tokenize
+from preprocess.tokenizers import tokenize
 
 LANGUAGES = ["zh", "en"]
 RED = SceneObject("circle", "red", "big", (0.1, 0.3, 0.46, 0.66))

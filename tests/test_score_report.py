@@ -1,6 +1,7 @@
 """Score reports: protocols, caption statistics and comparisons, on captions of known quality and on real ones."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captioning.caption import CaptionResult
 from captioning.evaluation import java_metrics, score_report
+from captioning.evaluation.coco_tokens import coco_tokens
 from captioning.evaluation.metrics import aggregate, score
 from captioning.evaluation.results import read_reference_photos, read_results
 from captioning.evaluation.score_report import (
@@ -122,10 +124,10 @@ def test_the_challenge_drops_full_stops_and_tokenizes_the_text_again():
 
 def test_the_challenges_sample_scores_like_its_evaluation_written_out(shared):
     folder = shared / "ai_challenger"
-    photos, language, tokenizer = read_reference_photos(folder / "id_to_words.json", "val", None)
-    assert (len(photos), language, tokenizer) == (3, "zh", "jieba")
-    captions = read_results(folder / "id_to_test_caption.json", photos, tokenizer)
-    found = aggregate(score_captions(captions, language, tokenizer, java=False).stats["ai-challenger"])
+    read = read_reference_photos(folder / "id_to_words.json", "val")
+    assert (len(read.photos), read.language, read.tokenizer, read.cut_by_hand) == (3, "zh", "jieba", True)
+    captions = read_results(folder / "id_to_test_caption.json", read)
+    found = aggregate(score_captions(captions, read.language, read.tokenizer, java=False).stats["ai-challenger"])
 
     references, names = {}, {}
     sample = json.loads((folder / "id_to_words.json").read_text("utf-8"))
@@ -141,6 +143,58 @@ def test_the_challenges_sample_scores_like_its_evaluation_written_out(shared):
     rouge, cider = (scorer.compute_score(references, candidates)[0] for scorer in (Rouge(), Cider()))
     expected = [*Bleu(4).compute_score(references, candidates, verbose=0)[0], rouge, cider]
     np.testing.assert_allclose(found, 100 * np.array(expected), atol=1e-6)
+
+
+# ---- coco-caption's own tokens
+
+
+@pytest.mark.parametrize(
+    "caption, tokens",
+    [
+        ("A man's T-shirt (red), and the dogs' toys.", "a man 's t-shirt -lrb- red -rrb- and the dogs toys"),
+        ("It isn't, can't; cannot -- they'll gonna go!", "it is n't ca n't can not they 'll gon na go"),
+        ("Mr. Smith of St. Louis, in the U.S. at 5 p.m.", "mr. smith of st. louis in the u.s. at 5 p.m."),
+        ('A "STOP" sign: 5:30pm, 1,000 dogs; $5, 50%!!', "a stop sign 5:30 pm 1,000 dogs $ 5 50 % !!"),
+        ("plan B. It is O'Brien’s #41 at AT&T and/or h&m", "plan b it is o'brien 's # 41 at at&t and/or h & m"),
+        ("<unk> dog... grass.A cat – 22 3/4", "<unk> dog grass.a cat 22 3/4"),
+        ("... !", ""),
+    ],
+)
+def test_coco_tokens_are_those_of_the_penn_treebank_without_punctuation(caption, tokens):
+    assert coco_tokens(caption) == tokens.split()
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="the PTB tokenizer needs Java")
+def test_coco_tokens_equal_the_java_tokenizer_on_flickr8k_and_coco(shared, times):
+    """In the suite on those of COCO with more than letters; under --torture on all, 60,007 different ones.
+
+    Between them is a word: see captioning/evaluation/coco_tokens.py.
+    """
+    texts = set()
+    for file in (shared / "coco_mini/annotations").glob("*.json"):
+        texts |= {annotation["caption"] for annotation in json.loads(file.read_text("utf-8"))["annotations"]}
+    if times(False, True):
+        images = json.loads((shared / "flickr8k/dataset_flickr8k.json").read_text("utf-8"))["images"]
+        texts |= {sentence["raw"] for image in images for sentence in image["sentences"]}
+    texts = sorted(text for text in texts if times(re.search(r"[^a-zA-Z\s.,-]", text), True))
+    assert len(texts) > times(400, 60_000)
+    java = PTBTokenizer().tokenize({i: [{"caption": text}, {"caption": "x"}] for i, text in enumerate(texts)})
+    assert [coco_tokens(text) for text in texts] == [java[i][0].split() for i in range(len(texts))]
+
+
+def test_english_is_also_scored_by_coco_tokens_if_its_texts_are_known():
+    photo, caption = captioned("1", "a mans dog".split(), ("a", "mans", "dog"), separator=" ")
+    scores = score_captions([(photo, caption)], "en", "whitespace", java=False, texts={"1": ["A man's dog.", "..."]})
+    assert list(scores.stats) == ["word", "coco"] and "by coco" in str(scores)
+    assert scores.stats["coco"][0, 0] == 2, "a and dog: mans is not man 's"
+    without = score_captions([(photo, caption)], "en", "whitespace", java=False)
+    assert list(without.stats) == ["word"] and "run python -m preprocess again" in str(without)
+
+
+def test_languages_without_a_list_of_function_words_have_no_fraction_of_bad_endings():
+    scores = score_captions([captioned("1", ["赤い", "車"], ("赤い", "車"))], "ja", "fugashi", java=False)
+    assert scores.caption_stats.function_word_endings is None and list(scores.stats) == ["word", "character"]
+    assert "-" in str(scores).splitlines()[-1]
 
 
 # ---- comparisons

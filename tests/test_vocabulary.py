@@ -59,9 +59,17 @@ def test_words_in_the_vocabulary_survive_encoding_and_decoding(captions):
         assert vocabulary.decode(vocabulary.encode(caption)) == expected
 
 
-def test_chinese_is_joined_without_spaces_and_english_with():
-    assert build([["狗"]], language="zh").join(["一只", "狗"]) == "一只狗"
+def test_words_are_joined_as_their_language_or_their_captions_are_written():
+    words = ("一只", "狗")
+    assert Vocabulary("zh", "jieba", 1, SPECIAL).join(words) == "一只狗"
+    assert Vocabulary("zh", "whitespace", 1, SPECIAL).join(words) == "一只 狗", "cut by hand"
     assert build([["dog"]]).join(["a", "dog"]) == "a dog"
+
+
+def test_a_user_dictionary_survives_saving_and_loading(tmp_path):
+    vocabulary = Vocabulary("zh", "jieba", 1, SPECIAL, ("狗绳 3", "遛狗绳"))
+    vocabulary.save(tmp_path / "vocab.json")
+    assert Vocabulary.load(tmp_path / "vocab.json") == vocabulary == Vocabulary.from_dict(vocabulary.to_dict())
 
 
 def test_a_vocabulary_survives_saving_and_loading(tmp_path):
@@ -84,7 +92,10 @@ GOOD = {"language": "en", "tokenizer": "whitespace", "min_count": 5, "words": [*
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"language": "fr"}, "language 'fr'"),
+        ({"language": "fr"}, "language 'fr' is none of en, zh, ja, th"),
+        ({"user_dictionary": "狗绳"}, "user_dictionary a list"),
+        ({"user_dictionary": [1], "tokenizer": "jieba"}, "a word is not text"),
+        ({"user_dictionary": ["狗绳"]}, "a user dictionary is jieba's, not one of the tokenizer whitespace"),
         ({"tokenizer": ["jieba"]}, "tokenizer"),
         ({"min_count": 0}, "min_count 0"),
         ({"min_count": True}, "min_count True"),

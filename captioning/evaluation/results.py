@@ -12,7 +12,9 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,9 @@ from captioning.evaluation.photo_names import Match, PhotoFinder, check_found, p
 from captioning.evaluation.score_report import CaptionedPhotos
 from captioning.runtime.files import atomic_text
 from preprocess.annotations import read_json, read_references
-from preprocess.captions import Photo, read_captions
-from preprocess.tokenizers import default_tokenizer, detect_language, tokenize
+from preprocess.captions import Photo, read_captions, read_texts
+from preprocess.languages import LANGUAGES, default_tokenizer, detect_language, is_cut_by_hand
+from preprocess.tokenizers import describe_tokenizer, tokenize_all
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 
 INTEGER = re.compile("0|[1-9][0-9]{0,99}")  # an id that COCO writes as a number
@@ -92,47 +95,102 @@ def write_csv(path: Path, captioned: CaptionedPhotos, per_caption: np.ndarray | 
 # ---- reading
 
 
-def read_reference_photos(references: Path, split: str, tokenizer: str | None) -> tuple[list[Photo], str, str]:
+@dataclass(frozen=True)
+class References:
+    """Photos with reference captions, and how these were split into words."""
+
+    photos: list[Photo]
+    language: str  # a name in preprocess.languages.LANGUAGES
+    tokenizer: str
+    user_dictionary: tuple[str, ...] = ()  # of jieba
+    cut_by_hand: bool = False  # the words are those between spaces, in a language that does not write them
+    texts: Mapping[str, Sequence[str]] | None = None  # of each photo, the captions as they were written, if known
+
+    @property
+    def tokenizer_text(self) -> str:
+        """The tokenizer for people."""
+        return describe_tokenizer(self.tokenizer, self.user_dictionary)
+
+    def tokenize(self, captions: Sequence[str]) -> Iterable[list[str]]:
+        """The words of captions of any system, split by `tokenizer_of`."""
+        tokenizer = self.tokenizer_of(captions)
+        return tokenize_all(captions, tokenizer, user_dictionary=self.user_dictionary if tokenizer == "jieba" else ())
+
+    def tokenizer_of(self, captions: Sequence[str]) -> str:
+        """The tokenizer of captions of any system: that of the references.
+
+        If the references are cut by hand, captions keep their own cuts. Those without any are split by the tokenizer of
+        the language: at whitespace, each would be a single word.
+        """
+        if not self.cut_by_hand:
+            return self.tokenizer
+        if 2 * sum(" " in caption.strip() for caption in captions) > len(captions):
+            return "whitespace"
+        return default_tokenizer(self.language) if self.tokenizer == "whitespace" else self.tokenizer
+
+
+def read_reference_photos(
+    path: Path, split: str, tokenizer: str | None = None, user_dictionary: tuple[str, ...] = ()
+) -> References:
     """Read photos with reference captions: a split of data/NAME, or an annotation file.
 
-    tokenizer: for the captions of an annotation file, unless they are already tokenized (with spaces between Chinese
-    words, like AI Challenger's own references); None: the default of their language. Returns photos, language and
-    tokenizer. Raises UserError if the references cannot be read, or a tokenizer is given for data/NAME.
+    tokenizer, user_dictionary: for the captions of an annotation file, unless they are already tokenized (with spaces
+    between Chinese words, like AI Challenger's own references); None: the default of their language. Raises UserError
+    if the references cannot be read, or a tokenizer is given for data/NAME.
     """
-    if references.is_dir():
-        if tokenizer:
-            raise UserError(
-                f"--tokenizer requires an annotation file; the captions of {references} are already tokenized"
-            )
-        vocabulary = Vocabulary.load(references / VOCABULARY_FILE)
-        photos = photos_in_split(list(read_captions(references)), split, references)
-        return photos, vocabulary.language, vocabulary.tokenizer
-    return _read_annotation_file(references, split, tokenizer)
+    if not path.is_dir():
+        return _read_annotation_file(path, split, tokenizer, user_dictionary)
+    if tokenizer or user_dictionary:
+        given = "--tokenizer" if tokenizer else "--user-dict"
+        raise UserError(f"{given} requires an annotation file; the captions of {path} are already tokenized")
+    vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
+    photos = photos_in_split(list(read_captions(path)), split, path)
+    cut_by_hand = vocabulary.tokenizer == "whitespace" and not LANGUAGES[vocabulary.language].has_spaces
+    texts = read_texts(path, [photo.id for photo in photos]) if vocabulary.language == "en" else None
+    return References(
+        [_in_lower_case(photo) for photo in photos],
+        vocabulary.language,
+        vocabulary.tokenizer,
+        vocabulary.user_dictionary,
+        cut_by_hand,
+        texts,
+    )
 
 
-def _read_annotation_file(path: Path, split: str, tokenizer: str | None) -> tuple[list[Photo], str, str]:
+def _in_lower_case(photo: Photo) -> Photo:
+    """The photo with its captions in lower case: in data sets of before, jieba kept capitals."""
+    return replace(photo, captions=tuple(tuple(word.lower() for word in words) for words in photo.captions))
+
+
+def _read_annotation_file(
+    path: Path, split: str, tokenizer: str | None, user_dictionary: tuple[str, ...]
+) -> References:
     records = read_references(path, split)
-    texts = [caption for record in records for caption in record.captions]
-    language = detect_language(texts)
+    all_texts = [text for record in records for text in record.captions]
+    language = detect_language(all_texts)
+    cut_by_hand = is_cut_by_hand(all_texts, language)
     tokenizer = tokenizer or default_tokenizer(language)
-    is_tokenized = language == "zh" and 2 * sum(" " in text.strip() for text in texts) > len(texts)
-    reference_tokenizer = "whitespace" if is_tokenized else tokenizer
+    if cut_by_hand:
+        words = tokenize_all(all_texts, "whitespace")
+    else:
+        words = tokenize_all(all_texts, tokenizer, user_dictionary=user_dictionary)
     photos = []
     for record in records:
-        captions = [tuple(tokenize(text, reference_tokenizer)) for text in record.captions]
-        captions = [words for words in captions if words]
+        captions = tuple(map(tuple, filter(None, islice(words, len(record.captions)))))
         if captions:
-            photos.append(Photo(record.image, record.id, split, tuple(captions)))
-    return photos, language, tokenizer
+            photos.append(Photo(record.image, record.id, split, captions))
+    texts = {record.id: record.captions for record in records}
+    return References(photos, language, tokenizer, user_dictionary, cut_by_hand, texts)
 
 
-def read_results(path: Path, photos: Sequence[Photo], tokenizer: str) -> list[tuple[Photo, CaptionResult]]:
+def read_results(path: Path, references: References) -> list[tuple[Photo, CaptionResult]]:
     """Read the captions of COCO results or of a submission, and print how its image_ids were understood.
 
-    photos: those with references. An image_id may be the photo's id, the end of its path, its file name or its number:
-    see `captioning.evaluation.photo_names`. Returns the photos that have a caption, in the order of `photos`, with
+    An image_id may be the photo's id, the end of its path, its file name or its number: see
+    `captioning.evaluation.photo_names`. Returns the photos that have a caption, in the order of the references, with
     their captions. Raises UserError if the file is damaged, names a photo twice, or names a photo without references.
     """
+    photos = references.photos
     entries = _read_entries(path)
     finder = PhotoFinder(photos)
     matches = {name: finder.find(name) for name in entries}
@@ -144,13 +202,14 @@ def read_results(path: Path, photos: Sequence[Photo], tokenizer: str) -> list[tu
         if other != name:
             raise UserError(f"{path}: a photo occurs under two names, {other} and {name}; keep one caption per photo")
     print(f"{path}: image_ids were found by {_ways(matches)}")
-    captioned = []
-    for photo in photos:
-        if photo.id in name_of:
-            entry = entries[name_of[photo.id]]
-            words = tokenize(entry["caption"], tokenizer)
-            captioned.append((photo, CaptionResult(entry["caption"], words, finished=entry.get("finished"))))
-    return captioned
+    captioned = [(photo, entries[name_of[photo.id]]) for photo in photos if photo.id in name_of]
+    texts = [entry["caption"] for _, entry in captioned]
+    if references.cut_by_hand and (tokenizer := references.tokenizer_of(texts)) != "whitespace":
+        print(f"{path}: captions without spaces, split by {tokenizer}; the words of the references are cut by hand")
+    return [
+        (photo, CaptionResult(text, words, finished=entry.get("finished")))
+        for (photo, entry), text, words in zip(captioned, texts, references.tokenize(texts), strict=True)
+    ]
 
 
 def _ways(matches: dict[str, Match]) -> str:

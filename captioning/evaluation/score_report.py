@@ -3,7 +3,9 @@
 A protocol says how captions and references are tokenized before they are compared. Scores depend on it:
 
     word            the words of the tokenizer
-    character       Chinese: every character is a token; a run of Latin letters or digits stays one
+    coco            English: the tokens of coco-caption, from the captions as they were written, so that scores compare
+                    with published ones. The words of the tokenizer lack apostrophes: mans for man 's
+    character       languages without spaces: every character is a token; a run of Latin letters or digits stays one
     ai-challenger   Chinese: the evaluation of AI Challenger 2017. The caption loses its 。 and is tokenized by jieba's
                     precise mode; references keep their tokens. All pass through coco-caption's PTB tokenizer, which in
                     Chinese only lowers the case and drops its punctuation and PTB_QUOTES (tested on real captions)
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
 from captioning.caption import CaptionResult
+from captioning.evaluation.coco_tokens import coco_tokens
 from captioning.evaluation.java_metrics import meteor_score, spice_score
 from captioning.evaluation.metrics import (
     METRICS,
@@ -34,13 +37,18 @@ from captioning.evaluation.metrics import (
     per_image_stats,
     uninformative,
 )
-from preprocess.captions import Photo
+from preprocess.captions import TEXTS_FILE, Photo
+from preprocess.languages import LANGUAGES
 from preprocess.tokenizers import jieba_cut
 
 CaptionedPhotos = Sequence[tuple[Photo, CaptionResult]]
 Comparison = dict[str, dict[str, dict[str, Any]]]  # protocol -> metric -> difference, interval, better
 
 PTB_QUOTES = "“”‘’"  # the PTB tokenizer writes them as '' and `, and drops those
+NO_TEXTS = (
+    f"not scored by coco-caption's tokens, as published scores are: the data set lacks {TEXTS_FILE}; to make it, run "
+    "python -m preprocess again with the same settings"
+)
 # Words that rarely end a caption: 0.6 % of Flickr8k's 35,000 English captions and 0.1 % of the Chinese ones end in one.
 # Words that may end a caption, such as by, over or 上 (on), are not included.
 FUNCTION_WORDS = {
@@ -71,14 +79,18 @@ class Protocol:
     """How captions and references are tokenized before they are compared."""
 
     tokenize_caption: Callable[[CaptionResult], Sequence[str]]
-    tokenize_reference: Callable[[Sequence[str]], Sequence[str]]  # from the words of the data set
+    tokenize_reference: Callable[
+        [Any], Sequence[str]
+    ]  # from the words of the data set, or with from_text from the text
+    from_text: bool = False
 
 
 PROTOCOLS = {
     "word": Protocol(lambda caption: caption.words, list),
+    "coco": Protocol(lambda caption: coco_tokens(caption.text), coco_tokens, from_text=True),
     "character": Protocol(lambda caption: by_character(caption.words), by_character),
     "ai-challenger": Protocol(
-        lambda caption: by_challenge(jieba_cut(caption.text.replace("。", ""))),
+        lambda caption: by_challenge(jieba_cut("".join(caption.text.split()).replace("。", ""))),
         by_challenge,
     ),
 }
@@ -92,21 +104,23 @@ class CaptionStats:
     vocabulary: int  # number of different words
     distinct: float  # number of different captions / number of captions
     repeated_words: float  # fraction of words that occur earlier in their caption
-    function_word_endings: float  # fraction of captions that end in a function word, a known flaw of CIDEr optimisation
+    # fraction of captions that end in a function word, a known flaw of CIDEr optimisation; None for ja and th
+    function_word_endings: float | None
     unfinished: float | None = None  # fraction of captions truncated at the maximum length; None if unknown
 
     @classmethod
     def compute(cls, captions: Sequence[Sequence[str]], language: str, unfinished: float | None = None) -> CaptionStats:
-        """Compute the statistics of one caption or more, given in words. language: "en" or "zh"."""
+        """Compute the statistics of one caption or more, given in words. language: a name in LANGUAGES."""
         total = sum(len(words) for words in captions)
         repeated = sum(len(words) - len(set(words)) for words in captions)
-        endings = sum(bool(words) and words[-1] in FUNCTION_WORDS[language] for words in captions)
+        function_words = FUNCTION_WORDS.get(language, frozenset())
+        endings = sum(bool(words) and words[-1] in function_words for words in captions)
         return cls(
             words=total / len(captions),
             vocabulary=len({word for words in captions for word in words}),
             distinct=len({tuple(words) for words in captions}) / len(captions),
             repeated_words=repeated / max(1, total),
-            function_word_endings=endings / len(captions),
+            function_word_endings=endings / len(captions) if function_words else None,
             unfinished=unfinished,
         )
 
@@ -121,6 +135,7 @@ class Scores:
     uninformative: dict[str, dict[str, str]]  # protocol -> metrics that say nothing about the captions, and why
     caption_stats: CaptionStats
     reference_stats: CaptionStats
+    notes: Sequence[str] = ()  # what could not be scored, and why
 
     @functools.cached_property
     def resampled(self) -> dict[str, np.ndarray]:
@@ -169,9 +184,9 @@ class Scores:
         return lines
 
     def _skipped(self) -> list[str]:
-        """Why METEOR and SPICE were skipped, each reason once."""
+        """What was skipped and why, each reason once."""
         scores = [score for java in self.java.values() for score in java.values()]
-        return list(dict.fromkeys(score for score in scores if isinstance(score, str)))
+        return list(dict.fromkeys([*self.notes, *(score for score in scores if isinstance(score, str))]))
 
     def _uninformative(self) -> list[str]:
         return [
@@ -189,36 +204,52 @@ class Scores:
         ]
 
 
-def score_captions(captioned: CaptionedPhotos, language: str, tokenizer: str, java: bool = True) -> Scores:
+def score_captions(
+    captioned: CaptionedPhotos,
+    language: str,
+    tokenizer: str,
+    java: bool = True,
+    texts: Mapping[str, Sequence[str]] | None = None,
+) -> Scores:
     """Score captions against the references of their photos, which are tokenized.
 
-    language: "en" or "zh"; tokenizer: the one of the references. Without `java`, METEOR and SPICE are left out. Raises
-    ValueError if there are no captions or a photo has no references.
+    language: a name in LANGUAGES; tokenizer: the one of the references. Without `java`, METEOR and SPICE are left out.
+    texts: the references of each photo as they were written, for the protocol coco. Raises ValueError if there are no
+    captions or a photo has no references.
     """
     stats: dict[str, np.ndarray] = {}
     java_scores: dict[str, dict[str, float | str]] = {}
     reasons: dict[str, dict[str, str]] = {}
-    for name in _protocols(language, tokenizer):
-        protocol = PROTOCOLS[name]
-        candidates = {photo.id: protocol.tokenize_caption(caption) for photo, caption in captioned}
-        references = {
-            photo.id: [protocol.tokenize_reference(words) for words in photo.captions] for photo, _ in captioned
-        }
+    for name in _protocols(language, tokenizer, has_texts=texts is not None):
+        candidates, references = _tokenized(PROTOCOLS[name], captioned, texts)
         stats[name] = per_image_stats(candidates, references)
         reasons[name] = uninformative(candidates, references)
         java_scores[name] = _java_scores(candidates, references, language, name) if java else {}
     captions = [caption for _, caption in captioned]
     caption_stats = CaptionStats.compute([caption.words for caption in captions], language, _unfinished(captions))
     reference_stats = CaptionStats.compute([words for photo, _ in captioned for words in photo.captions], language)
-    return Scores(tokenizer, stats, java_scores, reasons, caption_stats, reference_stats)
+    notes = [NO_TEXTS] if language == "en" and texts is None else []
+    return Scores(tokenizer, stats, java_scores, reasons, caption_stats, reference_stats, notes)
 
 
-def _protocols(language: str, tokenizer: str) -> list[str]:
-    if language == "en":
-        return ["word"]
+def _protocols(language: str, tokenizer: str, has_texts: bool) -> list[str]:
+    if LANGUAGES[language].has_spaces:
+        return ["word", "coco"] if has_texts else ["word"]
     if tokenizer == "jieba":  # references tokenized as those of the challenge
         return ["word", "character", "ai-challenger"]
     return ["word", "character"]
+
+
+def _tokenized(
+    protocol: Protocol, captioned: CaptionedPhotos, texts: Mapping[str, Sequence[str]] | None
+) -> tuple[Captions, References]:
+    """The captions and the references by a protocol. References without a token are left out."""
+    candidates = {photo.id: protocol.tokenize_caption(caption) for photo, caption in captioned}
+    references = {}
+    for photo, _ in captioned:
+        captions = texts[photo.id] if protocol.from_text and texts is not None else photo.captions
+        references[photo.id] = list(filter(None, map(protocol.tokenize_reference, captions)))
+    return candidates, references
 
 
 def _unfinished(captions: Sequence[CaptionResult]) -> float | None:

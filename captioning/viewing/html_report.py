@@ -23,6 +23,7 @@ from captioning.encoders.images import open_photo
 from captioning.errors import PhotoError
 from captioning.runtime.files import atomic_text
 from preprocess.captions import Photo
+from preprocess.languages import LANGUAGES
 
 THUMBNAIL = 256  # pixels of the longer side
 MAX_SHADE = 0.85  # fraction of the light that a cell without attention loses
@@ -59,11 +60,11 @@ class ReportEntry(NamedTuple):
 def write_page(path: Path, title: str, language: str, sections: Sequence[tuple[str, Sequence[ReportEntry]]]) -> None:
     """Write a page of sections, each a heading ("" for none) and its entries.
 
-    language: "en" or "zh". A photo that cannot be read is replaced by the reason. Raises UserError if the page cannot
-    be written.
+    language: a name in preprocess.languages.LANGUAGES. A photo that cannot be read is replaced by the reason. Raises
+    UserError if the page cannot be written.
     """
     has_attention = any(entry.caption.attention is not None for _, entries in sections for entry in entries)
-    separator = " " if language == "en" else ""
+    separator = " " if LANGUAGES[language].has_spaces else ""
     with atomic_text(path) as file:
         file.write(HEAD.format(title=html.escape(title), language=language))
         if has_attention:

@@ -445,14 +445,15 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "a vocabulary of an unknown language",
         vocabulary(language="fr"),
         TRAIN,
-        "data/small/vocab.json: not a vocabulary: language 'fr' is neither zh nor en; make it with: "
+        "data/small/vocab.json: not a vocabulary: language 'fr' is none of en, zh, ja, th; make it with: "
         "python -m preprocess data/small",
     ),
     (
         "an unknown tokenizer",
         vocabulary(tokenizer="bpe"),
         TRAIN,
-        "data/small/vocab.json: not a vocabulary: tokenizer 'bpe' is none of jieba, whitespace, character; "
+        "data/small/vocab.json: not a vocabulary: tokenizer 'bpe' is none of jieba, whitespace, character, "
+        "fugashi, pythainlp; "
         "make it with: python -m preprocess data/small",
     ),
     (
