@@ -7,7 +7,6 @@ as train.py runs it.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -200,9 +199,11 @@ class StoppingLog(SilentLog):
 
 
 def raise_stop() -> None:
-    """The signal of Ctrl-C, which the trainer's StopRequest receives."""
+    """The signal of Ctrl-C, which the trainer's StopRequest receives.
 
-    os.kill(os.getpid(), signal.SIGINT)
+    To this very thread: a signal to the process may reach another thread, and arrive after the last update.
+    """
+    signal.raise_signal(signal.SIGINT)
 
 
 def stop_and_resume(setting: Setting) -> Iterator[Row]:

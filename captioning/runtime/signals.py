@@ -154,4 +154,4 @@ def defer_signals() -> Iterator[None]:
     with StopRequest() as stop:
         yield
     if stop.requested:
-        os.kill(os.getpid(), stop.number)
+        signal.raise_signal(stop.number)  # to this thread: at once
