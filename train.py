@@ -12,9 +12,9 @@ A run that is stopped or killed continues with --resume, to exactly the same wei
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to import
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
 
-    install_exit_handlers()
+    start_command()
 
 import contextlib
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
+from captioning.runtime.progress import tqdm
 from preprocess.columns import Columns
 from preprocess.folders import has_photo_ending, is_hidden
 

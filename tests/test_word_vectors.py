@@ -121,7 +121,9 @@ def test_a_file_that_is_mostly_damaged_is_refused(tmp_path):
 def test_reading_ends_once_all_words_are_found_or_at_the_limit(tmp_path, monkeypatch):
     read = []
     numbers = word_vector_files.VectorLines._word
-    monkeypatch.setattr(word_vector_files.VectorLines, "_word", lambda self, line: read.append(line) or numbers(self, line))
+    monkeypatch.setattr(
+        word_vector_files.VectorLines, "_word", lambda self, line: read.append(line) or numbers(self, line)
+    )
     words = [f"{word} 1 2 3\n" for word in VOCABULARY.words[4:]]
     assert load_text(tmp_path, "".join([*words, *["cat 1 2 3\n"] * 99]))[0] == (4, 0, "") and len(read) == 4
     loaded, weight = load_text(tmp_path, "".join(words), limit=3)

@@ -38,8 +38,9 @@ def load_word_vectors(weight: Tensor, path: Path, vocabulary: Vocabulary, limit:
     limit: read only this many vectors, the first; 0 is all. Reading ends once all words are found.
 
     The rows of the four special words, and of words that the file does not have, stay as they are. Of several vectors
-    of one word, the first counts. Damaged lines are skipped, and counted as far as they are read; a file may also be the
-    head of a larger one. Numbers are looked at for the vocabulary's words only.
+    of one word, the first counts. Damaged lines are skipped, and counted as far as they are read; the numbers of words
+    that are not needed are not looked at. A file may also be the head of a larger one.
+
     Raises UserError if the file cannot be read or is not of this format, if its vectors do not have E numbers, if more
     of its lines are damaged than not, or if it has none of the words.
     """
@@ -71,9 +72,7 @@ def _load_text(weight: Tensor, path: Path, rows: dict[bytes, int], limit: int) -
                 break
         else:
             if lines.damaged > lines.vectors:
-                raise UserError(
-                    f"{path}: {lines.damaged:,} of its {lines.read:,} lines are damaged; download it again"
-                )
+                raise UserError(f"{path}: {lines.damaged:,} of its {lines.read:,} lines are damaged; download it again")
             announced = lines.announced or 0
             if lines.breaks_off or lines.read < announced:
                 expected = f" of the {announced:,} that its header announces" if announced else ""

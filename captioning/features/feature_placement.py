@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from captioning.encoders.images import split_batches
 from captioning.errors import UserError
@@ -30,6 +29,7 @@ from captioning.features.feature_reader import FeatureReader
 from captioning.features.quantization import KERNELS, DequantizeRows, dequantize_rows, proven_kernel
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.kernel_loading import load_kernels
+from captioning.runtime.progress import tqdm
 
 CPU = torch.device("cpu")
 LOAD_BATCH_SIZE = 256  # photos

@@ -298,7 +298,7 @@ def test_new_processes_are_killed_and_the_next_start_ends_as_if_nothing_had_happ
 
 def is_before_our_first_line(text: str) -> bool:
     """Whether a traceback of Ctrl-C is Python's own: no module has been imported yet but `signals`."""
-    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|install_exit_handlers\(\)"
+    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|start_command\(\)"
     return "KeyboardInterrupt" in text and not re.search(later, text)
 
 
