@@ -26,9 +26,9 @@ def locate_photos(records: Sequence[Record], folders: Iterable[Path]) -> list[Lo
     """Find the file of each record.
 
     A name without an ending (COCO-CN) is that of a photo beside it with one. A name that is there in another case of
-    letters, which is the same to Windows and macOS, is that photo if there is only one. A name that is not in its image
-    folder is looked for in the folders below it, and used where it is unique. Links are followed: whoever laid them may.
-    That an annotation names no path out of its folder has been checked on the text.
+    letters, which is the same to Windows and macOS, is that photo if there is only one. A name that is not in its
+    image folder is looked for in the folders below it, and used where it is unique. Links are followed: whoever laid
+    them may. That an annotation names no path out of its folder has been checked on the text.
     """
     find_below = functools.cache(_index)
     located = []

@@ -128,7 +128,9 @@ def gpu_memory(device: torch.device) -> tuple[int, int]:
 def free_main_memory() -> int:
     """Free bytes of main memory, divided by the number of processes that torchrun started on this machine."""
     meminfo = Path("/proc/meminfo")
-    available = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    available = (
+        re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text(encoding="utf-8")) if meminfo.is_file() else None
+    )
     if available:
         free = int(available[1]) * 1024
     else:  # macOS reports only the total

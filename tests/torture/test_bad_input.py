@@ -50,7 +50,7 @@ def put(name: str, content: object) -> Callable[[], None]:
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content))
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
     return do
 
@@ -1126,7 +1126,7 @@ def test_a_font_without_the_letters_of_a_caption_gives_one_line(here, monkeypatc
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists only on Linux")
 def test_standard_output_on_a_full_disk_gives_one_line(here, monkeypatch):
     monkeypatch.setattr(sys, "argv", f"{EXTRACT} --info".split())
-    with open("/dev/full", "w", buffering=1) as full, pytest.raises(SystemExit) as stop:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full, pytest.raises(SystemExit) as stop:
         monkeypatch.setattr(sys, "stdout", full)
         command_line.run(*COMMANDS["extract_features.py"])
     assert stop.value.code == (

@@ -151,7 +151,7 @@ def test_a_zeroed_photo_is_refused_or_skipped(files):
     path.write_bytes(files[path][:60] + bytes(len(files[path]) - 60))
     refused(str(path), READERS[str(path)][0])
     run_ok(f"{READERS[str(path)][0]} --allow-missing 0.1")
-    assert Path("new.unreadable.txt").read_text().startswith(f"{path}: ")
+    assert Path("new.unreadable.txt").read_text(encoding="utf-8").startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("damage", ["a third", "a page", "the means"])
@@ -234,11 +234,13 @@ def of_the_future(file: Path) -> None:
     elif file.suffix == ".pt":
         torch.save({**torch.load(file, weights_only=True), "format": "kantu checkpoint 2"}, file)
     elif file.suffix == ".jsonl":
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         changed = [{**line, "event": "round"} if "event" in line else {**line, "boxes": []} for line in lines]
-        file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        file.write_text("".join(json.dumps(line) + "\n" for line in changed), encoding="utf-8")
     else:
-        file.write_text(json.dumps({"format": 2, "content": json.loads(file.read_text())}))
+        file.write_text(
+            json.dumps({"format": 2, "content": json.loads(file.read_text(encoding="utf-8"))}), encoding="utf-8"
+        )
 
 
 @pytest.mark.parametrize("file", [name for name in READERS if name.endswith((".h5", ".pt", "l", ".json"))])

@@ -209,7 +209,7 @@ def test_stopped_at_any_moment_a_command_prints_one_line_and_the_next_start_cont
         process = start(WORK[what])
         wait_for_cpu_seconds(process, moment)
         log = Path("checkpoints/new/log.jsonl")
-        begun = log.exists() and '"start"' in log.read_text()
+        begun = log.exists() and '"start"' in log.read_text(encoding="utf-8")
         send = os.killpg if turn // 2 % 2 else os.kill
         send(process, STOPS[turn % 2])
         status = exit_status(process)
