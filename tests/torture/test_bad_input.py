@@ -901,8 +901,9 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "word vectors in binary",
         put("v.bin", bytes(range(256))),
         TRAIN + " --word-vectors v.bin",
-        "v.bin: is not a text file of word vectors ('utf-8' codec can't decode byte 0x80 in position 128: "
-        "invalid start byte); give a .txt or .vec file of word2vec, GloVe or fastText",
+        "v.bin: is not a text file of word vectors; give a .txt or .vec file of word2vec, GloVe or fastText; for "
+        "word2vec's .bin, gensim writes one: KeyedVectors.load_word2vec_format(FILE, binary=True)."
+        "save_word2vec_format('text.vec')",
     ),
     (
         "word vectors of another language",
