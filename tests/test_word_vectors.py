@@ -209,5 +209,5 @@ def test_fasttexts_own_format_is_read_by_its_package(tmp_path):
 
 def test_without_its_package_fasttexts_format_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fasttext", None)
-    with pytest.raises(UserError, match=r"pip install 'kantu\[fasttext\]', or give the .vec file"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[fasttext\]', or give the .vec file"):
         load_text(tmp_path, word_vector_files.FASTTEXT_MAGIC + bytes(20))

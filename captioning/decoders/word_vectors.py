@@ -94,8 +94,8 @@ def _load_fasttext_model(weight: Tensor, path: Path, rows: dict[bytes, int]) -> 
         import fasttext
     except ImportError:
         raise UserError(
-            f"{path}: fastText's .bin needs its own package; install it with: pip install 'kantu[fasttext]', or give "
-            "the .vec file of the same download"
+            f"{path}: fastText's .bin needs its own package; run: pip install -e '.[fasttext]', or give the .vec file "
+            "of the same download"
         ) from None
     try:
         model = fasttext.load_model(str(path))
