@@ -41,7 +41,7 @@ class VectorLines:
 
     has_vectors: whether the first lines do. size: how many numbers a vector has. announced: how many vectors the header
     promises; None without a header. vectors, damaged: lines read so far, without the header. breaks_off: whether the
-    compressed stream ended in its middle.
+    compressed stream ended in its middle. starts_with_magic: whether it is fastText's .bin.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -49,6 +49,7 @@ class VectorLines:
         self.breaks_off = False
         self._lines = self._read_lines(stream)
         head = list(islice(self._lines, HEAD_LINES))
+        self.starts_with_magic = bool(head) and head[0].startswith(FASTTEXT_MAGIC)
         if head:
             head[0] = head[0].removeprefix(BYTE_ORDER_MARK)
         header = _parse_header(head[0]) if head else None
@@ -150,6 +151,8 @@ def open_vectors(path: Path, size: int) -> Iterator[VectorLines]:
     try:
         for stream in _open_texts(path):
             lines = VectorLines(stream)
+            if lines.starts_with_magic:
+                raise UserError(f"{path}: is fastText's .bin, compressed; unpack it, and give the .bin")
             if lines.has_vectors and lines.size == size:
                 yield lines
                 return

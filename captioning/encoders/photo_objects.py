@@ -52,7 +52,7 @@ def open_photo_object(photo: Any, transform: Transform) -> DecodedPhoto:
     if isinstance(photo, Image.Image):
         return _image_to_rgb(photo)
     if isinstance(photo, (bytes, bytearray, memoryview)):
-        return transform.open(PhotoBytes(photo, f"photo of {len(photo):,} bytes"))
+        return transform.open(PhotoBytes(photo, f"photo of {memoryview(photo).nbytes:,} bytes"))
     if hasattr(photo, "read"):
         return transform.open(_read(photo))
     if isinstance(photo, (str, os.PathLike)):

@@ -59,7 +59,7 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
     """
     handlers = _InterruptHandlers()
     environment = dict(os.environ)
-    errors_of_stdout = sys.stdout.errors
+    errors_of_stdout = getattr(sys.stdout, "errors", None)
     try:
         try:
             outcome = _outcome(command, work, handlers)
