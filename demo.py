@@ -8,6 +8,11 @@ an attention decoder on the cache, captions the test scenes, and checks every ca
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
+
+    start_command()
+
 import shlex
 import subprocess
 import sys

@@ -21,9 +21,9 @@ The same command resumes an extraction that was killed.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to import
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
 
-    install_exit_handlers()
+    start_command()
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
@@ -65,6 +64,7 @@ from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import autocast, encoder_precision, oom_as_user_error, pick_device
 from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed
 from captioning.runtime.files import atomic_text, locked
+from captioning.runtime.progress import tqdm
 from captioning.runtime.string_array import StringArray
 from config import ExtractFeatures
 from preprocess.captions import read_captions

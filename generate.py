@@ -11,9 +11,9 @@ python generate.py --score captions.json others.json --references data/aic
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to load
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to load
 
-    install_exit_handlers()
+    start_command()
 
 import re
 from collections import Counter
@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
@@ -55,6 +54,7 @@ from captioning.features.feature_files import FeatureFiles, find_feature_files, 
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.files import write_errors
+from captioning.runtime.progress import tqdm
 from captioning.runtime.settings import as_plain_data
 from captioning.viewing.attention_plots import CaptionedImage, animate_attention, draw_attention
 from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page

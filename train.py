@@ -12,9 +12,9 @@ A run that is stopped or killed continues with --resume, to exactly the same wei
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from captioning.runtime.signals import install_exit_handlers  # before torch, which takes seconds to import
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
 
-    install_exit_handlers()
+    start_command()
 
 import contextlib
 
@@ -93,11 +93,9 @@ def load_weights(trainer: Trainer, config: Train, saved: dict | None, start: dic
         trainer.state.start_from(start, str(config.start_from))
     elif config.word_vectors:
         vocabulary = trainer.state.vocabulary
-        found = load_word_vectors(trainer.decoder.embedding.weight.data, config.word_vectors, vocabulary)
-        words = len(vocabulary) - len(SPECIAL)
-        print(
-            f"{config.word_vectors}: has vectors of {found:,} of the vocabulary's {words:,} words ({found / words:.1%})"
-        )
+        embedding = trainer.decoder.embedding.weight.data
+        loaded = load_word_vectors(embedding, config.word_vectors, vocabulary, config.word_vectors_limit)
+        print(f"{config.word_vectors}: {loaded.report(len(vocabulary) - len(SPECIAL))}")
 
 
 def work(config: Train) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
@@ -17,6 +16,7 @@ from captioning.encoders.images import FailureLimit
 from captioning.encoders.views import WHOLE
 from captioning.features.feature_writer import FeatureWriter, describe_features
 from captioning.runtime.device import autocast
+from captioning.runtime.progress import tqdm
 from captioning.runtime.string_array import StringArray
 
 

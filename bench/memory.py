@@ -105,7 +105,7 @@ def run_and_watch(command: str, folder: Path) -> Usage:
     held = 0
     started = time.monotonic()
     script, *flags = command.split()
-    with open(folder / "output", "w+") as output:
+    with open(folder / "output", "w+", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, stdout=output, stderr=output)
         while process.poll() is None:
             own = max(own, sum(kilobytes(member, "smaps_rollup", "Pss_Anon:") for member in process_tree(process.pid)))
@@ -129,7 +129,7 @@ def process_tree(process: int) -> list[int]:
 def kilobytes(process: int, file: str, name: str) -> int:
     """A field of /proc/PROCESS/FILE; 0 if the process has ended. Pss divides shared memory among the processes."""
     try:
-        lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
+        lines = Path(f"/proc/{process}/{file}").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)

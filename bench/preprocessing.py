@@ -107,7 +107,7 @@ def watch_memory(process: subprocess.Popen) -> tuple[int, int, int]:
 def process_tree(pid: int) -> list[int]:
     """The ids of the process and its descendants."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     except OSError:  # the process has ended
         return []
     return [pid] + [member for child in children for member in process_tree(int(child))]
@@ -116,7 +116,7 @@ def process_tree(pid: int) -> list[int]:
 def read_memory(pid: int) -> tuple[int, int]:
     """Proportional and resident bytes of a process; zeros if it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
     except OSError:
         return 0, 0
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}

@@ -109,9 +109,9 @@ def measure(bench: Bench, decoder: str, location: str, views: int) -> str:
         epochs=bench.epochs,
         device=bench.device,
     )
-    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+    with open(os.devnull, "w", encoding="utf-8") as devnull, contextlib.redirect_stdout(devnull):
         train.main(config)
-    events = [json.loads(line) for line in (config.folder / "log.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (config.folder / "log.jsonl").read_text("utf-8").splitlines()]
     epochs = [event for event in events if event["event"] == "epoch"]
     size = (4 if decoder == "lstm" else 64 * 2) * bench.channels  # bytes per photo: the mean, or the 8x8 cells
     last = epochs[-1]

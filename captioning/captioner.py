@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, overload
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from captioning.caption import Caption, CaptionResult
@@ -26,9 +24,10 @@ from captioning.decoders.hard_attention import HardAttentionDecoder
 from captioning.decoders.protocol import Decoder
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
-from captioning.encoders.images import DecodedPhoto, Transform, stack_photos, to_rgb
+from captioning.encoders.images import Transform, stack_photos
 from captioning.encoders.loading import encoder_from_checkpoint
-from captioning.errors import PhotoError, UserError
+from captioning.encoders.photo_objects import PhotoLike, is_photo, list_photos, open_photo_object
+from captioning.errors import UserError
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
@@ -39,7 +38,7 @@ from preprocess.vocabulary import Vocabulary
 
 BATCH_SIZE = 32  # photos per batch of caption()
 DEFAULT_SEARCH = SearchOptions()
-PhotoLike = Path | str | Image.Image | Tensor
+Photos = Sequence[PhotoLike] | Iterator[PhotoLike]  # not Iterable, as arrays are, each of which is one photo
 HardAttention = Literal["expectation", "argmax"]
 
 
@@ -135,27 +134,29 @@ class Captioner:
     ) -> CaptionResult: ...
 
     @overload
-    def caption(self, photos: Sequence[PhotoLike], search: SearchOptions = ...) -> list[CaptionResult]: ...
+    def caption(self, photos: Photos, search: SearchOptions = ...) -> list[CaptionResult]: ...
 
     def caption(
-        self, photos: PhotoLike | Sequence[PhotoLike], search: SearchOptions = DEFAULT_SEARCH
+        self, photos: PhotoLike | Photos, search: SearchOptions = DEFAULT_SEARCH
     ) -> CaptionResult | list[CaptionResult]:
-        """Caption one photo, or a sequence of photos of any number and mixed types.
+        """Caption one photo, or several, of any number and mixed types.
 
-        A photo is a path, a PIL image or an RGB tensor (3, H, W), uint8 or floating point in 0..1.
+        A photo is a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W), RGB, uint8 or floating point in 0..1,
+        the bytes of a file, or a file opened with "rb". Arrays may also be grey, (H, W), or have alpha, (H, W, 4).
 
-        Raises captioning.errors.PhotoError if a photo cannot be read.
+        Raises captioning.errors.PhotoError if a photo cannot be read, or is of another type.
         """
-        if isinstance(photos, (Path, str, Image.Image, Tensor)):
-            return self._caption_all([photos], search)[0]
-        return self._caption_all(photos, search)
+        if is_photo(photos):
+            return self._caption_all([cast(PhotoLike, photos)], search)[0]
+        return self._caption_all(list_photos(cast(Photos, photos)), search)
 
     def _caption_all(self, photos: Sequence[PhotoLike], search: SearchOptions) -> list[CaptionResult]:
         captions = []
         transform = self.encoder.transform
         for start in range(0, len(photos), BATCH_SIZE):
-            batch = [transform.resize(self._open(photo)) for photo in photos[start : start + BATCH_SIZE]]
-            captions += self.caption_resized(stack_photos(batch, transform.image_size), search)
+            batch = photos[start : start + BATCH_SIZE]
+            resized = [transform.resize(open_photo_object(photo, transform)) for photo in batch]
+            captions += self.caption_resized(stack_photos(resized, transform.image_size), search)
         return captions
 
     @torch.no_grad()
@@ -205,11 +206,6 @@ class Captioner:
             self.vocabulary.join(words), words, caption.log_probability, caption.finished, caption.attention, sentinel
         )
 
-    def _open(self, photo: PhotoLike) -> DecodedPhoto:
-        if isinstance(photo, Tensor):
-            return _tensor_to_pixels(photo)
-        return to_rgb(photo) if isinstance(photo, Image.Image) else self.encoder.transform.open(photo)
-
 
 def _vocabulary_and_encoder(checkpoint: dict) -> tuple[dict, str]:
     return checkpoint["vocabulary"], checkpoint["encoder"]["sha256"]
@@ -220,15 +216,3 @@ def _load_decoder(checkpoint: dict) -> nn.Module:
         decoder = build_decoder(checkpoint["decoder"]["name"], checkpoint["decoder"]["sizes"])
     decoder.load_state_dict(checkpoint["decoder"]["state"], assign=True)
     return decoder
-
-
-def _tensor_to_pixels(photo: Tensor) -> np.ndarray:
-    """(3, H, W) uint8, or floating point in 0..1, which is rounded to the nearest of 256 levels -> (H, W, 3) uint8."""
-    if photo.ndim != 3 or photo.shape[0] != 3 or not (photo.dtype == torch.uint8 or photo.is_floating_point()):
-        found = f"{photo.dtype} of shape {tuple(photo.shape)}".removeprefix("torch.")
-        raise PhotoError(f"photo tensor {found}: must be (3, H, W) RGB, uint8 or floating point in 0..1")
-    if photo.is_floating_point():
-        if not bool(((photo >= 0) & (photo <= 1)).all()):
-            raise PhotoError("photo tensor with values outside 0..1: give it before normalisation")
-        photo = (255 * photo.float()).round().to(torch.uint8)
-    return photo.permute(1, 2, 0).cpu().numpy()

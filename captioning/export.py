@@ -19,6 +19,11 @@ Letters: B photos, S pixels per side, N native cells, P output cells, C channels
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
+
+    start_command()
+
 import contextlib
 import importlib.util
 import io

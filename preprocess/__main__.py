@@ -9,9 +9,9 @@ python -m preprocess data/scenes --scenes 2000 --language zh                  (n
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from captioning.runtime.signals import install_exit_handlers
+    from captioning.runtime.start import start_command
 
-    install_exit_handlers()
+    start_command()
 
 import contextlib
 import filecmp
@@ -23,12 +23,11 @@ from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from captioning.errors import UserError
 from captioning.runtime.command_line import run
 from captioning.runtime.files import locked
 from captioning.runtime.library_errors import reason
+from captioning.runtime.progress import tqdm
 from config import Preprocess
 from preprocess.annotations import SPLITS, Annotations, LeftOut, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, TEXTS_FILE, Photo, stored_path, write_captions, write_texts

@@ -196,6 +196,7 @@ def _check(entry: Entry, images: str) -> Record:
     name = entry.name
     if not isinstance(name, str):
         raise _BadEntry("no name of a photo" if name is None else f"the photo's name is {str(name)[:60]!r}, not text")
+    name = name.replace("\\", "/")  # as Windows writes it
     while name.startswith("./"):
         name = name[2:]
     id = name if entry.id is None else entry.id

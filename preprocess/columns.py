@@ -30,10 +30,14 @@ class Columns:
     def find(self, names: list[str]) -> tuple[str, str, str | None] | None:
         """The columns of photo, caption and split (None: there is none) among `names`; None without the first two."""
         image = _first(names, (self.image,) if self.image else IMAGE_COLUMNS)
-        caption = _first(names, (self.caption,) if self.caption else CAPTION_COLUMNS)
+        caption = self.find_caption(names)
         if image is None or caption is None:
             return None
         return image, caption, _first(names, SPLIT_COLUMNS)
+
+    def find_caption(self, names: list[str]) -> str | None:
+        """The column of the caption among `names`."""
+        return _first(names, (self.caption,) if self.caption else CAPTION_COLUMNS)
 
 
 def _first(names: list[str], wanted: tuple[str, ...]) -> str | None:

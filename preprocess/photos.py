@@ -25,9 +25,10 @@ class Located:
 def locate_photos(records: Sequence[Record], folders: Iterable[Path]) -> list[Located]:
     """Find the file of each record.
 
-    A name without an ending (COCO-CN) is that of a photo beside it with one. A name that is not in its image folder is
-    looked for in the folders below it, and used where it is unique. Links are followed: whoever laid them may. That an
-    annotation names no path out of its folder has been checked on the text.
+    A name without an ending (COCO-CN) is that of a photo beside it with one. A name that is there in another case of
+    letters, which is the same to Windows and macOS, is that photo if there is only one. A name that is not in its
+    image folder is looked for in the folders below it, and used where it is unique. Links are followed: whoever laid
+    them may. That an annotation names no path out of its folder has been checked on the text.
     """
     find_below = functools.cache(_index)
     located = []
@@ -36,12 +37,15 @@ def locate_photos(records: Sequence[Record], folders: Iterable[Path]) -> list[Lo
         files = _list_files(folder)
         if name not in files and not has_photo_ending(name):
             name = next((file for file in files if os.path.splitext(file)[0] == name and has_photo_ending(file)), name)
+        if name not in files:
+            name = _names_by_lower_case(folder).get(name.lower()) or name
         image = os.path.join(folder, name)
         if name not in files and folder in map(str, folders):
             image = find_below(folder).get(name) or image
         resolved = _list_files(os.path.dirname(image)).get(os.path.basename(image))
         located.append(Located(record if image == record.image else replace(record, image=image), resolved))
     _list_files.cache_clear()
+    _names_by_lower_case.cache_clear()
     return located
 
 
@@ -65,6 +69,15 @@ def _list_files(folder: str) -> dict[str, str]:
         return {}
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from None
+
+
+@functools.cache
+def _names_by_lower_case(folder: str) -> dict[str, str | None]:
+    """Name in lower case -> the name of the file; None where several differ only in the case of letters."""
+    names: dict[str, str | None] = {}
+    for name in _list_files(folder):
+        names[name.lower()] = None if name.lower() in names else name
+    return names
 
 
 def _index(root: str) -> dict[str, str | None]:

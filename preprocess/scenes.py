@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text, write_errors
+from captioning.runtime.progress import tqdm
 from preprocess.annotations import Record
 from preprocess.drawing import (
     COLOURS,

@@ -54,9 +54,10 @@ def read_source(path: Path, images: Path | None, unpacked: Path, columns: Column
 
 
 def _find_sources(path: Path, unpacked: Path, columns: Columns) -> list[Source]:
-    tars = [path] if is_tar(path) else sorted(filter(is_tar, path.iterdir())) if path.is_dir() else []
-    if tars:
-        return [Source(load_content(unpack_tars(tars, unpacked), columns))]
+    if is_tar(path):
+        return _unpack(path.parent, [path], unpacked, columns)
+    if path.is_dir() and (tars := _find_tars(path, depth=0)):
+        return _unpack(path, tars, unpacked, columns)
     content = load_content(path, columns, unpacked)
     if not isinstance(content.data, Folder) or _is_known(content):
         return [Source(content)]
@@ -64,12 +65,28 @@ def _find_sources(path: Path, unpacked: Path, columns: Columns) -> list[Source]:
     if hidden:
         print(f"{path}: {hidden:,} hidden files and folders passed over, such as {content.data.hidden[0]}")
     sources = list(_sources_below(content, unpacked))
+    if not sources and (tars := _find_tars(path, MAX_DEPTH)):
+        return _unpack(path, tars, unpacked, columns)
     if not sources:
         find_reader(content)  # raises: it says what the folder holds
     if len(sources) > 1 and not all(source.split for source in sources):
         names = ", ".join(os.path.relpath(source.content.path, path) for source in sources[:6])
         raise UserError(f"{path}: {len(sources)} files hold captions ({names}); give one of them to --source")
     return sources
+
+
+def _find_tars(root: Path, depth: int) -> list[Path]:
+    """The tars in a folder and in those at most `depth` below it, in alphabetical order."""
+    found: list[Path] = []
+    for folder, folders, files in walk(str(root)):
+        found += filter(is_tar, (Path(folder, file) for file in files))
+        if len(Path(folder).relative_to(root).parts) >= depth:
+            folders.clear()
+    return found
+
+
+def _unpack(root: Path, tars: list[Path], unpacked: Path, columns: Columns) -> list[Source]:
+    return [Source(load_content(unpack_tars(root, tars, unpacked), columns))]
 
 
 def _sources_below(folder: Content, unpacked: Path) -> Iterator[Source]:

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
+from captioning.runtime.progress import tqdm
 from preprocess.columns import Columns
 from preprocess.folders import has_photo_ending, is_hidden
 
@@ -27,8 +26,8 @@ def is_tar(path: Path) -> bool:
     return path.name.lower().endswith(TAR_ENDINGS) and path.is_file()
 
 
-def unpack_tars(tars: list[Path], folder: Path) -> Path:
-    """Write the photos and texts of the tars to `folder`, each tar's to a folder of its name. Returns `folder`.
+def unpack_tars(root: Path, tars: list[Path], folder: Path) -> Path:
+    """Write the photos and their captions to `folder`, each tar's to its path below `root`. Returns `folder`.
 
     What is there with the same size is kept. Links, hidden files and paths that lead elsewhere are passed over.
     Raises UserError for a file that is not a tar, or breaks off.
@@ -38,11 +37,10 @@ def unpack_tars(tars: list[Path], folder: Path) -> Path:
         stem = tar.name[: -len(next(ending for ending in TAR_ENDINGS if tar.name.lower().endswith(ending)))]
         try:
             with tarfile.open(tar) as archive:
-                for member in archive:
-                    name = _safe_name(member)
-                    file = archive.extractfile(member) if name else None
-                    if name and file:
-                        _write_once(folder / stem / name, file.read())
+                for name, member in _wanted_members(archive).items():
+                    file = archive.extractfile(member)
+                    if file:
+                        _write_once(folder / tar.parent.relative_to(root) / stem / name, file.read())
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{tar}: not a whole tar file ({reason(error)}); download it again") from None
         except OSError as error:
@@ -50,10 +48,20 @@ def unpack_tars(tars: list[Path], folder: Path) -> Path:
     return folder
 
 
+def _wanted_members(archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """The photos of a tar and their captions, by their paths. Of .txt and .json (img2dataset), .txt is enough."""
+    members = {name: member for member in archive.getmembers() if (name := _safe_name(member))}
+    return {
+        name: member
+        for name, member in members.items()
+        if not name.endswith(".json") or f"{name.removesuffix('.json')}.txt" not in members
+    }
+
+
 def _safe_name(member: tarfile.TarInfo) -> str | None:
-    """The path of a member that is a photo or a text; None for all others."""
+    """The path of a member that is a photo, a text or JSON; None for all others."""
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
-    wanted = member.isfile() and parts and (has_photo_ending(parts[-1]) or parts[-1].lower().endswith(".txt"))
+    wanted = member.isfile() and parts and (has_photo_ending(parts[-1]) or parts[-1].endswith((".txt", ".json")))
     if not wanted or any(is_hidden(part) or "\\" in part or "\0" in part or part == ".." for part in parts):
         return None
     return "/".join(parts)

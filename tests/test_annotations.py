@@ -158,7 +158,8 @@ def test_bytes_of_no_known_encoding_are_explained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.jpg", "/etc/passwd", "b/../../a.jpg", "..", "b\\a.jpg", "C:/a.jpg", "a\0.jpg", "\ud800.jpg", ""]
+    "name",
+    ["../a.jpg", "/etc/passwd", "b/../../a.jpg", "..", "b\\..\\..\\a.jpg", "C:/a.jpg", "a\0.jpg", "\ud800.jpg", ""],
 )
 def test_a_path_out_of_the_image_folder_is_refused(tmp_path, name):
     assert "entry 0" in error_message(tmp_path, [{"image_id": name, "caption": ["狗"]}])
@@ -342,4 +343,4 @@ def test_a_registered_reader_reads_its_format_and_is_named_in_the_error(tmp_path
     monkeypatch.setattr(ANNOTATION_READERS, "_entries", dict(ANNOTATION_READERS._entries))
     ANNOTATION_READERS.register("pairs", PairsReader)
     assert read(tmp_path, {"rows": [["a.jpg", "a dog"]]}) == [Record(f"{tmp_path}/a.jpg", "a.jpg", "train", ("a dog",))]
-    assert "a folder of 1.jpg beside 1.txt and pairs; " in error_message(tmp_path, [])
+    assert "a folder of 1.jpg beside 1.txt or 1.json and pairs; " in error_message(tmp_path, [])

@@ -241,7 +241,7 @@ class Server:
         self.process = multiprocessing.get_context("fork").Process(target=self.serve, args=(host, port, writing))
         self.process.start()
         os.close(writing)
-        self.stdout = open(reading)
+        self.stdout = open(reading, encoding="utf-8")
         self.output = ""
         while "press Ctrl-C to stop" not in self.output:
             line = self.stdout.readline()
@@ -251,7 +251,7 @@ class Server:
     def serve(self, host, port, stdout):
         os.environ["HOME"] = str(self.folder)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        with open(stdout, "w") as sys.stdout:
+        with open(stdout, "w", encoding="utf-8") as sys.stdout:
             visdom_server.serve(host, port, self.folder, self.user)
 
     def windows(self, environment):
@@ -447,7 +447,7 @@ def test_by_default_the_server_listens_on_this_machine_only(server):
     assert Dashboard().host == "127.0.0.1" and "WARNING" not in server.output
     if Path("/proc/net/tcp").exists():  # the open sockets, address:port in hexadecimal
         port = f":{int(server.url.rpartition(':')[2]):04X}"
-        lines = [line.split() for net in ("tcp", "tcp6") for line in open(f"/proc/net/{net}")]
+        lines = [line.split() for net in ("tcp", "tcp6") for line in open(f"/proc/net/{net}", encoding="utf-8")]
         assert {line[1] for line in lines if line[1].endswith(port) and line[3] == "0A"} == {"0100007F" + port}
 
 

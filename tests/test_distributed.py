@@ -229,7 +229,10 @@ class ForkedTorchrun:
         os.setpgid(0, 0)
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(self.output / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (
+            open(1, "w", encoding="utf-8", closefd=False),
+            open(2, "w", encoding="utf-8", closefd=False),
+        )
         tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by all forks: a killed one never releases it
         socket.getfqdn = lambda name="": "localhost"  # tests must not look up names
         configuration = LaunchConfig(

@@ -54,7 +54,7 @@ def extract(data, out, **settings):
 def extract_in_a_process(data, out):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes: a killed one would hold it for ever
-    with open(os.devnull, "w") as devnull:
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
         os.dup2(devnull.fileno(), 1)
         os.dup2(devnull.fileno(), 2)
     extract(data, out)

@@ -309,6 +309,73 @@ def test_tars_are_unpacked_once_without_links_and_paths_that_lead_out(tmp_path):
     assert not any("evil" in name or "link" in name or "._" in name for name in unpacked)
 
 
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+
+
+def test_shards_of_img2dataset_are_read_from_their_folders_with_captions_in_json(tmp_path, capsys):
+    """As for CC3M: .json, and mostly .txt, in the tars; statistics and a table of the links beside them."""
+    for split in ("train", "val"):
+        members = {
+            "0.jpg": "",
+            "0.json": '{"caption": "no", "url": "u"}',
+            "0.txt": "a dog",
+            "1.jpg": "",
+            "1.json": '{"caption": "a cat", "key": "1", "status": "success"}',
+            "2.jpg": "",
+            "2.json": '{"captions": ["a fox", "Foxes", null]}',
+            "3.jpg": "",
+            "3.json": '{"caption": null}',
+            "4.json": '{"caption": "no photo", "status": "failed_to_download"}',
+        }
+        write_tar(tmp_path / "cc3m" / split / "00000.tar", members)
+        (tmp_path / "cc3m" / split / "00000_stats.json").write_text('{"count": 4, "successes": 3}', "utf-8")
+    photos = preprocess(tmp_path, tmp_path / "cc3m", allow_missing=0.5)
+    assert {id: photo.captions for id, photo in photos.items() if photo.split == "val"} == {
+        "val/00000/0.jpg": (("a", "dog"),),
+        "val/00000/1.jpg": (("a", "cat"),),
+        "val/00000/2.jpg": (("a", "fox"), ("foxes",)),
+    }
+    assert len(photos) == 6
+    unpacked = tmp_path / "data/photos/train/00000"
+    assert sorted(file.name for file in unpacked.iterdir() if file.suffix != ".jpg") == [
+        "0.txt", "1.json", "2.json", "3.json", "4.json"
+    ]  # fmt: skip
+
+
+def test_a_text_beside_a_photo_precedes_json_unless_it_is_empty_and_a_damaged_one_is_left_out(tmp_path):
+    put(tmp_path / "set", train__1_jpg="", train__1_txt="a dog", train__1_json='{"caption": "no"}', val__2_jpg="")
+    put(tmp_path / "set", val__2_txt="", val__2_json='["a cat", "cats"]', val__3_jpg="", val__3_json="{", val__4_jpg="")
+    (tmp_path / "set/val/4.txt").write_bytes(b"\xff\xfe\xff")
+    photos = preprocess(tmp_path, tmp_path / "set", allow_missing=0.5)
+    assert {id: photo.captions for id, photo in photos.items()} == {
+        "train/1.jpg": (("a", "dog"),),
+        "val/2.jpg": (("a", "cat"), ("cats",)),
+    }
+
+
+def test_paths_that_windows_wrote_are_found(tmp_path):
+    put(tmp_path / "set", captions_csv="image,caption\nImages\\1.JPG,a dog\n.\\Images\\b.jpg,a cat\n")
+    put(tmp_path / "set", Images__1_jpg="", Images__B_jpg="")
+    photos = preprocess(tmp_path, tmp_path / "set")
+    assert [Path(photo.image).name for photo in photos.values()] == ["1.jpg", "B.jpg"]
+    assert list(photos) == ["Images/1.JPG", "Images/b.jpg"]
+    put(tmp_path / "set", Images__b_jpg="", Images__1_JpG="")
+    with pytest.raises(UserError, match="1.JPG: no such photo"):  # two fit it
+        preprocess(tmp_path, tmp_path / "set", overwrite=True)
+
+
+@pytest.mark.parametrize("path", ["..\\a.jpg", "C:\\a.jpg", "\\\\server\\a.jpg", "x\\..\\..\\a.jpg"])
+def test_a_path_of_windows_may_not_lead_out_either(tmp_path, path):
+    with pytest.raises(UserError, match="not a path in the image folder"):
+        read(tmp_path, f"image,caption\n{path},a dog\n")
+
+
 def test_several_files_without_splits_ask_for_one(tmp_path):
     put(tmp_path / "set", a_csv="image,caption\n1.jpg,a dog\n", b_csv="image,caption\n1.jpg,a dog\n", **{"1_jpg": ""})
     with pytest.raises(UserError, match=r"2 files hold captions \(a.csv, b.csv\); give one of them to --source"):

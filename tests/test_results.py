@@ -165,7 +165,9 @@ def test_all_image_ids_that_fit_no_photo_are_listed_in_the_message_or_in_a_file(
         with pytest.raises(UserError, match=f"{count} of {count + 1} image_ids fit no photo: unknown0, ") as error:
             read_results(write(tmp_path / "a.json", lines), english([PAIRS[0][0]]))
         assert len(str(error.value)) < 1500 and "(ids of the references are such as 9)" in str(error.value)
-        listed = Path("a.fit_no_photo.txt").read_text().splitlines() if count == 900 else str(error.value)
+        listed = (
+            Path("a.fit_no_photo.txt").read_text(encoding="utf-8").splitlines() if count == 900 else str(error.value)
+        )
         assert all(name in listed for name in unknown[:count])
 
 

@@ -175,7 +175,7 @@ def test_max_length_bounds_the_references_the_cider_samples_and_the_validation_c
 def test_embeddings_start_from_word_vectors_and_keep_them_if_frozen(here, capsys):
     words = Captioner.load("checkpoints/attention").vocabulary.words
     lines = [f"{word} {' '.join([str(number)] * 16)}" for number, word in enumerate(words) if number not in (0, 5)]
-    Path("vectors.txt").write_text("\n".join(lines))
+    Path("vectors.txt").write_text("\n".join(lines), encoding="utf-8")
     setting = {**TINY, "epochs": 1, "word_vectors": Path("vectors.txt")}
     train.main(Train(DATA, "frozen", freeze_embeddings=True, **setting))
     expected = f"vectors.txt: has vectors of {len(words) - 5:,} of the vocabulary's {len(words) - 4:,} words"
@@ -219,7 +219,7 @@ def test_hard_attention_captions_by_argmax_with_the_flag(here):
         generate.main(Generate(Path("checkpoints/hard-attention"), data=DATA, hard=mode, json=Path(f"{mode}.json")))
     decoder = Captioner.load("checkpoints/hard-attention", hard_attention="argmax").decoder
     assert decoder.attention_mode == "argmax" and type(decoder).attention_mode == "expectation"
-    assert Path("argmax.json").read_text()
+    assert Path("argmax.json").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="--hard argmax: needs a run of --decoder hard-attention"):
         generate.main(Generate(Path("checkpoints/attention"), data=DATA, hard="argmax"))
 

@@ -67,7 +67,7 @@ def driver_version() -> str:
     except (OSError, subprocess.SubprocessError, IndexError):
         pass
     try:
-        with open("/proc/driver/nvidia/version") as file:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
             found = re.search(r"\d+\.\d+(\.\d+)?", file.read())
     except OSError:
         found = None

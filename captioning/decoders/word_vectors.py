@@ -1,81 +1,113 @@
-"""Load pretrained word vectors from text files of word2vec, GloVe or fastText, plain or compressed (.gz).
+"""Start an embedding from pretrained word vectors: word2vec, GloVe and fastText.
 
-A line holds a word and its numbers, separated by spaces. The first line of word2vec and fastText files is a header: the
-number of vectors and their size.
+captioning/decoders/word_vector_files.py reads their text files. fastText's own .bin, which also has vectors for words
+that it never saw (Bojanowski et al. 2017, https://arxiv.org/abs/1607.04606, eq. 2), is read by the package fasttext.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from captioning.decoders.word_vector_files import FASTTEXT_MAGIC, first_bytes, open_vectors
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
-MAX_LINE_LENGTH = 1_000_000  # characters: a line of a compressed file may expand to any length
+
+class LoadedVectors(NamedTuple):
+    """What a file of word vectors had. found: words of the vocabulary. damaged: lines that were skipped."""
+
+    found: int
+    damaged: int = 0
+    remark: str = ""  # on a file that was not read to its announced end
+
+    def report(self, words: int) -> str:
+        """The result in words. words: of the vocabulary."""
+        damaged = f"; {self.damaged:,} damaged lines skipped" if self.damaged else ""
+        share = f"{self.found:,} of the vocabulary's {words:,} words ({self.found / words:.1%})"
+        return f"has vectors of {share}{damaged}{self.remark}"
 
 
-def load_word_vectors(weight: Tensor, path: Path, vocabulary: Vocabulary) -> int:
-    """Copy the vectors of the vocabulary's words from the file into weight (V, E). Return the number of words found.
+def load_word_vectors(weight: Tensor, path: Path, vocabulary: Vocabulary, limit: int = 0) -> LoadedVectors:
+    """Copy the vectors of the vocabulary's words from the file into weight (V, E).
+
+    limit: read only this many vectors, the first; 0 is all. Reading ends once all words are found.
 
     The rows of the four special words, and of words that the file does not have, stay as they are. Of several vectors
-    of one word, the first counts.
-    Raises UserError if the file cannot be read or is not of this format, if its vectors do not have E numbers, or if it
-    has none of the words.
+    of one word, the first counts. Damaged lines are skipped, and counted as far as they are read; the numbers of words
+    that are not needed are not looked at. A file may also be the head of a larger one.
+
+    Raises UserError if the file cannot be read or is not of this format, if its vectors do not have E numbers, if more
+    of its lines are damaged than not, or if it has none of the words.
     """
-    word_to_id = {word: i for i, word in enumerate(vocabulary.words) if i >= len(SPECIAL)}
-    found: set[str] = set()
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-            for word, numbers in _read_vectors(file, path, weight.shape[1]):
-                if word in word_to_id and word not in found:
-                    weight[word_to_id[word]] = torch.from_numpy(np.array(numbers, np.float32))
-                    found.add(word)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); give a text file of word vectors") from None
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: is not a text file of word vectors ({reason(error)}); give a .txt or .vec file of word2vec, "
-            "GloVe or fastText"
-        ) from None
-    if not found:
+    rows = {_encode(word): row for row, word in enumerate(vocabulary.words) if row >= len(SPECIAL)}
+    if _is_fasttext_model(path):
+        loaded = _load_fasttext_model(weight, path, rows)
+    else:
+        loaded = _load_text(weight, path, rows, limit)
+    if not loaded.found:
         raise UserError(f"{path}: has none of the vocabulary's words; check that it is of the same language")
-    return len(found)
+    return loaded
 
 
-def _read_vectors(file: TextIO, path: Path, size: int) -> Iterator[tuple[str, list[str]]]:
-    """Yield each word and its `size` numbers as strings.
+def _encode(word: str) -> bytes:
+    return word.encode("utf-8", "surrogatepass")
 
-    Raises ValueError for a damaged line; UserError for vectors of another size, or for fewer vectors than the header
-    announces.
-    """
-    num_lines = 0
-    expected = None  # vectors, as the header announces
-    for num_lines, line in enumerate(iter(lambda: file.readline(MAX_LINE_LENGTH), ""), 1):
-        fields = line.rstrip().split(" ")
-        if num_lines == 1 and len(fields) == 2 and all(field.isdecimal() for field in fields):  # a header
-            _check_size(int(fields[1]), size, path)
-            expected = int(fields[0])
-            continue
-        if num_lines <= 2:
-            _check_size(len(fields) - 1, size, path)
-        if len(fields) <= size or "\0" in line:
-            raise ValueError(f"line {num_lines} is damaged")
-        yield " ".join(fields[:-size]), fields[-size:]  # some words of GloVe contain spaces
-    if expected is not None and num_lines - 1 < expected:
+
+def _load_text(weight: Tensor, path: Path, rows: dict[bytes, int], limit: int) -> LoadedVectors:
+    missing = dict(rows)
+    with open_vectors(path, weight.shape[1]) as lines:
+        for word, line in lines:
+            if limit and lines.read > limit:
+                break
+            if word in missing:
+                vector = lines.numbers(line)
+                if vector is not None:
+                    weight[missing.pop(word)] = torch.from_numpy(vector)
+            if not missing:
+                break
+        else:
+            if lines.damaged > lines.vectors:
+                raise UserError(f"{path}: {lines.damaged:,} of its {lines.read:,} lines are damaged; download it again")
+            announced = lines.announced or 0
+            if lines.breaks_off or lines.read < announced:
+                expected = f" of the {announced:,} that its header announces" if announced else ""
+                remark = f"; it is a head of {lines.read:,} vectors{expected}"
+                return LoadedVectors(len(rows) - len(missing), lines.damaged, remark)
+        return LoadedVectors(len(rows) - len(missing), lines.damaged)
+
+
+def _is_fasttext_model(path: Path) -> bool:
+    try:
+        return first_bytes(path).startswith(FASTTEXT_MAGIC)
+    except OSError:  # reported by whoever reads on
+        return False
+
+
+def _load_fasttext_model(weight: Tensor, path: Path, rows: dict[bytes, int]) -> LoadedVectors:
+    """Ask fastText's own package for the vector of each word: a sum over the parts of the word that the model knows."""
+    try:
+        import fasttext
+    except ImportError:
         raise UserError(
-            f"{path}: has {num_lines - 1:,} of the {expected:,} vectors that its header announces; download it again"
-        )
-
-
-def _check_size(found: int, expected: int, path: Path) -> None:
-    if found != expected:
-        raise UserError(f"{path}: its vectors have {found} numbers, not {expected}; give --embedding-size {found}")
+            f"{path}: fastText's .bin needs its own package; run: pip install -e '.[fasttext]', or give the .vec file "
+            "of the same download"
+        ) from None
+    try:
+        model = fasttext.load_model(str(path))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read by fastText ({reason(error)}); download it again") from None
+    size = model.get_dimension()
+    if size != weight.shape[1]:
+        raise UserError(f"{path}: its vectors have {size} numbers, not {weight.shape[1]}; give --embedding-size {size}")
+    found = 0
+    for word, row in rows.items():
+        vector = model.get_word_vector(word.decode("utf-8", "replace"))
+        if vector.any():  # all zeros: it knows no part of the word
+            weight[row] = torch.from_numpy(vector)
+            found += 1
+    return LoadedVectors(found)

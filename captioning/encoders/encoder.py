@@ -6,6 +6,7 @@ Letters: B photos, S pixels per side, C channels, h x w native cells (N = h w).
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -132,8 +133,7 @@ class Encoder(nn.Module):
         """
         self.compiled_batch_size = batch_size
         start = time.monotonic()
-        # Inductor runs the code that it finds in its cache. Its default is a temporary folder, where others may write.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(torch.hub.get_dir()).with_name("inductor")))
+        _cache_code_at_home()
         self.body.compile(dynamic=False)
         photos = self._blank_photos(torch.uint8, batch_size)
         try:
@@ -223,3 +223,13 @@ def _list_layers(names: list[str]) -> str:
         if number.isdigit():
             numbers.append(int(number))
     return ", ".join(f"{k} (.{min(v)} to .{max(v)})" if v else k for k, v in layers.items())
+
+
+def _cache_code_at_home() -> None:
+    """Let Inductor, which runs the code that it finds in its cache, keep it where no other user may write.
+
+    Its default is a temporary folder. Recent versions of torch write that to the environment when they are imported.
+    """
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default).startswith(default):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(torch.hub.get_dir()).with_name("inductor"))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -50,6 +51,20 @@ PILLOW = "pillow"  # Transform.decoding: of files and runs that do not name any
 SIMPLEJPEG_AND_TORCH = "simplejpeg+torch"
 
 
+class PhotoBytes(io.BytesIO):
+    """A photo file in memory. str() is the name by which messages call it."""
+
+    def __init__(self, data: bytes | bytearray | memoryview, name: str):
+        super().__init__(data)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PhotoFile = Path | str | PhotoBytes
+
+
 @dataclass(frozen=True)
 class Transform:
     """How a photo becomes a tensor. Stored in feature files and checkpoints, and compared when they are loaded."""
@@ -75,7 +90,7 @@ class Transform:
                 settings[name] = tuple(settings[name])
         return cls(**settings)
 
-    def open(self, path: Path | str) -> DecodedPhoto:
+    def open(self, path: PhotoFile) -> DecodedPhoto:
         """Decode a photo file, for `resize`. Raises PhotoError.
 
         Scaled decoding drops JPEG frequencies that resizing would average away. It decodes to at least twice the size
@@ -160,14 +175,19 @@ def resize_with_pillow(photo: DecodedPhoto, size: int, interpolation: str = "bil
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode_photo(path: Path | str, min_side: int | None = None) -> DecodedPhoto:
+def decode_photo(path: PhotoFile, min_side: int | None = None) -> DecodedPhoto:
     """Like `open_photo`, with the same pixels, in half the time for plain JPEGs."""
     with open_image(path) as image:
         if is_plain_jpeg(image):
-            pixels = _decode_jpeg(np.fromfile(path, np.uint8), image.size, min_side)
+            pixels = _decode_jpeg(_read_file(path), image.size, min_side)
             if pixels is not None:
                 return pixels
         return _load(image, min_side)  # a damaged JPEG too: Pillow decides what can be read, and gives the reason
+
+
+def _read_file(path: PhotoFile) -> np.ndarray:
+    """(bytes,) uint8"""
+    return np.frombuffer(path.getbuffer(), np.uint8) if isinstance(path, PhotoBytes) else np.fromfile(path, np.uint8)
 
 
 def is_plain_jpeg(image: Image.Image) -> bool:
@@ -197,7 +217,7 @@ def _decode_jpeg(file: np.ndarray, size: tuple[int, int], min_side: int | None) 
         return None
 
 
-def open_photo(path: Path | str, min_side: int | None = None) -> Image.Image:
+def open_photo(path: PhotoFile, min_side: int | None = None) -> Image.Image:
     """Decode a photo file to an upright RGB image; grey, CMYK, palette, alpha and 16-bit images are converted.
 
     min_side: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size, with at least this many pixels per side.
@@ -214,7 +234,7 @@ def _load(image: Image.Image, min_side: int | None) -> Image.Image:
 
 
 @contextlib.contextmanager
-def open_image(path: Path | str) -> Iterator[Image.Image]:
+def open_image(path: PhotoFile) -> Iterator[Image.Image]:
     """Open a photo file and read its header; pixels are decoded on demand.
 
     Raises PhotoError, also from the body, if the file is missing, truncated, not an image, or has too many pixels.

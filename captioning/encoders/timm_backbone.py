@@ -12,7 +12,6 @@ Letters: B photos, S pixels per side, C channels, h x w native cells, N = h w.
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from collections.abc import Iterable
@@ -25,14 +24,14 @@ from captioning.encoders.images import Transform
 from captioning.encoders.protocol import BODY_PREFIX, BodyOptions, EncoderFamily, no_class_vector, suggest
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
+from captioning.runtime.quiet import quiet
 
 try:
     import timm
 except ImportError:
     raise UserError("--encoder timm/NAME: timm is not installed; run: pip install -e '.[timm]'") from None
 
-logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of entries that are left out on purpose
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each try to reach the hub
+NOISY = ("timm", "huggingface_hub")  # they warn of entries that are left out on purpose, and of an absent network
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of a network's weights, the preferred one first
 # What timm raises for sizes and settings that a network cannot have
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError)
@@ -90,8 +89,9 @@ class TimmFamily(EncoderFamily):
             raise UserError(f"--encoder timm/{name}: has no published weights; give --weights FILE, or random")
         print(_describe_download(name, config))
         try:
-            _download(config)
-            network = _create(name, options, pretrained=True)
+            with quiet(*NOISY):
+                _download(config)
+                network = _create(name, options, pretrained=True)
         except Exception as error:  # the hub's client and its HTTP library raise many unrelated classes
             source = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             raise UserError(
@@ -114,7 +114,8 @@ class TimmFamily(EncoderFamily):
         convert = getattr(sys.modules[type(body.network).__module__], "checkpoint_filter_fn", None)
         if convert is None:
             return named
-        converted = convert(dict(state), body.network)
+        with quiet(*NOISY):
+            converted = convert(dict(state), body.network)
         return {BODY_PREFIX + name: value for name, value in converted.items() if isinstance(value, Tensor)}
 
     def unexpected(self, names: Iterable[str], body: Any) -> list[str]:
@@ -232,7 +233,8 @@ def _create(name: str, options: BodyOptions, pretrained: bool = False) -> nn.Mod
     if config.fixed_input_size:
         settings["img_size"] = options.image_size
     try:
-        return timm.create_model(name, **settings).eval()
+        with quiet(*NOISY):
+            return timm.create_model(name, **settings).eval()
     except BUILD_ERRORS as error:
         if pretrained:
             raise
@@ -280,7 +282,7 @@ def _describe_download(name: str, config: Any) -> str:
     licence = f"licence {config.license}" if config.license else "licence not known to timm"
     if _is_cached(config):
         return f"timm/{name}: published weights, {licence}, from the hub's cache"
-    with torch.device("meta"):
+    with torch.device("meta"), quiet(*NOISY):
         parameters = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
     size = f"about {4 * parameters / 1e6:,.0f} MB"  # the hub's files are float32, with few exceptions
     return f"timm/{name}: downloading its published weights, {licence}, {size}, to the hub's cache"

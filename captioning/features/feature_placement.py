@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from captioning.encoders.images import split_batches
 from captioning.errors import UserError
@@ -30,6 +29,7 @@ from captioning.features.feature_reader import FeatureReader
 from captioning.features.quantization import KERNELS, DequantizeRows, dequantize_rows, proven_kernel
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.kernel_loading import load_kernels
+from captioning.runtime.progress import tqdm
 
 CPU = torch.device("cpu")
 LOAD_BATCH_SIZE = 256  # photos
@@ -128,7 +128,9 @@ def gpu_memory(device: torch.device) -> tuple[int, int]:
 def free_main_memory() -> int:
     """Free bytes of main memory, divided by the number of processes that torchrun started on this machine."""
     meminfo = Path("/proc/meminfo")
-    available = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    available = (
+        re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text(encoding="utf-8")) if meminfo.is_file() else None
+    )
     if available:
         free = int(available[1]) * 1024
     else:  # macOS reports only the total

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
@@ -22,6 +21,7 @@ from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import mark_not_done
 from captioning.runtime.device import autocast
+from captioning.runtime.progress import tqdm
 
 SAMPLE_SIZE = 64  # photos that are encoded again
 TOLERANCE = 0.1  # relative to a row's norm: half precision differs by less, another photo or weights by far more

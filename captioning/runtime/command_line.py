@@ -20,7 +20,7 @@ import tyro
 
 from captioning.errors import LostProcessError, UserError
 from captioning.runtime.library_errors import reason
-from captioning.runtime.signals import claim_report, line_start, stop_report, stop_signals
+from captioning.runtime.signals import claim_report, is_interactive, line_start, stop_report, stop_signals
 from captioning.runtime.usage_errors import unwrapped_errors, usage_error
 
 DASHBOARD_URL = "http://127.0.0.1:8097"  # the value of --dashboard without an argument
@@ -58,6 +58,8 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
     Exit status: 0 on success, 1 after an error, 2 after a usage error, 130 after Ctrl-C or SIGTERM.
     """
     handlers = _InterruptHandlers()
+    environment = dict(os.environ)
+    errors_of_stdout = getattr(sys.stdout, "errors", None)
     try:
         try:
             outcome = _outcome(command, work, handlers)
@@ -66,8 +68,10 @@ def run(command: type[Config], work: Callable[[Config], None]) -> None:
         handlers.ignore()  # from here on only the report is missing
         if outcome is not None:
             _exit(outcome)
-    finally:
+    finally:  # nothing of ours stays in a session that goes on, such as IPython's after %run
         handlers.restore()
+        _restore_environment(environment)
+        _escape_in_stdout(errors_of_stdout)
 
 
 def _outcome(
@@ -77,8 +81,7 @@ def _outcome(
     try:
         config = parse(command)
         handlers.install()  # not before: Python's own parser, which tyro uses, turns an exception into a SystemError
-        with contextlib.suppress(AttributeError):  # stdout may be a stream of another kind
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        _escape_in_stdout("backslashreplace")
         work(config)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -86,6 +89,19 @@ def _outcome(
     except (UserError, OSError) as error:
         return error
     return None
+
+
+def _escape_in_stdout(errors: str | None) -> None:
+    """Set what becomes of characters that stdout's encoding lacks."""
+    with contextlib.suppress(AttributeError):  # stdout may be a stream of another kind
+        sys.stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    """Undo what the command, and the libraries that it called, changed in the environment."""
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def _exit(outcome: BaseException) -> None:
@@ -124,6 +140,8 @@ def one_line(text: str) -> str:
 
 def _discard_stdout() -> None:
     """Keep Python from writing its buffered output again, and failing again, when it exits."""
+    if is_interactive():  # which does not exit
+        return
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -94,7 +94,7 @@ def _cpu_computes_in(name: str) -> bool:
 def _cpu_flags() -> str:
     """The feature flags of the CPU; empty if the system does not list them."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line for line in file if line.startswith("flags")), "")
     except OSError:
         return ""

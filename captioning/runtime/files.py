@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import platform
@@ -95,6 +94,8 @@ def locked(path: Path, lock: Path, enabled: bool = True) -> Iterator[None]:
 
 def _acquire(path: Path, lock: Path) -> int:
     """Open and lock the lock file -> its descriptor. Raises OSError where that is impossible."""
+    import fcntl  # Windows lacks it: no command runs there, but the library can be imported
+
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

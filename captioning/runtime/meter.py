@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -78,7 +77,9 @@ def peak_resident_memory() -> int:
     On Linux, ru_maxrss is inherited from the parent process, so the kernel's VmHWM is read instead.
     """
     status = Path("/proc/self/status")
-    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
         return int(match[1]) * 1024
+    import resource  # Windows lacks it: no command runs there, but the library can be imported
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,9 +5,11 @@ Every command imports this module before anything else, so it imports nothing th
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +26,11 @@ def stop_signals() -> list[signal.Signals]:
     if threading.current_thread() is not threading.main_thread():
         return []
     return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def is_interactive() -> bool:
+    """Whether the interpreter lives on after the command, as after %run in IPython or Jupyter, or with python -i."""
+    return hasattr(builtins, "__IPYTHON__") or bool(sys.flags.interactive)
 
 
 def install_exit_handlers() -> None:

@@ -85,7 +85,8 @@ class TrainingOptions:
     positions: Literal["learnt", "sinusoidal", "none"] = "learnt"
     photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
     tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
-    word_vectors: Path | None = None  # initialise the embedding from a text file of word2vec, GloVe or fastText
+    word_vectors: Path | None = None  # initialise the embedding from a file of word2vec, GloVe or fastText
+    word_vectors_limit: int = 0  # with --word-vectors: read only this many vectors, the first of the file; 0 is all
     freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
     # probability, of the hidden state before the output layer (0.5); with --decoder transformer, in every layer (0.1)
     dropout: float | None = None
@@ -178,6 +179,7 @@ class TrainingOptions:
             "scheduled_sampling_step",
             "encoder_layers",
             "memory_slots",
+            "word_vectors_limit",
             "workers",
         )
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
@@ -238,6 +240,8 @@ class TrainingOptions:
             )
         if self.word_vectors and self.start_from:
             raise UserError(f"--word-vectors: not allowed with --start-from {self.start_from}, which has embeddings")
+        if self.word_vectors_limit and not self.word_vectors:
+            raise UserError("--word-vectors-limit requires --word-vectors FILE")
         if self.freeze_embeddings and not self.word_vectors:
             raise UserError("--freeze-embeddings requires --word-vectors FILE")
         if self.freeze_embeddings and self.tie_embeddings:

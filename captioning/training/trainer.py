@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from captioning.dataset.batches import Batch, CachedPhotos, LivePhotos, Update, epoch_order, plan_batches, plan_updates
 from captioning.encoders.images import FailureLimit
@@ -19,6 +18,7 @@ from captioning.runtime.device import autocast, pick_precision
 from captioning.runtime.distributed import SINGLE, DistributedContext, data_parallel
 from captioning.runtime.log import Log
 from captioning.runtime.meter import Meter
+from captioning.runtime.progress import tqdm
 from captioning.runtime.signals import StopRequest
 from captioning.search.graphs import DecodingGraphs
 from captioning.training.cuda_graphs import StaticSize, plan_sampled_sizes, plan_static_sizes

@@ -12,6 +12,11 @@ next update.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
+
+    start_command()
+
 import base64
 import collections
 import hashlib
@@ -28,10 +33,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
 from captioning.errors import UserError
 from captioning.runtime.log import read_log
+from captioning.runtime.progress import tqdm
 from captioning.viewing.visdom_server import LOOPBACK, PASSWORD, fetch_page, password_hash, serve, static_folder
 
 if TYPE_CHECKING:

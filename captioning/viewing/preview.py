@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.encoders.grid import GRID_SIZE
 from captioning.encoders.images import open_photo
 from captioning.errors import PhotoError
+from captioning.runtime.progress import tqdm
 from captioning.viewing.attention_plots import CaptionedImage, draw_card
 
 SIZE = 256  # pixels of the longer side in memory: more than a card shows

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
+from captioning.runtime.quiet import quiet
 
 CDN = "https://unpkg.com/{package}@{version}/{path}"
 TIMEOUT = 4.0  # seconds per file; after the first timeout all remaining packages come from npm
@@ -189,7 +190,6 @@ def serve(host: str, port: int, folder: Path, user: str | None = None) -> None:
     Raises UserError if the port is in use, or there is no password.
     """
     static_folder()
-    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)  # hides a missing user style sheet at each page
     from visdom.server.app import Application
 
     async def run_server() -> None:
@@ -205,4 +205,5 @@ def serve(host: str, port: int, folder: Path, user: str | None = None) -> None:
         print(f"visdom: http://{host}:{port}, environments in {folder}; press Ctrl-C to stop", flush=True)
         await asyncio.Event().wait()
 
-    asyncio.run(run_server())
+    with quiet("tornado.general", level=logging.CRITICAL):  # it logs a missing user style sheet at each page
+        asyncio.run(run_server())

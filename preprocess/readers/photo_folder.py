@@ -1,42 +1,67 @@
-"""A folder of photos with their captions beside them: 1.jpg and 1.txt, a caption a line."""
+"""A folder of photos with captions beside them: 1.jpg and 1.txt, a caption a line, or 1.json, {"caption": ...}."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from captioning.errors import UserError
 from preprocess.annotations import Entry, LeftOut
+from preprocess.columns import Columns
 from preprocess.content import Content, Folder, read_text
 from preprocess.folders import has_photo_ending, split_in_name
+from preprocess.readers.rows import unpack_captions
+
+NO_CAPTION = "no caption: no text file beside it, nor JSON that has one"
 
 
 class PhotoFolderReader:
     """Reads folders, also unpacked tars of webdataset's form. A folder named train, val or test says the split."""
 
-    description = "a folder of 1.jpg beside 1.txt"
+    description = "a folder of 1.jpg beside 1.txt or 1.json"
 
     def recognises(self, content: Content) -> bool:
         """Whether a content has this form: see AnnotationReader."""
         if not isinstance(content.data, Folder):
             return False
         names = set(content.data.files)
-        return any(has_photo_ending(name) and _text_name(name) in names for name in names)
+        return any(has_photo_ending(name) and not names.isdisjoint(_beside(name)) for name in names)
 
     def read(self, content: Content) -> Iterator[Entry | LeftOut]:
-        """Yield an entry for each photo: see AnnotationReader."""
+        """Yield an entry for each photo: see AnnotationReader. A text file precedes a JSON file unless it is empty."""
         assert isinstance(content.data, Folder)
         names = set(content.data.files)
         for name in filter(has_photo_ending, content.data.files):
-            text = _text_name(name)
             where = f"{content.path / name}"
-            if text not in names:
-                yield LeftOut(where, "no caption: no text file beside it", "photo")
+            files = [Path(content.path, other) for other in _beside(name) if other in names]
+            captions = next(filter(None, (_captions_in(file, content.columns) for file in files)), None)
+            if captions is None:
+                yield LeftOut(where, NO_CAPTION, "photo")
                 continue
-            lines, _ = read_text(Path(content.path, text))
             splits = filter(None, map(split_in_name, PurePosixPath(name).parts[:-1]))
-            captions: list[object] = [line.strip() for line in lines.splitlines() if line.strip()]
             yield Entry(where, name, captions, split=next(splits, None))
 
 
-def _text_name(photo: str) -> str:
-    return str(PurePosixPath(photo).with_suffix(".txt"))
+def _beside(photo: str) -> tuple[str, str]:
+    """The files that may hold the captions of a photo."""
+    path = PurePosixPath(photo)
+    return str(path.with_suffix(".txt")), str(path.with_suffix(".json"))
+
+
+def _captions_in(file: Path, columns: Columns) -> object:
+    """The captions in a file: the lines of a text, or what a JSON object has under the name of a caption."""
+    try:
+        text, _ = read_text(file)
+    except UserError:  # one file of many: its photo is left out
+        return None
+    if file.suffix == ".txt":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(data, dict):
+        return data if isinstance(data, (str, list)) else None
+    column = columns.find_caption(list(data))
+    return unpack_captions(data[column]) if column else None

@@ -68,7 +68,7 @@ def make_artefacts(scenes: bool = True) -> None:
     torch.save(load_encoder("resnet18.layer2", "random", 64).body.state_dict(), "weights.pth")
     words = Vocabulary.load(data / VOCABULARY_FILE).words[4:]
     lines = [f"{len(words)} 16", *(f"{word} {' '.join(['0.25'] * 16)}" for word in words)]
-    Path("vectors.vec").write_text("\n".join(lines) + "\n")
+    Path("vectors.vec").write_text("\n".join(lines) + "\n", encoding="utf-8")
     Path("vectors.vec.gz").write_bytes(gzip.compress(Path("vectors.vec").read_bytes()))
     if scenes:
         run_ok(SCENES)
@@ -90,7 +90,7 @@ def write_annotations() -> None:
     ]
     formats = {"aic": aic, "coco": {"images": images, "annotations": annotations}, "karpathy": {"images": karpathy}}
     for name, content in formats.items():
-        Path(f"{name}.json").write_text(json.dumps(content))
+        Path(f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def run_ok(command: str, *more: object) -> str:

@@ -46,7 +46,9 @@ STDERR = Path("stderr.txt")
 def write_many_captions() -> None:
     """Write annotations that take a while to read and tokenize."""
     texts = [f"a square number {number} {number * number}" for number in range(600)]
-    Path("many.json").write_text(json.dumps([{"image_id": f"{i}.png", "caption": texts} for i in range(24)]))
+    Path("many.json").write_text(
+        json.dumps([{"image_id": f"{i}.png", "caption": texts} for i in range(24)]), encoding="utf-8"
+    )
 
 
 def start(command: str, before: Callable[[], None] = lambda: None) -> int:
@@ -78,7 +80,7 @@ def _run_in_child(command: str, before: Callable[[], None]) -> None:
     install_exit_handlers()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     before()
-    sys.stderr = open(2, "w", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
     outcome = run_command(command)
     os.write(2, f"{outcome.stderr}\n".encode())
     os._exit(outcome.status)
@@ -130,7 +132,7 @@ def run_alone(command: str) -> float:
 
 
 def stderr_text() -> str:
-    return STDERR.read_text()
+    return STDERR.read_text(encoding="utf-8")
 
 
 def rerun(name: str) -> None:
@@ -160,7 +162,7 @@ def _content(path: Path) -> object:
     if path.parts[0] == "checkpoints" and path.suffix == ".pt":
         return _plain({name: part for name, part in load_checkpoint(path).items() if name != "config"})
     if path.suffix == ".jsonl" and path.parts[0] == "checkpoints":
-        events = [json.loads(line) for line in path.read_text().splitlines()]
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         compared = ("epoch", "train_loss", "val_loss", "CIDEr-D", "best", "preview")
         return [[event.get(name) for name in compared] for event in events if event["event"] == "epoch"]
     return path.read_bytes()

@@ -50,7 +50,7 @@ def put(name: str, content: object) -> Callable[[], None]:
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content))
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
     return do
 
@@ -901,8 +901,9 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "word vectors in binary",
         put("v.bin", bytes(range(256))),
         TRAIN + " --word-vectors v.bin",
-        "v.bin: is not a text file of word vectors ('utf-8' codec can't decode byte 0x80 in position 128: "
-        "invalid start byte); give a .txt or .vec file of word2vec, GloVe or fastText",
+        "v.bin: is not a text file of word vectors; give a .txt or .vec file of word2vec, GloVe or fastText; for "
+        "word2vec's .bin, gensim writes one: KeyedVectors.load_word2vec_format(FILE, binary=True)."
+        "save_word2vec_format('text.vec')",
     ),
     (
         "word vectors of another language",
@@ -1126,7 +1127,7 @@ def test_a_font_without_the_letters_of_a_caption_gives_one_line(here, monkeypatc
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists only on Linux")
 def test_standard_output_on_a_full_disk_gives_one_line(here, monkeypatch):
     monkeypatch.setattr(sys, "argv", f"{EXTRACT} --info".split())
-    with open("/dev/full", "w", buffering=1) as full, pytest.raises(SystemExit) as stop:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full, pytest.raises(SystemExit) as stop:
         monkeypatch.setattr(sys, "stdout", full)
         command_line.run(*COMMANDS["extract_features.py"])
     assert stop.value.code == (

@@ -91,7 +91,7 @@ def test_of_several_processes_started_at_once_one_works_and_the_others_name_it(
         statuses = [exit_status(process) for process in processes]
         assert 0 in statuses and set(statuses) <= {0, 1}, statuses
         for number, status in enumerate(statuses):
-            text = Path(f"stderr-{number}").read_text()
+            text = Path(f"stderr-{number}").read_text(encoding="utf-8")
             named = re.match(r"error: .*: process (\d+) on ", text)
             late = what.startswith("train") and "already exists; continue it with --resume" in text
             assert status == 0 or late or int(named[1]) in processes, text
@@ -104,7 +104,7 @@ def wait_for_worker(process: int) -> None:
     """Wait until the process has a child. Some commands need none: then for 0.3 CPU seconds, or until it exits."""
     children, began = Path(f"/proc/{process}/task/{process}/children"), time.monotonic()
     while not has_exited(process) and cpu_seconds(process, began) < 0.3:
-        if children.exists() and children.read_text():
+        if children.exists() and children.read_text(encoding="utf-8"):
             return
         time.sleep(0.001)
 

@@ -215,7 +215,9 @@ def named_data(name: str) -> dict[str, str]:
     captions = {id: f"一个{'红蓝'[i % 2]}色的正方形" for i, id in enumerate(ids)}
     parts = {"train": ids[:8], "val": ids[8:]}
     for split, some in parts.items():
-        Path(f"{split}.json").write_text(json.dumps([{"image_id": id, "caption": [captions[id]]} for id in some]))
+        Path(f"{split}.json").write_text(
+            json.dumps([{"image_id": id, "caption": [captions[id]]} for id in some]), encoding="utf-8"
+        )
     return {id: captions[id] for id in parts["val"]}
 
 
@@ -267,4 +269,4 @@ def test_each_unreadable_photo_gives_one_line_whatever_its_name(tmp_path, monkey
     settings = [word for flag, value in SMALL_ENCODER.items() for word in (f"--{flag.replace('_', '-')}", value)]
     stdout = run_ok("extract_features.py data --allow-missing 0.1", *settings)
     assert "skipped: photos/new\\nline 3.png: not an image\n" in stdout
-    assert Path("data/features.unreadable.txt").read_text() == "photos/new\\nline 3.png: not an image\n"
+    assert Path("data/features.unreadable.txt").read_text(encoding="utf-8") == "photos/new\\nline 3.png: not an image\n"

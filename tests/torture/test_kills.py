@@ -209,7 +209,7 @@ def test_stopped_at_any_moment_a_command_prints_one_line_and_the_next_start_cont
         process = start(WORK[what])
         wait_for_cpu_seconds(process, moment)
         log = Path("checkpoints/new/log.jsonl")
-        begun = log.exists() and '"start"' in log.read_text()
+        begun = log.exists() and '"start"' in log.read_text(encoding="utf-8")
         send = os.killpg if turn // 2 % 2 else os.kill
         send(process, STOPS[turn % 2])
         status = exit_status(process)
@@ -298,7 +298,7 @@ def test_new_processes_are_killed_and_the_next_start_ends_as_if_nothing_had_happ
 
 def is_before_our_first_line(text: str) -> bool:
     """Whether a traceback of Ctrl-C is Python's own: no module has been imported yet but `signals`."""
-    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|install_exit_handlers\(\)"
+    later = r"site-packages/(torch|numpy|tyro|tqdm)|command_line\.py|start_command\(\)"
     return "KeyboardInterrupt" in text and not re.search(later, text)
 
 

@@ -327,13 +327,17 @@ def test_jiebas_cache_is_neither_read_nor_written(tmp_path, monkeypatch):
 
 
 def test_compiled_code_is_cached_in_the_home_folder_where_no_other_user_can_write(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    torchs_own = os.path.join(tempfile.gettempdir(), "torchinductor_me")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", torchs_own)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     encoder = load_encoder("resnet18.layer1", "random", 32)
     monkeypatch.setattr(encoder.body, "compile", lambda **_: None)
     encoder.compile_for(1, torch.float32)
-    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    encoder.compile_for(1, torch.float32)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
 
 
 # ---- ids never lead out of the image folder
