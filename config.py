@@ -89,6 +89,8 @@ class ExtractFeatures:
     """Stage 1b: photos -> data/NAME/features.h5, by a frozen CNN. Resumes an interrupted extraction.
 
     python extract_features.py data/aic
+
+    Settings that are not given are those of the feature file, if there is one.
     """
 
     data: Positional[Path]  # folder made by python -m preprocess
@@ -97,11 +99,12 @@ class ExtractFeatures:
     # a state-dict file, random, or a run in checkpoints/; else those of the library (imagenet; timm: pretrained)
     weights: str | None = None
     image_size: int | None = None  # pixels (256, timm: of the weights); photos are resized to this square
-    grid: Literal["14", "native"] = "14"  # store 14x14 cells, or the CNN's own grid (smaller; training is the same)
+    # (14) store 14x14 cells, or the CNN's own grid (smaller; training is the same)
+    grid: Literal["14", "native"] | None = None
     # what --decoder lstm reads: the mean of the cells (unless given), or the class token or attention pooling
     pooled: Literal["mean", "class"] | None = None
-    # of the stored features; uint8: half the size of float16, with a relative error of 0.2 to 1 %
-    dtype: Literal["float16", "float32", "uint8"] = "float16"
+    # (float16) of the stored features; uint8: half the size of float16, with a relative error of 0.2 to 1 %
+    dtype: Literal["float16", "float32", "uint8"] | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the CNN's arithmetic
     batch_size: int = 32  # photos
     workers: int = os.cpu_count() or 1  # processes that decode photos
@@ -117,6 +120,9 @@ class ExtractFeatures:
     part: str | None = None
     missing_only: bool = False  # with --out: extract the photos that no other file beside features.h5 or --out holds
     out: Path | None = None  # file to write; data/NAME/features.h5, for a view features.flip.h5, unless given
+    photo_hash: bool = (
+        False  # tell a changed photo by a hash of its content, not by its time: reads all files once more
+    )
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
     info: bool = False  # extract nothing: describe the feature file

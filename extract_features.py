@@ -55,15 +55,16 @@ from captioning.features.feature_writer import (
     FeatureWriter,
     describe_features,
     mark_not_done,
-    stat_photos,
     to_stored_rows,
 )
 from captioning.features.inspection import describe, verify
+from captioning.features.photo_files import changed_photos, stat_photos, with_hashes
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import autocast, encoder_precision, oom_as_user_error, pick_device
 from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed
 from captioning.runtime.files import atomic_text, locked
+from captioning.runtime.loader import lost_worker_as_user_error
 from captioning.runtime.progress import tqdm
 from captioning.runtime.string_array import StringArray
 from config import ExtractFeatures
@@ -80,9 +81,10 @@ def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> N
     if config.verify:
         for file in config.files.values():
             reader = FeatureReader(file)
-            own = photos.of_file(reader) or photos
+            own = photos.of_file(reader)
             print(verify(reader, own.ids, own.paths, device))
         return
+    config = with_settings_of_file(config)
     if config.nvjpeg:
         check_nvjpeg(device)
     precision = encoder_precision(config.precision, device)
@@ -109,11 +111,10 @@ class PhotoList(NamedTuple):
         indices = list(indices)
         return PhotoList(StringArray(self.ids[i] for i in indices), StringArray(self.paths[i] for i in indices))
 
-    def of_file(self, reader: FeatureReader) -> PhotoList | None:
-        """The photos that a feature file holds, in its order; None if one of them is not in the list."""
+    def of_file(self, reader: FeatureReader) -> PhotoList:
+        """Those that a feature file holds, in its order."""
         index = {photo: i for i, photo in enumerate(self.ids)}
-        indices = [index.get(photo, -1) for photo in reader.ids]
-        return None if -1 in indices else self.select(indices)
+        return self.select(index[photo] for photo in reader.ids if photo in index)
 
 
 class Output(NamedTuple):
@@ -146,10 +147,10 @@ def choose_photos(config: ExtractFeatures, photos: PhotoList) -> PhotoList:
         return photos if parts == 1 else photos.select(indices)
     if config.file.exists() and not config.overwrite:
         own = photos.of_file(FeatureReader(config.file))
-        if own is None:
-            raise UserError(f"{config.file}: has photos that {config.data} lacks; give --out for another file")
+        if not own.ids:
+            raise UserError(f"{config.file}: has no photo of {config.data}; give --out for another file")
         return own
-    held = {photo for reader in neighbours(config) for photo in reader.ids}
+    held = {photo for reader in neighbours(config, report=True) for photo in reader.ids}
     return photos.select(i for i in indices if photos.ids[i] not in held)
 
 
@@ -166,8 +167,11 @@ def part_of(photos: int, number: int, parts: int) -> range:
     return range(start, end)
 
 
-def neighbours(config: ExtractFeatures) -> list[FeatureReader]:
-    """The other feature files of the same view in the data folder and beside --out, with the recipe of the first."""
+def neighbours(config: ExtractFeatures, report: bool = False) -> list[FeatureReader]:
+    """The other feature files of the same view in the data folder and beside --out, with the recipe of the first.
+
+    report: print why files there are not counted.
+    """
     folders = (config.data, config.file.parent)
     paths = {path.resolve(): path for folder in folders for path in sorted(folder.glob("*.h5"))}
     paths.pop(config.file.resolve(), None)
@@ -177,7 +181,8 @@ def neighbours(config: ExtractFeatures) -> list[FeatureReader]:
         try:
             reader = FeatureReader(path)
         except UserError as error:  # any HDF5 file may lie there
-            print(f"not counted: {error}")
+            if report:
+                print(f"not counted: {error}")
             continue
         if view_of(reader) == view and not (readers and recipe_difference(reader, readers[0])):
             readers.append(reader)
@@ -213,6 +218,8 @@ def prepare(
     precision_name = str(precision).removeprefix("torch.")
     checkpoint = {"encoder": encoder.to_checkpoint()}
     photo_files = stat_photos(chosen.paths)
+    if config.photo_hash:
+        photo_files = with_hashes(photo_files, chosen.paths, np.arange(len(chosen.paths)))
     new = [file for file in config.files.values() if config.overwrite or not file.exists()]
     writers = []
     for view, file in config.files.items():
@@ -246,7 +253,8 @@ def check_same_recipe(config: ExtractFeatures, attributes: dict) -> None:
 
 def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
     """Mark the rows of photos whose file has changed as not done, and name the first of these photos."""
-    changed = writer.changed()
+    done = np.setdiff1d(np.arange(len(photos.ids)), writer.missing())
+    changed = changed_photos(writer.stored_photo_files(), stat_photos(photos.paths), photos.paths, done)
     if not len(changed):
         return
     for row in changed[:10]:
@@ -255,9 +263,46 @@ def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
     mark_not_done(writer.path, changed)
 
 
+def completed_file(config: ExtractFeatures) -> FeatureReader | None:
+    """The feature file that this command resumes or adds to; None if it starts anew.
+
+    A new view is added to the whole photos beside it: training uses the two together.
+    """
+    existing = [file for file in config.files.values() if file.exists() and not config.overwrite]
+    whole = config.data / "features.h5"
+    if not existing and config.missing_only:
+        return next(iter(neighbours(config)), None)
+    if not existing and WHOLE not in config.files and whole.exists():
+        existing = [whole]
+    return FeatureReader(existing[0]) if existing else None
+
+
+def with_settings_of_file(config: ExtractFeatures) -> ExtractFeatures:
+    """The settings that are not given: those of the file that this command completes, or else the defaults."""
+    completed = completed_file(config)
+    if completed is None:
+        return replace(config, grid=config.grid or "14", dtype=config.dtype or "float16")
+    found = recipe(completed)
+    return replace(
+        config,
+        grid=config.grid or found["grid"],
+        dtype=config.dtype or found["dtype"],
+        precision=found["precision"] if config.precision == "auto" else config.precision,
+        scaled_decoding=config.scaled_decoding or found["scaled_decoding"],
+        nvjpeg=config.nvjpeg or found["nvjpeg"],
+    )
+
+
 def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
-    """The encoder that the flags describe. One with random weights is calibrated once and stored with the features."""
-    decoding = choose_decoding(config)
+    """The encoder that the flags describe, or without any that of the file which this command completes.
+
+    One with random weights is calibrated once and stored with the features.
+    """
+    completed = completed_file(config)
+    if completed and not any((config.encoder, config.weights, config.image_size, config.pooled)):
+        saved = read_encoder_checkpoint(completed.path, completed.attributes["weights_sha256"])
+        return encoder_from_checkpoint(saved)
+    decoding = choose_decoding(completed)
     changes = {"scaled_decoding": config.scaled_decoding, "nvjpeg": config.nvjpeg}
     if config.weights == "random" and not config.overwrite and encoder_file(config.file).exists():
         stored = encoder_from_checkpoint(read_encoder_checkpoint(config.file))
@@ -278,18 +323,9 @@ def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
     return encoder
 
 
-def choose_decoding(config: ExtractFeatures) -> str:
-    """Who decodes the photos: the same as for the first rows of a file that this command resumes.
-
-    A new view is decoded like the whole photos beside it: training uses the two together.
-    """
-    kept = [] if config.overwrite else [*config.files.values()]
-    if WHOLE not in config.files:
-        kept.append(config.data / "features.h5")
-    for file in kept:
-        if file.exists():
-            return FeatureReader(file).attributes.get("decoding", PILLOW)
-    return SIMPLEJPEG_AND_TORCH
+def choose_decoding(completed: FeatureReader | None) -> str:
+    """Who decodes the photos: the same as for the first rows of a file that this command completes."""
+    return completed.attributes.get("decoding", PILLOW) if completed else SIMPLEJPEG_AND_TORCH
 
 
 def print_plan(encoder: Encoder, outputs: Sequence[Output]) -> None:
@@ -418,7 +454,11 @@ def work(config: ExtractFeatures) -> None:
     """`main` on all processes of the job, with the feature files locked."""
     remedy = f"lower --batch-size, now {config.batch_size}"
     writes = not (config.info or config.verify)
-    with init_distributed("the same command goes on") as distributed, oom_as_user_error(remedy):
+    with (
+        init_distributed("the same command goes on") as distributed,
+        lost_worker_as_user_error(),
+        oom_as_user_error(remedy),
+    ):
         with contextlib.ExitStack() as locks:
             for file in config.files.values():
                 lock = file.with_name(file.name + ".lock")

@@ -15,6 +15,8 @@ if __name__ == "__main__":
 
     start_command()
 
+import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +32,6 @@ from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
 from captioning.dataset.caption_dataset import check_captions_complete, photos_in_split
 from captioning.encoders.images import (
-    PHOTO_ENDINGS,
     FailureLimit,
     ReadViews,
     make_loader,
@@ -54,17 +55,22 @@ from captioning.features.feature_files import FeatureFiles, find_feature_files, 
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.files import write_errors
+from captioning.runtime.loader import lost_worker_as_user_error
+from captioning.runtime.photo_formats import is_photo
 from captioning.runtime.progress import tqdm
 from captioning.runtime.settings import as_plain_data
 from captioning.viewing.attention_plots import CaptionedImage, animate_attention, draw_attention
 from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page
 from config import Generate
 from preprocess.captions import Photo, read_captions, read_texts
+from preprocess.folders import has_photo_ending, walk
 from preprocess.user_dictionary import read_user_dictionary
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
 RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "views", "search")  # written with the scores
 RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
+
+MAX_PICTURE_NAME = 50  # characters of a photo's id in the name of its picture: at most 200 of the 255 bytes
 
 CaptionedPhoto = tuple[Photo, CaptionResult]
 
@@ -87,7 +93,7 @@ def caption_photos(config: Generate) -> None:
     )
     torch.manual_seed(config.seed)
     check_supported(config, captioner)
-    captioned = caption_all(config, captioner)
+    captioned, failures = caption_all(config, captioner)
     language = captioner.vocabulary.language
     scores = None
     if config.data and (config.scores or config.csv or config.html or config.extremes):
@@ -97,6 +103,7 @@ def caption_photos(config: Generate) -> None:
     if config.scores:
         print(scores)
     write_outputs(config, captioned, language, scores)
+    failures.check()  # after all captions that there are have been written
 
 
 def check_supported(config: Generate, captioner: Captioner) -> None:
@@ -109,10 +116,10 @@ def check_supported(config: Generate, captioner: Captioner) -> None:
         raise UserError(f"--submission: AI Challenger is Chinese, but {config.run} writes English; give --json")
 
 
-def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
+def caption_all(config: Generate, captioner: Captioner) -> tuple[list[CaptionedPhoto], FailureLimit]:
     """Caption all photos. Print each caption, unless it goes to a file, and draw its picture if requested.
 
-    Photos that cannot be read are reported at the end. Raises UserError if none can be read.
+    Photos that cannot be read are reported at the end, and returned. Raises UserError if none can be read.
     """
     if config.data:
         dataset = list(read_captions(config.data))
@@ -123,6 +130,8 @@ def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
         files = None
         if config.image_info:
             photos = with_ids(photos, config.image_info)
+    if config.pictures:
+        check_pictures(config, photos)
     failures = FailureLimit(len(photos), config.allow_missing)
     captioned = []
     for photo, caption in iterate_captions(config, captioner, files, photos, failures):
@@ -135,7 +144,7 @@ def caption_all(config: Generate, captioner: Captioner) -> list[CaptionedPhoto]:
         print(f"skipped: {one_line(failure)}")
     if not captioned:
         raise UserError("none of the photos could be read; give others")
-    return captioned
+    return captioned, failures
 
 
 def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
@@ -143,10 +152,7 @@ def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            photos = sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS)
-            if not photos:
-                raise UserError(f"{path}: contains no photos ({' '.join(sorted(PHOTO_ENDINGS))})")
-            files += photos
+            files += photos_below(path)
         elif path.exists():
             files.append(path)
         else:
@@ -164,6 +170,22 @@ def with_ids(photos: list[Photo], image_info: Path) -> list[Photo]:
     if count > 1:
         raise UserError(f"{image_info}: {count} of the photos have the id {id}; give each photo once")
     return named
+
+
+def photos_below(root: Path) -> list[Path]:
+    """The photos in a folder and those below it, by their content or else their ending. Prints what is passed over."""
+    hidden: list[str] = []
+    photos, others = [], []
+    for folder, _, names in walk(str(root), hidden):
+        for name in names:
+            file = Path(folder, name)
+            (photos if has_photo_ending(name) or is_photo(file) else others).append(file)
+    for kind, passed_over in (("files that are no photos", others), ("hidden files and folders", hidden)):
+        if passed_over:
+            print(one_line(f"{root}: {len(passed_over):,} {kind} passed over, such as {passed_over[0]}"))
+    if not photos:
+        raise UserError(f"{root}: contains no photos; give another folder, or photos")
+    return sorted(photos)
 
 
 def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) -> FeatureFiles | None:
@@ -251,7 +273,7 @@ def caption_from_files(
     paths = [photo.image for photo in photos]
     read = ReadViews(first_views(config.views), [photo.id for photo in photos])
     for batch in make_loader(read, paths, indices, captioner.encoder.transform, workers):
-        failures.add(batch.failures)
+        failures.collect(batch.failures)
         if batch.indices:
             captions = captioner.caption_resized(batch.photos, config.search, config.views)
             yield list(zip([photos[index] for index in batch.indices], captions, strict=True))
@@ -272,9 +294,8 @@ def display_text(caption: CaptionResult) -> str:
 
 def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None:
     """Draw the caption's attention into the folder of --pictures. Raises UserError if that fails."""
-    suffix, draw = (".gif", animate_attention) if config.animate else (".png", draw_attention)
-    name = re.sub(r"[^\w.-]+", "_", photo.id).strip("._") or "photo"
-    path = config.pictures / (name + suffix)
+    draw = animate_attention if config.animate else draw_attention
+    path = picture_path(config, photo)
     attention = caption.attention.numpy()
     captioned = CaptionedImage(open_photo(photo.image), caption.text, caption.words, attention, caption.grid)
     try:
@@ -282,6 +303,23 @@ def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None
             draw(captioned, path, config.view)
     except LookupError as error:  # no installed font has the caption's characters
         raise UserError(str(error)) from None
+
+
+def picture_path(config: Generate, photo: Photo) -> Path:
+    """Where a photo's picture is written. No two photos have the same: a name that is not the whole id has its hash."""
+    name = re.sub(r"[^\w.-]+", "_", photo.id).strip("._")[:MAX_PICTURE_NAME]
+    if name != photo.id:
+        name = f"{name or 'photo'}-{hashlib.sha256(os.fsencode(photo.id)).hexdigest()[:8]}"
+    return config.pictures / (name + (".gif" if config.animate else ".png"))
+
+
+def check_pictures(config: Generate, photos: list[Photo]) -> None:
+    """Raise UserError if a picture would replace a photo."""
+    files = {os.path.realpath(photo.image) for photo in photos}
+    for photo in photos:
+        path = picture_path(config, photo)
+        if os.path.realpath(path) in files:
+            raise UserError(f"--pictures {config.pictures}: {path} is one of the photos; give another folder")
 
 
 # ---- scoring
@@ -374,7 +412,8 @@ def write_scores(config: Generate, table: dict[str, Any]) -> None:
 
 def work(config: Generate) -> None:
     """`main`, with a message if memory runs out."""
-    with oom_as_user_error(f"lower --batch-size {config.batch_size}, or --beam-size {config.search.beam_size}"):
+    remedy = f"lower --batch-size {config.batch_size}, or --beam-size {config.search.beam_size}"
+    with lost_worker_as_user_error(), oom_as_user_error(remedy):
         main(config)
 
 

@@ -26,6 +26,7 @@ from captioning.runtime.command_line import run
 from captioning.runtime.device import lost_gpu_as_user_error, oom_as_user_error, pick_device
 from captioning.runtime.distributed import SINGLE, DistributedContext, init_distributed, lost_process_is_stop
 from captioning.runtime.files import locked
+from captioning.runtime.loader import lost_worker_as_user_error
 from captioning.runtime.log import Log
 from captioning.runtime.settings import as_plain_data
 from captioning.runtime.signals import StopRequest
@@ -108,7 +109,7 @@ def work(config: Train) -> None:
     resume = "continue with --resume"
     lost_gpu = f"{resume}; if it happens again, add --no-fast-path"
     with init_distributed(resume) as distributed, lost_gpu_as_user_error(lost_gpu), oom_as_user_error(remedy):
-        with locked(config.folder, config.folder / ".lock", distributed.is_main):
+        with lost_worker_as_user_error(), locked(config.folder, config.folder / ".lock", distributed.is_main):
             main(config, distributed)
 
 

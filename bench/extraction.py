@@ -30,7 +30,6 @@ from tyro.conf import Positional
 
 from captioning.encoders.gpu_decoding import check_nvjpeg
 from captioning.encoders.images import (
-    PHOTO_ENDINGS,
     PILLOW,
     SIMPLEJPEG_AND_TORCH,
     Transform,
@@ -39,6 +38,7 @@ from captioning.encoders.images import (
 )
 from captioning.encoders.loading import calibrate_batch_norm, load_encoder
 from captioning.runtime.device import encoder_precision, pick_device
+from preprocess.folders import has_photo_ending
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Bench:
 
 
 def main(bench: Bench) -> None:
-    files = sorted(path for path in bench.folder.rglob("*") if path.suffix.lower() in PHOTO_ENDINGS)
+    files = sorted(path for path in bench.folder.rglob("*") if has_photo_ending(path.name))
     paths = [str(path) for path in itertools.islice(itertools.cycle(files), bench.photos)]
     if bench.decoding_only:
         compare_decoding(bench, paths)

@@ -23,17 +23,18 @@ import generate
 import train
 from captioning.captioner import Captioner
 from captioning.decoders import DECODERS
-from captioning.encoders.images import SignalSafeLoader, Transform, open_photo
+from captioning.encoders.images import Transform, open_photo
 from captioning.encoders.loading import encoder_file, load_encoder
-from captioning.errors import UserError
+from captioning.errors import PhotoError, UserError
 from captioning.features.feature_reader import FeatureReader
 from captioning.runtime import command_line, signals
 from captioning.runtime.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from captioning.runtime.loader import SafeLoader
 from captioning.search.options import SearchOptions
 from captioning.training.objectives import LossWeights
 from captioning.training.trainer import Trainer
 from config import ExtractFeatures, Generate, Train
-from preprocess.captions import CAPTIONS_FILE, read_captions, write_captions
+from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
 from tests.small import ENCODER, QUICK, SPECIAL, TINY, log_of, same, weights
 from tests.torture.artefacts import EXTRACT
@@ -445,6 +446,39 @@ def test_a_command_on_only_unreadable_photos_is_refused(here, tmp_path):
         generate.main(Generate(Path("checkpoints/lstm"), (tmp_path / "broken.jpg",), allow_missing=1.0, workers=0))
 
 
+@pytest.fixture
+def odd_folder(here, tmp_path):
+    """Photos with odd names and no endings, links in a circle, a hidden one, a text, a broken photo."""
+    folder, photo = tmp_path / "photos", Path("data/small/photos/0.png").read_bytes()
+    for name in ("one/a.jpg", "two/a.jpg", "two/a.png", "noending", "图 😀.heic", "new\nline.jpg", ".hidden/b.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(photo)
+    (folder / "one" / "circle").symlink_to("..")
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+def test_an_unreadable_photo_does_not_void_the_captions_of_the_others(odd_folder, tmp_path, capsys):
+    out, pictures = tmp_path / "captions.json", tmp_path / "pictures"
+    settings = {"json": out, "pictures": pictures, "workers": 0, "search": LONG}
+    with pytest.raises(PhotoError, match="circle.jpg.*1 of 7 photos cannot be read, more than --allow-missing"):
+        generate.main(Generate(Path("checkpoints/attention"), (odd_folder,), **settings))
+    printed = capsys.readouterr().out
+    assert f"{odd_folder}: 1 files that are no photos passed over, such as {odd_folder}/notes.txt" in printed
+    assert f"{odd_folder}: 1 hidden files and folders passed over, such as {odd_folder}/.hidden" in printed
+    assert f"skipped: {odd_folder}/circle.jpg" in printed and "captions.json: 6 captions" in printed
+    assert len(json.loads(out.read_text())) == 6
+    assert len([*pictures.iterdir()]) == 6, "a picture each"
+
+
+def test_a_picture_never_replaces_a_photo(here, tmp_path):
+    shutil.copy("data/small/photos/0.png", tmp_path / "photo5.png")
+    write_captions(tmp_path / CAPTIONS_FILE, [Photo(str(tmp_path / "photo5.png"), "photo5", "val", (("a",),))])
+    with pytest.raises(UserError, match="--pictures .*: .*photo5.png is one of the photos; give another folder"):
+        generate.main(Generate(Path("checkpoints/attention"), data=tmp_path, pictures=tmp_path, workers=0))
+
+
 def test_english_captions_are_refused_as_a_submission(here, tmp_path):
     with pytest.raises(UserError, match="AI Challenger is Chinese"):
         generate.main(Generate(Path("checkpoints/lstm"), data=Path("data/small"), submission=tmp_path / "a.json"))
@@ -666,7 +700,7 @@ class SignalState(torch.utils.data.Dataset):
 
 
 def test_loader_workers_ignore_stop_signals(interruptible, monkeypatch):
-    [(handlers, blocked)] = SignalSafeLoader(SignalState(), [0], workers=1, pin=False)
+    [(handlers, blocked)] = SafeLoader(SignalState(), [0], workers=1, pin=False)
     assert handlers == [signal.SIG_IGN] * 2 and not blocked.intersection(signals.STOP_SIGNALS)
     states = []
 
@@ -675,6 +709,6 @@ def test_loader_workers_ignore_stop_signals(interruptible, monkeypatch):
         return iter([])
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", record_state)
-    assert list(SignalSafeLoader(SignalState(), [0], workers=1, pin=False)) == []
+    assert list(SafeLoader(SignalState(), [0], workers=1, pin=False)) == []
     assert states[0][1].issuperset(signals.STOP_SIGNALS), "not even while they start"
     assert not SignalState()[0][1].intersection(signals.STOP_SIGNALS)

@@ -232,7 +232,7 @@ def test_a_killed_extraction_to_codes_resumes_to_the_same_file(data, tmp_path, m
     extract(data, out, dtype="uint8")
     assert out.read_bytes() == complete.read_bytes()
     with pytest.raises(UserError, match="was extracted with dtype uint8, not float16; give --overwrite"):
-        extract(data, out)
+        extract(data, out, dtype="float16")
     capsys.readouterr()
     extract(data, out, info=True)
     printed = " ".join(capsys.readouterr().out.split())
@@ -276,7 +276,7 @@ def test_a_file_of_before_is_resumed_with_pillows_decoding_byte_for_byte(tmp_pat
         tmp_path / CAPTIONS_FILE, [Photo(str(tmp_path / f"{i}.jpg"), str(i), "train", (("a",),)) for i in range(8)]
     )
     with monkeypatch.context() as before:
-        before.setattr(extract_features, "choose_decoding", lambda config: "pillow")
+        before.setattr(extract_features, "choose_decoding", lambda completed: "pillow")
         extract(tmp_path, out)
     encoder = read_encoder_checkpoint(out)
     del encoder["encoder"]["transform"]["decoding"]
@@ -290,7 +290,7 @@ def test_a_file_of_before_is_resumed_with_pillows_decoding_byte_for_byte(tmp_pat
     with h5py.File(out) as file:
         assert np.array_equal(file["features"], expected)
     extract(tmp_path, out, verify=True)
-    monkeypatch.setattr(extract_features, "choose_decoding", lambda config: "simplejpeg+torch")
+    monkeypatch.setattr(extract_features, "choose_decoding", lambda completed: "simplejpeg+torch")
     with pytest.raises(
         UserError, match=r"decoding pillow, not simplejpeg\+torch; give --overwrite to replace it, or --out"
     ):

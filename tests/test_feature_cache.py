@@ -163,7 +163,7 @@ def test_several_processes_write_rows_of_one_file(tmp_path):
         ({"grid": "native"}, "grid"),
         ({"dtype": "float32"}, "dtype"),
         ({"transform": {**RECIPE["transform"], "decoding": "simplejpeg+torch"}}, "decoding pillow, not simplejpeg"),
-        ({"ids": IDS[:-1] + ["x"]}, "another data set"),
+        ({"ids": [f"other{photo}" for photo in IDS]}, "another data set"),
     ],
 )
 def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, change, message):

@@ -20,7 +20,6 @@ from captioning.encoders.images import (
     FailureLimit,
     Transform,
     decode_photo,
-    make_loader,
     open_photo,
     photo_batches,
     read_photos,
@@ -29,6 +28,7 @@ from captioning.encoders.images import (
     to_rgb,
 )
 from captioning.errors import PhotoError, UserError
+from captioning.runtime.photo_formats import is_photo
 
 OLD = Transform.from_dict({"image_size": 32})  # of files and runs of before, which name no decoding
 
@@ -155,10 +155,81 @@ def test_an_unreadable_photo_is_named_with_its_reason(tmp_path):
 def test_an_absurdly_large_photo_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for name in ("photo.png", "photo.jpg"):
+    for name, limit in (("photo.png", "1,000"), ("photo.jpg", "3,000")):
         a_photo().save(tmp_path / name)
-        with pytest.raises(PhotoError, match="1,000 pixels"):
+        with pytest.raises(PhotoError, match=f"more than {limit} pixels"):
             decode_photo(tmp_path / name)
+
+
+@pytest.mark.parametrize("limit, size", [(2000, (45, 30)), (3000, (45, 30))])
+def test_a_jpeg_of_up_to_three_times_pillows_limit_is_decoded_small(tmp_path, monkeypatch, limit, size):
+    """A phone's have 108 megapixels, Pillow allows 89. Pillow warns of more, and of twice as many it raises."""
+    a_photo().save(tmp_path / "photo.jpg")
+    (tmp_path / "photo").write_bytes((tmp_path / "photo.jpg").read_bytes())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for decode in (open_photo, decode_photo):
+        decoded = decode(tmp_path / "photo")
+        assert np.shape(decoded) == (size[1], size[0], 3)
+        expected = np.asarray(a_photo().resize(size, Image.Resampling.BOX), int)
+        assert abs(np.asarray(decoded, int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "AVIF", "HEIF"])
+def test_content_decides_what_is_a_photo_and_no_ending(tmp_path, kind):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").from_pillow(a_photo()).save(tmp_path / "photo.heic")
+    elif kind == "AVIF" and not hasattr(pytest.importorskip("PIL.AvifImagePlugin"), "SUPPORTED"):
+        pytest.skip("Pillow without AVIF")
+    else:
+        a_photo().save(tmp_path / "photo.heic", kind)
+    for name in ("photo.heic", "photo.jfif", "photo"):
+        if name != "photo.heic":
+            (tmp_path / name).write_bytes((tmp_path / "photo.heic").read_bytes())
+        assert is_photo(tmp_path / name) and np.shape(decode_photo(tmp_path / name)) == (60, 90, 3)
+    (tmp_path / "notes.jpg").write_text("no photo, whatever it is called")
+    assert not is_photo(tmp_path / "notes.jpg") and not is_photo(tmp_path / "none.jpg")
+
+
+def test_a_heic_without_its_package_names_it(tmp_path, monkeypatch):
+    (tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PhotoError, match=r"photo.jpg: a HEIC, which needs pillow-heif; pip install 'kantu\[heic\]'"):
+        decode_photo(tmp_path / "photo.jpg")
+    assert is_photo(tmp_path / "photo.jpg"), "not passed over"
+
+
+def test_a_photo_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(PhotoError, match="photo.jpg: not a file"):
+        decode_photo(tmp_path / "photo.jpg")
+
+
+def test_odd_tags_do_no_harm_to_the_pixels(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    a_photo().save(tmp_path / "photo.png", exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: pytest.fail("the tags are written"))
+    assert open_photo(tmp_path / "photo.png").size == (60, 90)
+    monkeypatch.setattr(Image.Image, "getexif", lambda _: 1 / 0)
+    assert open_photo(tmp_path / "photo.png").size == (90, 60)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.float32([[0.0, 0.5, 1.0]]), [0, 127, 255]),
+        (np.float32([[-10, 0, 10]]), [0, 127, 255]),
+        (np.float32([[np.nan, 5, 9]]), [0, 0, 255]),
+        (np.int32([[0, 2**30, 2**31 - 1]]), [0, 127, 255]),
+        (np.uint16([[0, 2048, 4095]]), [0, 127, 255]),  # 12 bits
+        (np.uint16([[0, 128 * 257, 65535]]), [0, 128, 255]),
+        (np.float32([[7, 7, 7]]), [0, 0, 0]),
+    ],
+)
+def test_a_deep_tiff_is_scaled_by_its_range(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "photo.tif")
+    found = np.asarray(open_photo(tmp_path / "photo.tif"))[0, :, 0]
+    np.testing.assert_allclose(found, expected, atol=1)
 
 
 # ---- resizing
@@ -224,16 +295,9 @@ def test_a_transform_records_who_decodes_and_refuses_what_it_does_not_know():
 # ---- batches
 
 
-def is_shared_by_the_worker(paths, indices, transform):
-    photos = read_photos(paths, indices, transform).photos
-    return [photos.is_shared(), photos.is_contiguous(memory_format=torch.channels_last)]
-
-
-def test_a_batch_is_put_together_in_the_memory_that_the_main_process_reads(tmp_path):
+def test_a_batch_of_a_worker_is_channels_last(tmp_path):
     a_photo().save(tmp_path / "photo.jpg")
     for transform in (Transform(32), OLD):
-        loader = make_loader(is_shared_by_the_worker, [tmp_path / "photo.jpg"] * 3, [[0, 1, 2]], transform, 1)
-        assert list(loader) == [[True, True]]
         [batch] = photo_batches([tmp_path / "photo.jpg"] * 3, [[0, 1, 2]], transform, 1)
         assert batch.photos.is_contiguous(memory_format=torch.channels_last) and batch.photos.dtype == torch.uint8
     assert read_photos([], [], Transform(32)).photos.shape == (0, 3, 32, 32)

@@ -1,5 +1,7 @@
 """Views of photos: cached beside the whole photos, drawn anew in every epoch, averaged when captioning."""
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from captioning.encoders.images import Transform, read_photos
 from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.encoders.views import MIN_SIDE, View, crop_box, first_views
 from captioning.errors import UserError
+from captioning.features.feature_files import open_feature_files
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, mark_not_done
+from captioning.runtime import command_line
 from config import ExtractFeatures
-from preprocess.captions import CAPTIONS_FILE, Photo, write_captions
+from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
 from tests.small import ENCODER
 
 PHOTOS = 12
@@ -273,8 +277,6 @@ def grown(copied):
 
 def test_missing_only_extracts_what_no_other_file_holds(grown, capsys):
     (grown / "other.h5").write_bytes(b"no feature file")
-    with pytest.raises(UserError, match="features.h5: belongs to another data set .12 of its 12.*give --missing-only"):
-        extract(grown)
     shutil.copy(grown / "features.encoder.pt", grown / "part2.encoder.pt")  # else calibrated on the new photos
     extract(grown, missing_only=True, out=grown / "part2.h5")
     assert [*FeatureReader(grown / "part2.h5").ids] == [f"photo{i}" for i in range(12, 18)]
@@ -284,6 +286,72 @@ def test_missing_only_extracts_what_no_other_file_holds(grown, capsys):
     mark_not_done(grown / "part2.h5", [1])
     extract(grown, missing_only=True, out=grown / "part2.h5")
     assert "part2.h5: 6 photos" in capsys.readouterr().out and FeatureReader(grown / "part2.h5").done().all()
+
+
+def test_a_grown_reordered_and_shrunk_data_set_keeps_every_row_that_is_right(grown, capsys):
+    before = rows_by_photo(grown / "features.h5")
+    extract_features.main(ExtractFeatures(grown, workers=0, device="cpu"))  # the settings are those of the file
+    printed = capsys.readouterr().out
+    assert "features.h5: the data set has changed: the rows of 12 photos are kept, 6 are new, 0 " in printed
+    assert "12 photos done, 6 to do" in printed
+    rows = rows_by_photo(grown / "features.h5")
+    assert [*rows] == [f"photo{i}" for i in (*range(9, 18), *range(9))]
+    assert len(rows) == 18 and before.items() <= rows.items()
+    lines = (grown / CAPTIONS_FILE).read_text().splitlines(keepends=True)
+    (grown / CAPTIONS_FILE).write_text("".join(lines[5:2:-1]))
+    extract_features.main(ExtractFeatures(grown, workers=0, device="cpu"))
+    kept = rows_by_photo(grown / "features.h5")
+    assert [*kept] == ["photo14", "photo13", "photo12"] and kept.items() <= rows.items()
+    assert not (grown / "features.h5.new").exists()
+
+
+def test_a_kill_while_rows_are_kept_leaves_the_file_as_it_was(grown, monkeypatch):
+    before = (grown / "features.h5").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("captioning.features.feature_writer.FeatureWriter._write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract(grown)
+    assert (grown / "features.h5").read_bytes() == before
+
+
+def test_with_a_hash_a_photo_that_was_only_touched_counts_as_unchanged(copied, capsys):
+    extract(copied, out=copied / "hashed.h5", photo_hash=True)
+    for photo in (copied / "1.jpg", copied / "2.jpg"):
+        os.utime(photo, (1, 1))
+    content = bytearray((copied / "2.jpg").read_bytes())
+    content[len(content) // 2] ^= 1  # of the same size
+    (copied / "2.jpg").write_bytes(content)
+    capsys.readouterr()
+    extract(copied, out=copied / "hashed.h5")
+    printed = capsys.readouterr().out
+    assert printed.count("changed: ") == 1 and f"changed: {copied}/2.jpg" in printed
+
+
+def test_the_remedies_of_a_file_that_lacks_photos_are_commands_that_work(grown, capsys):
+    def remedy(check):
+        with pytest.raises(UserError, match="run: python extract_features.py") as error:
+            check()
+        arguments = shlex.split(str(error.value).partition("extract_features.py ")[2])
+        extract_features.main(command_line.parse(ExtractFeatures, [*arguments, "--workers", "0", "--device", "cpu"]))
+
+    def check():
+        files = open_feature_files([], grown, views=["whole"])
+        photos = [photo.id for photo in read_captions(grown)]
+        located = files.locate(photos)
+        files.check_dataset(located, grown)
+        files.available(files.rows_of_views(located), files.views[0], 0.01, grown)
+
+    before = FeatureReader(grown / "features.h5").attributes
+    remedy(check)
+    check()
+    lines = (grown / CAPTIONS_FILE).read_text()
+    (grown / CAPTIONS_FILE).write_text(lines.replace('"id": "', '"id": "other-'))
+    remedy(check)
+    check()
+    assert FeatureReader(grown / "features.h5").attributes == before
 
 
 def test_missing_only_completes_each_view_by_itself(grown):

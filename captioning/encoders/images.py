@@ -16,11 +16,6 @@ Letters: B photos, H x W pixels, S pixels per side of the square.
 from __future__ import annotations
 
 import contextlib
-import gc
-import io
-import multiprocessing
-import os
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,37 +27,31 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 
 from captioning.encoders.views import DecodedPhoto, View
 from captioning.errors import PhotoError, UserError
 from captioning.runtime.device import pin
 from captioning.runtime.library_errors import reason
-from captioning.runtime.signals import STOP_SIGNALS
+from captioning.runtime.loader import SafeLoader
+from captioning.runtime.photo_formats import PhotoBytes, PhotoFile, open_header
 
-PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the extension; Pillow would run EPS in Ghostscript
 IndexBatch = Sequence[int] | np.ndarray  # (B,) indices into a list of paths
 Indices = TypeVar("Indices", Sequence, np.ndarray)
-GREY_16_BIT = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of more than 8 bits
+UPRIGHT = {  # EXIF's orientation -> what makes the photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PILLOW = "pillow"  # Transform.decoding: of files and runs that do not name any
 SIMPLEJPEG_AND_TORCH = "simplejpeg+torch"
-
-
-class PhotoBytes(io.BytesIO):
-    """A photo file in memory. str() is the name by which messages call it."""
-
-    def __init__(self, data: bytes | bytearray | memoryview, name: str):
-        super().__init__(data)
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
-
-
-PhotoFile = Path | str | PhotoBytes
 
 
 @dataclass(frozen=True)
@@ -196,19 +185,40 @@ def is_plain_jpeg(image: Image.Image) -> bool:
         image.format == "JPEG"
         and image.mode == "RGB"
         and image.info.get("adobe_transform", 1) == 1  # its colours are YCbCr
-        and image.getexif().get(ExifTags.Base.Orientation) not in range(2, 9)
+        and _orientation(image) not in UPRIGHT
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation: 1, which is upright, where there is none or nonsense."""
+    with contextlib.suppress(Exception):  # PIL's reader raises many kinds of exceptions for damaged tags
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if isinstance(orientation, int):
+            return orientation
+    return 1
+
+
+def reduction(size: tuple[int, int], min_side: int | None) -> int:
+    """By how much the sides of a JPEG of this size (W, H) are divided while it is decoded: 1, 2, 4 or 8.
+
+    The largest that leaves `min_side` pixels per side, if given; and enough for the photo to have no more pixels than
+    Pillow allows.
+    """
+    width, height = size
+    scales = (1, 2, 4, 8)
+    allowed = max(scale for scale in scales if scale == 1 or (min_side and min(size) // scale >= min_side))
+    limit = Image.MAX_IMAGE_PIXELS or width * height
+    needed = next((scale for scale in scales if width * height <= scale**2 * limit), 8)
+    return max(allowed, needed)
 
 
 def _decode_jpeg(file: np.ndarray, size: tuple[int, int], min_side: int | None) -> np.ndarray | None:
     """A JPEG file (bytes,) uint8 -> (H, W, 3) uint8; None if it is damaged, or is not of this size (W, H).
 
-    min_side: reduces the photo as Pillow's `draft` does.
+    min_side: see `reduction`.
     """
     width, height = size
-    scale = 1
-    if min_side:
-        scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or min(size) // scale >= min_side)
+    scale = reduction(size, min_side)
     try:
         if simplejpeg.decode_jpeg_header(file)[:2] != (height, width):
             return None  # a file made to deceive: Pillow has checked the number of pixels of the size that it found
@@ -218,7 +228,7 @@ def _decode_jpeg(file: np.ndarray, size: tuple[int, int], min_side: int | None) 
 
 
 def open_photo(path: PhotoFile, min_side: int | None = None) -> Image.Image:
-    """Decode a photo file to an upright RGB image; grey, CMYK, palette, alpha and 16-bit images are converted.
+    """Decode a photo file to an upright RGB image; grey, CMYK, palette, alpha and deep images are converted.
 
     min_side: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size, with at least this many pixels per side.
     Raises PhotoError like `open_image`.
@@ -228,8 +238,9 @@ def open_photo(path: PhotoFile, min_side: int | None = None) -> Image.Image:
 
 
 def _load(image: Image.Image, min_side: int | None) -> Image.Image:
-    if min_side:
-        image.draft(None, (min_side, min_side))
+    scale = reduction(image.size, min_side)
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))  # JPEGs only
     return to_rgb(image)
 
 
@@ -240,31 +251,46 @@ def open_image(path: PhotoFile) -> Iterator[Image.Image]:
     Raises PhotoError, also from the body, if the file is missing, truncated, not an image, or has too many pixels.
     """
     try:
-        with warnings.catch_warnings():
+        with open_header(path) as image, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # damaged EXIF data does not affect the pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+            yield image
+    except PhotoError:
+        raise
     except FileNotFoundError:
         raise PhotoError(f"{path}: no such file") from None
-    except Image.UnidentifiedImageError:
-        raise PhotoError(f"{path}: not an image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise PhotoError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # PIL's readers raise many kinds of exceptions for broken files
         raise PhotoError(f"{path}: {reason(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to an upright RGB image."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in GREY_16_BIT:  # PIL's own conversion would clip it to white
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    is_tiff = image.format == "TIFF"  # what is made of an image has no format
+    image.load()  # which turns a TIFF
+    if (turn := UPRIGHT.get(_orientation(image))) is not None:
+        image = image.transpose(turn)  # the pixels alone: ImageOps.exif_transpose also writes the tags, odd ones too
+    if image.mode in DEEP_GREY:  # PIL's own conversion would clip it to white
+        image = Image.fromarray(to_8_bits(np.asarray(image, np.float32), image.mode, is_tiff))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")  # transparent pixels become white, as on a web page
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def to_8_bits(grey: np.ndarray, mode: str, is_tiff: bool) -> np.ndarray:
+    """Deep grey values (H, W) float32 of one of Pillow's modes -> (H, W) uint8.
+
+    16 bits are scaled by 65535, in a TIFF of 12 bits by 4095. 32-bit integers and floats, which only TIFFs have, know
+    no white: they are scaled from their least to their greatest value, floats within 0..1 by 1.
+    """
+    finite = grey[np.isfinite(grey)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if mode == "F" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif mode not in ("I", "F") or (mode == "I" and not is_tiff):  # a PNG of 16 bits has mode I in older Pillow
+        low, high = 0.0, 4095.0 if is_tiff and high <= 4095 else 65535.0
+    scaled = (grey - low) / ((high - low or 1) / 255)
+    return np.nan_to_num(scaled, nan=0).clip(0, 255).astype(np.uint8)
 
 
 class PhotoBatch(NamedTuple):
@@ -332,13 +358,10 @@ def _read_views(
 
 
 def stack_photos(photos: Sequence[Tensor], size: int) -> Tensor:
-    """Photos (3, S, S) uint8, from `Transform.resize` -> (B, 3, S, S) uint8, in channels-last memory.
-
-    In a worker process the batch is written to shared memory, where the main process reads it without a further copy.
-    """
+    """Photos (3, S, S) uint8, from `Transform.resize` -> (B, 3, S, S) uint8, in channels-last memory."""
     if not photos:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
-    return default_collate([photo.permute(1, 2, 0) for photo in photos]).permute(0, 3, 1, 2)
+    return torch.stack([photo.permute(1, 2, 0) for photo in photos]).permute(0, 3, 1, 2)
 
 
 class _PhotoFiles(Dataset):
@@ -369,43 +392,7 @@ def make_loader(
     pin: bool = False,
 ) -> Iterable:
     """Like `photo_batches`, but yields read(paths, indices, transform). pin: return tensors in pinned memory."""
-    return SignalSafeLoader(_PhotoFiles(read, paths, transform), batches, workers, pin)
-
-
-class SignalSafeLoader(DataLoader):
-    """A DataLoader whose workers ignore Ctrl-C and SIGTERM; the main process handles them and ends the workers."""
-
-    def __init__(self, dataset: Dataset, plan: Iterable, workers: int, pin: bool):
-        """plan: the dataset's indices, in order; pin: copy tensors to pinned memory."""
-        super().__init__(
-            dataset,
-            sampler=plan,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=init_worker,
-            generator=torch.Generator(),  # a separate one: loading must not advance the training's random numbers
-        )
-
-    def __iter__(self) -> Any:
-        # Workers inherit this mask and keep it until init_worker runs.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def init_worker(_: int) -> None:
-    """Prepare a worker process: ignore the stop signals, and end if the main process no longer exists."""
-    # A terminal sends the signals to the whole process group, and torch has just set its own handlers.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    parent = multiprocessing.parent_process()
-    if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # the main process was killed: torch would watch the adopting process instead and never end
-    gc.freeze()  # do not collect the parent's CUDA tensors in a forked worker: that would end the process
+    return SafeLoader(_PhotoFiles(read, paths, transform), batches, workers, pin)
 
 
 def split_batches(indices: Indices, size: int) -> list[Indices]:
@@ -424,7 +411,15 @@ class FailureLimit:
 
     def add(self, failures: Sequence[str]) -> None:
         """Record failures. Raises PhotoError if more than the allowed fraction of the photos has failed."""
+        self.collect(failures)
+        self.check()
+
+    def collect(self, failures: Sequence[str]) -> None:
+        """Record failures, of any number, until `check`."""
         self.reasons.update(dict.fromkeys(failures))
+
+    def check(self) -> None:
+        """Raise PhotoError if more than the allowed fraction of the photos has failed."""
         if len(self.reasons) > self.allowed * self.total:
             raise PhotoError(
                 f"{next(iter(self.reasons))}; {len(self.reasons)} of {self.total} photos cannot be read, more than "

@@ -22,6 +22,7 @@ from captioning.runtime.checkpoint import (
 )
 
 DEFAULT_ENCODER = "resnet101"
+ENCODER_ENDING = ".encoder.pt"  # of the file that stores the encoder of a feature file
 PUBLISHED = ("imagenet", "pretrained")  # what families call their published weights
 CALIBRATION_PHOTOS = 256
 
@@ -37,8 +38,9 @@ def load_encoder(
 ) -> Encoder:
     """An encoder from the flags --encoder, --weights, --image-size, --pooled and --drop-path; None selects the default.
 
-    weights: "imagenet" (torchvision) or "pretrained" (timm), "random", a state-dict file, or a run, which determines
-    encoder and decoding. Random weights are generated from `seed`; call `calibrate_batch_norm` before using them.
+    weights: "imagenet" (torchvision) or "pretrained" (timm), "random", a state-dict file; or a run or an encoder stored
+    with features, which determine encoder and decoding. Random weights are generated from `seed`; call
+    `calibrate_batch_norm` before using them.
     Raises UserError if a name, a file or a run is unknown or damaged.
     """
     if weights and weights not in (*PUBLISHED, "random") and _is_run(Path(weights)):
@@ -48,6 +50,11 @@ def load_encoder(
                 f"--weights {weights}: a run has its own --encoder, --image-size and --pooled; leave those out"
             )
         return encoder_from_checkpoint(run, weights, drop_path)
+    if weights and weights.endswith(ENCODER_ENDING):
+        if name or image_size or pooled:
+            raise UserError(f"--weights {weights}: has its own --encoder, --image-size and --pooled; leave those out")
+        saved = read_checkpoint(Path(weights), ["encoder"], "give other --weights")
+        return encoder_from_checkpoint(saved, drop_path=drop_path)
     name = full_name(name or DEFAULT_ENCODER)
     family, _ = find_family(name)
     weights = weights or family.published
@@ -86,7 +93,7 @@ def encoder_from_checkpoint(checkpoint: dict, weights: str | None = None, drop_p
 
 def encoder_file(features: Path) -> Path:
     """The file, next to a feature file, that stores its encoder for the runs trained on it."""
-    return features.with_suffix(".encoder.pt")
+    return features.with_suffix(ENCODER_ENDING)
 
 
 def read_encoder_checkpoint(features: Path, sha256: str | None = None) -> dict:

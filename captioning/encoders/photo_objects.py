@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning.encoders.images import DecodedPhoto, PhotoBytes, Transform, to_rgb
+from captioning.encoders.images import DecodedPhoto, Transform, to_rgb
 from captioning.errors import PhotoError
 from captioning.runtime.library_errors import reason
+from captioning.runtime.photo_formats import PhotoBytes
 
 PhotoLike = (
     Path | str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview | BinaryIO

@@ -12,11 +12,11 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from captioning.encoders.images import PHOTO_ENDINGS
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
 from preprocess.annotations import read_json
 from preprocess.captions import Photo
+from preprocess.folders import photo_stem
 
 NUMBER = re.compile(r"(?:COCO_[a-z0-9]+_)?0*(\d+)")  # COCO's files of 2014 are named COCO_val2014_000000000009.jpg
 LISTED = 1000  # characters of an error message for names that fit no photo; all others go to a file
@@ -77,7 +77,7 @@ class PhotoFinder:
 def photo_name(path: str) -> str:
     """The file name without its folder and, if it is that of a photo, without its ending."""
     file = PurePosixPath(path)
-    return file.stem if file.suffix.lower() in PHOTO_ENDINGS else file.name
+    return photo_stem(file.name)
 
 
 def _posix(path: str) -> str:

@@ -7,6 +7,7 @@ Letters: N photos, F files, V views, B photos per batch, C channels.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from captioning.encoders.grid import Grid
+from captioning.encoders.loading import encoder_file
 from captioning.encoders.views import WHOLE, View
 from captioning.errors import UserError
 from captioning.features.cached_grid import FeatureRows
@@ -56,7 +58,7 @@ class FeatureFiles:
             if not (rows >= 0).any():
                 raise UserError(
                     f"{reader.path}: belongs to another data set: no features for {len(rows):,} of {len(rows):,} "
-                    f"images; run: python extract_features.py {dataset} --overwrite"
+                    f"images; run: {command_to_replace(reader, dataset)}"
                 )
 
     def rows_of_views(self, located: np.ndarray) -> np.ndarray:
@@ -81,7 +83,9 @@ class FeatureFiles:
         missing = int((~available).sum())
         if missing > allow_missing * len(available):
             paths = ", ".join(str(reader.path) for reader in self.readers if view_of(reader) == view)
-            command = f"python extract_features.py {dataset}{f' --view {view}' if view != WHOLE else ''}"
+            command = f"python extract_features.py {shlex.quote(str(dataset))}"
+            if view != WHOLE:
+                command += f" --view {view}"
             raise UserError(f"{paths}: no features for {missing:,} of {len(available):,} images; run: {command}")
         return available
 
@@ -102,6 +106,18 @@ class FeatureFiles:
             self.readers[number].read_into(target, places, rows[places] - self.starts[number], pooled)
         check_finite(target, lambda i: (self.readers[files[i]], rows[i] - self.starts[files[i]]))
         return target
+
+
+def command_to_replace(reader: FeatureReader, dataset: Path) -> str:
+    """The command that replaces a feature file by one of another data set, with the same settings and encoder."""
+    found, view = recipe(reader), view_of(reader)
+    options = {"weights": encoder_file(reader.path), "grid": found["grid"], "dtype": found["dtype"]}
+    options |= {"precision": found["precision"]}
+    options |= {"view": view} if view != WHOLE else {}
+    options |= {"out": reader.path} if reader.path != view.file(dataset / "features.h5") else {}
+    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
+    flags += ["--nvjpeg"] if found["nvjpeg"] else []
+    return f"python extract_features.py {shlex.quote(str(dataset))} {' '.join(flags)} --overwrite"
 
 
 def view_of(reader: FeatureReader) -> View:

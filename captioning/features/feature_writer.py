@@ -20,7 +20,7 @@ from torch import Tensor
 from captioning.encoders.grid import GRID_SIZE, Grid, to_stored_layout
 from captioning.encoders.images import PILLOW
 from captioning.errors import UserError
-from captioning.features.hdf5_layout import FORMAT, QUANTIZATION, create_file, data_bytes, read_layout
+from captioning.features.hdf5_layout import FORMAT, QUANTIZATION, Layout, create_file, data_bytes, read_layout
 from captioning.features.quantization import quantize
 from captioning.runtime.files import write_errors
 
@@ -103,10 +103,11 @@ class FeatureWriter:
     ):
         """ids: of the photos, one per row; attributes: from `describe_features`; dtype: float16, float32 or uint8.
 
-        photo_files (N, 2) int64: see `stat_photos`; None: not known. others: files of this size that will be created
+        photo_files (N, 2) int64: see photo_files.py; None: not known. others: files of this size that will be created
         on the same disk.
 
-        Raises UserError if the existing file has other attributes or photos, or if the disk is full or denies access.
+        Of an existing file with other photos, the rows of those that it shares are kept. Raises UserError if it shares
+        none, if it has other attributes, or if the disk is full or denies access.
         """
         self.path = path
         self.dtype = np.dtype(dtype)
@@ -118,10 +119,12 @@ class FeatureWriter:
             attributes["quantization"] = QUANTIZATION
         with write_errors(path, WRITE_REMEDY):
             if path.exists() and not overwrite:
-                self._check_resumable(ids, attributes)
+                layout = self._check_resumable(attributes)
+                if [*layout.ids] != [*ids]:
+                    self._rearrange(layout, ids)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._check_free_space(1 + others)
+                self._check_free_space(1 + others, self.path.stat().st_blocks * 512 if self.path.exists() else 0)
                 create_file(path, self.shape, self.dtype, ids, {**attributes, "torch": str(torch.__version__)})
             self.arrays = read_layout(path).arrays
             self.file = os.open(path, os.O_RDWR)
@@ -130,28 +133,67 @@ class FeatureWriter:
         self.thread = threading.Thread(target=self._write_queue, name="writer", daemon=True)
         self.thread.start()
 
-    def _check_resumable(self, ids: Sequence[str], attributes: dict) -> None:
-        """Raise UserError if the existing file has other attributes or photos."""
+    def _check_resumable(self, attributes: dict) -> Layout:
+        """The layout of the existing file. Raises UserError if it has other attributes."""
         layout = read_layout(self.path)
         features = layout.arrays["features"]
         attributes = {**attributes, "shape": list(self.shape[1:])}
         existing = {**LATER_ATTRIBUTES, **layout.attributes}
         existing |= {"dtype": str(features.dtype), "shape": list(features.shape[1:])}
-        remedy = "give --overwrite to replace it, or --out for another file"
         for name, value in attributes.items():
             if existing.get(name) != value:
-                raise UserError(f"{self.path}: was extracted with {name} {existing.get(name)}, not {value}; {remedy}")
-        if [*layout.ids] != [*ids]:
-            common = len(set(ids).intersection(layout.ids))
-            overlap = f"{common:,} of its {len(layout.ids):,} photos are among these {len(ids):,}"
-            if common == len(layout.ids):
-                remedy = f"give --missing-only and --out for the photos that are new, or {remedy.removeprefix('give ')}"
-            raise UserError(f"{self.path}: belongs to another data set ({overlap}); {remedy}")
+                raise UserError(
+                    f"{self.path}: was extracted with {name} {existing.get(name)}, not {value}; give --overwrite to "
+                    "replace it, or --out for another file"
+                )
+        return layout
 
-    def _check_free_space(self, files: int) -> None:
-        """Raise UserError if the disk cannot hold this file, or this number of files of its size."""
+    def _rearrange(self, old: Layout, ids: Sequence[str]) -> None:
+        """Replace the existing file by one of these photos, with the rows of those that both have.
+
+        A kill leaves the existing file as it was. Raises UserError if they share no photo.
+        """
+        index = {photo: row for row, photo in enumerate(old.ids)}
+        sources = np.array([index.get(photo, -1) for photo in ids])  # (N,) rows of the existing file; -1: a new photo
+        shared = int((sources >= 0).sum())
+        if not shared:
+            raise UserError(
+                f"{self.path}: belongs to another data set: none of its {len(old.ids):,} photos is among these "
+                f"{len(ids):,}; give --overwrite to replace it, or --out for another file"
+            )
+        self._check_free_space(1, freed=0)
+        temporary = self.path.with_name(self.path.name + ".new")
+        try:
+            create_file(temporary, self.shape, self.dtype, ids, old.attributes)
+            self._copy_rows(old, sources, temporary)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        print(
+            f"{self.path}: the data set has changed: the rows of {shared:,} photos are kept, {len(ids) - shared:,} are "
+            f"new, {len(old.ids) - shared:,} are no longer in it"
+        )
+
+    def _copy_rows(self, old: Layout, sources: np.ndarray, path: Path) -> None:
+        """Copy the done rows `sources` (N,), -1 for none, of the existing file to a new one at `path`."""
+        self.arrays = read_layout(path).arrays
+        stored = {name: array.map(self.path) for name, array in old.arrays.items()}
+        rows = np.flatnonzero((sources >= 0) & (stored["done"][sources] == 1))
+        self.file = os.open(path, os.O_RDWR)
+        try:
+            for name in sorted(stored, key="done".__eq__):  # the mark comes last
+                for row in rows:
+                    self._write_rows(name, int(row), stored[name][sources[row]])
+            os.fsync(self.file)
+        finally:
+            os.close(self.file)
+
+    def _check_free_space(self, files: int, freed: int) -> None:
+        """Raise UserError if the disk cannot hold this file, or this number of files of its size.
+
+        freed: bytes on the disk of the file that it replaces.
+        """
         needed = files * self.nbytes()
-        freed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         free = shutil.disk_usage(self.path.parent).free + freed
         if needed > free:
             several = f" in {files} files" if files > 1 else ""
@@ -168,16 +210,11 @@ class FeatureWriter:
         """The rows that are not done, (M,) int64."""
         return np.flatnonzero(self.arrays["done"].map(self.path) != 1)
 
-    def changed(self) -> np.ndarray:
-        """The done rows, (M,) int64, whose photo's file has another size or modification time than when it was read.
-
-        A photo of which either is not known, now or then, counts as unchanged.
-        """
-        if self.photo_files is None or "photo_files" not in self.arrays:
-            return np.empty(0, np.int64)
-        stored = self.arrays["photo_files"].map(self.path)
-        known = stored.any(1) & self.photo_files.any(1) & (self.arrays["done"].map(self.path) == 1)
-        return np.flatnonzero(known & (stored != self.photo_files).any(1))
+    def stored_photo_files(self) -> np.ndarray:
+        """The entries of the file, (N, 2) int64: see photo_files.py. Zeros in a file of an older version."""
+        if "photo_files" not in self.arrays:
+            return np.zeros((self.shape[0], 2), np.int64)
+        return np.array(self.arrays["photo_files"].map(self.path))
 
     def write(self, rows: np.ndarray, features: Tensor, pooled: Tensor, scales: Tensor | None = None) -> None:
         """Queue rows (B,) int64 with features (B, h, w, C) and pooled (B, C) float32, on the CPU.
@@ -262,19 +299,6 @@ class FeatureWriter:
 
 def _as_array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy())
-
-
-def stat_photos(paths: Iterable[str]) -> np.ndarray:
-    """Bytes and modification time (ns) of photo files, (N, 2) int64; zeros for a file that cannot be found."""
-    return np.array([_stat(path) for path in paths], np.int64).reshape(-1, 2)
-
-
-def _stat(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def mark_not_done(path: Path, rows: Iterable[int]) -> None:

@@ -14,7 +14,7 @@ from captioning.dataset.caption_dataset import CaptionDataset, check_captions_co
 from captioning.dataset.prefetch import Prefetch
 from captioning.decoders import DECODERS
 from captioning.encoders.encoder import Encoder
-from captioning.encoders.images import Augment, SignalSafeLoader
+from captioning.encoders.images import Augment
 from captioning.encoders.loading import (
     calibrate_batch_norm,
     encoder_from_checkpoint,
@@ -24,6 +24,7 @@ from captioning.encoders.loading import (
 from captioning.encoders.views import WHOLE
 from captioning.features.feature_files import FeatureFiles, open_feature_files
 from captioning.features.feature_placement import place_features
+from captioning.runtime.loader import SafeLoader
 from captioning.training.options import TrainingOptions
 
 CALIBRATION_BATCH_SIZE = 32  # photos
@@ -171,4 +172,4 @@ def load_batches(
         return Prefetch(photos, plan, pin=pin)
     if workers is None:
         workers = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
-    return SignalSafeLoader(photos, plan, workers, pin=pin)
+    return SafeLoader(photos, plan, workers, pin=pin)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from captioning.errors import UserError
+from captioning.runtime.photo_formats import is_photo
 from preprocess.annotations import Entry, LeftOut
 from preprocess.columns import Columns
 from preprocess.content import Content, Folder, read_text
 from preprocess.folders import has_photo_ending, split_in_name
 from preprocess.readers.rows import unpack_captions
 
+CAPTION_ENDINGS = (".txt", ".json")
 NO_CAPTION = "no caption: no text file beside it, nor JSON that has one"
 
 
@@ -26,14 +28,19 @@ class PhotoFolderReader:
         if not isinstance(content.data, Folder):
             return False
         names = set(content.data.files)
-        return any(has_photo_ending(name) and not names.isdisjoint(_beside(name)) for name in names)
+        return any(not names.isdisjoint(_beside(name)) and _is_photo(content, name) for name in content.data.files)
 
     def read(self, content: Content) -> Iterator[Entry | LeftOut]:
         """Yield an entry for each photo: see AnnotationReader. A text file precedes a JSON file unless it is empty."""
         assert isinstance(content.data, Folder)
         names = set(content.data.files)
-        for name in filter(has_photo_ending, content.data.files):
+        for name in content.data.files:
             where = f"{content.path / name}"
+            if name.endswith(CAPTION_ENDINGS):
+                continue
+            if not _is_photo(content, name):
+                yield LeftOut(where, "no photo", "marked")
+                continue
             files = [Path(content.path, other) for other in _beside(name) if other in names]
             captions = next(filter(None, (_captions_in(file, content.columns) for file in files)), None)
             if captions is None:
@@ -43,10 +50,14 @@ class PhotoFolderReader:
             yield Entry(where, name, captions, split=next(splits, None))
 
 
-def _beside(photo: str) -> tuple[str, str]:
+def _is_photo(content: Content, name: str) -> bool:
+    """By its ending, or else by its content. A file of captions is none."""
+    return has_photo_ending(name) or (not name.endswith(CAPTION_ENDINGS) and is_photo(content.path / name))
+
+
+def _beside(photo: str) -> list[str]:
     """The files that may hold the captions of a photo."""
-    path = PurePosixPath(photo)
-    return str(path.with_suffix(".txt")), str(path.with_suffix(".json"))
+    return [str(PurePosixPath(photo).with_suffix(ending)) for ending in CAPTION_ENDINGS]
 
 
 def _captions_in(file: Path, columns: Columns) -> object:

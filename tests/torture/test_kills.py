@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.encoders.images import init_worker
+from captioning.runtime.loader import init_worker
 from captioning.runtime.signals import STOPPED
 from tests.torture.artefacts import run_ok
 from tests.torture.processes import (
