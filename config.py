@@ -120,9 +120,7 @@ class ExtractFeatures:
     part: str | None = None
     missing_only: bool = False  # with --out: extract the photos that no other file beside features.h5 or --out holds
     out: Path | None = None  # file to write; data/NAME/features.h5, for a view features.flip.h5, unless given
-    photo_hash: bool = (
-        False  # tell a changed photo by a hash of its content, not by its time: reads all files once more
-    )
+    photo_hash: bool = False  # tell a changed photo by a hash, not by its time: reads all files once more
     allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
     overwrite: bool = False  # replace features made with other settings
     info: bool = False  # extract nothing: describe the feature file
