@@ -69,6 +69,7 @@ def enter_loggers(config: Train, stack: contextlib.ExitStack) -> None:
 def make_trainer(config: Train, saved: dict | None = None, distributed: DistributedContext = SINGLE) -> Trainer:
     """Read and check everything a run needs. saved: the checkpoint to resume from."""
     device = pick_device(config.device)
+    config = config.for_device(device.type)
     vocabulary = Vocabulary.load(config.data / VOCABULARY_FILE)
     captions = CaptionDataset(read_captions(config.data), vocabulary, config.max_length)
     train = captions.indices_of("train", config.data)

@@ -23,6 +23,7 @@ from ceilings import peak_bandwidth, peak_operations
 from synthetic import coco_lengths, make_photos, make_training_data, make_vocabulary
 from trainer_runs import make_trainer, operations_per_word, train_epoch
 
+from captioning.decoders.factory import decoder_arguments
 from captioning.runtime.device import pick_device, pick_precision
 from captioning.training.options import TrainingOptions
 
@@ -84,7 +85,8 @@ def print_fractions(bench: Bench, device: torch.device, seconds: float, words: i
     # At least, per word and in half precision: forward and backward pass read the photo's cells and keys, and the
     # backward pass reads and writes the gradient of the keys.
     elements = bench.grid_side**2 * bench.channels
-    num_bytes = words * 2 * (2 * elements + 4 * 196 * TrainingOptions.attention_size)
+    attention_size = decoder_arguments("attention", {"attention_size": None})["attention_size"]
+    num_bytes = words * 2 * (2 * elements + 4 * 196 * attention_size)
     print(f"{operations / seconds / 1e12:.2f} TFLOP/s in matrix products, peak {peak / 1e12:.2f}")
     print(f"{num_bytes / seconds / 1e9:.1f} GB/s for attention, peak {peak_bandwidth(device, length) / 1e9:.1f}")
 

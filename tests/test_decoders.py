@@ -29,6 +29,7 @@ OWN_SIZES = {  # of decoders that those above do not fit
     "xlan": {"attention_size": 8, "heads": 2, "encoder_layers": 2},
 }
 OVER_NATIVE_CELLS = ("xlan",)  # these decoders do not attend to the 14x14 map
+POSITIONS_IN_CELLS = ("attention", "hard-attention", "adaptive", "updown")  # others: in a projection of the cells
 LENGTHS = [5, 4, 4, 2, 1]
 PHOTO = torch.tensor([1, 0, 2, 1, 0])  # photo_index: the photo of each caption
 VARIANTS = [
@@ -65,7 +66,7 @@ def attention_equations(d, f14, words, weigh_cells=lambda attention: attention):
     h, m = d.initial(f14.mean(0)).chunk(2)
     logits, attentions = [], []
     for word in words:
-        e = torch.cat([d.score(torch.relu(d.key(cell14) + wq @ h + bq)) for cell14 in f14])
+        e = d.score(torch.relu(d.key(f14) + wq @ h + bq))[:, 0]
         attention = e.softmax(0)
         z = torch.sigmoid(wg @ h + bg) * (weigh_cells(attention)[:, None] * f14).sum(0)
         x = torch.cat([d.embedding(word), z])
@@ -139,8 +140,9 @@ def native_positions(d, size):
         return ((means @ d.positions.rows)[:, None] + means @ d.positions.columns).flatten(0, 1)
     if not hasattr(d.positions, "size"):
         return torch.zeros(64, size).double()
-    places = [sinusoids(float(mean @ torch.arange(14).double()), size // 2) for mean in means]
-    return torch.stack([torch.cat([row, column]) for row in places for column in places])
+    places = [float(mean @ torch.arange(14).double()) for mean in means]
+    rows, columns = [[sinusoids(place, part) for place in places] for part in (size // 2, size - size // 2)]
+    return torch.stack([torch.cat([row, column]) for row in rows for column in columns])
 
 
 def transformer_cells(d, f14):
@@ -196,8 +198,7 @@ def updown_equations(d, f14, words):
         x1 = torch.cat([d.embedding(word), f14.mean(0), h2[0]])[None]
         weights = torch.cat([from_word_and_photo, w_h2], 1), w_h1, d.word_gates.bias, zeros
         h1, m1 = torch.lstm_cell(x1, (h1, m1), *weights)
-        scores = [d.score.weight[0] @ torch.tanh(d.key(cell14) + d.query.weight @ h1[0]) for cell14 in f14]
-        attention = torch.stack(scores).softmax(0)
+        attention = (torch.tanh(d.key(f14) + d.query.weight @ h1[0]) @ d.score.weight[0]).softmax(0)
         x2 = torch.cat([attention @ f14, h1[0]])[None]
         weights = torch.cat([d.context_gates.weight, v_h1], 1), v_h2, d.context_gates.bias, zeros
         h2, m2 = torch.lstm_cell(x2, (h2, m2), *weights)
@@ -231,6 +232,7 @@ def x_linear_equations(d, cells, query):
 def xlan_equations(d, native, words):
     """Pan et al. 2020, one caption: logits (T, V) and attention (T, P), from the native cells."""
     cells = F.elu(d.cell(native))
+    cells = cells + native_positions(d, cells.shape[1])
     photos = [cells.mean(0)]
     for layer in d.layers:
         photos.append(x_linear_equations(layer.attention, cells, photos[-1])[0])
@@ -270,6 +272,8 @@ def reference_output(variant, decoder, f14, words, packed):
     equations = EQUATIONS[variant.split(" ")[0]]
     step_starts = torch.cat([torch.zeros(1, dtype=torch.long), packed.batch_sizes.cumsum(0)[:-1]])
     logits, attention_sum = [None] * sum(LENGTHS), []
+    if variant.split(" ")[0] in POSITIONS_IN_CELLS:
+        f14 = f14 + grid_pooling(8, 8).double() @ native_positions(decoder, f14.shape[2])
     for row, length in enumerate(LENGTHS):
         caption_logits, attention = equations(decoder, f14[PHOTO[row]], words[row, :length])
         for index, values in zip((step_starts[:length] + row).tolist(), caption_logits, strict=True):
@@ -302,6 +306,15 @@ def test_logits_and_gradients_equal_the_equations_word_by_word(variant):
     for (name, _), gradient, reference in zip(decoder.named_parameters(), *gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10, msg=name)
         assert gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["learnt", "sinusoidal"])
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in ("lstm", "transformer")])
+def test_positions_are_added_to_the_cells_as_the_equations_do(name, kind):
+    test_logits_and_gradients_equal_the_equations_word_by_word(f"{name} --positions {kind}")
+    decoders = [make(f"{name} --positions {positions}") for positions in (kind, "none")]
+    with_positions, without = (decoder.eval()(grid, packed, PHOTO).logits for decoder, grid, *_, packed in decoders)
+    assert kind == "learnt" or (with_positions - without).abs().max() > 1e-4, "they tell the cells apart"
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant.startswith("lstm")])

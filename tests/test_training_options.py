@@ -1,27 +1,84 @@
-"""The settings of a training run that depend on its device."""
+"""The settings of a training run that depend on its device and its decoder, and what --help says of them."""
+
+import inspect
+import re
 
 import pytest
 
-from captioning.training.options import GPU_BATCH, PUBLISHED_BATCH, BatchDefaults
+from captioning.decoders import DECODERS
+from captioning.training.options import DEFAULT_RECIPE, GPU_RECIPE, PUBLISHED_RECIPES, Recipe, TrainingOptions
 from config import Train
+
+
+def recipe_of(options):
+    return Recipe(*(getattr(options, name) for name in Recipe._fields))
 
 
 @pytest.mark.parametrize(
     "device, given, expected",
     [
-        ("cpu", {}, PUBLISHED_BATCH),
-        ("mps", {}, PUBLISHED_BATCH),
-        ("cuda", {}, GPU_BATCH),
-        ("cuda", {"batch_size": 32}, PUBLISHED_BATCH),
-        ("cuda", {"batch_size": 100}, PUBLISHED_BATCH._replace(batch_size=100)),
-        ("cuda", {"learning_rate": 1e-3}, GPU_BATCH._replace(learning_rate=1e-3)),
-        ("cuda", {"fine_tune": True}, PUBLISHED_BATCH),
-        ("cuda", {"objective": "cider", "start_from": "run"}, PUBLISHED_BATCH),
-        ("cuda", {"warmup_epochs": 0.0}, GPU_BATCH._replace(warmup_epochs=0.0)),
-        ("cpu", {"batch_size": 512, "learning_rate": 2e-3, "warmup_epochs": 2}, BatchDefaults(512, 2e-3, 2)),
+        ("cpu", {}, DEFAULT_RECIPE),
+        ("mps", {}, DEFAULT_RECIPE),
+        ("cuda", {}, GPU_RECIPE),
+        ("cuda", {"batch_size": 32}, DEFAULT_RECIPE),
+        ("cuda", {"batch_size": 100}, DEFAULT_RECIPE._replace(batch_size=100)),
+        ("cuda", {"learning_rate": 1e-3}, GPU_RECIPE._replace(learning_rate=1e-3)),
+        ("cuda", {"fine_tune": True}, DEFAULT_RECIPE),
+        ("cuda", {"objective": "cider", "start_from": "run"}, DEFAULT_RECIPE),
+        ("cuda", {"warmup_epochs": 0.0}, GPU_RECIPE._replace(warmup_epochs=0.0)),
+        ("cpu", {"batch_size": 512, "learning_rate": 2e-3, "warmup_epochs": 2}, Recipe(512, 2e-3, 2)),
     ],
 )
 def test_a_gpu_has_a_larger_default_batch_and_the_published_recipe_is_one_flag(device, given, expected):
     options = Train("data", "run", **given).for_device(device)
-    assert (options.batch_size, options.learning_rate, options.warmup_epochs) == expected
+    assert recipe_of(options) == expected
     assert options.for_device("cpu") == options, "what is decided stays"
+
+
+@pytest.mark.parametrize("decoder", PUBLISHED_RECIPES)
+def test_a_decoder_with_a_published_recipe_has_it_on_every_device(decoder):
+    recipe = PUBLISHED_RECIPES[decoder]
+    for device in ("cpu", "cuda"):
+        assert recipe_of(Train("data", "run", decoder=decoder).for_device(device)) == recipe
+        larger = Train("data", "run", decoder=decoder, batch_size=512).for_device(device)
+        assert recipe_of(larger) == recipe._replace(batch_size=512), "what is given does not change the rest"
+    cider = Train("data", "run", decoder=decoder, objective="cider", start_from="run").for_device("cuda")
+    assert recipe_of(cider) == DEFAULT_RECIPE, "the recipe is that of cross entropy"
+
+
+def test_help_names_the_default_of_every_decoder():
+    """Such as (512; updown 1000, xlan 1024): the first is that of all decoders that are not named."""
+    source = inspect.getsource(TrainingOptions)
+    seen = 0
+    for name in (field for field in Train.__dataclass_fields__ if getattr(Train, field, 0) is None):
+        values = {decoder: default for decoder in DECODERS if (default := default_of(decoder, name)) is not None}
+        if not values:
+            continue
+        seen += 1
+        said = defaults_in(comment_of(source, name))
+        for decoder, value in values.items():
+            assert said.get(decoder, said[""]) == (f"{value:g}" if isinstance(value, float) else str(value)), name
+        assert set(said) <= {"", *values}, name
+    assert seen == 13
+
+
+def default_of(decoder, setting):
+    """What a new run on a CPU has: from its recipe or from the constructor of the decoder; None if it has neither."""
+    options = Train("data", "run", decoder=decoder).for_device("cpu")
+    parameters = inspect.signature(DECODERS[decoder]).parameters
+    return parameters[setting].default if setting in parameters else getattr(options, setting)
+
+
+def comment_of(source, field):
+    """The comment of a field of TrainingOptions: on its line, or on those above."""
+    above, after = re.search(rf"((?:    # .*\n)*)    {field}: [^#\n]*(#.*)?\n", source).groups()
+    return re.sub(r"\s*# ", " ", above + (after or ""))
+
+
+def defaults_in(comment):
+    """The last parentheses of a comment: decoder -> default, and "" -> that of the others."""
+    first, *parts = re.split("[;,] ", re.findall(r"\(([^()]*)\)", comment)[-1])
+    said = {"": first}
+    for names, value in (part.rsplit(" ", 1) for part in parts):
+        said |= dict.fromkeys(re.split(" and ", names), value)
+    return said

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, attend_all_steps
+from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
     State,
@@ -46,12 +47,15 @@ class AdaptiveDecoder(nn.Module):
         self,
         vocabulary_size: int,
         channels: int,
-        embedding_size: int,
-        attention_size: int,
-        hidden_size: int,
+        embedding_size: int = 512,
+        attention_size: int = 512,
+        hidden_size: int = 512,
         dropout: float = 0.5,
+        positions: str = "none",
     ):
+        """positions: added to the cells, "learnt", "sinusoidal" or "none"."""
         super().__init__()
+        self.positions = make_positions(positions, channels)
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.value = nn.Linear(channels, hidden_size)  # W_a
         self.whole = nn.Linear(channels, embedding_size)  # W_b; checkpoints have this name
@@ -70,6 +74,7 @@ class AdaptiveDecoder(nn.Module):
 
     def init_state(self, grid: Grid) -> State:
         """per_photo: values (B, P, H), keys (B, P, A), photo_gates (B, 5H). per_caption: h and m (B, H)."""
+        grid = self.positions.add_to_cells(grid)
         values = grid.spread(self.value(grid.cells)).relu()  # linear up to the relu: project the native cells
         photo_gates = self.photo_gates(self.whole(grid.mean()).relu())
         zeros = self._zeros(photo_gates, values.shape[0])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer, kernels_for
+from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
     HardSamples,
@@ -64,12 +65,15 @@ class AttentionDecoder(nn.Module):
         self,
         vocabulary_size: int,
         channels: int,
-        embedding_size: int,
-        attention_size: int,
-        hidden_size: int,
+        embedding_size: int = 512,
+        attention_size: int = 512,
+        hidden_size: int = 512,
         dropout: float = 0.5,
+        positions: str = "none",
     ):
+        """positions: added to the cells, "learnt", "sinusoidal" or "none"."""
         super().__init__()
+        self.positions = make_positions(positions, channels)
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.key = nn.Linear(channels, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)
@@ -86,6 +90,7 @@ class AttentionDecoder(nn.Module):
 
     def init_state(self, grid: Grid) -> State:
         """per_photo: cells (B, N, C), keys (B, P, A), pooling (B, P, N). per_caption: h and c (B, H)."""
+        grid = self.positions.add_to_cells(grid)
         keys = grid.spread(self.key(grid.cells))  # P (W_f F): project the N native cells, once per photo
         pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view: allocates nothing
         hidden, cell = upcast(self.initial(grid.mean())).chunk(2, 1)

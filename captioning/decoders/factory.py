@@ -38,8 +38,10 @@ def load_decoder(
     found_name = checkpoint["name"]
     if found_name != name:
         raise UserError(f"{source}: holds the decoder {found_name}, not {name}; give --decoder {found_name}")
+    defaults = decoder_arguments(name, dict.fromkeys(arguments))
+    sizes = defaults | checkpoint["sizes"]  # an older checkpoint lacks the arguments that came later
     for argument, value in arguments.items():
-        found = checkpoint["sizes"].get(argument, value)
+        found = sizes[argument]
         if found != value and argument != "dropout":
             raise UserError(f"{source}: has {argument} {found}, not {value}; the two must be equal")
     decoder.load_state_dict(checkpoint["state"])

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from captioning.decoders.positions import make_positions, sinusoids
 from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, spread_attention, upcast
-from captioning.encoders.grid import GRID_SIZE, Grid
+from captioning.encoders.grid import Grid
 from captioning.errors import UserError
 
 
@@ -58,7 +59,7 @@ class TransformerDecoder(nn.Module):
             raise UserError(f"--heads {heads}: must divide --hidden-size, now {hidden_size}")
         self.dropout = nn.Dropout(dropout)
         self.cell_projection = nn.Linear(channels, hidden_size)
-        self.positions = POSITIONS[positions](hidden_size)
+        self.positions = make_positions(positions, hidden_size)
         self.encoder_layers = nn.ModuleList(
             EncoderLayer(hidden_size, heads, feed_forward_size, self.dropout, memory_slots)
             for _ in range(encoder_layers)
@@ -81,7 +82,7 @@ class TransformerDecoder(nn.Module):
 
     def encode(self, grid: Grid) -> Tensor:
         """The native cells as the decoder layers read them (B, N, H)."""
-        cells = self.dropout(self.cell_projection(grid.cells).relu() + self.positions(grid.pooling))
+        cells = self.dropout(self.positions.add(self.cell_projection(grid.cells).relu(), grid.pooling))
         for layer in self.encoder_layers:
             cells = layer(cells)
         return self.encoder_norm(cells)
@@ -265,68 +266,6 @@ def split_heads(values: Tensor, heads: int) -> Tensor:
 def join_heads(values: Tensor) -> Tensor:
     """The inverse of split_heads."""
     return values.transpose(1, 2).flatten(2)
-
-
-class LearntPositions(nn.Module):
-    """A vector per row plus one per column of the output cells; a native cell has the mean of those that read it.
-
-    So the positions fit maps of any size, and the pooling matrix tells all that is needed.
-    """
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.rows = nn.Parameter(0.02 * torch.randn(GRID_SIZE, size))
-        self.columns = nn.Parameter(0.02 * torch.randn(GRID_SIZE, size))
-
-    def forward(self, pooling: Tensor) -> Tensor:
-        """Pooling (P, N) -> positions of the native cells (N, H)."""
-        positions = (self.rows[:, None] + self.columns).flatten(0, 1)  # (P, H)
-        shares = pooling.to(positions.dtype) / pooling.sum(0).to(positions.dtype)
-        return shares.mT @ positions
-
-
-class SinusoidalPositions(nn.Module):
-    """Sinusoids of the row in one half of the channels, of the column in the other, in units of output cells.
-
-    Two-dimensional positions as in Parmar et al. 2018 (https://arxiv.org/abs/1802.05751), section 3.
-    """
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, pooling: Tensor) -> Tensor:
-        """Pooling (P, N) -> positions of the native cells (N, H)."""
-        shares = pooling / pooling.sum(0)  # no matrix product: autocast would round it
-        cells = torch.arange(GRID_SIZE**2, device=pooling.device)[:, None]
-        row, column = ((shares * part).sum(0)[:, None] for part in (cells // GRID_SIZE, cells % GRID_SIZE))
-        half = self.size // 2
-        return torch.cat([sinusoids(row, half, shares), sinusoids(column, self.size - half, shares)], 1)
-
-
-class NoPositions(nn.Module):
-    """No positions: without encoder layers, the decoder then reads the cells as a set."""
-
-    def __init__(self, size: int):
-        super().__init__()
-
-    def forward(self, pooling: Tensor) -> float:
-        """Zero."""
-        return 0.0
-
-
-POSITIONS = {"learnt": LearntPositions, "sinusoidal": SinusoidalPositions, "none": NoPositions}
-
-
-def sinusoids(position: Tensor | int, size: int, like: Tensor) -> Tensor:
-    """sin(position / 10000^(2i / size)) in channel 2i, the cosine in channel 2i + 1 (Vaswani et al., section 3.5).
-
-    position: a number, or (..., 1). Returns (..., size), on the device and in the dtype of `like`, at least float32.
-    """
-    like = upcast(like)
-    frequencies = torch.exp(torch.arange(0, size, 2, device=like.device, dtype=like.dtype) * (-math.log(10000) / size))
-    angles = position * frequencies
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :size]
 
 
 def init_xavier(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import GridAttention, lstm_update, soft_weights
 from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer
+from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
     State,
@@ -58,12 +59,15 @@ class UpDownDecoder(nn.Module):
         self,
         vocabulary_size: int,
         channels: int,
-        embedding_size: int,
-        attention_size: int,
-        hidden_size: int,
+        embedding_size: int = 1000,
+        attention_size: int = 512,
+        hidden_size: int = 1000,
         dropout: float = 0.5,
+        positions: str = "none",
     ):
+        """The default sizes are the paper's. positions: added to the cells, "learnt", "sinusoidal" or "none"."""
         super().__init__()
+        self.positions = make_positions(positions, channels)
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         # The gates of the attention LSTM: from the word, from the photo, and from [h2_t-1, h1_t-1]
         self.word_gates = nn.Linear(embedding_size, 4 * hidden_size)
@@ -86,6 +90,7 @@ class UpDownDecoder(nn.Module):
 
         per_caption: h and c of the attention LSTM, then of the language LSTM (B, H).
         """
+        grid = self.positions.add_to_cells(grid)
         keys = grid.spread(self.key(grid.cells))  # P (W_v F): project the N native cells, once per photo
         pooling = grid.pooling.expand(keys.shape[0], -1, -1)  # a view: allocates nothing
         photo_gates = self.photo_gates(grid.mean())

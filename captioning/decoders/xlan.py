@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import lstm_update
 from captioning.decoders.fused_ops import DeferredGradLinear, Layer
+from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
     State,
@@ -136,18 +137,23 @@ class XlanDecoder(nn.Module):
         self,
         vocabulary_size: int,
         channels: int,
-        embedding_size: int,
-        attention_size: int,
-        hidden_size: int,
+        embedding_size: int = 1024,
+        attention_size: int = 1024,
+        hidden_size: int = 1024,
         dropout: float = 0.5,
         encoder_layers: int = 4,
         heads: int = 8,
+        positions: str = "none",
     ):
-        """Raises UserError unless the attention size is a multiple of two times the number of heads."""
+        """The default sizes are the paper's. positions: added to k^0; "learnt", "sinusoidal" or "none".
+
+        Raises UserError unless the attention size is a multiple of two times the number of heads.
+        """
         super().__init__()
         if attention_size % (2 * heads):
             raise UserError(f"--attention-size {attention_size}: must be a multiple of {2 * heads}, two times --heads")
         self.cell = nn.Linear(channels, attention_size)
+        self.positions = make_positions(positions, attention_size)
         self.layers = nn.ModuleList(XLinearLayer(attention_size, heads, dropout) for _ in range(encoder_layers))
         self.photo = nn.Linear((encoder_layers + 1) * attention_size, hidden_size)
         self.photo_norm = nn.LayerNorm(hidden_size)
@@ -177,7 +183,7 @@ class XlanDecoder(nn.Module):
 
     def _encode(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """k^M (B, N, D) and g (B, H)."""
-        cells = self.dropout(F.elu(self.cell(grid.cells)))
+        cells = self.dropout(self.positions.add(F.elu(self.cell(grid.cells)), grid.pooling))
         photo = cells.mean(1)
         photos = [photo]
         for layer in self.layers:

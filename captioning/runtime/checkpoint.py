@@ -23,8 +23,9 @@ from captioning.runtime.settings import OLDER_VERSION, flag, has_old_settings
 from captioning.runtime.signals import defer_signals
 
 FORMAT = "kantu checkpoint 1"
+SIZES = ("embedding_size", "attention_size", "hidden_size")
 # Defaults of before they depended on the decoder: those in a run of then are what None means now
-OLD_DEFAULTS = {"dropout": 0.5, "layers": 1}
+OLD_DEFAULTS = {"dropout": 0.5, "layers": 1, "positions": "learnt", **dict.fromkeys(SIZES, 512)}
 # Settings that may differ between a run and its --resume: they decide how a result is computed, not which one.
 CHANGEABLE_ON_RESUME = {
     "epochs",

@@ -49,10 +49,10 @@ def check_min(settings: object, minimum: int, *names: str) -> None:
 
 
 def check_fractions(settings: object, *names: str) -> None:
-    """Raise UserError if one of these settings is not between 0 and 1."""
+    """Raise UserError if one of these settings is not between 0 and 1; None passes."""
     for name in names:
         value = getattr(settings, name)
-        check(0 <= value <= 1, flag(name), value, "a fraction between 0 and 1")
+        check(value is None or 0 <= value <= 1, flag(name), value, "a fraction between 0 and 1")
 
 
 def check_choice(settings: object, name: str, choices: Collection[str]) -> None:

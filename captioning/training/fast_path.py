@@ -113,6 +113,8 @@ def _kernel_obstacle(
         return f"there are none for --decoder {options.decoder}"
     if options.scheduled_sampling:
         return "--scheduled-sampling"
+    if options.positions == "learnt":
+        return "--positions learnt"  # makes the cells need a gradient, which the kernels do not compute
     return kernels_unavailable(device, native_cells)
 
 

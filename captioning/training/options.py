@@ -25,16 +25,26 @@ else:  # the command line offers what is registered
 Options = TypeVar("Options", bound="TrainingOptions")
 
 
-class BatchDefaults(NamedTuple):
-    """A batch size, and the learning rate and the warm-up that go with it."""
+class Recipe(NamedTuple):
+    """How a decoder is trained by cross entropy, where the command does not say otherwise."""
 
     batch_size: int  # captions
     learning_rate: float
     warmup_epochs: float
+    schedule: str = "step"
+    label_smoothing: float = 0.0
 
 
-PUBLISHED_BATCH = BatchDefaults(32, 4e-4, 0.0)  # of the published recipe of soft attention
-GPU_BATCH = BatchDefaults(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
+DEFAULT_RECIPE = Recipe(32, 4e-4, 0.0)  # the common recipe of soft attention
+GPU_RECIPE = Recipe(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
+# Of the authors, on COCO, on any device. Those of the other decoders name no rate for Adam, or none at all.
+PUBLISHED_RECIPES = {
+    # M2 (Cornia et al. 2020, section 4): the largest rate is 512^-0.5 10,000^-0.5; 10,000 updates are 0.9 epochs
+    "transformer": Recipe(50, 4.4e-4, 0.9, "inverse-sqrt"),
+    # The authors' experiments: 1024^-0.5 10,000^-0.5
+    "xlan": Recipe(50, 3.1e-4, 0.9, "inverse-sqrt"),
+}
+
 DECODERS_OF_SETTING = {
     "cell": ("lstm",),
     "layers": ("lstm", "transformer"),
@@ -43,7 +53,7 @@ DECODERS_OF_SETTING = {
     "heads": ("transformer", "xlan"),
     "feed_forward_size": ("transformer",),
     "memory_slots": ("transformer",),
-    "positions": ("transformer",),
+    "positions": ("attention", "hard-attention", "adaptive", "transformer", "updown", "xlan"),
 }  # settings that the other decoders do not have
 
 
@@ -66,13 +76,14 @@ class TrainingOptions:
     features_on: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where the cached features are held during training
     quantize_features: bool = False  # hold them in 8 bits: half of float16; they change by 0.2 to 1 %
     epochs: int = 20  # at most
-    # captions, over all processes; all captions of a photo are in one batch (32; on a GPU, with cached features and
-    # cross entropy, 512)
+    # captions, over all processes; all captions of a photo are in one batch (32; transformer and xlan 50); 512 in place
+    # of 32 on a GPU, with cached features and cross entropy
     batch_size: int | None = None
     grad_accumulation: int = 1  # batches per update: large batches in little memory
-    embedding_size: int = 512  # of a word
-    attention_size: int = 512  # of keys and queries
-    hidden_size: int = 512  # of the recurrent state; with --decoder transformer, of all layers
+    embedding_size: int | None = None  # of a word (512; updown 1000, xlan 1024)
+    attention_size: int | None = None  # of keys and queries (512; xlan 1024)
+    # of the recurrent state; with --decoder transformer, of all layers (512; updown 1000, xlan 1024)
+    hidden_size: int | None = None
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
     # with --decoder lstm or transformer: layers that read the words (1; transformer 3)
     layers: int | None = None
@@ -81,17 +92,18 @@ class TrainingOptions:
     heads: int | None = None  # with --decoder transformer or xlan: heads of each attention (8)
     feed_forward_size: int = 2048  # with --decoder transformer: inner size of the feed-forward layers
     memory_slots: int = 0  # with --decoder transformer: learnt keys and values in the encoder layers; 40 in M2
-    # with --decoder transformer: how the row and column of a cell are encoded
-    positions: Literal["learnt", "sinusoidal", "none"] = "learnt"
+    # not with --decoder lstm: how the row and column of a cell are encoded and added to it (none; transformer learnt)
+    positions: Literal["learnt", "sinusoidal", "none"] | None = None
     photo_norm: Literal["batch", "none"] = "batch"  # with --decoder lstm: BatchNorm of the photo embedding
     tie_embeddings: bool = False  # share one matrix between the word embedding and the output layer
     word_vectors: Path | None = None  # initialise the embedding from a file of word2vec, GloVe or fastText
     word_vectors_limit: int = 0  # with --word-vectors: read only this many vectors, the first of the file; 0 is all
     freeze_embeddings: bool = False  # with --word-vectors: do not train the embedding
-    # probability, of the hidden state before the output layer (0.5); with --decoder transformer, in every layer (0.1)
+    # probability, of the hidden state before the output layer; with --decoder transformer, in every layer (0.5;
+    # transformer 0.1)
     dropout: float | None = None
     feature_dropout: float = 0.0  # probability that a channel of a photo's features is zeroed
-    label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
+    label_smoothing: float | None = None  # fraction of each target spread over the vocabulary (0)
     scheduled_sampling: float = 0.0  # highest probability that an input word is the decoder's own sample
     scheduled_sampling_step: float = 0.05  # increase of that probability per epoch, from 0
     reinforce_weight: float = 1.0  # with --decoder hard-attention: weight of the REINFORCE term
@@ -99,11 +111,14 @@ class TrainingOptions:
     samples: int = 5  # with --objective cider: captions sampled per photo
     # with --objective cider: the baseline of a reward: the mean of the photo's other samples, or its greedy caption
     baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
-    learning_rate: float | None = None  # of the decoder (0.0004; with the 512 captions of a GPU 0.0032)
+    # of the decoder (0.0004; transformer 0.00044, xlan 0.00031); with the 512 captions of a GPU 0.0032
+    learning_rate: float | None = None
     weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
-    # of the learning rates; cosine: to 0 at --epochs; inverse-sqrt: as 1 / sqrt(epoch) after --warmup-epochs
-    schedule: ScheduleName = "step"
-    warmup_epochs: float | None = None  # epochs of linear warm-up (0; with the 512 captions of a GPU 1)
+    # of the learning rates; cosine: to 0 at --epochs; inverse-sqrt: as 1 / sqrt(epoch) after --warmup-epochs (step;
+    # transformer and xlan inverse-sqrt)
+    schedule: ScheduleName | None = None
+    # epochs of linear warm-up (0; transformer and xlan 0.9); with the 512 captions of a GPU 1
+    warmup_epochs: float | None = None
     lr_decay: float = 0.8  # with --schedule step: factor of the learning rates, every --lr-decay-every epochs
     lr_decay_every: int = 3  # with --schedule step: epochs between two reductions of the learning rates
     ema_decay: float = 0.0  # such as 0.999: validate and keep an exponential moving average of the weights; 0 is off
@@ -204,7 +219,8 @@ class TrainingOptions:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
         for name, decoders in DECODERS_OF_SETTING.items():
             if non_default(self, name) and self.decoder not in decoders:
-                raise UserError(f"{flag(name)} requires --decoder {' or '.join(decoders)}")
+                *others, last = decoders
+                raise UserError(f"{flag(name)} requires --decoder {', '.join(others) + ' or ' * bool(others)}{last}")
 
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")
@@ -234,10 +250,6 @@ class TrainingOptions:
             raise UserError("--samples 1: must be 2 or more with --baseline leave-one-out; or give --baseline greedy")
 
     def _check_embeddings(self) -> None:
-        if self.tie_embeddings and self.embedding_size != self.hidden_size:
-            raise UserError(
-                f"--tie-embeddings: --embedding-size {self.embedding_size} must equal --hidden-size {self.hidden_size}"
-            )
         if self.word_vectors and self.start_from:
             raise UserError(f"--word-vectors: not allowed with --start-from {self.start_from}, which has embeddings")
         if self.word_vectors_limit and not self.word_vectors:
@@ -250,11 +262,18 @@ class TrainingOptions:
             )
 
     def for_device(self: Options, device_type: str) -> Options:
-        """Return the settings with the batch size, learning rate and warm-up of this device, where none is given."""
-        fills_gpu = device_type == "cuda" and not self.fine_tune and self.objective == "cross-entropy"
-        defaults = GPU_BATCH if fills_gpu and self.batch_size is None else PUBLISHED_BATCH
-        missing = {name: value for name, value in defaults._asdict().items() if getattr(self, name) is None}
+        """Return the settings with the recipe of this decoder and device, where none is given."""
+        recipe = self._recipe(device_type)
+        missing = {name: value for name, value in recipe._asdict().items() if getattr(self, name) is None}
         return replace(self, **missing)
+
+    def _recipe(self, device_type: str) -> Recipe:
+        if self.objective != "cross-entropy":
+            return DEFAULT_RECIPE
+        if self.decoder in PUBLISHED_RECIPES:
+            return PUBLISHED_RECIPES[self.decoder]
+        fills_gpu = device_type == "cuda" and not self.fine_tune and self.batch_size is None
+        return GPU_RECIPE if fills_gpu else DEFAULT_RECIPE
 
     @property
     def folder(self) -> Path:

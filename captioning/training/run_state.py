@@ -189,7 +189,7 @@ def build_run_state(
     decoder_args = decoder_arguments(options.decoder, settings)
     decoder = build_decoder(options.decoder, decoder_args)
     if options.tie_embeddings:
-        decoder.output_layer.weight = decoder.embedding.weight
+        tie_embeddings(decoder)
     decoder.embedding.weight.requires_grad_(not options.freeze_embeddings)
     loss_module = LossModule(data.encoder, decoder, objective, options.feature_dropout).to(device)
 
@@ -209,6 +209,14 @@ def build_run_state(
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         ema=EMA(parameters, options.ema_decay) if options.ema_decay else None,
     )
+
+
+def tie_embeddings(decoder: nn.Module) -> None:
+    """Make the output layer's matrix that of the word embedding. Raises UserError if their sizes differ."""
+    (_, embedding_size), (_, hidden_size) = decoder.embedding.weight.shape, decoder.output_layer.weight.shape
+    if embedding_size != hidden_size:
+        raise UserError(f"--tie-embeddings: --embedding-size {embedding_size} must equal --hidden-size {hidden_size}")
+    decoder.output_layer.weight = decoder.embedding.weight
 
 
 def encoder_groups(encoder: Encoder, options: TrainingOptions) -> list[dict]:
