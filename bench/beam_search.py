@@ -3,20 +3,31 @@
     python bench/beam_search.py                                                   random weights and features
     python bench/beam_search.py --run checkpoints/att --data data/aic             a trained run, photos of val
     python bench/beam_search.py --photos 5000 --batch-size 500 --device cuda      only Kantu, on a GPU
+    python bench/beam_search.py --decoder updown --photos 32                      beside the toolkits' way; or xlan
+    python bench/beam_search.py --decoder updown --photos 32 --words 10 --max-length 20
 
 Both have the same weights. In the tutorial, a finished hypothesis makes the beam smaller. With the rule of
-captioning/search/beam_search.py instead, the tutorial must find the same captions; this is checked as well.
+captioning/search/beam_search.py instead, the tutorial must find the same captions; this is checked as well. The
+toolkits' way (bench/toolkits.py) searches batches of photos, by the same rule; the two take turns, and medians count.
+The toolkits always compute --max-length steps, 17 or 20 by default; --words makes the captions end before, as trained
+decoders do, after 10 words on COCO.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
 from timeit import timeit
+from typing import Literal
 
+import decoders
 import torch
 import tyro
-from torch import nn
+from toolkits import Toolkit
+from torch import Tensor, nn
 from tutorial import TutorialAttention
 
 from captioning.decoders.factory import build_decoder
@@ -27,10 +38,12 @@ from captioning.runtime.device import autocast, pick_device, pick_precision
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 from preprocess.captions import read_captions
+from preprocess.vocabulary import END
 
 
 @dataclass(frozen=True)
 class Bench:
+    decoder: Literal["attention", "updown", "xlan"] = "attention"
     run: Path | None = None  # run of --decoder attention; random weights unless given
     data: Path | None = None  # with --run
     features: Path | None = None  # with --run: data/NAME/features.h5 unless given
@@ -38,6 +51,8 @@ class Bench:
     beam_size: int = 5
     max_length: int = 12  # words per caption; random weights always reach it
     batch_size: int = 32
+    rounds: int = 5  # with --decoder updown or xlan
+    words: int | None = None  # with --decoder updown or xlan: words after which captions end; never unless given
     vocabulary: int = 9490
     channels: int = 2048
     size: int = 512
@@ -89,6 +104,9 @@ def caption_all(decoder: nn.Module, grid: Grid, bench: Bench, dtype: torch.dtype
 
 def main(bench: Bench) -> None:
     torch.set_num_threads(bench.threads)
+    if bench.decoder != "attention":
+        compare_with_toolkit(bench)
+        return
     decoder, grid = load_trained(bench) if bench.run else make_random(bench)
     device = pick_device(bench.device)
     decoder = decoder.to(device).eval()
@@ -105,6 +123,83 @@ def main(bench: Bench) -> None:
         print(f"{name:>30}  {len(grid) / taken:8.1f} captions/s  {slowest / taken:6.1f} times as fast")
     print(f"{len(grid)} photos, beam {bench.beam_size}, batches of {bench.batch_size}")
     print(f"{device}, {bench.threads} threads, torch {torch.__version__}")
+
+
+class EndingLayer(nn.Module):
+    """An output layer after which <end> becomes the likeliest word at about step `words` of a search."""
+
+    def __init__(self, layer: nn.Linear, words: int):
+        super().__init__()
+        self.layer = layer
+        self.words = words
+        self.step = 0  # of the search: set it to 0 before each
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.layer(hidden)
+        logits[:, END] += 2 * (self.step - self.words) + 8  # the largest logits are about 10
+        self.step += 1
+        return logits
+
+
+def make_pair(bench: Bench) -> tuple[nn.Module, Toolkit]:
+    """A decoder with random weights, whose captions differ, and the toolkits' way of it with the same weights."""
+    size = bench.size
+    sizes = decoders.Bench(decoder=bench.decoder, vocabulary=bench.vocabulary, channels=bench.channels, size=size)
+    kantu, toolkit = (model.eval() for model in decoders.make_decoders(sizes))
+    with torch.no_grad():
+        kantu.embedding.weight *= 10
+        kantu.output_layer.weight *= 10
+    toolkit.copy_weights(kantu)
+    if bench.words is not None:
+        for model in (kantu, toolkit):
+            model.output_layer = EndingLayer(model.output_layer, bench.words)
+    return kantu, toolkit
+
+
+def compare_with_toolkit(bench: Bench) -> None:
+    """Print the time of both ways. Exits if, in float64, they do not find the same captions."""
+    kantu, toolkit = make_pair(bench)
+    grid = Grid(torch.randn(bench.photos, 64, bench.channels).relu(), grid_pooling(8, 8))
+    double = Grid(grid.cells.double(), grid.pooling.double())
+    found = way_of(kantu.double(), bench, double)()
+    if found != way_of(toolkit.double(), bench, double)():
+        raise SystemExit("error: the captions are not the same; the times are not comparable")
+    words = sorted(map(len, found))
+    different = len(set(map(tuple, found)))
+    print(f"all {len(found)} captions are equal in float64, {different} different; {words[0]} to {words[-1]} words")
+    kantu.float()
+    ways = {"toolkit": way_of(toolkit.float(), bench, grid)}
+    for dtype in dict.fromkeys((torch.float32, pick_precision("auto", torch.device("cpu")))):
+        name = f"Kantu, {str(dtype).removeprefix('torch.')}"
+        ways[name] = way_of(kantu, bench, Grid(grid.cells.to(dtype), grid.pooling), dtype)
+    # The time that one thread computes, which other processes of a busy machine do not prolong
+    clock, timer = ("CPU time", process_time) if bench.threads == 1 else ("wall time", perf_counter)
+    times = [{name: timeit(way, timer=timer, number=1) for name, way in ways.items()} for _ in range(bench.rounds)]
+    seconds = {name: median(row[name] for row in times) for name in ways}
+    for name, taken in seconds.items():
+        print(f"{name:>16}  {len(grid) / taken:8.1f} captions/s  {seconds['toolkit'] / taken:6.1f} times as fast")
+    print(
+        f"{len(grid)} photos, beam {bench.beam_size}, batches of {bench.batch_size}, at most {bench.max_length} words"
+    )
+    print(f"medians of {bench.rounds} rounds in {clock}; {bench.threads} threads, torch {torch.__version__}")
+
+
+def way_of(
+    model: nn.Module, bench: Bench, grid: Grid, dtype: torch.dtype = torch.float32
+) -> Callable[[], list[list[int]]]:
+    """A function that returns the caption of each photo, as ids. dtype: of Kantu's arithmetic, under autocast."""
+    own_cells = bench.decoder == "xlan" or not isinstance(model, Toolkit)
+    cells = grid.cells if own_cells else grid.spread(grid.cells)
+    search = SearchOptions(bench.beam_size, bench.max_length)
+
+    def caption(batch: Tensor) -> list[list[int]]:
+        model.output_layer.step = 0
+        if isinstance(model, Toolkit):
+            return model.beam_search(batch, bench.beam_size, bench.max_length)
+        with autocast(batch.device, dtype):
+            return [best.words for (best,) in beam_search(model, Grid(batch, grid.pooling), search)]
+
+    return lambda: [words for batch in cells.split(bench.batch_size) for words in caption(batch)]
 
 
 def time_tutorial(bench: Bench, decoder: nn.Module, grid: Grid) -> dict[str, float]:

@@ -4,7 +4,8 @@ Bottom-Up and Top-Down Attention: Anderson et al., 2018, https://arxiv.org/abs/1
 X-Linear Attention Networks: Pan et al., 2020, https://arxiv.org/abs/2003.14080
 
 What depends on the photo alone is computed once per photo and repeated for its captions. Then every step computes all
-rows of the padded captions: an LSTMCell per LSTM, the attention, the output layer and its log-softmax.
+rows of the padded captions: an LSTMCell per LSTM, the attention, the output layer and its log-softmax. A beam search
+runs the same step, with a row per hypothesis.
 
 Letters: B photos, R captions, T words of the longest caption, P cells, C channels, A attention size, H hidden size,
 D attention size of X-LAN, h heads, d = D / h.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from captioning.decoders.updown import UpDownDecoder
 from captioning.decoders.xlan import XlanDecoder, XLinearAttention
+from preprocess.vocabulary import END, START
 
 
 class Toolkit(nn.Module):
@@ -43,6 +45,39 @@ class Toolkit(nn.Module):
         targets = captions[:, 1 : max(lengths) + 1]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return -(outputs.gather(2, targets[:, :, None]).squeeze(2) * mask).sum() / mask.sum()
+
+    @torch.no_grad()
+    def beam_search(self, cells: Tensor, size: int, max_length: int) -> list[list[int]]:
+        """Cells (B, P, C) of a batch -> the ids of the best caption of each photo, without <start> and <end>.
+
+        What depends on the photo is repeated for its beams, and the states are reordered with the beams. As in
+        captioning/search/beam_search.py, hypotheses that end leave the beam, which is refilled. All steps are computed.
+        """
+        photos = len(cells)
+        per_photo = [tensor.repeat_interleave(size, 0) for tensor in self.prepare(cells)]
+        state = [cells.new_zeros(photos * size, self.hidden) for _ in range(self.num_states)]
+        words = torch.full((photos * size, 1), START)
+        totals = cells.new_full((photos, size), -torch.inf)
+        totals[:, 0] = 0  # the beams of a photo are still equal: continue one of them
+        finished = [(-torch.inf, list[int]()) for _ in range(photos)]
+        for step in range(max_length + 1):
+            output, state = self.core(self.embedding(words[:, -1]), per_photo, state)
+            log_probabilities = F.log_softmax(self.output_layer(self.dropout(output)), 1)
+            log_probabilities[:, : START + 1] = -torch.inf  # never <pad>, <unk>, <start>
+            candidates = totals[:, :, None] + log_probabilities.view(photos, size, -1)
+            totals, indices = candidates.flatten(1).topk(size)
+            parents = indices // candidates.shape[2] + size * torch.arange(photos)[:, None]
+            following = indices % candidates.shape[2]
+            for photo, beam in (following == END).nonzero().tolist():
+                ended = totals[photo, beam].item(), words[parents[photo, beam], 1:].tolist()
+                finished[photo] = max(finished[photo], ended)
+            if step == max_length:
+                break
+            totals = totals.masked_fill(following == END, -torch.inf)
+            words = torch.cat([words[parents.flatten()], following.view(-1, 1)], 1)
+            state = [tensor[parents.flatten()] for tensor in state]
+        best = words.view(photos, size, -1)[:, 0, 1:].tolist()  # where none has ended
+        return [caption if score > -torch.inf else rest for (score, caption), rest in zip(finished, best, strict=True)]
 
     def prepare(self, cells: Tensor) -> tuple[Tensor, ...]:
         """cells (B, P, C) -> what the steps need of each photo."""

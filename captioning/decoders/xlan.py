@@ -64,21 +64,32 @@ class XLinearAttention(nn.Module):
     def forward(self, projected_query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """self.query(q) (R, 2D) of R = B K rows -> F(k, v, q) (R, D), s (R, h, N).
 
-        keys and values as in `keys_and_values`. W_B (k_i * q) is computed as (W_B diag(q)) k_i, whose matrix is smaller
-        than the products of all keys with q.
+        keys and values as in `keys_and_values`.
         """
         photos = keys.shape[0]  # not len(): torch.export would take it for a constant
         captions = projected_query.shape[0] // photos
         query = self.query_norm(F.elu(projected_query))
         query, gate = query.view(photos, captions, 2, self.heads, self.head_size).transpose(1, 3).unbind(2)
-        weights = self.bilinear.weight * query[:, :, :, None]  # (B, h, K, d / 2, d)
-        pooled = weights.flatten(2, 3).to(keys.dtype) @ keys  # (B, h, K d / 2, N)
-        pooled = pooled.view(photos, self.heads, captions, -1, keys.shape[3])
-        pooled = (upcast(pooled) + self.bilinear.bias[:, None]).relu()  # b' (B, h, K, d / 2, N)
-        spatial = upcast(self.spatial.weight @ pooled).squeeze(3).softmax(3)  # (B, h, K, N)
-        channel = upcast(self.channel(pooled.mean(4))).sigmoid()  # (B, h, K, d)
+        pooled = self._pool(query, keys)  # b' (B h K, d / 2, N)
+        by_caption = (photos, self.heads, captions, -1)
+        scores = self.spatial.weight.expand(pooled.shape[0], -1, -1) @ pooled
+        spatial = upcast(scores).view(by_caption).softmax(3)  # (B, h, K, N)
+        channel = upcast(self.channel(pooled.mean(2).view(by_caption))).sigmoid()  # (B, h, K, d)
         attended = channel * gate * upcast(spatial.to(values.dtype) @ values)  # (B, h, K, d)
         return attended.transpose(1, 2).reshape(photos * captions, -1), spatial.transpose(1, 2).flatten(0, 1)
+
+
+    def _pool(self, query: Tensor, keys: Tensor) -> Tensor:
+        """b' (B h K, d / 2, N) of query (B, h, K, d) and keys (B, h, d, N).
+
+        W_B (k_i * q) is computed as (W_B diag(q)) k_i, whose matrix is smaller than the products of all keys with q.
+        """
+        photos, heads, captions, size = query.shape
+        weights = self.bilinear.weight * query.contiguous()[:, :, :, None]  # (B, h, K, d / 2, d)
+        bias = self.bilinear.bias.repeat(captions)[None, :, None].to(keys.dtype)  # (1, K d / 2, 1)
+        weights = weights.view(photos * heads, -1, size).to(keys.dtype)
+        pooled = upcast(torch.baddbmm(bias, weights, keys.flatten(0, 1))).relu_()  # (B h, K d / 2, N)
+        return pooled.view(photos * heads * captions, -1, keys.shape[3])
 
 
 class XLinearLayer(nn.Module):
