@@ -146,7 +146,7 @@ def native_positions(d, size):
 
 
 def transformer_cells(d, f14):
-    """The encoder, one photo: f14 (196, C) -> (64, H). M2's memory slots: Cornia et al. 2020, eq. 2."""
+    """The encoder, one photo: f14 (196, C) -> (64, H). M2's memory slots: Cornia et al. 2020, section 3.1."""
     native = torch.tensor([0, 2, 4, 6, 7, 9, 11, 13])  # rows of the 14x14 map that show one native row alone
     f8 = f14.view(14, 14, -1)[native][:, native].flatten(0, 1)
     size = d.norm.weight.shape[0]

@@ -395,6 +395,8 @@ def test_the_possible_ways_combine_what_may_be_used(cuda_graphs, kernels, ways):
         ({"cuda_graphs": False}, None, "cuda", "--no-cuda-graphs", None),
         ({"kernels": False}, None, "cuda", None, "--no-kernels"),
         ({"scheduled_sampling": 0.1}, None, "cuda", "--scheduled-sampling", "--scheduled-sampling"),
+        ({"positions": "learnt"}, None, "cuda", None, "--positions learnt"),
+        ({"positions": "sinusoidal"}, None, "cuda", None, None),
         ({"decoder": "adaptive"}, None, "cuda", None, "there are none for --decoder adaptive"),
         ({}, "encoder", "cuda", "--fine-tune", "--fine-tune"),
         ({}, None, "cpu", "the run is on cpu", "the run is on cpu"),

@@ -23,7 +23,7 @@ from tests.test_fast_path import use_on_cpu
 DATA = Path("data/small")
 CIDER = {"objective": "cider", "samples": 3, "start_from": Path("checkpoints/attention")}
 METHODS = {
-    "hard-attention": {"decoder": "hard-attention"},
+    "hard-attention": {"decoder": "hard-attention", "positions": "learnt"},
     "gru": {"decoder": "lstm", "cell": "gru", "layers": 2, "photo_norm": "none"},
     "feature dropout": {"feature_dropout": 0.3},
     "scheduled sampling": {"scheduled_sampling": 0.5, "scheduled_sampling_step": 0.3},

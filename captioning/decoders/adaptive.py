@@ -28,7 +28,7 @@ from captioning.encoders.grid import Grid
 class AdaptiveDecoder(nn.Module):
     """An LSTM whose words attend to the cells of the photo and to a sentinel, which stands for the language context.
 
-    v = relu(W_a F),  v^g = relu(W_b mean(F))                              (eq. 14-15)
+    v = relu(W_a F),  v^g = relu(W_b mean(F))                              (section 2.3)
     x_t = [E y_t-1, v^g],  h_t, m_t = LSTM(x_t, h_t-1)                     (section 2.3)
     s_t = sigmoid(W_x x_t + W_h h_t-1) * tanh(m_t)                         the sentinel     (eq. 9-10)
     z_t = w . tanh(W_v v + W_g h_t),  z^s_t = w . tanh(W_s s_t + W_g h_t)                   (eq. 6, 12)

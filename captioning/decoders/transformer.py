@@ -160,7 +160,7 @@ class FeedForward(nn.Sequential):
 class EncoderLayer(nn.Module):
     """Self-attention of the cells and of M memory slots, learnt keys and values of no cell; then a feed-forward layer.
 
-    attention(W_q X, [W_k X, M_k], [W_v X, M_v])   (Cornia et al. 2020, eq. 2)
+    attention(W_q X, [W_k X, M_k], [W_v X, M_v])   (Cornia et al. 2020, section 3.1)
     """
 
     def __init__(self, size: int, heads: int, inner_size: int, dropout: nn.Dropout, memory_slots: int = 0):

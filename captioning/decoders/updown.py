@@ -48,7 +48,6 @@ class UpDownDecoder(nn.Module):
     p(y_t) = softmax(W_p h2_t + b_p)                                                    (eq. 7)
 
     All h and c are 0 at first. The paper's v are regions of a detector; here they are the 14 x 14 cells of the grid.
-    Its sizes are --embedding-size 1000, --hidden-size 1000 and --attention-size 512.
     """
 
     uses_attention = True

@@ -31,7 +31,7 @@ from captioning.errors import UserError
 
 
 class XLinearAttention(nn.Module):
-    """The X-Linear attention block: spatial and channel-wise attention from products of the query with each key.
+    """The X-Linear attention block (section 3): spatial and channel-wise attention from products of the query with each key.
 
     b_i = elu(W_k k_i) * elu(W_q q)                       bilinear pooling of key i and query
     b'_i = relu(W_B b_i)
@@ -78,7 +78,6 @@ class XLinearAttention(nn.Module):
         attended = channel * gate * upcast(spatial.to(values.dtype) @ values)  # (B, h, K, d)
         return attended.transpose(1, 2).reshape(photos * captions, -1), spatial.transpose(1, 2).flatten(0, 1)
 
-
     def _pool(self, query: Tensor, keys: Tensor) -> Tensor:
         """b' (B h K, d / 2, N) of query (B, h, K, d) and keys (B, h, d, N).
 
@@ -93,7 +92,7 @@ class XLinearAttention(nn.Module):
 
 
 class XLinearLayer(nn.Module):
-    """A layer of the encoder: relates the cells of a photo to the photo as a whole.
+    """A layer of the encoder (section 4.2): relates the cells of a photo to the photo as a whole.
 
     v^m = F(k^(m-1), k^(m-1), v^(m-1))
     k_i^m = LayerNorm(relu(W_m [v^m, k_i^(m-1)]) + k_i^(m-1))
