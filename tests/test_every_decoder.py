@@ -8,7 +8,7 @@
 | ensembles of unlike decoders, views | test_ensemble |
 | sampling | test_sampling, test_decoding_graphs |
 | beam search; diverse beams | test_beam_search, test_decoding_graphs; here |
-| moving average, float16, bfloat16, word vectors, frozen embeddings, positions | here; whole runs: test_training_methods |
+| moving average, half precision, word vectors, freezing, positions | here; whole runs: test_training_methods |
 | resume to the bit | test_commands |
 | several processes | test_distributed |
 | ONNX and torch export | test_export |

@@ -31,7 +31,7 @@ from captioning.errors import UserError
 
 
 class XLinearAttention(nn.Module):
-    """The X-Linear attention block (section 3): spatial and channel-wise attention from products of the query with each key.
+    """The X-Linear attention block (section 3): spatial and channel-wise attention from products of query and keys.
 
     b_i = elu(W_k k_i) * elu(W_q q)                       bilinear pooling of key i and query
     b'_i = relu(W_B b_i)
