@@ -42,7 +42,7 @@ RUNS = {
     "rnn": ("lstm", {"cell": "rnn", "layers": 2}, 10),
     "attention": ("attention", {}, 13),
     "hard-attention": ("hard-attention", {"positions": "learnt"}, 14),
-    "adaptive": ("adaptive", {"positions": "sinusoidal"}, 9),
+    "adaptive": ("adaptive", {}, 9),
     "transformer": ("transformer", {"encoder_layers": 1, "layers": 2, "heads": 4, "memory_slots": 3}, 9),
     "updown": ("updown", {}, 9),
     "xlan": ("xlan", {"heads": 2, "encoder_layers": 1}, 3),
