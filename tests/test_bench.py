@@ -119,6 +119,14 @@ def test_the_beam_search_benchmark_finds_the_captions_of_the_tutorial(capsys):
     assert "6 of 6 captions equal the tutorial's with Kantu's rule" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("decoder, words", [("updown", 3), ("xlan", None)])
+def test_the_beam_search_benchmark_finds_the_captions_of_the_toolkits(decoder, words, capsys):
+    search = bench("beam_search")
+    sizes = {"vocabulary": 40, "channels": 8, "size": 16, "max_length": 6, "rounds": 1, "threads": 1}
+    search.main(search.Bench(decoder, photos=5, batch_size=3, words=words, **sizes))
+    assert "all 5 captions are equal in float64" in capsys.readouterr().out
+
+
 def test_the_epoch_and_scaling_benchmarks_run(capsys, monkeypatch):
     epoch, scaling = bench("epoch"), bench("scaling")
     monkeypatch.setattr(epoch, "peak_operations", lambda device, dtype, side: 1e12)  # measuring takes seconds
