@@ -30,7 +30,7 @@ from tests.test_decoders import LENGTHS, OWN_SIZES, PHOTO, make
 
 
 def make_options(**changes):
-    return Train("data/x", "run", **changes)
+    return Train("data/x", "run", **changes).for_device("cpu")
 
 
 def make_batch(packed, photo_index=PHOTO, vocabulary_size=11):
