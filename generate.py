@@ -143,7 +143,7 @@ def caption_all(config: Generate, captioner: Captioner) -> tuple[list[CaptionedP
     for failure in failures.reasons:
         print(f"skipped: {one_line(failure)}")
     if not captioned:
-        raise UserError("none of the photos could be read; give others")
+        raise UserError(f"{next(iter(failures.reasons))}; none of {len(photos)} photos can be read: give others")
     return captioned, failures
 
 

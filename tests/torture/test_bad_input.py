@@ -323,7 +323,7 @@ TABLE = [  # the mistake, how it is made, the command, its line
     ("too few scenes", None, "preprocess data/read --scenes 2", "--scenes 2: must be 10 or more"),
     (
         "a minimum count that no word has",
-        put("a.json", ENTRIES),
+        put("a.json", [{**entry, "caption": ["a dog"]} for entry in ENTRIES]),
         AIC.replace("--min-count 1", "--min-count 9"),
         "no word occurs 9 times in train; give a lower --min-count, or more captions",
     ),
@@ -333,13 +333,13 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "an unknown language",
         None,
         AIC + " --language fr",
-        "invalid choice 'fr' for argument '--language'. Expected one of (...).; see --help",
+        "--language fr: must be one of en, ja, th, zh; see --help",
     ),
     (
         "no data folder",
         None,
         "preprocess",
-        "Missing from preprocess: PATH folder to write, such as data/aic (required); see --help",
+        "PATH is required (folder to write, such as data/aic); see --help",
     ),
     (
         "other captions there already",
@@ -487,22 +487,20 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "a photo that is a text",
         put("x.jpg", "hello"),
         GENERATE + " x.jpg",
-        "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: repair them, or raise the "
-        "limit",
+        "x.jpg: not an image; none of 1 photos can be read: give others",
     ),
     (
         "an empty photo",
         put("x.jpg", ""),
         GENERATE + " x.jpg",
-        "x.jpg: not an image; 1 of 1 photos cannot be read, more than --allow-missing 0.01: repair them, or raise the "
-        "limit",
+        "x.jpg: not an image; none of 1 photos can be read: give others",
     ),
     ("no such photo", None, GENERATE + " x.jpg", "x.jpg: no such photo or folder"),
     (
         "a folder without photos",
         folder("empty"),
         GENERATE + " empty",
-        "empty: contains no photos (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)",
+        "empty: contains no photos; give another folder, or photos",
     ),
     ("a dead link", lambda: os.symlink("nowhere", "x.png"), GENERATE + " x.png", "x.png: no such photo or folder"),
     (
@@ -768,7 +766,7 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "no visdom",
         None,
         f"dashboard --replay checkpoints/att {NOWHERE}",
-        "--url http://127.0.0.1:9: no visdom server answers (<urlopen error [Errno 111] Connection refused>); "
+        "--url http://127.0.0.1:9: does not answer (<urlopen error [Errno 111] Connection refused>); "
         "start it with: python -m captioning.viewing.dashboard",
     ),
     (
@@ -779,24 +777,29 @@ TABLE = [  # the mistake, how it is made, the command, its line
     ),
     ("port 0", None, "dashboard --port 0", "--port 0: must be between 1 and 65535"),
     # flags
-    ("an unknown flag", None, TRAIN + " --epoch 3", "Unrecognized options: --epoch, 3; see --help"),
+    (
+        "an unknown flag",
+        None,
+        TRAIN + " --epoch 3",
+        "unrecognized options: --epoch, 3; perhaps you meant --epochs or --warmup-epochs; see --help",
+    ),
     (
         "a word for a number",
         None,
         TRAIN + " --hidden-size many",
-        "Error parsing --hidden-size: invalid literal for int() with base 10: 'many'; see --help",
+        "--hidden-size: must be INT, not 'many'; see --help",
     ),
     (
         "a flag without its value",
         None,
         "train.py data/small --run",
-        "Missing value for argument ...--run.... Expected 1 values.; see --help",
+        "--run: needs a value; see --help",
     ),
     (
         "no --run",
         None,
         "train.py data/small",
-        "Missing from train.py: --run STR name of the run, which is written to checkpoints/RUN (required); see --help",
+        "--run STR is required (name of the run, which is written to checkpoints/RUN); see --help",
     ),
     (
         "a run outside checkpoints",
@@ -1021,7 +1024,7 @@ TABLE = [  # the mistake, how it is made, the command, its line
         "a demo in French",
         None,
         "demo.py --language fr",
-        "invalid choice 'fr' for argument '--language'. Expected one of ('zh', 'en').; see --help",
+        "--language fr: must be one of en, zh; see --help",
     ),
     (
         "a list of scenes that is none",

