@@ -202,6 +202,11 @@ class Generate:
     # average the log-probabilities of words over this many views of a photo: whole, flip, crop:1, flip+crop:2, ...
     views: int = 1
     seed: int = 0  # of sampled captions
+    # with a run calibrated by python -m captioning.calibrate: compute the probability of captions and the evidence of
+    # their words, which takes twice as long as the search itself
+    trust: bool = True
+    sort: Literal["none", "least-certain"] = "none"  # least-certain: captions of low probability first
+    min_probability: float = 0.0  # leave out captions of a lower probability
     # with a run of --decoder hard-attention: the context is the mean of the cells, weighted by attention, or one cell
     hard: Literal["expectation", "argmax"] = "expectation"
     json: Path | None = None  # write the captions to this file, in the COCO results format
@@ -248,7 +253,7 @@ class Generate:
         check_min(self, 1, "batch_size", "views")
         check_min(self, 0, "limit", "workers")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
-        check_fractions(self, "allow_missing")
+        check_fractions(self, "allow_missing", "min_probability")
 
     def _check_score(self) -> None:
         """The settings that --score excludes, and those that it needs."""
@@ -257,11 +262,47 @@ class Generate:
         if self.run:
             raise UserError("--score captions nothing: leave out the run")
         captioning = non_default(self, "data", "json", "submission", "html", "pictures", "ensemble", "views")
+        captioning += non_default(self, "trust", "sort", "min_probability")
         captioning += non_default(self.search, *vars(self.search))
         if captioning:
             raise UserError(f"--score captions nothing: leave out {captioning[0]}")
         if len(self.score) == 2 and (self.csv or self.extremes):
             raise UserError("--csv and --extremes describe one file: give one file to --score")
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Fit how probable it is that a run's captions are good, on val: python -m captioning.calibrate checkpoints/att
+
+    The calibration becomes part of the checkpoint; generate.py uses it.
+    """
+
+    run: Positional[Path]  # folder of a run, or a checkpoint file in it
+    data: Path | None = None  # folder made by python -m preprocess; that of the run unless given
+    features: tuple[Path, ...] = ()  # cached features; those that the run was trained on unless given
+    # people: a caption is good if its CIDEr-D reaches the median of people's captions with the other captions of their
+    # photo; or a number: if it reaches this CIDEr-D, times 100
+    good: str = "people"
+    search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are searched for; generate.py must agree
+    views: int = 1  # of each photo; generate.py must agree
+    photos: int = 5000  # validation photos at most; 0 is all
+    seed: int = 0  # of sampled captions
+    batch_size: int = 32  # photos captioned at once
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    workers: int = os.cpu_count() or 1  # processes that decode photos, if there are no cached features
+    allow_missing: float = 0.01  # fraction of photos that may be missing or unreadable
+
+    def __post_init__(self) -> None:
+        check_min(self, 1, "batch_size", "views")
+        check_min(self, 0, "workers", "photos")
+        check(0 <= self.seed < 2**63, "--seed", self.seed, "between 0 and 2^63 - 1")
+        check_fractions(self, "allow_missing")
+        if self.good != "people":
+            check(self.good.replace(".", "", 1).isdecimal(), "--good", self.good, "people, or a CIDEr-D times 100")
+        fixed = non_default(self.search, "temperature", "num_captions", "choose")
+        if fixed:
+            raise UserError(f"{fixed[0]}: not allowed here: captions of a beam search are calibrated, for every choice")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ python generate.py checkpoints/att photo.jpg --pictures attention/
 python generate.py checkpoints/att photo.jpg --num-captions 3 --beam-groups 3 --beam-size 6
 python generate.py checkpoints/att photo.jpg --num-captions 3 --temperature 0.7 --top-p 0.9
 python generate.py checkpoints/att --data data/aic --split val --json captions.json --scores scores.json
+python generate.py checkpoints/att --data data/aic --split test --sort least-certain --html doubtful.html
 python generate.py --score captions.json others.json --references data/aic
 """
 
@@ -21,24 +22,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
-from captioning.dataset.caption_dataset import check_captions_complete, photos_in_split
-from captioning.encoders.images import (
-    FailureLimit,
-    ReadViews,
-    make_loader,
-    open_photo,
-    split_batches,
-)
-from captioning.encoders.views import first_views
+from captioning.dataset.caption_dataset import photos_in_split
+from captioning.encoders.images import FailureLimit, open_photo
 from captioning.errors import UserError
 from captioning.evaluation.metrics import METRICS
 from captioning.evaluation.photo_names import PhotoFinder, check_found, read_image_info
@@ -51,14 +43,15 @@ from captioning.evaluation.results import (
     write_submission,
 )
 from captioning.evaluation.score_report import CaptionedPhotos, Scores, compare, format_comparison, score_captions
-from captioning.features.feature_files import FeatureFiles, find_feature_files, open_feature_files
+from captioning.features.feature_files import FeatureFiles
+from captioning.photo_grids import available_rows, cached_grids, encoded_grids, open_matching_features
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.files import write_errors
 from captioning.runtime.loader import lost_worker_as_user_error
 from captioning.runtime.photo_formats import is_photo
 from captioning.runtime.progress import tqdm
-from captioning.runtime.settings import as_plain_data
+from captioning.runtime.settings import as_plain_data, non_default
 from captioning.viewing.attention_plots import CaptionedImage, animate_attention, draw_attention
 from captioning.viewing.html_report import ReportEntry, worst_and_best, write_page
 from config import Generate
@@ -67,7 +60,15 @@ from preprocess.folders import has_photo_ending, walk
 from preprocess.user_dictionary import read_user_dictionary
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
-RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "views", "search")  # written with the scores
+RECORDED_SETTINGS = (
+    "run",
+    "ensemble",
+    "data",
+    "split",
+    "views",
+    "search",
+    "min_probability",
+)  # written with the scores
 RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
 
 MAX_PICTURE_NAME = 50  # characters of a photo's id in the name of its picture: at most 200 of the 255 bytes
@@ -89,11 +90,12 @@ def main(config: Generate) -> None:
 def caption_photos(config: Generate) -> None:
     """Caption photos, score the captions if there are references, and write the requested files."""
     captioner = Captioner.load(
-        config.run, config.device, config.precision, config.hard, config.ensemble, config.cuda_graphs
+        config.run, config.device, config.precision, config.hard, config.ensemble, config.cuda_graphs, config.trust
     )
     torch.manual_seed(config.seed)
     check_supported(config, captioner)
     captioned, failures = caption_all(config, captioner)
+    captioned = select(config, captioned)
     language = captioner.vocabulary.language
     scores = None
     if config.data and (config.scores or config.csv or config.html or config.extremes):
@@ -114,6 +116,22 @@ def check_supported(config: Generate, captioner: Captioner) -> None:
         )
     if config.submission and captioner.vocabulary.language != "zh":
         raise UserError(f"--submission: AI Challenger is Chinese, but {config.run} writes English; give --json")
+    check_calibrated(config, captioner)
+
+
+def check_calibrated(config: Generate, captioner: Captioner) -> None:
+    """Raise UserError if a requested output needs probabilities and captions get none; say so if they get none."""
+    needing = non_default(config, "sort", "min_probability") + non_default(config.search, "choose", "samples")
+    if needing and captioner.calibration is None:
+        raise UserError(
+            f"{needing[0]}: {config.run} is not calibrated; run: python -m captioning.calibrate {config.run}"
+        )
+    obstacle = captioner.probability_obstacle(config.search, config.views)
+    if obstacle is None or captioner.calibration is None:
+        return
+    if non_default(config, "sort", "min_probability"):
+        raise UserError(f"{needing[0]}: {obstacle}; give the same settings, or calibrate it with these")
+    print(f"no probabilities: {obstacle}")
 
 
 def caption_all(config: Generate, captioner: Captioner) -> tuple[list[CaptionedPhoto], FailureLimit]:
@@ -124,7 +142,10 @@ def caption_all(config: Generate, captioner: Captioner) -> tuple[list[CaptionedP
     if config.data:
         dataset = list(read_captions(config.data))
         photos = photos_in_split(dataset, config.split, config.data, config.limit)
-        files = open_features(config, captioner, dataset)
+        ids = [photo.id for photo in dataset]
+        files = open_matching_features(
+            captioner, config.run, config.data, ids, config.features, config.views, config.allow_missing
+        )
     else:
         photos = find_photos(config.photos)
         files = None
@@ -136,7 +157,7 @@ def caption_all(config: Generate, captioner: Captioner) -> tuple[list[CaptionedP
     captioned = []
     for photo, caption in iterate_captions(config, captioner, files, photos, failures):
         captioned.append((photo, caption))
-        if not output_files(config):
+        if not output_files(config) and not selects(config):
             print_caption(photo, caption)
         if config.pictures:
             draw_picture(config, photo, caption)
@@ -145,6 +166,42 @@ def caption_all(config: Generate, captioner: Captioner) -> tuple[list[CaptionedP
     if not captioned:
         raise UserError(f"{next(iter(failures.reasons))}; none of {len(photos)} photos can be read: give others")
     return captioned, failures
+
+
+def selects(config: Generate) -> bool:
+    """Whether captions are sorted or left out once all are there."""
+    return bool(non_default(config, "sort", "min_probability"))
+
+
+def select(config: Generate, captioned: list[CaptionedPhoto]) -> list[CaptionedPhoto]:
+    """Sort and leave out captions by their probability, and print those that stay if no file is written.
+
+    Raises UserError if none stays.
+    """
+    if not selects(config):
+        return captioned
+    if config.sort == "least-certain":
+        captioned = sorted(captioned, key=lambda pair: probability_of(pair[1]))
+    kept = [pair for pair in captioned if probability_of(pair[1]) >= config.min_probability]
+    if not kept:
+        highest = max(probability_of(caption) for _, caption in captioned)
+        raise UserError(
+            f"--min-probability {config.min_probability}: the highest of {len(captioned):,} captions is "
+            f"{highest:.2f}; give less"
+        )
+    if not output_files(config):
+        for photo, caption in kept:
+            print_caption(photo, caption)
+    if len(kept) < len(captioned):
+        left_out = len(captioned) - len(kept)
+        print(f"left out {left_out:,} of {len(captioned):,} captions below --min-probability {config.min_probability}")
+    return kept
+
+
+def probability_of(caption: CaptionResult) -> float:
+    """The probability of a caption of a calibrated run."""
+    assert caption.probability is not None
+    return caption.probability
 
 
 def find_photos(paths: tuple[Path, ...]) -> list[Photo]:
@@ -188,95 +245,19 @@ def photos_below(root: Path) -> list[Path]:
     return sorted(photos)
 
 
-def open_features(config: Generate, captioner: Captioner, dataset: list[Photo]) -> FeatureFiles | None:
-    """Open the cached features, or return None, with a printed reason, to encode the photos instead.
-
-    dataset: all photos of captions.jsonl. Raises UserError if --features names files of another encoder.
-    """
-    path, *_ = find_feature_files(config.data)
-    if not config.features and not path.exists():
-        print(f"{path}: does not exist; encoding the photos")
-        return None
-    files = open_feature_files(config.features, config.data, views=map(str, first_views(config.views)))
-    located = files.locate([photo.id for photo in dataset])
-    files.check_dataset(located, config.data)
-    reader = files.first
-    path = reader.path
-    if not config.features:
-        for rows, file in zip(located.T, files.readers, strict=True):
-            check_captions_complete(rows, file.path, len(file.ids), config.allow_missing)
-    if reader.attributes["weights_sha256"] == captioner.encoder_sha256:
-        difference = reader.transform().differences(captioner.transform)
-        if difference:
-            print(f"{path}: made from other pixels than those of {config.run}: {difference}; captions may differ")
-        return files
-    encoder = f"{reader.attributes['encoder']} ({reader.attributes['weights']})"
-    mismatch = f"{path}: made by {encoder}, not by the encoder of {config.run}"
-    if config.features:
-        raise UserError(f"{mismatch}; leave out --features to encode the photos")
-    print(f"{mismatch}; encoding the photos")
-    return None
-
-
 def iterate_captions(
     config: Generate, captioner: Captioner, files: FeatureFiles | None, photos: list[Photo], failures: FailureLimit
 ) -> Iterator[CaptionedPhoto]:
     """Caption each photo once, in order, from its cached features or, without feature files, from its own file."""
     if files:
-        rows = rows_to_read(config, files, photos)
-        present = (rows >= 0).all(1)
-        photos = list(compress(photos, present))
-        batches = caption_from_cache(config, captioner, files, photos, rows[present])
+        photos, rows = available_rows(files, photos, config.data, config.views, config.allow_missing)
+        batches = cached_grids(captioner, files, photos, rows, config.batch_size)
     else:
-        batches = caption_from_files(config, captioner, photos, failures)
+        batches = encoded_grids(captioner, photos, config.batch_size, config.views, config.workers, failures)
     with tqdm(total=len(photos), unit="photo", desc="caption", disable=len(photos) < 2) as bar:
-        for batch in batches:
-            yield from batch
+        for batch, grids in batches:
+            yield from zip(batch, captioner.caption_views(grids, config.search), strict=True)
             bar.update(len(batch))
-
-
-def rows_to_read(config: Generate, files: FeatureFiles, photos: list[Photo]) -> np.ndarray:
-    """The rows of the views of each photo, (N, V) int64, -1 where a file lacks one.
-
-    Raises UserError if there are no features of a view, or if too many photos lack one.
-    """
-    rows = files.rows_of_views(files.locate([photo.id for photo in photos]))
-    columns = []
-    for view in first_views(config.views):
-        if view not in files.views:
-            raise UserError(
-                f"--views {config.views}: {files}: no features of the view {view}; run: python extract_features.py "
-                f"{config.data} --views {config.views}"
-            )
-        files.available(rows, view, config.allow_missing, config.data)
-        columns.append(rows[:, files.views.index(view)])
-    return np.stack(columns, 1)
-
-
-def caption_from_cache(
-    config: Generate, captioner: Captioner, files: FeatureFiles, photos: list[Photo], rows: np.ndarray
-) -> Iterator[list[CaptionedPhoto]]:
-    """Yield captions batch by batch. rows (N, V) int64: the rows of the views of each photo in the feature files."""
-    pooled = not captioner.decoder.uses_attention
-    for indices in split_batches(range(len(photos)), config.batch_size):
-        grids = [files.read(view_rows, pooled) for view_rows in rows[list(indices)].T]
-        captions = captioner.caption_views(grids, config.search)
-        yield list(zip([photos[index] for index in indices], captions, strict=True))
-
-
-def caption_from_files(
-    config: Generate, captioner: Captioner, photos: list[Photo], failures: FailureLimit
-) -> Iterator[list[CaptionedPhoto]]:
-    """Yield captions batch by batch. Photos that cannot be read are left out and added to `failures`."""
-    indices = split_batches(range(len(photos)), config.batch_size)
-    workers = config.workers if len(indices) > 1 else 0
-    paths = [photo.image for photo in photos]
-    read = ReadViews(first_views(config.views), [photo.id for photo in photos])
-    for batch in make_loader(read, paths, indices, captioner.encoder.transform, workers):
-        failures.collect(batch.failures)
-        if batch.indices:
-            captions = captioner.caption_resized(batch.photos, config.search, config.views)
-            yield list(zip([photos[index] for index in batch.indices], captions, strict=True))
 
 
 def print_caption(photo: Photo, caption: CaptionResult) -> None:
@@ -288,8 +269,9 @@ def print_caption(photo: Photo, caption: CaptionResult) -> None:
 
 
 def display_text(caption: CaptionResult) -> str:
-    """The caption, marked if it is unfinished."""
-    return caption.text if caption.finished else f"{caption.text} [unfinished]"
+    """The caption, marked if it is unfinished, and its probability."""
+    text = caption.text if caption.finished else f"{caption.text} [unfinished]"
+    return text if caption.probability is None else f"{text} ({caption.probability:.0%})"
 
 
 def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None:
@@ -297,7 +279,8 @@ def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None
     draw = animate_attention if config.animate else draw_attention
     path = picture_path(config, photo)
     attention = caption.attention.numpy()
-    captioned = CaptionedImage(open_photo(photo.image), caption.text, caption.words, attention, caption.grid)
+    image = open_photo(photo.image)
+    captioned = CaptionedImage(image, caption.text, caption.words, attention, caption.grid, evidence=caption.evidence)
     try:
         with write_errors(path, "free space or give another folder"):
             draw(captioned, path, config.view)

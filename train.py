@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 
+from captioning import calibrate
 from captioning.dataset.caption_dataset import CaptionDataset, check_vocabulary
 from captioning.decoders.word_vectors import load_word_vectors
 from captioning.errors import UserError
@@ -34,7 +35,7 @@ from captioning.training import OBJECTIVES
 from captioning.training.data import cached_data, live_data
 from captioning.training.trainer import Trainer
 from captioning.viewing import LOGGERS
-from config import Train
+from config import Calibrate, Train
 from preprocess.captions import read_captions
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
@@ -112,6 +113,8 @@ def work(config: Train) -> None:
     with init_distributed(resume) as distributed, lost_gpu_as_user_error(lost_gpu), oom_as_user_error(remedy):
         with lost_worker_as_user_error(), locked(config.folder, config.folder / ".lock", distributed.is_main):
             main(config, distributed)
+    if config.calibrate and distributed.is_main:
+        calibrate.work(Calibrate(config.folder, precision=config.precision, device=config.device))
 
 
 if __name__ == "__main__":

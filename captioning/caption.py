@@ -34,5 +34,10 @@ class CaptionResult:
     # (T,) the sentinel gate beta: the weight of the language model, rather than the photo, in each word; None for a
     # decoder without a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887, eq. 10-13)
     sentinel: list[float] | None = None
+    # that the caption is as close to people's captions as people's are to each other; None without a calibrated run
+    probability: float | None = None
+    # (T,) of each word, in nats: above 0 it is likelier before this photo than before the mean photo; None without a
+    # calibrated run (captioning/evaluation/candidates.py)
+    evidence: list[float] | None = None
     others: list[CaptionResult] = field(default_factory=list)  # further captions of the photo, best first
     grid: tuple[int, int] = (GRID_SIZE, GRID_SIZE)  # rows and columns of the attention

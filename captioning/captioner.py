@@ -28,9 +28,14 @@ from captioning.encoders.images import Transform, stack_photos
 from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.encoders.photo_objects import PhotoLike, is_photo, list_photos, open_photo_object
 from captioning.errors import UserError
+from captioning.evaluation.calibration import Calibration
+from captioning.evaluation.candidates import Candidates, find_candidates, mean_grid
+from captioning.evaluation.consensus import NGramWeights
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
+from captioning.runtime.settings import non_default
 from captioning.search.beam_search import beam_search
+from captioning.search.forced import forced_log_probabilities
 from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 from captioning.search.sampling import sample_captions
@@ -52,10 +57,11 @@ class Captioner:
         precision: str,
         hard_attention: HardAttention = "expectation",
         cuda_graphs: bool = True,
+        trust: bool = True,
     ):
         """checkpoints: one run, or the runs of an ensemble, which share the vocabulary and the encoder of the first.
 
-        cuda_graphs: see `load`.
+        cuda_graphs, trust: see `load`.
         """
         first = checkpoints[0]
         self.device = device
@@ -71,6 +77,9 @@ class Captioner:
         self.decoder = members[0] if len(members) == 1 else cast(Decoder, Ensemble(members))
         self._view_decoders: dict[int, Decoder] = {}  # number of views -> the decoder that reads so many
         self._graphs = DecodingGraphs() if cuda_graphs and device.type == "cuda" else None
+        calibration = first.get("calibration") if trust else None
+        self.calibration = Calibration.from_dict(calibration) if calibration else None
+        self._is_calibrated_decoder = len(checkpoints) == 1 and hard_attention == "expectation"
         self._checkpoint = first
         self._encoder: Encoder | None = None
         self._encoder_lock = threading.Lock()
@@ -93,6 +102,7 @@ class Captioner:
         hard_attention: HardAttention = "expectation",
         ensemble: Sequence[Path | str] = (),
         cuda_graphs: bool = True,
+        trust: bool = True,
     ) -> Captioner:
         """Load a run.
 
@@ -106,6 +116,7 @@ class Captioner:
                 those of all runs.
             cuda_graphs: on a GPU, run the steps of a search as CUDA graphs, from the second batch of a size on. Threads
                 then search one after the other.
+            trust: with a calibrated run, also compute the probability of captions and the evidence of their words.
 
         Raises UserError if a run cannot be loaded, or the runs of an ensemble do not match.
         """
@@ -116,7 +127,7 @@ class Captioner:
             if not matches:
                 raise UserError(f"{name}: has another vocabulary or encoder than {run}; an ensemble must share both")
         with checkpoint_errors(run):
-            return cls([first, *others], pick_device(device), precision, hard_attention, cuda_graphs)
+            return cls([first, *others], pick_device(device), precision, hard_attention, cuda_graphs, trust)
 
     @property
     def encoder(self) -> Encoder:
@@ -167,9 +178,13 @@ class Captioner:
 
         views: of each photo, which are adjacent, (B views, 3, S, S): see `caption_views`.
         """
+        return self.caption_views(self.encode(photos, views), search)
+
+    @torch.no_grad()
+    def encode(self, photos: Tensor, views: int = 1) -> list[Grid]:
+        """The feature maps of each view of photos: see `caption_resized`."""
         with autocast(self.device, self.encoder_precision):
-            grids = [self.encoder(photos[view::views].to(self.device)) for view in range(views)]
-        return self.caption_views(grids, search)
+            return [self.encoder(photos[view::views].to(self.device)) for view in range(views)]
 
     @torch.no_grad()
     def caption_views(self, grids: Sequence[Grid], search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
@@ -179,23 +194,111 @@ class Captioner:
         """
         if len(grids) == 1:
             return self.caption_grid(grids[0], search)
-        decoder = self._view_decoders.setdefault(len(grids), cast(Decoder, ViewEnsemble(self.decoder, len(grids))))
-        return self._search(decoder, cast(Grid, PhotoViews(grids)), search)
+        return self._search(self._view_decoder(len(grids)), PhotoViews(grids), search, len(grids))
+
+    def _view_decoder(self, views: int) -> Decoder:
+        """The decoder that reads so many views of a photo."""
+        if views == 1:
+            return self.decoder
+        return self._view_decoders.setdefault(views, cast(Decoder, ViewEnsemble(self.decoder, views)))
 
     @torch.no_grad()
     def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
         """Caption feature maps, cached or just computed."""
         return self._search(self.decoder, grid, search)
 
-    def _search(self, decoder: Decoder, grid: Grid, search: SearchOptions) -> list[CaptionResult]:
+    def _search(
+        self, decoder: Decoder, grid: Grid | PhotoViews, search: SearchOptions, views: int = 1
+    ) -> list[CaptionResult]:
+        if self.calibration:
+            candidates = self._find_candidates(
+                decoder, grid, search, self.calibration.mean_photo, self.calibration.weights
+            )
+            return [self._choose(photo, search, views, self.calibration) for photo in candidates]
+        needed = non_default(search, "choose", "samples")
+        if needed:
+            raise UserError(f"{needed[0]}: needs a calibrated run; run: python -m captioning.calibrate checkpoints/RUN")
         find_captions = sample_captions if search.temperature else beam_search
+        with self._searching():
+            grid = grid.to(self.device, self.precision)
+            captions_of_photos = find_captions(decoder, cast(Grid, grid), search, self._graphs)
+        return [_best_and_others([self._to_result(caption) for caption in captions]) for captions in captions_of_photos]
+
+    @contextlib.contextmanager
+    def _searching(self) -> Iterator[None]:
+        """One search at a time with CUDA graphs; in the arithmetic of the captioner."""
         with self._graphs.lock if self._graphs else contextlib.nullcontext(), autocast(self.device, self.precision):
-            captions_of_photos = find_captions(decoder, grid.to(self.device, self.precision), search, self._graphs)
+            yield
+
+    @torch.no_grad()
+    def find_candidates(
+        self, grids: Sequence[Grid], search: SearchOptions, mean_photo: Tensor, weights: NGramWeights
+    ) -> list[Candidates]:
+        """All captions found for each photo, measured. grids: as in `caption_views`; the rest: see `Calibration`."""
+        grid = PhotoViews(grids) if len(grids) > 1 else grids[0]
+        return self._find_candidates(self._view_decoder(len(grids)), grid, search, mean_photo, weights)
+
+    def _find_candidates(
+        self,
+        decoder: Decoder,
+        grid: Grid | PhotoViews,
+        search: SearchOptions,
+        mean_photo: Tensor,
+        weights: NGramWeights,
+    ) -> list[Candidates]:
+        with self._searching():
+            grid = grid.to(self.device, self.precision)
+            mean = mean_grid(mean_photo, self.device, self.precision)
+            return find_candidates(decoder, grid, search, self.decoder, mean, weights, self._graphs)
+
+    @torch.no_grad()
+    def evidence_of(self, grid: Grid, captions: Sequence[Sequence[Sequence[str]]]) -> list[list[list[float]]]:
+        """The evidence of each word of any captions, in words, of each photo of the grid: see `CaptionResult.evidence`.
+
+        Words outside the vocabulary are read as <unk>. Raises UserError if the run is not calibrated.
+        """
+        if self.calibration is None:
+            raise UserError("evidence: needs a calibrated run; run: python -m captioning.calibrate checkpoints/RUN")
+        words = [[self.vocabulary.encode(caption) for caption in of_photo] for of_photo in captions]
+        with self._searching():
+            mean = mean_grid(self.calibration.mean_photo, self.device, self.precision)
+            with_photo = forced_log_probabilities(self.decoder, grid.to(self.device, self.precision), words)
+            without = forced_log_probabilities(self.decoder, mean, words)
+        return [
+            [(one - other)[:-1].tolist() for one, other in zip(*of_photo, strict=True)]
+            for of_photo in zip(with_photo, without, strict=True)
+        ]
+
+    def probability_obstacle(self, search: SearchOptions, views: int = 1) -> str | None:
+        """Why captions get no probability; None if they get one."""
+        if self.calibration is None:
+            return "the run is not calibrated"
+        if not self._is_calibrated_decoder:
+            return "an ensemble, or --hard argmax, is not what was calibrated"
+        if search.temperature:
+            return "sampled captions are not what was calibrated"
+        differences = self.calibration.differences(search, views)
+        return f"the run was calibrated with {' '.join(differences)}" if differences else None
+
+    def _choose(
+        self, candidates: Candidates, search: SearchOptions, views: int, calibration: Calibration
+    ) -> CaptionResult:
+        """The caption that `search.choose` prefers, with its probability, and the next ones."""
+        features = candidates.features()
+        order = calibration.order(candidates, features, search.choose)
+        if not search.temperature:  # a sampled caption may have the words of another
+            first_with: dict[tuple[int, ...], int] = {}
+            for index in order:
+                first_with.setdefault(tuple(candidates.captions[index].words), index)
+            order = list(first_with.values())
         results = []
-        for captions in captions_of_photos:
-            best, *others = (self._to_result(caption) for caption in captions)
-            results.append(replace(best, others=others))
-        return results
+        for index in order[: search.num_captions]:
+            result = self._to_result(candidates.captions[index])
+            results.append(replace(result, evidence=candidates.evidence[index][: len(result.words)].tolist()))
+        if self.probability_obstacle(search, views) is None:
+            probability = calibration.models[search.choose].predict(features[order[0]])
+            results[0] = replace(results[0], probability=float(probability))
+        return _best_and_others(results)
 
     def _to_result(self, caption: Caption) -> CaptionResult:
         words = self.vocabulary.decode(caption.words)
@@ -205,6 +308,11 @@ class Captioner:
         return CaptionResult(
             self.vocabulary.join(words), words, caption.log_probability, caption.finished, caption.attention, sentinel
         )
+
+
+def _best_and_others(captions: list[CaptionResult]) -> CaptionResult:
+    best, *others = captions
+    return replace(best, others=others)
 
 
 def _vocabulary_and_encoder(checkpoint: dict) -> tuple[dict, str]:

@@ -30,7 +30,7 @@ FLOORS = [
     {"captioning.decoders"},
     {"captioning.search"},
     {"captioning.training", "captioning.evaluation", "captioning.viewing"},
-    {"captioning.captioner", "captioning.export"},
+    {"captioning.captioner", "captioning.photo_grids", "captioning.calibrate", "captioning.export"},
     {"config"},
     {"preprocess.__main__", "extract_features", "train", "generate", "demo"},
 ]
@@ -41,6 +41,7 @@ SHORTEST = {  # the shortest valid command line of each command
     config.Train: ["data/scenes", "--run", "att"],
     config.Dashboard: [],
     config.Export: ["checkpoints/att"],
+    config.Calibrate: ["checkpoints/att"],
     config.Generate: ["checkpoints/att", "photo.jpg"],
 }
 COMMANDS = [

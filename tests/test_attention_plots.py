@@ -147,6 +147,17 @@ def test_an_animation_shows_the_photo_and_then_one_frame_per_word(tmp_path, word
     assert [bool((frame[beta].sum(-1) < 600).any()) for frame in frames] == [False, False, False, True]
 
 
+def test_words_from_habit_are_paler_than_words_from_the_photo(tmp_path):
+    darkest = {}
+    for name, evidence in {"habit": [-1.0], "between": [1.0], "photo": [5.0], "unknown": None}.items():
+        draw_attention(captioned(words=["WWW"], evidence=evidence), tmp_path / "a.png")
+        page = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+        label = page[:, MARGIN + PANEL + GAP : MARGIN + PANEL + GAP + 60][-60:]  # below the panel; left of the figure
+        darkest[name] = int(label.min())
+    assert darkest["habit"] > darkest["between"] + 20 > darkest["photo"] + 40
+    assert darkest["photo"] == darkest["unknown"]
+
+
 def test_attention_of_the_wrong_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"attention \(2, 49\): 2 words on a grid of \(8, 8\) need \(2, 64\)"):
         draw_attention(captioned(["a", "b"], (8, 8), uniform(2, (7, 7))), tmp_path / "a.png")

@@ -75,6 +75,16 @@ def test_the_map_of_a_word_is_transparent_where_attention_is_high(tmp_path, writ
     assert [tooltip[:6] for tooltip in tooltips] == ["β 0.10", "β 0.25"]
 
 
+def test_words_from_habit_are_pale(tmp_path, write_and_parse):
+    for fields in ({}, {"attention": torch.ones(2, 4), "grid": (2, 2)}):
+        page = write_and_parse(make_entry(tmp_path, evidence=[-0.5, 3.25], probability=0.625, **fields))
+        styles = [attributes["style"] for tag, attributes in page.elements if tag == "span"]
+        assert styles == ["opacity:0.35", "opacity:1.00"]
+        titles = [attributes["title"] for tag, attributes in page.elements if "title" in attributes]
+        assert [title[:14] for title in titles] == ["evidence -0.50", "evidence +3.25"]
+        assert "<id> · probability 62%" in page.text and "<b>dog" in page.text
+
+
 def test_chinese_words_are_joined_without_spaces(tmp_path, write_and_parse):
     assert "狗奔跑" in write_and_parse(make_entry(tmp_path, words=["狗", "奔跑"]), language="zh").text
 

@@ -25,6 +25,7 @@ import extract_features
 import generate
 import preprocess.__main__
 import train
+from captioning import calibrate as calibration
 from captioning import export
 from captioning.errors import UserError
 from captioning.runtime import command_line
@@ -171,6 +172,7 @@ COMMANDS = {
     "generate.py": (config.Generate, generate.work),
     "-m captioning.viewing.dashboard": (config.Dashboard, dashboard.main),
     "-m captioning.export": (config.Export, export.main),
+    "-m captioning.calibrate": (config.Calibrate, calibration.work),
 }
 
 
@@ -197,7 +199,7 @@ def reduced(settings: object) -> object:
     }
     if isinstance(settings, config.Preprocess):
         changes["workers"] = 1  # it needs one
-    if isinstance(settings, config.Generate) and settings.run:
+    if isinstance(settings, config.Calibrate) or (isinstance(settings, config.Generate) and settings.run):
         changes["search"] = dataclasses.replace(settings.search, max_length=6)
     return dataclasses.replace(settings, **changes)
 
@@ -230,6 +232,7 @@ def test_every_command_of_the_readme_runs(user_folder, monkeypatch, times):
     sent = []
     if times(True, False):  # tests/test_export.py runs this part, which takes seconds for each run
         monkeypatch.setattr(export, "export_module", lambda name, module, file_format: b"")
+    monkeypatch.setattr(calibration, "check_examples", lambda *_: None)  # there are three val photos
     monkeypatch.setattr(dashboard.VisdomClient, "send", lambda self, windows: sent.append((self.environment, windows)))
     lines = runnable_lines()
     assert len(lines) >= 10

@@ -14,7 +14,7 @@ and for one order: O occurrences of n-grams, D different n-grams, E distinct n-g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,18 @@ class NGramCounts(NamedTuple):
     group: np.ndarray  # (E,) int64: the caption, or the photo
     number: np.ndarray  # (E,) int64: which of the D different n-grams
     counts: np.ndarray  # (E,) int64, at least 1
+
+
+class KnownNGrams(NamedTuple):
+    """The D n-grams of one order in some captions, and the weight of each. An unknown n-gram has the number D."""
+
+    codes: np.ndarray  # (D + 1,) int64, as in Occurrences; the last one is larger than any
+    inverse_frequencies: np.ndarray  # (D + 1,) float64; the last one is for unknown n-grams
+
+    def find(self, codes: np.ndarray) -> np.ndarray:
+        """The numbers of n-grams given by their codes, D if unknown; both (X,) int64."""
+        number = np.searchsorted(self.codes, codes)
+        return np.where(self.codes[number] == codes, number, len(self.codes) - 1)
 
 
 class Matches(NamedTuple):
@@ -144,6 +156,42 @@ def inverse_document_frequencies(frequencies: np.ndarray, num_photos: int) -> np
     return (logs[-1] - logs)[np.maximum(frequencies, 1) - 1]
 
 
+def known_ngrams(
+    words: np.ndarray, lengths: np.ndarray, photo_of_caption: np.ndarray, num_photos: int
+) -> list[KnownNGrams]:
+    """The n-grams of each order that occur in the captions of two photos or more, and their weights.
+
+    Those of one photo weigh as much as unknown ones, so they need not be known. words and lengths: as in
+    `number_ngrams`. photo_of_caption int64: below num_photos.
+    """
+    photo_of_word = photo_of_caption.repeat(lengths)
+    known = []
+    new_number = np.zeros(1, np.int64)  # of each n-gram of the order before, among the known ones
+    for ngrams in number_ngrams(words, lengths):
+        frequencies = document_frequencies(photo_of_word[ngrams.start], ngrams)
+        keep = frequencies > 1
+        codes = ngrams.codes_with(new_number)[keep]  # ascending: an n-gram's first words are in as many photos
+        weights = inverse_document_frequencies(np.append(frequencies[keep], 0), num_photos)
+        known.append(KnownNGrams(np.append(codes, np.iinfo(np.int64).max), weights))
+        new_number = keep.cumsum() - 1
+    return known
+
+
+def known_cosines(comparisons: Comparisons, words: np.ndarray, known: Sequence[KnownNGrams]) -> np.ndarray:
+    """The sum of `tf_idf_cosines` over the orders (P,), with the weights of known n-grams.
+
+    words (M,) int64: those of the candidates, then of the references.
+    """
+    cosines = np.zeros(len(comparisons.candidate))
+    known_number = np.zeros(1, np.int64)  # the empty n-gram has the number 0, here and among the known ones
+    for ngrams, known_of_order in zip(number_ngrams(words, comparisons.lengths), known, strict=True):
+        known_number = known_of_order.find(ngrams.codes_with(known_number))
+        counts = comparisons.count(ngrams)
+        matches = comparisons.match(counts)
+        cosines += tf_idf_cosines(comparisons, counts, matches, known_of_order.inverse_frequencies[known_number])
+    return cosines
+
+
 def tf_idf_cosines(
     comparisons: Comparisons, counts: NGramCounts, matches: Matches, inverse_frequencies: np.ndarray
 ) -> np.ndarray:
@@ -164,10 +212,14 @@ def cider_d(comparisons: Comparisons, cosines: np.ndarray) -> np.ndarray:
 
     The mean over orders and references, with a penalty on the difference in length.
     """
-    difference = comparisons.lengths[comparisons.candidate] - comparisons.lengths[comparisons.reference]
-    similarity = cosines / MAX_ORDER * np.exp(-(difference**2) / (2 * SIGMA**2))
-    sums = np.bincount(comparisons.candidate, similarity, comparisons.num_candidates)
+    sums = np.bincount(comparisons.candidate, similarities(comparisons, cosines), comparisons.num_candidates)
     return 10 * sums / comparisons.num_references
+
+
+def similarities(comparisons: Comparisons, cosines: np.ndarray) -> np.ndarray:
+    """CIDEr-D of each candidate with each single reference, divided by 10: (P,) float64, 0 to 1. cosines: see above."""
+    difference = comparisons.lengths[comparisons.candidate] - comparisons.lengths[comparisons.reference]
+    return cosines / MAX_ORDER * np.exp(-(difference**2) / (2 * SIGMA**2))
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Files of captions: write COCO results, AI Challenger submissions and CSV; read captions of any system for scoring.
 
-COCO results    [{"image_id": 9, "caption": "a dog"}, ...]; Kantu adds log_probability and finished
+COCO results    [{"image_id": 9, "caption": "a dog"}, ...]; Kantu adds log_probability and finished, and for a run that
+                is calibrated probability, words and evidence
 submission      [{"image_id": "8f00f3d0", "caption": "..."}, ...]: no file suffix, no spaces, no empty caption
 
 The format of COCO results is that of the COCO caption server, Chen et al. 2015, https://arxiv.org/abs/1504.00325.
@@ -55,9 +56,10 @@ def write_coco(path: Path, captioned: CaptionedPhotos) -> None:
 
 def _coco_entry(id: int | str, caption: CaptionResult) -> dict:
     entry = {"image_id": id, **_caption_fields(caption)}
-    if caption.sentinel is not None:
-        entry["words"] = caption.words
-        entry["sentinel"] = [round(beta, 4) for beta in caption.sentinel]
+    of_words = {"sentinel": caption.sentinel, "evidence": caption.evidence}
+    for name, values in of_words.items():
+        if values is not None:
+            entry |= {"words": caption.words, name: [round(value, 4) for value in values]}
     if caption.others:
         entry["others"] = [_caption_fields(other) for other in caption.others]
     return entry
@@ -65,7 +67,14 @@ def _coco_entry(id: int | str, caption: CaptionResult) -> dict:
 
 def _caption_fields(caption: CaptionResult) -> dict:
     assert caption.log_probability is not None
-    return {"caption": caption.text, "log_probability": round(caption.log_probability, 4), "finished": caption.finished}
+    fields = {
+        "caption": caption.text,
+        "log_probability": round(caption.log_probability, 4),
+        "finished": caption.finished,
+    }
+    if caption.probability is not None:
+        fields["probability"] = round(caption.probability, 4)
+    return fields
 
 
 def write_submission(path: Path, captioned: CaptionedPhotos) -> None:
@@ -80,16 +89,26 @@ def write_submission(path: Path, captioned: CaptionedPhotos) -> None:
 
 
 def write_csv(path: Path, captioned: CaptionedPhotos, per_caption: np.ndarray | None) -> None:
-    """Write one line per photo. per_caption: scores of each caption (N, 6), if there are references."""
+    """Write one line per photo. per_caption: scores of each caption (N, 6), if there are references.
+
+    There is a column of probabilities if a caption has one.
+    """
+    has_probability = any(caption.probability is not None for _, caption in captioned)
     with atomic_text(path) as file:
         file.write("\ufeff")  # without a byte order mark, spreadsheets show Chinese as gibberish
         table = csv.writer(file, lineterminator="\n")
         metrics = METRICS if per_caption is not None else ()
-        table.writerow(["photo", "caption", "log_probability", "finished", *metrics])
+        probability_column = ["probability"] if has_probability else []
+        table.writerow(["photo", "caption", "log_probability", "finished", *probability_column, *metrics])
         for index, (photo, caption) in enumerate(captioned):
             log_probability = "" if caption.log_probability is None else f"{caption.log_probability:.4f}"
             scores = [] if per_caption is None else [f"{score:.2f}" for score in per_caption[index]]
-            table.writerow([photo.id, caption.text, log_probability, caption.finished, *scores])
+            probability = [_format_probability(caption)] if has_probability else []
+            table.writerow([photo.id, caption.text, log_probability, caption.finished, *probability, *scores])
+
+
+def _format_probability(caption: CaptionResult) -> str:
+    return "" if caption.probability is None else f"{caption.probability:.4f}"
 
 
 # ---- reading

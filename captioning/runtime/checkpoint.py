@@ -2,7 +2,7 @@
 
 A checkpoint is a dict: format, config, vocabulary, encoder (name, transform, the name and sha256 of its weights; the
 weights themselves unless they are torchvision's), decoder and progress (epoch, step, best score). last.pt also holds
-the state that `--resume` needs.
+the state that `--resume` needs. `captioning.calibrate` adds the key calibration, which older versions ignore.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ CHANGEABLE_ON_RESUME = {
     "cuda_graphs",
     "fast_path",
     "kernels",
+    "calibrate",
     "preview_photos",
     "dashboard",
 }
@@ -70,12 +71,17 @@ def load_checkpoint(path: Path) -> dict:
 
     Raises UserError if there is none, or if it is not a checkpoint of this version.
     """
+    return read_checkpoint(checkpoint_path(path), RUN, "give a run in checkpoints/")
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The file that `load_checkpoint` reads. Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir():
         path = _checkpoint_in(path)
     if not path.exists():
         raise UserError(f"{path}: no such run; the runs are the folders in checkpoints/")
-    return read_checkpoint(path, RUN, "give a run in checkpoints/")
+    return path
 
 
 def _checkpoint_in(folder: Path) -> Path:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from captioning.errors import UserError
 from captioning.runtime.settings import check, check_min, non_default
+
+Choice = Literal["log-probability", "consensus", "probability"]
+CHOICES: tuple[str, ...] = get_args(Choice)
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,15 @@ class SearchOptions:
     diversity_penalty: float = 0.5  # with --beam-groups: log-probability lost per earlier group that chose the word
     temperature: float = 0.0  # sample instead of searching: 1 samples the model's distribution, less sharpens it
     top_p: float = 1.0  # with --temperature: sample from the fewest most likely words with this total probability
+    # of the captions found, show the one with the highest log-probability; with the highest CIDEr-D to be expected of
+    # it, given all (consensus); or with the highest calibrated probability. The last two need a calibrated run
+    choose: Choice = "log-probability"
+    samples: int = 0  # captions sampled per photo, among which to choose too; with a calibrated run
 
     def __post_init__(self) -> None:
         check_min(self, 1, "beam_size", "max_length", "num_captions", "beam_groups")
         check_min(self, 0, "min_length", "length_penalty", "no_repeat_ngram", "diversity_penalty", "temperature")
+        check_min(self, 0, "samples")
         check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
         if self.min_length > self.max_length:
             raise UserError(f"--min-length {self.min_length}: must be at most --max-length, now {self.max_length}")
@@ -44,7 +53,8 @@ class SearchOptions:
             self._check_beam_search()
 
     def _check_sampling(self) -> None:
-        flags = non_default(self, "min_length", "length_penalty", "no_repeat_ngram", "beam_groups")
+        beam_only = ("min_length", "length_penalty", "no_repeat_ngram", "beam_groups", "choose", "samples")
+        flags = non_default(self, *beam_only)
         if flags:
             raise UserError(f"{flags[0]}: applies to beam search only; leave out this or --temperature")
 

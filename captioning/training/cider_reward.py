@@ -5,38 +5,16 @@ The score is coco-caption's CIDEr-D, computed as in evaluation (`captioning.eval
 come from the photos given (the train split). A batch is scored as numpy arrays, without a loop over captions, so that
 the GPU need not wait.
 
-Letters: S candidates, K photos of a batch, D different n-grams of one order.
+Letters: S candidates, K photos of a batch.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from captioning.dataset.caption_dataset import CaptionDataset
-from captioning.evaluation.ngrams import (
-    Comparisons,
-    cider_d,
-    document_frequencies,
-    inverse_document_frequencies,
-    number_ngrams,
-    ranges,
-    tf_idf_cosines,
-)
+from captioning.evaluation.ngrams import Comparisons, cider_d, known_cosines, known_ngrams, ranges
 from preprocess.vocabulary import END, PAD
-
-
-class KnownNGrams(NamedTuple):
-    """The D n-grams of one order in the references, and the weight of each. An unknown n-gram has the number D."""
-
-    codes: np.ndarray  # (D + 1,) int64, as in Occurrences; the last one is larger than any
-    inverse_frequencies: np.ndarray  # (D + 1,) float64; the last one is for unknown n-grams
-
-    def find(self, codes: np.ndarray) -> np.ndarray:
-        """The numbers of n-grams given by their codes, D if unknown; both (X,) int64."""
-        number = np.searchsorted(self.codes, codes)
-        return np.where(self.codes[number] == codes, number, len(self.codes) - 1)
 
 
 class CiderReward:
@@ -47,12 +25,7 @@ class CiderReward:
         self.references = references
         num_photos = len(references)
         words, lengths, num_references = self._references_of(np.arange(num_photos))
-        photo_of_word = np.arange(num_photos).repeat(num_references).repeat(lengths)
-        self.known: list[KnownNGrams] = []  # by order
-        for ngrams in number_ngrams(words, lengths):
-            frequencies = document_frequencies(photo_of_word[ngrams.start], ngrams)
-            weights = inverse_document_frequencies(np.append(frequencies, 0), num_photos)
-            self.known.append(KnownNGrams(np.append(ngrams.codes, np.iinfo(np.int64).max), weights))
+        self.known = known_ngrams(words, lengths, np.arange(num_photos).repeat(num_references), num_photos)
 
     @property
     def is_zero(self) -> bool:
@@ -71,14 +44,7 @@ class CiderReward:
         words = np.concatenate([captions[is_word], reference_words])
         lengths = np.concatenate([is_word.sum(1), reference_lengths])
         comparisons = Comparisons(lengths, photo_index, num_references)
-        cosines = np.zeros(len(comparisons.candidate))
-        known_number = np.zeros(1, np.int64)  # the empty n-gram has the number 0, here and among the references
-        for ngrams, known in zip(number_ngrams(words, lengths), self.known, strict=True):
-            known_number = known.find(ngrams.codes_with(known_number))
-            counts = comparisons.count(ngrams)
-            matches = comparisons.match(counts)
-            cosines += tf_idf_cosines(comparisons, counts, matches, known.inverse_frequencies[known_number])
-        return cider_d(comparisons, cosines)
+        return cider_d(comparisons, known_cosines(comparisons, words, self.known))
 
     def _references_of(self, photos: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The words of all references of these photos with <end>, the words of each reference, references per photo.

@@ -146,6 +146,7 @@ class TrainingOptions:
     fast_path: bool = True  # on a GPU: CUDA graphs and fused kernels, where they prove right and faster
     cuda_graphs: bool = True  # with --fast-path: run each batch as one CUDA graph
     kernels: bool = True  # with --fast-path: compute attention and LSTM gates with fused kernels
+    calibrate: bool = False  # at the end: python -m captioning.calibrate checkpoints/RUN
     preview_photos: int = 6  # validation photos whose captions and attention are drawn every epoch; 0 is none
     # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097); http://USER@HOST:8097 logs in
     dashboard: str | None = None

@@ -4,6 +4,9 @@ Pillow draws them: no display is needed. Attention shows as a warm glow on a dim
 so that every word's most attended cell is equally bright; the attention of that cell is printed next to the word. If
 the decoder has a sentinel (Lu et al. 2017, https://arxiv.org/abs/1612.01887), its fraction, beta, is printed instead.
 
+If the evidence of the words is known (captioning/evaluation/candidates.py), words that came from the photo are dark and
+those said from habit pale.
+
 Letters: T words, P cells (P = rows x columns of the grid).
 """
 
@@ -47,6 +50,7 @@ FRAME_TEXT_SIZE, FRAME_LEADING = 26, 36
 
 WORD_DURATION = 700  # milliseconds per frame of an animation
 LAST_DURATION = 2500  # milliseconds of the last frame
+STRONG_EVIDENCE = 2.0  # nats, from which a word is as dark as it gets; at 0 and below it is as pale as it gets
 MIN_BETA = 1e-3  # attention that sums to less than 1 - MIN_BETA has a sentinel
 
 
@@ -60,10 +64,17 @@ class CaptionedImage:
     attention: np.ndarray | None  # (T, P), or None to draw no panels
     grid: tuple[int, int]  # rows and columns of the attention
     correct: bool | None = None  # None: unknown
+    evidence: Sequence[float] | None = None  # T, in nats; None: unknown
 
     def font(self) -> Font:
         """Raises LookupError if no installed font has the letters."""
         return find_font(" ".join([*self.words, self.caption]))
+
+    def inks(self) -> list[Colour]:
+        """The colour of each word, by its evidence: from MUTED to INK; INK if it is unknown."""
+        if self.evidence is None:
+            return [INK] * len(self.words)
+        return [blend(MUTED, INK, evidence_strength(value)) for value in self.evidence]
 
     def attention_maps(self) -> np.ndarray:
         """Attention (T, P) as (T, rows, columns). Raises ValueError if the shapes disagree."""
@@ -75,6 +86,17 @@ class CaptionedImage:
                 f"attention {attention.shape}: {len(self.words)} words on a grid of {self.grid} need {expected}"
             )
         return attention.reshape(len(self.words), rows, columns)
+
+
+def evidence_strength(evidence: float) -> float:
+    """How much of a word came from the photo, 0 to 1, given its evidence in nats."""
+    return min(max(evidence / STRONG_EVIDENCE, 0.0), 1.0)
+
+
+def blend(start: Colour, end: Colour, fraction: float) -> Colour:
+    """The colour at a fraction, 0 to 1, of the way between two."""
+    red, green, blue = (round(a + fraction * (b - a)) for a, b in zip(start, end, strict=True))
+    return red, green, blue
 
 
 def overlay(image: Image.Image, attention: np.ndarray, view: View = "smooth") -> Image.Image:
@@ -109,10 +131,11 @@ def draw_attention(captioned: CaptionedImage, path: Path, view: View = "smooth")
     page = Image.new("RGB", (width, top + math.ceil(num_panels / columns) * row_height + MARGIN - 30), BACKGROUND)
     _draw_lines(page, (MARGIN, MARGIN - 8), title, load_font(font, TITLE_SIZE), TITLE_LEADING)
     page.paste(_round_corners(image, BACKGROUND), (MARGIN, top))
-    for index, (word, weights) in enumerate(zip(captioned.words, maps, strict=True), start=1):
+    labels = zip(captioned.words, maps, captioned.inks(), strict=True)
+    for index, (word, weights, ink) in enumerate(labels, start=1):
         corner = (MARGIN + index % columns * (PANEL + GAP), top + index // columns * row_height)
         page.paste(_round_corners(overlay(image, weights, view), BACKGROUND), corner)
-        _draw_label(page, corner, image.size, word, weights, font, 19)
+        _draw_label(page, corner, image.size, word, weights, font, 19, ink)
     _save(page, path)
 
 
@@ -182,10 +205,11 @@ def _draw_card(captioned: CaptionedImage, font: Font) -> Image.Image:
     if captioned.correct is not None:
         dot = _round_corners(Image.new("RGB", (16, 16), MARKS[captioned.correct]), CARD)
         card.paste(dot, (CARD_WIDTH - PADDING - 16, PADDING + 4))
+    inks = captioned.inks()
     for index, weights in enumerate(maps):
         corner = (left + index % columns * (THUMBNAIL + GAP), top + index // columns * row_height)
         card.paste(_round_corners(overlay(thumbnail, weights), CARD), corner)
-        _draw_label(card, corner, thumbnail.size, captioned.words[index], weights, font, 16)
+        _draw_label(card, corner, thumbnail.size, captioned.words[index], weights, font, 16, inks[index])
     return card
 
 
@@ -197,6 +221,7 @@ def _draw_label(
     weights: np.ndarray,
     font: Font,
     size: int,
+    ink: Colour,
 ) -> None:
     """Write the word under its panel, and next to it the attention of the most attended cell, in percent.
 
@@ -212,7 +237,7 @@ def _draw_label(
     draw.text((left + width, baseline), figure, MUTED, figure_font, anchor="rs")
     available = width - draw.textlength(figure, figure_font) - 6
     word, word_font = fit_text(word, font, size, available)
-    draw.text((left, baseline), word, INK, word_font, anchor="ls")
+    draw.text((left, baseline), word, ink, word_font, anchor="ls")
 
 
 # ---- frames of an animation

@@ -1,7 +1,8 @@
 """An HTML report of captioned photos: one file that opens offline, without scripts. All images are data URIs.
 
 Hovering over a word, or touching it, dims the photo except where the word's attention was. Each attention map is an
-image of one pixel per cell, which the browser scales to the photo, smoothly or cell by cell.
+image of one pixel per cell, which the browser scales to the photo, smoothly or cell by cell. Words said from habit are
+pale, if their evidence is known (captioning/evaluation/candidates.py).
 
 Letters: T words, P cells.
 """
@@ -22,10 +23,12 @@ from captioning.caption import CaptionResult
 from captioning.encoders.images import open_photo
 from captioning.errors import PhotoError
 from captioning.runtime.files import atomic_text
+from captioning.viewing.attention_plots import evidence_strength
 from preprocess.captions import Photo
 from preprocess.languages import LANGUAGES
 
 THUMBNAIL = 256  # pixels of the longer side
+PALEST = 0.35  # opacity of a word without evidence
 MAX_SHADE = 0.85  # fraction of the light that a cell without attention loses
 HEAD = """<!doctype html>
 <html lang="{language}"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -101,6 +104,8 @@ def _details(entry: ReportEntry) -> Iterator[str]:
     yield html.escape(photo.id)
     if caption.log_probability is not None:
         yield f"log-probability {caption.log_probability:.2f}"
+    if caption.probability is not None:
+        yield f"probability {caption.probability:.0%}"
     if caption.finished is False:
         yield "unfinished"
     if cider is not None:
@@ -119,23 +124,36 @@ def _thumbnail(photo: Photo) -> tuple[str, tuple[int, int]]:
 
 
 def _word_elements(caption: CaptionResult, size: tuple[int, int]) -> list[str]:
-    """The words as HTML elements, each with its attention map, if there is attention."""
+    """The words as HTML elements, each with its attention map, if there is attention, and as pale as its evidence."""
+    unknown: Sequence[None] = [None] * len(caption.words)
+    evidence = caption.evidence or unknown
     if caption.attention is None:
-        return [html.escape(word) for word in caption.words]
+        return [_span(word, value) for word, value in zip(caption.words, evidence, strict=True)]
     width, height = size
-    betas: Sequence[float | None] = caption.sentinel or [None] * len(caption.words)
     maps = np.asarray(caption.attention).reshape(-1, *caption.grid)
     return [
-        f'<b tabindex="0"{_tooltip(beta)}>{html.escape(word)}'
+        f'<b tabindex="0"{_tooltip(beta, value)}>{_span(word, value, titled=False)}'
         f'<img src="{_data_uri(_shade(weights), "png")}" width="{width}" height="{height}" alt=""></b>'
-        for word, weights, beta in zip(caption.words, maps, betas, strict=True)
+        for word, weights, beta, value in zip(caption.words, maps, caption.sentinel or unknown, evidence, strict=True)
     ]
 
 
-def _tooltip(beta: float | None) -> str:
-    if beta is None:
-        return ""
-    return f' title="&beta; {beta:.2f}: the fraction of this word that came from the language model alone"'
+def _span(word: str, evidence: float | None, titled: bool = True) -> str:
+    """The word, as pale as its evidence says."""
+    text = html.escape(word)
+    if evidence is None:
+        return text
+    opacity = PALEST + (1 - PALEST) * evidence_strength(evidence)
+    return f'<span{_tooltip(None, evidence) if titled else ""} style="opacity:{opacity:.2f}">{text}</span>'
+
+
+def _tooltip(beta: float | None, evidence: float | None) -> str:
+    texts = []
+    if beta is not None:
+        texts.append(f"&beta; {beta:.2f}: the fraction of this word that came from the language model alone")
+    if evidence is not None:
+        texts.append(f"evidence {evidence:+.2f}: log-probability before this photo, minus that before the mean photo")
+    return f' title="{"; ".join(texts)}"' if texts else ""
 
 
 def _shade(weights: np.ndarray) -> Image.Image:
