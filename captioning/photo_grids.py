@@ -6,7 +6,6 @@ Letters: N photos, V views of each, B photos per batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +79,8 @@ def available_rows(
         files.available(rows, view, allow_missing, data)
         columns.append(rows[:, files.views.index(view)])
     wanted = np.stack(columns, 1)
-    present = (wanted >= 0).all(1)
-    return list(compress(photos, present)), wanted[present]
+    present = (wanted >= 0).all(axis=1)
+    return [photos[i] for i in np.flatnonzero(present)], wanted[present]
 
 
 def cached_grids(

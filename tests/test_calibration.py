@@ -103,7 +103,7 @@ def test_agreement_is_the_cider_d_of_every_pair_with_the_document_frequencies_of
         grams = {tuple(c[i : i + n]) for c in photo for n in range(1, 5) for i in range(len(c) - n + 1)}
         frequency.update(grams)
     lengths = np.array([len(caption) for caption in flat])
-    weights = NGramWeights(known_ngrams(np.concatenate(flat), lengths, np.arange(12).repeat(2), 12))
+    weights = NGramWeights(known_ngrams(np.concatenate(flat), lengths, np.arange(12).repeat(2), 12, min_photos=2))
     weights = NGramWeights.from_dict(weights.to_dict())
     captions = [[rng.integers(4, 11, rng.integers(0, 7)).tolist() for _ in range(count)] for count in (3, 1, 4)]
     for matrix, photo in zip(weights.agreement(captions), captions, strict=True):

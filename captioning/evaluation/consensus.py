@@ -27,7 +27,8 @@ class NGramWeights:
         """The weights in the captions of a split."""
         lengths = np.diff(split.caption_offsets)
         photo_of_caption = np.arange(len(split)).repeat(np.diff(split.photo_offsets))
-        return cls(known_ngrams(split.words.astype(np.int64), lengths, photo_of_caption, len(split)))
+        known = known_ngrams(split.words.astype(np.int64), lengths, photo_of_caption, len(split), min_photos=2)
+        return cls(known)
 
     def to_dict(self) -> dict:
         """Tensors, for a checkpoint."""

@@ -157,19 +157,19 @@ def inverse_document_frequencies(frequencies: np.ndarray, num_photos: int) -> np
 
 
 def known_ngrams(
-    words: np.ndarray, lengths: np.ndarray, photo_of_caption: np.ndarray, num_photos: int
+    words: np.ndarray, lengths: np.ndarray, photo_of_caption: np.ndarray, num_photos: int, min_photos: int = 1
 ) -> list[KnownNGrams]:
-    """The n-grams of each order that occur in the captions of two photos or more, and their weights.
+    """The n-grams of each order that occur in the captions of `min_photos` photos or more, and their weights.
 
-    Those of one photo weigh as much as unknown ones, so they need not be known. words and lengths: as in
-    `number_ngrams`. photo_of_caption int64: below num_photos.
+    Those of one photo weigh as much as unknown ones: with min_photos 2, weights are the same and fewer are held. words
+    and lengths: as in `number_ngrams`. photo_of_caption int64: below num_photos.
     """
     photo_of_word = photo_of_caption.repeat(lengths)
     known = []
     new_number = np.zeros(1, np.int64)  # of each n-gram of the order before, among the known ones
     for ngrams in number_ngrams(words, lengths):
         frequencies = document_frequencies(photo_of_word[ngrams.start], ngrams)
-        keep = frequencies > 1
+        keep = frequencies >= min_photos
         codes = ngrams.codes_with(new_number)[keep]  # ascending: an n-gram's first words are in as many photos
         weights = inverse_document_frequencies(np.append(frequencies[keep], 0), num_photos)
         known.append(KnownNGrams(np.append(codes, np.iinfo(np.int64).max), weights))
