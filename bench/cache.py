@@ -108,7 +108,7 @@ def main(bench: Bench) -> None:
 class SparseWriter(FeatureWriter):
     """Creates sparse files that would not fit on the disk if all rows were written."""
 
-    def _check_free_space(self, files: int) -> None:
+    def _check_free_space(self, files: int, freed: int) -> None:
         """The disk need not hold all rows."""
 
 

@@ -169,7 +169,8 @@ class PackedItem:
 
 def _starts(sizes: Sequence[int]) -> list[int]:
     """Where buffers of these sizes start in the file, and where it ends, in bytes. No file is empty."""
-    return [0, *(ALIGNMENT * np.cumsum([size // ALIGNMENT + 1 for size in sizes])).astype(int).tolist()]
+    blocks = [size // ALIGNMENT + 1 for size in sizes]
+    return [ALIGNMENT * sum(blocks[:i]) for i in range(len(blocks))] + [ALIGNMENT * max(sum(blocks), 1)]
 
 
 def anonymous_file() -> BinaryIO:
