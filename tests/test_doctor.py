@@ -110,9 +110,17 @@ def toy_data(photos=144):
     return records, torch.tensor(np.array(features), dtype=torch.float32)
 
 
-def test_swapped_captions_are_found_with_the_photos_that_they_fit(monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    """Smaller models and less training: the toy data are easy."""
     monkeypatch.setattr(matching_model, "VECTOR_SIZE", 32)
-    monkeypatch.setattr(matching_model, "MIN_STEPS", 60)
+    monkeypatch.setattr(matching_model, "EPOCHS", 1)
+    monkeypatch.setattr(matching_model, "MIN_STEPS", 40)
+    monkeypatch.setattr(mismatches, "MODELS", 1)
+    monkeypatch.setattr(mismatches, "CLASSIFIER_STEPS", 150)
+
+
+def test_swapped_captions_are_found_with_the_photos_that_they_fit(quick):
     photos, features = toy_data()
     swaps = {0: 7, 7: 14, 14: 0}  # both thing and place differ
     swapped = [
@@ -126,11 +134,9 @@ def test_swapped_captions_are_found_with_the_photos_that_they_fit(monkeypatch):
         assert all(word in " ".join(finding.photos[1].captions[1]) for word in (finding.caption[1], finding.caption[3]))
 
 
-def test_the_order_of_the_log_odds_is_that_of_the_captions_and_the_generator_of_torch_stays_as_it_was(monkeypatch):
+def test_the_order_of_the_log_odds_is_that_of_the_captions_and_the_generator_of_torch_stays_as_it_was(quick):
     photos, features = toy_data(36)
     photos[0] = replace(photos[0], captions=photos[0].captions[:1])  # a photo without other captions
-    monkeypatch.setattr(matching_model, "EPOCHS", 1)
-    monkeypatch.setattr(matching_model, "MIN_STEPS", 1)
     state = torch.get_rng_state()
     captions = CaptionTerms.of(photos, "en")
     log_odds, best = mismatches.find_mismatches(captions, features)
@@ -190,7 +196,7 @@ def test_without_features_only_captions_are_checked_and_one_line_says_so(small_d
     assert after == before
 
 
-def test_with_features_photos_are_checked_too(here, monkeypatch, tmp_path):
+def test_with_features_photos_are_checked_too(here, quick, monkeypatch, tmp_path):
     data = here / "data" / "small"
     copy = tmp_path / "data"
     copy.mkdir()

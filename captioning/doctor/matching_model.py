@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from preprocess.captions import Photo
 
-VECTOR_SIZE = 256
+VECTOR_SIZE = 128
 MIN_COUNT = 5  # captions in which a term occurs
 MAX_TERMS = 40  # of a caption
 EPOCHS = 12
@@ -117,7 +117,7 @@ class MatchingModel(nn.Module):
 def train_model(captions: CaptionTerms, features: Tensor, photos: Tensor, name: str) -> MatchingModel:
     """A model trained on some photos. features (N, F) float32. photos (R,) int64. name: of the progress bar."""
     model = MatchingModel(len(captions.weights), features.shape[1]).to(features.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     batch_size = min(BATCH_SIZE, len(photos))
     steps_per_epoch = len(photos) // batch_size
     epochs = max(EPOCHS, -(-MIN_STEPS // steps_per_epoch))

@@ -23,10 +23,11 @@ from captioning.doctor.matching_model import CaptionTerms, MatchingModel, train_
 from preprocess.captions import Photo
 
 FOLDS = 3
+MODELS = 2  # of each fold; the mean of their scores counts
 SEED = 0
 CHUNK = 512  # captions that are scored against all photos at once
 MIN_LOG_ODDS = 3.0  # of a finding; where one caption in a hundred is wrong, this is one right in six
-CLASSIFIER_EPOCHS = 8
+CLASSIFIER_STEPS = 750
 CLASSIFIER_UNITS = 32
 
 
@@ -57,18 +58,28 @@ def find_mismatches(captions: CaptionTerms, pooled: Tensor) -> tuple[Tensor, Ten
     with torch.random.fork_rng([pooled.device] if pooled.device.type == "cuda" else []):
         torch.manual_seed(SEED)
         folds = torch.randperm(len(features), device=pooled.device) % FOLDS
-        parts = []
-        for fold in range(FOLDS):
-            model = train_model(captions, features, (folds != fold).nonzero().flatten(), f"model {fold + 1} of {FOLDS}")
-            parts.append(gather_evidence(model, captions, features, (folds == fold).nonzero().flatten()))
+        parts = [judge_fold(captions, features, folds, fold) for fold in range(FOLDS)]
         rows, real, counterfeit, best = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         fold_of = folds[captions.owner[rows]]
         log_odds = torch.empty(len(rows), device=pooled.device)
         for fold in range(FOLDS):
+            torch.manual_seed(SEED + fold)
             classifier = train_classifier(real[fold_of != fold], counterfeit[fold_of != fold])
             log_odds[fold_of == fold] = classifier(real[fold_of == fold])
     order = rows.argsort()
     return log_odds[order], best[order]
+
+
+def judge_fold(captions: CaptionTerms, features: Tensor, folds: Tensor, fold: int) -> Evidence:
+    """The evidence of the captions of a fold, by models of the others. folds (N,) int64: of each photo."""
+    train = (folds != fold).nonzero().flatten()
+    models = []
+    for number in range(MODELS):
+        torch.manual_seed(SEED + fold * MODELS + number)
+        name = f"matching captions, fold {fold + 1} of {FOLDS}, model {number + 1} of {MODELS}"
+        models.append(train_model(captions, features, train, name))
+    torch.manual_seed(SEED + fold)
+    return gather_evidence(models, captions, features, (folds == fold).nonzero().flatten())
 
 
 class Evidence(NamedTuple):
@@ -85,9 +96,11 @@ class Evidence(NamedTuple):
 
 
 @torch.inference_mode()
-def gather_evidence(model: MatchingModel, captions: CaptionTerms, features: Tensor, photos: Tensor) -> Evidence:
-    """The evidence of all captions of the photos (R,) int64, none of which the model has seen. features: (N, F)."""
-    measure = _Measure(model, captions, features)
+def gather_evidence(
+    models: Sequence[MatchingModel], captions: CaptionTerms, features: Tensor, photos: Tensor
+) -> Evidence:
+    """The evidence of all captions of the photos (R,) int64, none of which the models have seen. features: (N, F)."""
+    measure = _Measure(models, captions, features)
     in_fold = torch.zeros(len(features), dtype=torch.bool, device=photos.device).index_fill(0, photos, True)
     rows = in_fold[captions.owner].nonzero().flatten()
     others = photos[torch.randint(len(photos), rows.shape, device=photos.device)]
@@ -117,32 +130,28 @@ class _Elsewhere(NamedTuple):
 class _Measure:
     """How well captions fit photos, in the places of captions of these photos.
 
+    The vectors of all models stand side by side, so that a product is the mean of their scores.
+
     Attributes: texts, vectors (C, H): of each caption. without, siblings (C, H): the context of each caption's photo
     without the caption, and that of the photo's other captions alone. full, photo (N, H): the context of each photo
-    with all captions, and without any. fit (C,): the score of each caption in its own place.
+    with all captions, and without any. fit (C,): the score of each caption in its own place. total_fit (N,): their sum.
     """
 
-    def __init__(self, model: MatchingModel, captions: CaptionTerms, features: Tensor):
+    def __init__(self, models: Sequence[MatchingModel], captions: CaptionTerms, features: Tensor):
         self.captions = captions
-        self.scale = model.scale
-        owner, count = captions.owner, captions.count[:, None]
-        self.texts = torch.cat([model.embed_terms(terms, captions.weights) for terms in captions.terms.split(4_096)])
-        self.vectors = model.embed_captions(self.texts)
-        total = torch.zeros(len(features), self.texts.shape[1], device=features.device).index_add(0, owner, self.texts)
-        others = model.siblings((total[owner] - self.texts) / (count[owner] - 1).clamp_min(1))
-        projected = model.photo(features)
-        self.full = model.embed_contexts(projected, model.siblings(total / count))
-        self.photo = model.embed_contexts(projected, 0.0)
-        self.without = model.embed_contexts(projected[owner], others)
-        self.siblings = model.embed_contexts(0.0, others)
-        self.fit = self.scale * (self.vectors * self.without).sum(1)
-        self.total_fit = torch.zeros(len(features), device=features.device).index_add(0, owner, self.fit)
+        parts = zip(*(_vectors_of(model, captions, features) for model in models), strict=True)
+        self.texts, vectors, self.full, self.photo, self.without, self.siblings = (
+            torch.cat(tensors, dim=1) for tensors in parts
+        )
+        self.vectors = vectors / len(models)
+        self.fit = (self.vectors * self.without).sum(1)
+        self.total_fit = torch.zeros(len(features), device=features.device).index_add(0, captions.owner, self.fit)
 
     def elsewhere(self, rows: Tensor) -> _Elsewhere:
         """How the captions `rows` (R,) fit all photos but their own."""
         parts = []
         for chunk in rows.split(CHUNK):
-            scores = self.scale * self.vectors[chunk] @ self.full.T  # (B, N)
+            scores = self.vectors[chunk] @ self.full.T  # (B, N)
             scores.scatter_(1, self.captions.owner[chunk][:, None], float("-inf"))
             parts.append((scores.logsumexp(1), *scores.max(1)))
         return _Elsewhere(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -151,31 +160,58 @@ class _Measure:
         """The evidence (R, E) of the captions `rows` (R,), each in the place of the caption `places` (R,)."""
         captions, vectors = self.captions, self.vectors[rows]
         owner = captions.owner[places]
-        scores = self.scale * (vectors * self.without[places]).sum(1)
-        num_terms = (captions.terms[rows] > 0).sum(1)
+        scores = (vectors * self.without[places]).sum(1)
+        nearest, shared = self._compare_with_siblings(rows, places)
+        weights = captions.weights[captions.terms[rows]]  # (R, L)
+        total_weight = weights.sum(1)
         evidence = [
             scores,
-            self.scale * (vectors * self.photo[owner]).sum(1),
-            self.scale * (vectors * self.siblings[places]).sum(1),
+            (vectors * self.photo[owner]).sum(1),
+            (vectors * self.siblings[places]).sum(1),
             elsewhere.log_sum - scores,
             elsewhere.highest - scores,
             (self.total_fit[owner] - self.fit[places]) / (captions.count[owner] - 1).clamp_min(1),  # of other captions
-            self._nearest_sibling(rows, places),
-            num_terms.float(),
-            captions.weights[captions.terms[rows]].sum(1) / num_terms.clamp_min(1),
+            nearest,
+            (weights * shared).sum(1) / total_weight.clamp_min(1e-6),
+            total_weight,
+            total_weight / (weights > 0).sum(1).clamp_min(1),
         ]
         return torch.stack(evidence, dim=1)
 
-    def _nearest_sibling(self, rows: Tensor, places: Tensor) -> Tensor:
-        """The cosine of each caption (R,) to the nearest other caption of the photo of `places`; 0 without others."""
-        owner = self.captions.owner[places]
+    def _compare_with_siblings(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare the captions `rows` (R,) with the other captions of the photos of `places` (R,).
+
+        Returns the product with the nearest (R,), 0 without others, and which terms another one has (R, L) bool.
+        """
+        terms, owner = self.captions.terms, self.captions.owner[places]
         nearest = torch.zeros(len(rows), device=rows.device)
+        shared = torch.zeros_like(terms[rows], dtype=torch.bool)
         for number in range(int(self.captions.count.max())):
-            sibling = (self.captions.first[owner] + number).clamp_max(len(self.texts) - 1)
-            cosine = (self.texts[rows] * self.texts[sibling]).sum(1)
-            is_sibling = (number < self.captions.count[owner]) & (sibling != places)
-            nearest = torch.where(is_sibling, torch.maximum(nearest, cosine), nearest)
-        return nearest
+            is_sibling = (number < self.captions.count[owner]) & (self.captions.first[owner] + number != places)
+            pairs = is_sibling.nonzero().flatten()
+            for chunk in pairs.split(CHUNK):
+                sibling = self.captions.first[owner[chunk]] + number
+                product = (self.texts[rows[chunk]] * self.texts[sibling]).sum(1)
+                nearest[chunk] = torch.maximum(nearest[chunk], product)
+                shared[chunk] |= (terms[rows[chunk]][:, :, None] == terms[sibling][:, None]).any(2)
+        return nearest, shared
+
+
+def _vectors_of(model: MatchingModel, captions: CaptionTerms, features: Tensor) -> tuple[Tensor, ...]:
+    """What `_Measure` has of one model: texts, scaled vectors, full, photo, without and siblings."""
+    owner, count = captions.owner, captions.count[:, None]
+    texts = torch.cat([model.embed_terms(terms, captions.weights) for terms in captions.terms.split(4_096)])
+    total = torch.zeros(len(features), texts.shape[1], device=features.device).index_add(0, owner, texts)
+    others = model.siblings((total[owner] - texts) / (count[owner] - 1).clamp_min(1))
+    projected = model.photo(features)
+    return (
+        texts,
+        model.scale * model.embed_captions(texts),
+        model.embed_contexts(projected, model.siblings(total / count)),
+        model.embed_contexts(projected, 0.0),
+        model.embed_contexts(projected[owner], others),
+        model.embed_contexts(0.0, others),
+    )
 
 
 def train_classifier(real: Tensor, counterfeit: Tensor) -> nn.Module:
@@ -192,10 +228,10 @@ def train_classifier(real: Tensor, counterfeit: Tensor) -> nn.Module:
         nn.Flatten(0),
     ).to(evidence.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for _ in range(CLASSIFIER_EPOCHS):
-        for batch in torch.randperm(len(evidence), device=evidence.device).split(512):
-            loss = F.binary_cross_entropy_with_logits(network(evidence[batch]), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for _ in range(CLASSIFIER_STEPS):
+        batch = torch.randint(len(evidence), (512,), device=evidence.device)
+        loss = F.binary_cross_entropy_with_logits(network(evidence[batch]), targets[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return network.requires_grad_(False)

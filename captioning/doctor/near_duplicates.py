@@ -31,8 +31,8 @@ CHUNK = 2_048  # photos
 def check_near_duplicates(photos: Sequence[Photo], pooled: Tensor) -> Check:
     """The check. pooled: (N, C) float32, the mean feature of each photo, on the device that computes.
 
-    Score: the similarity, plus 1 for photos in different splits. A photo that cannot be read has no duplicates; one line
-    counts those. Raises UserError if none can be read.
+    Score: the similarity, plus 1 for photos in different splits. A photo that cannot be read has no duplicates; one
+    line counts those. Raises UserError if none can be read.
     """
     pairs = nearest_pairs(pooled)
     thumbnails = read_thumbnails(photos, sorted({index for pair in pairs for index in pair}))
