@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from preprocess.captions import Photo
+from preprocess.languages import LANGUAGES
 
 VECTOR_SIZE = 128
 MIN_COUNT = 5  # captions in which a term occurs
@@ -74,12 +75,12 @@ class CaptionTerms(NamedTuple):
 
 
 def terms_of(caption: Sequence[str], language: str) -> Iterator[str]:
-    """The words of a caption, and in Chinese their characters, else each two words that follow one another."""
+    """The words of a caption, and each two that follow one another; in a language without spaces, their characters."""
     yield from caption
-    if language == "zh":
-        yield from (character for word in caption if len(word) > 1 for character in word)
-    else:
+    if LANGUAGES[language].has_spaces:
         yield from map(" ".join, pairwise(caption))
+    else:
+        yield from (character for word in caption if len(word) > 1 for character in word)
 
 
 class MatchingModel(nn.Module):

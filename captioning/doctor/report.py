@@ -12,6 +12,7 @@ from tqdm import tqdm
 from captioning.doctor.findings import Check, Finding
 from captioning.runtime.files import atomic_text
 from captioning.viewing.html_report import HEAD, thumbnail
+from preprocess.languages import LANGUAGES
 
 SHOWN = 50  # findings of a check that the page shows
 LISTED = 1_000  # findings of a check that the JSON file lists
@@ -42,7 +43,7 @@ def write_check_page(path: Path, title: str, language: str, checks: Sequence[Che
             if not shown:
                 file.write("<p>Nothing was found.</p>\n")
             for finding in shown:
-                file.writelines(_article(finding, " " if language == "en" else ""))
+                file.writelines(_article(finding, " " if LANGUAGES[language].has_spaces else ""))
 
 
 def _article(finding: Finding, separator: str) -> Iterator[str]:
