@@ -115,12 +115,13 @@ def quick(monkeypatch):
     """Smaller models and less training: the toy data are easy."""
     monkeypatch.setattr(matching_model, "VECTOR_SIZE", 32)
     monkeypatch.setattr(matching_model, "EPOCHS", 1)
-    monkeypatch.setattr(matching_model, "MIN_STEPS", 40)
+    monkeypatch.setattr(matching_model, "MIN_STEPS", 10)
     monkeypatch.setattr(mismatches, "MODELS", 1)
     monkeypatch.setattr(mismatches, "CLASSIFIER_STEPS", 150)
 
 
-def test_swapped_captions_are_found_with_the_photos_that_they_fit(quick):
+def test_swapped_captions_are_found_with_the_photos_that_they_fit(quick, monkeypatch):
+    monkeypatch.setattr(matching_model, "MIN_STEPS", 100)
     photos, features = toy_data()
     swaps = {0: 7, 7: 14, 14: 0}  # both thing and place differ
     swapped = [
