@@ -37,6 +37,7 @@ class Preprocess:
     python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
     python -m preprocess data/flickr8k --source flickr8k
     python -m preprocess data/scenes --scenes 2000 --language zh
+    python -m preprocess data/aic --check --features features.h5
     """
 
     data: Positional[Path]  # folder to write, such as data/aic
@@ -64,10 +65,18 @@ class Preprocess:
     workers: int = os.cpu_count() or 1  # processes that tokenize captions
     seed: int = 0  # of the drawn scenes
     overwrite: bool = False  # replace captions made with other settings
+    check: bool = False  # look for what is wrong in the captions and photos of a folder made before: DATA/check.html
+    features: Path | None = None  # with --check: a feature file, or the name of one in the folder, to check photos too
 
     def __post_init__(self) -> None:
         sources = [self.source, self.train, self.karpathy, self.scenes]
-        if sum(source is not None for source in sources) != 1:
+        if self.features and not self.check:
+            raise UserError("--features requires --check")
+        if self.check:
+            excluded = non_default(self, *(vars(self).keys() - {"data", "check", "features", "allow_missing"}))
+            if excluded:
+                raise UserError(f"--check reads a folder made before: leave out {excluded[0]}")
+        if not self.check and sum(source is not None for source in sources) != 1:
             raise UserError(
                 "give exactly one of --source PATH, --train FILE IMAGES, --karpathy JSON IMAGES, --scenes N"
             )

@@ -4,6 +4,7 @@ python -m preprocess data/aic --train ANN.json IMAGES --val ANN.json IMAGES
 python -m preprocess data/coco --karpathy dataset_coco.json IMAGES
 python -m preprocess data/flickr8k --source flickr8k                          (any form of docs/data.md)
 python -m preprocess data/scenes --scenes 2000 --language zh                  (needs no download)
+python -m preprocess data/aic --check --features features.h5                  (what looks wrong in a data set)
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ DEFAULT_MIN_COUNT = {"zh": 2, "en": 5, "ja": 5, "th": 5}
 
 
 def main(config: Preprocess) -> None:
-    """Preprocess, with the data folder locked."""
+    """Preprocess, with the data folder locked, or check what was preprocessed before."""
+    if config.check:
+        from captioning.doctor.checkup import check_data  # torch is needed only here
+
+        check_data(config.data, config.features, config.allow_missing)
+        return
     with locked(config.data, config.data / ".lock"):
         preprocess(config)
 

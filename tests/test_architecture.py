@@ -29,7 +29,7 @@ FLOORS = [
     {"captioning.encoders", "captioning.features", "captioning.dataset", "captioning.caption"},
     {"captioning.decoders"},
     {"captioning.search"},
-    {"captioning.training", "captioning.evaluation", "captioning.viewing"},
+    {"captioning.training", "captioning.evaluation", "captioning.viewing", "captioning.doctor"},
     {"captioning.captioner", "captioning.photo_grids", "captioning.calibrate", "captioning.export"},
     {"config"},
     {"preprocess.__main__", "extract_features", "train", "generate", "demo"},

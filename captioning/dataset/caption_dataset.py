@@ -71,6 +71,12 @@ def check_vocabulary(split: CaptionDataset, data: Path) -> None:
         )
 
 
+def sides_of(word: str) -> set[str]:
+    """The sides that a word names, in English or Chinese: a subset of "left" and "right"."""
+    names = {"left": "左", "right": "右"}
+    return {side for side, character in names.items() if word.startswith(side) or character in word}
+
+
 class CaptionDataset:
     """Photos of a captions.jsonl, or of one split of it: their ids, their paths and their captions as word ids.
 
@@ -152,7 +158,7 @@ class CaptionDataset:
 
         Mirroring such a photo would make the caption wrong.
         """
-        is_side = [word.startswith(("left", "right")) or "左" in word or "右" in word for word in self.id_to_word]
+        is_side = [bool(sides_of(word)) for word in self.id_to_word]
         first_words = self.caption_offsets[self.photo_offsets[:-1]]
         return np.logical_or.reduceat(np.array(is_side)[self.words], first_words)
 

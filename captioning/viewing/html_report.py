@@ -91,7 +91,7 @@ def worst_and_best(entries: Sequence[ReportEntry], count: int = 50) -> list[tupl
 
 def _article(entry: ReportEntry, separator: str) -> Iterator[str]:
     photo, caption, _ = entry
-    picture, size = _thumbnail(photo)
+    picture, size = thumbnail(photo)
     yield f'<article>{picture}<div><div class="caption">{separator.join(_word_elements(caption, size))}</div>\n'
     yield f'<div class="note">{" · ".join(_details(entry))}</div>\n<ul>\n'
     for words in photo.captions:
@@ -112,13 +112,13 @@ def _details(entry: ReportEntry) -> Iterator[str]:
         yield f"CIDEr-D {cider:.1f}"
 
 
-def _thumbnail(photo: Photo) -> tuple[str, tuple[int, int]]:
+def thumbnail(photo: Photo, longer_side: int = THUMBNAIL) -> tuple[str, tuple[int, int]]:
     """The photo as an HTML element and its size in pixels; an unreadable photo becomes the reason."""
     try:
         image = open_photo(photo.image)
     except PhotoError as error:
         return f'<div class="note">{html.escape(str(error))}</div>', (0, 0)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((longer_side, longer_side))
     width, height = image.size
     return f'<div><img src="{_data_uri(image, "jpeg")}" width="{width}" height="{height}" alt=""></div>', image.size
 
