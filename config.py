@@ -342,9 +342,30 @@ class Dashboard:
 
 @dataclass(frozen=True)
 class Export:
-    """Export a run for programs that do not have Kantu: python -m captioning.export checkpoints/att"""
+    """Export a run for programs that do not have Kantu, or as a folder of web pages.
+
+    python -m captioning.export checkpoints/att
+    python -m captioning.export checkpoints/att --format web --out site/
+    """
 
     run: Positional[Path]  # folder of a run, or a checkpoint file in it
-    out: Path | None = None  # folder to write; export/ next to the checkpoint unless given
-    format: Literal["onnx", "torch"] = "onnx"  # onnx: for onnxruntime and others; torch: for torch.export.load
+    out: Path | None = None  # folder to write; export/ (web: site/) next to the checkpoint unless given
+    format: Literal["onnx", "torch", "web"] = "onnx"  # for onnxruntime and others, for torch.export.load, or web pages
     overwrite: bool = False  # replace an existing export
+    data: Path | None = None  # web: data folder whose validation photos choose the precision; else that of the run
+    max_changed: float = 0.005  # web: fraction of the captions that models of a smaller precision may change
+
+    def __post_init__(self) -> None:
+        check_fractions(self, "max_changed")
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Show a captioner in the browser: python -m captioning.serve site/"""
+
+    folder: Positional[Path]  # written by python -m captioning.export checkpoints/RUN --format web
+    host: str = "127.0.0.1"  # address to listen on; any other makes the page visible to your network
+    port: int = 8000  # to listen on
+
+    def __post_init__(self) -> None:
+        check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")

@@ -69,6 +69,7 @@ class Captioner:
         self.encoder_precision = encoder_precision(precision, device)
         self.vocabulary = Vocabulary.from_dict(first["vocabulary"])
         self.encoder_sha256: str = first["encoder"]["sha256"]
+        self.data = Path(first["config"]["data"]) if "data" in first["config"] else None  # as train.py was told
         self.transform = Transform.from_dict(first["encoder"]["transform"])
         self.decoder_name = " + ".join(checkpoint["decoder"]["name"] for checkpoint in checkpoints)
         decoders = [_load_decoder(checkpoint).to(device).eval() for checkpoint in checkpoints]

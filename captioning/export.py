@@ -1,7 +1,8 @@
-"""Export a run for programs without Kantu, as ONNX files or for torch.export.load.
+"""Export a run for programs without Kantu: as ONNX files, for torch.export.load, or as a folder of web pages.
 
     python -m captioning.export checkpoints/att                    # writes checkpoints/att/export/*.onnx
     python -m captioning.export checkpoints/att --format torch     # writes *.pt2
+    python -m captioning.export checkpoints/att --format web --out site/
 
 The files hold three modules:
 
@@ -44,13 +45,14 @@ from captioning.errors import UserError
 from captioning.runtime.checkpoint import checkpoint_errors
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
+from captioning.web.site import fetch_runtime, site_files, smallest_models
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 if TYPE_CHECKING:
     from config import Export
 
 MIN_TORCH_FOR_ONNX = "2.13"  # older versions export LSTMs incorrectly
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "web": ".onnx"}
 
 
 def encode(encoder: Encoder, photos: Tensor) -> tuple[Tensor, ...]:
@@ -140,7 +142,7 @@ def export_module(name: str, module: ExportModule, file_format: str) -> bytes:
         # With gradients enabled, attention takes its plain path, without a loop that would fix the number of photos.
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings about its own exporter
-            return _to_onnx(module) if file_format == "onnx" else _to_torch(module)
+            return _to_torch(module) if file_format == "torch" else _to_onnx(module)
     except Exception as error:  # torch raises many unrelated classes
         raise UserError(
             f"--format {file_format}: torch {torch.__version__} cannot export the {name} "
@@ -217,37 +219,42 @@ def _describe_tensors(tensors: dict[str, Tensor], growing: Collection[str], word
     return descriptions
 
 
-def check_onnx() -> None:
-    """Raise UserError, naming what to install, if this installation cannot export ONNX."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+def check_onnx(file_format: str = "onnx") -> None:
+    """Raise UserError, naming what to install, if this installation cannot export ONNX, or pages of it."""
+    packages = ("onnx", "onnxscript", *(["onnxruntime"] if file_format == "web" else []))
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"--format onnx: {' and '.join(missing)} not installed; run: pip install -c constraints.txt '.[export]', "
-            "or give --format torch"
+            f"--format {file_format}: {' and '.join(missing)} not installed; run: "
+            "pip install -c constraints.txt '.[export]', or give --format torch"
         )
     if torch.__version__ < MIN_TORCH_FOR_ONNX:  # a TorchVersion: compared as a version, not as text
         raise UserError(
-            f"--format onnx: torch {torch.__version__} cannot export it; install torch {MIN_TORCH_FOR_ONNX} or newer, "
-            "or give --format torch"
+            f"--format {file_format}: torch {torch.__version__} cannot export it; install torch {MIN_TORCH_FOR_ONNX} "
+            "or newer, or give --format torch"
         )
 
 
 @torch.no_grad()
 def main(config: Export) -> None:
     """Write the export of a run. Raises UserError."""
-    if config.format == "onnx":
-        check_onnx()
-    folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / "export"
-    captioner = Captioner.load(config.run, "cpu", "float32")
-    with checkpoint_errors(config.run):
-        modules = make_modules(captioner)
-    description = describe(captioner, modules, config.format)
+    if config.format != "torch":
+        check_onnx(config.format)
+    name = "site" if config.format == "web" else "export"
+    folder = config.out or (config.run if config.run.is_dir() else config.run.parent) / name
+    if config.format == "web":
+        write_site(config, folder)
+    else:
+        write_modules(config, folder)
+
+
+def write_modules(config: Export, folder: Path) -> None:
+    """Write the modules and description.json. Raises UserError."""
+    _, modules, description = _load(config)
     description_path = folder / "description.json"
     module_paths = {name: folder / part["file"] for name, part in description["parts"].items()}
     paths = [description_path, *module_paths.values()]
-    existing = [path for path in paths if path.exists()]
-    if existing and not config.overwrite:
-        raise UserError(f"{existing[0]}: already exists; give --overwrite, or another --out")
+    _check_absent(paths, config.overwrite)
     with contextlib.ExitStack() as stack:
         # Opened first, so renamed last: if description.json exists, the export is complete.
         description_file = _open_atomic(stack, description_path)
@@ -258,6 +265,35 @@ def main(config: Export) -> None:
     _remove_other_format(folder, set(module_paths.values()))
     for path in paths:
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def write_site(config: Export, folder: Path) -> None:
+    """Write the modules with pages that run them in a browser. Raises UserError."""
+    _check_absent([folder / "index.html", folder / "model" / "description.json"], config.overwrite)
+    runtime = fetch_runtime()
+    captioner, modules, description = _load(config)
+    models = {name: export_module(name, module, config.format) for name, module in modules.items()}
+    choice = smallest_models(captioner, models, config.data, config.max_changed)
+    files = site_files(captioner, config.run, description, choice, runtime)
+    with contextlib.ExitStack() as stack:  # description.json is opened first, as above
+        for file, content in [(_open_atomic(stack, folder / path), content) for path, content in files.items()]:
+            file.write(content)
+    size = sum(map(len, files.values())) / 1e6
+    print(f"{folder}: {len(files)} files, {size:,.1f} MB; show it with: python -m captioning.serve {folder}")
+
+
+def _load(config: Export) -> tuple[Captioner, dict[str, ExportModule], dict]:
+    """The run, its modules, and the content of description.json. Raises UserError."""
+    captioner = Captioner.load(config.run, "cpu", "float32")
+    with checkpoint_errors(config.run):
+        modules = make_modules(captioner)
+    return captioner, modules, describe(captioner, modules, config.format)
+
+
+def _check_absent(paths: Sequence[Path], overwrite: bool) -> None:
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"{existing[0]}: already exists; give --overwrite, or another --out")
 
 
 def _open_atomic(stack: contextlib.ExitStack, path: Path) -> BinaryIO:

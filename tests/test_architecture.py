@@ -30,7 +30,14 @@ FLOORS = [
     {"captioning.decoders"},
     {"captioning.search"},
     {"captioning.training", "captioning.evaluation", "captioning.viewing", "captioning.doctor"},
-    {"captioning.captioner", "captioning.photo_grids", "captioning.calibrate", "captioning.export"},
+    {
+        "captioning.captioner",
+        "captioning.photo_grids",
+        "captioning.calibrate",
+        "captioning.export",
+        "captioning.web",
+        "captioning.serve",
+    },
     {"config"},
     {"preprocess.__main__", "extract_features", "train", "generate", "demo"},
 ]
@@ -42,6 +49,7 @@ SHORTEST = {  # the shortest valid command line of each command
     config.Dashboard: [],
     config.Export: ["checkpoints/att"],
     config.Calibrate: ["checkpoints/att"],
+    config.Serve: ["site"],
     config.Generate: ["checkpoints/att", "photo.jpg"],
 }
 COMMANDS = [

@@ -302,7 +302,7 @@ def contents(folder):
 @pytest.fixture
 def without_onnx(monkeypatch):
     """Skips the check for the ONNX packages, for tests with fake_export."""
-    monkeypatch.setattr(export, "check_onnx", lambda: None)
+    monkeypatch.setattr(export, "check_onnx", lambda file_format: None)
 
 
 def test_an_existing_export_is_replaced_only_with_overwrite(runs, tmp_path, monkeypatch, without_onnx):

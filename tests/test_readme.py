@@ -6,6 +6,7 @@ Each command is parsed as written; then only settings that cost time and that it
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gzip
 import json
@@ -26,10 +27,12 @@ import generate
 import preprocess.__main__
 import train
 from captioning import calibrate as calibration
-from captioning import export
+from captioning import export, serve
 from captioning.errors import UserError
 from captioning.runtime import command_line
 from captioning.viewing import dashboard
+from captioning.web.precision import Choice
+from captioning.web.site import RUNTIME
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "RELIABILITY.md"]
@@ -173,6 +176,7 @@ COMMANDS = {
     "-m captioning.viewing.dashboard": (config.Dashboard, dashboard.main),
     "-m captioning.export": (config.Export, export.main),
     "-m captioning.calibrate": (config.Calibrate, calibration.work),
+    "-m captioning.serve": (config.Serve, serve.main),
 }
 
 
@@ -204,6 +208,14 @@ def reduced(settings: object) -> object:
     return dataclasses.replace(settings, **changes)
 
 
+def write_runtime(folder: Path) -> Path:
+    """Write stand-ins of the scripts that a page needs."""
+    folder.mkdir(exist_ok=True)
+    for name in (name for names in RUNTIME.values() for name in names):
+        (folder / name).touch()
+    return folder
+
+
 def run_command(line: str) -> None:
     name = next(name for name in COMMANDS if line.startswith(f"python {name} "))
     dataclass, main = COMMANDS[name]
@@ -217,8 +229,8 @@ def runnable_lines() -> list[str]:
     try:
         export.check_onnx()
     except UserError:  # the export extra needs a newer torch than the rest
-        lines = [line for line in lines if " -m captioning.export " not in line]
-    last = (" generate.py ", " -m captioning.viewing.dashboard ", " -m captioning.export ")
+        lines = [line for line in lines if not re.search(r" -m captioning\.(export|serve) ", line)]
+    last = (" generate.py ", " -m captioning.viewing.dashboard ", " -m captioning.export ", " -m captioning.serve ")
 
     def stage(line: str) -> int:
         if " -m preprocess " in line:
@@ -232,6 +244,10 @@ def test_every_command_of_the_readme_runs(user_folder, monkeypatch, times):
     sent = []
     if times(True, False):  # tests/test_export.py runs this part, which takes seconds for each run
         monkeypatch.setattr(export, "export_module", lambda name, module, file_format: b"")
+        float32 = dict.fromkeys(("encoder", "begin", "step"), "float32")
+        monkeypatch.setattr(export, "smallest_models", lambda run, models, *_: Choice(float32, models, 0.0))
+    monkeypatch.setattr(export, "fetch_runtime", lambda: write_runtime(user_folder / "runtime"))
+    monkeypatch.setattr(serve, "listen", lambda application, *_: asyncio.sleep(0))
     monkeypatch.setattr(calibration, "check_examples", lambda *_: None)  # there are three val photos
     monkeypatch.setattr(dashboard.VisdomClient, "send", lambda self, windows: sent.append((self.environment, windows)))
     lines = runnable_lines()

@@ -9,39 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import secrets
-import shutil
-import subprocess
-import tarfile
-import tempfile
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
+from captioning.runtime.npm import Source, fetch
 from captioning.runtime.quiet import quiet
 
-CDN = "https://unpkg.com/{package}@{version}/{path}"
-TIMEOUT = 4.0  # seconds per file; after the first timeout all remaining packages come from npm
 PASSWORD = "VISDOM_PASSWORD"  # the environment variable that holds the password of --user
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-
-class Source(NamedTuple):
-    """An npm package that visdom's page needs."""
-
-    package: str  # its name in the npm registry
-    version: str  # the one that visdom 0.2.4 uses
-    paths: dict[str, str]  # path in the package -> path in visdom's static folder
-
-
-Download = Callable[[Source], dict[str, bytes]]  # returns path in the package -> content
 
 GLYPHS = "fonts/glyphicons-halflings-regular."
 MATHJAX = (
@@ -54,7 +35,7 @@ MATHJAX = (
     "jax/output/SVG/fonts/TeX/fontdata.js",
     "jax/output/SVG/fonts/TeX/Size1/Regular/Main.js",
 )
-SOURCES = (
+SOURCES = (  # the versions that visdom 0.2.4 uses; paths in its static folder
     Source("jquery", "3.1.1", {"dist/jquery.min.js": "js/jquery.min.js"}),
     Source(
         "bootstrap",
@@ -92,73 +73,7 @@ def static_folder() -> Path:
 
 def fetch_page(static: Path) -> None:
     """Download the page's scripts into `static`, unless they exist. Raises UserError if they cannot be downloaded."""
-    missing = [source for source in SOURCES if not all((static / target).exists() for target in source.paths.values())]
-    if not missing:
-        return
-    print("downloading the scripts of visdom's page, once")
-    downloads: list[Download] = [_download_from_cdn, _download_from_npm]
-    reasons: list[str] = []
-    for source in missing:
-        files = _fetch(source, downloads, reasons)
-        for path, target in source.paths.items():
-            _write(static / target, files[path])
-
-
-def _fetch(source: Source, downloads: list[Download], reasons: list[str]) -> dict[str, bytes]:
-    """Download a package by the first method that works.
-
-    A method that fails is removed from `downloads`, so that it is not tried again, and its error added to `reasons`.
-    """
-    while downloads:
-        try:
-            return downloads[0](source)
-        except OSError as error:
-            reasons.append(str(error))
-            downloads.pop(0)
-    raise UserError(
-        f"visdom's page needs scripts that could not be downloaded ({'; '.join(reasons)}); connect this machine to the "
-        "internet once, or install npm (apt install npm) where a registry can be reached, and start again"
-    )
-
-
-def _download_from_cdn(source: Source) -> dict[str, bytes]:
-    files = {}
-    for path in source.paths:
-        url = CDN.format(package=source.package, version=source.version, path=path)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            files[path] = response.read()
-    return files
-
-
-def _download_from_npm(source: Source) -> dict[str, bytes]:
-    """Download a package with `npm pack`. Raises OSError if npm is missing, fails, or brings another version."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise OSError("npm is not installed")
-    name = f"{source.package}@{source.version}"
-    with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run([npm, "pack", "--silent", name], cwd=folder, capture_output=True, text=True)
-        archives = list(Path(folder).glob("*.tgz"))
-        if result.returncode or not archives:
-            raise OSError(f"npm pack {name} failed")
-        with tarfile.open(archives[0]) as archive:  # read in memory: the archive cannot choose where its files go
-            version = json.loads(_read_member(archive, "package.json"))["version"]
-            if version != source.version:
-                raise OSError(f"npm pack {name} brought {version}")
-            return {path: _read_member(archive, path) for path in source.paths}
-
-
-def _read_member(archive: tarfile.TarFile, path: str) -> bytes:
-    member = archive.extractfile(f"package/{path}")
-    if member is None:
-        raise OSError(f"{path} is not a file")
-    return member.read()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write atomically: a file that exists is complete."""
-    with write_errors(path, "install Kantu in a folder that you may write to"), atomic_write(path) as file:
-        file.write(content)
+    fetch(SOURCES, static, "visdom's page")
 
 
 def password_hash(user: str) -> str:

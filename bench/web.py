@@ -1,0 +1,221 @@
+"""A page in a real browser: are its captions those of generate.py, and how many seconds does a photo take?
+
+    python -m captioning.export checkpoints/att --format web --out site
+    python bench/web.py checkpoints/att site --data data/f8k-zh --photos 100
+
+Chromium opens the page without a network and is given validation photos. Their captions, and the beams that the page
+shows beside them, are compared with Kantu's in float32. Needs chromium and chromedriver, and the extras serve and test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from captioning import serve
+from captioning.captioner import DEFAULT_SEARCH, Captioner
+from captioning.dataset.caption_dataset import photos_in_split
+from captioning.search.options import SearchOptions
+from preprocess.captions import read_captions
+
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--force-prefers-reduced-motion", OFFLINE)
+DEVICE_FLAGS = {
+    "cpu": ("--disable-gpu",),
+    "gpu": (
+        "--enable-unsafe-webgpu",
+        "--use-webgpu-adapter=swiftshader",
+        "--enable-features=Vulkan",
+        "--use-angle=swiftshader",
+        "--enable-unsafe-swiftshader",
+    ),
+}
+TIMEOUT = 600  # seconds to load the model, and for each photo
+
+
+@dataclass(frozen=True)
+class Bench:
+    run: Positional[Path]
+    site: Positional[Path]
+    data: Path  # a data folder; its validation photos are captioned
+    photos: int = 100
+    picture: Path | None = None  # write a screenshot of the first photo here
+    word: int = 1  # that the screenshot points at
+    size: tuple[int, int] = (1280, 800)  # of the window, in pixels; less than 600 is a phone
+    device: Literal["cpu", "gpu"] = "cpu"  # gpu: WebGPU on SwiftShader, an imitation of a GPU: minutes for each photo
+
+
+def main(bench: Bench) -> None:
+    dataset = list(read_captions(bench.data))
+    photos = [photo.image for photo in photos_in_split(dataset, "val", bench.data, bench.photos)]
+    with served(bench.site) as url, browser(bench.size, bench.device) as driver:
+        page = Page(driver, f"{url}?device={bench.device}")
+        page.add(photos[:1])  # waits for the model
+        before = cpu_seconds(driver.service.process.pid)
+        page.add(photos[1:])
+        cpu = cpu_seconds(driver.service.process.pid) - before
+        found = [page.captions(number) for number in range(len(photos))]
+        seconds = [page.seconds(number) for number in range(len(photos))]
+        if bench.picture:
+            page.captions(0)
+            page.point_at(bench.word)
+            driver.save_screenshot(str(bench.picture))
+        print(page.text("about"))
+    captioner = Captioner.load(bench.run, "cpu", "float32")
+    search = SearchOptions(num_captions=DEFAULT_SEARCH.beam_size)
+    beams = [[result.text, *(other.text for other in result.others)] for result in captioner.caption(photos, search)]
+    same = sum(expected[0] == captions[0] for expected, captions in zip(beams, found, strict=True))
+    same_beams = sum(expected == captions for expected, captions in zip(beams, found, strict=True))
+    print(f"{same} of {len(photos)} captions are Kantu's; all {search.num_captions} beams of {same_beams} photos")
+    print(f"{median(seconds):.2f} s a photo (median; slowest {max(seconds):.2f} s)")
+    print(f"{cpu / (len(photos) - 1):.2f} CPU seconds a photo, of all processes of the browser")
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU seconds of a process and all that it started, as Linux counts them."""
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = path.read_text("utf-8", "replace").rpartition(")")[2].split()
+            number = int(path.parent.name)
+            parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
+
+    def total(number: int) -> int:
+        return ticks.get(number, 0) + sum(total(child) for child, parent in parents.items() if parent == number)
+
+    return total(process) / os.sysconf("SC_CLK_TCK")
+
+
+class Page:
+    """The page in a browser, as a user sees it."""
+
+    def __init__(self, driver: Any, url: str):
+        self.driver = driver
+        driver.get(url)
+
+    def add(self, photos: Sequence[str | Path]) -> None:
+        """Choose photos, and wait until all are captioned, or refused."""
+        before = self.count("#strip button")
+        self.driver.find_element("id", "photo-input").send_keys(
+            "\n".join(str(Path(photo).resolve()) for photo in photos)
+        )
+        self.wait(lambda: self.count("#strip .done") == before + len(photos), TIMEOUT * len(photos))
+
+    def show(self, number: int) -> None:
+        """Show a photo that was added, and wait for its caption or its problem."""
+        self.driver.execute_script("document.querySelectorAll('#strip button')[arguments[0]].click()", number)
+        self.wait(lambda: self.count("#caption.complete, #stage[hidden]"))
+
+    def captions(self, number: int) -> list[str]:
+        """All captions of a photo that was added, the best first; a problem is the only one."""
+        self.show(number)
+        if self.count("#stage[hidden]"):
+            return [self.text("caption")]
+        script = "return [...document.querySelectorAll('#alternatives button')].map(button => button.textContent)"
+        return self.driver.execute_script(script)
+
+    def seconds(self, number: int) -> float:
+        """The seconds that a photo took."""
+        script = "return Number(document.querySelectorAll('#strip button')[arguments[0]].dataset.seconds)"
+        return self.driver.execute_script(script, number)
+
+    def point_at(self, word: int) -> None:
+        """Give a word of the caption the keyboard's focus, and wait until the veil is there."""
+        self.driver.execute_script("document.querySelectorAll('.word')[arguments[0]].focus()", word)
+        self.wait(lambda: self.driver.execute_script("return getComputedStyle(veil).opacity") == "1")
+
+    def text(self, name: str) -> str:
+        """What an element with this id says."""
+        return self.driver.execute_script("return document.getElementById(arguments[0]).textContent", name)
+
+    def count(self, selector: str) -> int:
+        """The number of elements that match a selector."""
+        return self.driver.execute_script("return document.querySelectorAll(arguments[0]).length", selector)
+
+    def wait(self, condition: Any, seconds: float = TIMEOUT) -> None:
+        """Wait for a condition. Raises RuntimeError, with what the page says, if it does not come true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            problem = self.text("problem")
+            if problem or time.monotonic() > end:
+                raise RuntimeError(problem or f"nothing happened in {seconds} seconds; {self.log()}")
+            time.sleep(0.1)
+
+    def log(self) -> list[str]:
+        """What the browser has logged: errors and warnings."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Method and URL of every request so far, of the page and its workers."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        return [(request["method"], request["url"]) for request in sent]
+
+
+@contextlib.contextmanager
+def served(site: Path) -> Iterator[str]:
+    """Serve a site on a free port while the block runs -> its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    loop = asyncio.new_event_loop()
+    application = serve.site_application(site)
+    task = loop.create_task(serve.listen(application, "127.0.0.1", port, str(site)))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+@contextlib.contextmanager
+def browser(size: tuple[int, int] = (1280, 800), device: str = "cpu") -> Iterator[Any]:
+    """Chromium without a network, driven by selenium, while the block runs. device: a key of DEVICE_FLAGS."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium") or shutil.which("google-chrome"))
+    for flag in (*FLAGS, *DEVICE_FLAGS[device], f"--window-size={max(size[0], 600)},{size[1]}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        width, height = size
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        yield driver
+    finally:
+        driver.quit()
+
+
+def missing() -> str:
+    """What is missing to open a page here; empty if nothing is."""
+    if not shutil.which("chromedriver") or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        return "chromium and chromedriver are not installed: apt install chromium chromium-driver"
+    for package, extra in (("selenium", "test"), ("tornado", "serve")):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: the extra named {extra}"
+    return ""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
