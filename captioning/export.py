@@ -284,7 +284,7 @@ def write_site(config: Export, folder: Path) -> None:
 
 def _load(config: Export) -> tuple[Captioner, dict[str, ExportModule], dict]:
     """The run, its modules, and the content of description.json. Raises UserError."""
-    captioner = Captioner.load(config.run, "cpu", "float32")
+    captioner = Captioner.load(config.run, "cpu", "float32", trust=False)  # a calibration is not exported
     with checkpoint_errors(config.run):
         modules = make_modules(captioner)
     return captioner, modules, describe(captioner, modules, config.format)
