@@ -28,6 +28,7 @@ import preprocess.__main__
 import train
 from captioning import calibrate as calibration
 from captioning import export, serve
+from captioning.doctor import checkup
 from captioning.errors import UserError
 from captioning.runtime import command_line
 from captioning.viewing import dashboard
@@ -202,7 +203,7 @@ def reduced(settings: object) -> object:
         if name in defaults and (name in always or getattr(settings, name) == defaults[name])
     }
     if isinstance(settings, config.Preprocess):
-        changes["workers"] = 1  # it needs one
+        changes = {} if settings.check else {**changes, "workers": 1}  # it needs one
     if isinstance(settings, config.Calibrate) or (isinstance(settings, config.Generate) and settings.run):
         changes["search"] = dataclasses.replace(settings.search, max_length=6)
     return dataclasses.replace(settings, **changes)
@@ -234,7 +235,7 @@ def runnable_lines() -> list[str]:
 
     def stage(line: str) -> int:
         if " -m preprocess " in line:
-            return 0
+            return 2 if " --check" in line else 0
         return 2 if any(name in line for name in last) else 1
 
     return sorted(lines, key=stage)  # the README shows generate.py before the commands that train its runs
@@ -249,6 +250,7 @@ def test_every_command_of_the_readme_runs(user_folder, monkeypatch, times):
     monkeypatch.setattr(export, "fetch_runtime", lambda: write_runtime(user_folder / "runtime"))
     monkeypatch.setattr(serve, "listen", lambda application, *_: asyncio.sleep(0))
     monkeypatch.setattr(calibration, "check_examples", lambda *_: None)  # there are three val photos
+    monkeypatch.setattr(checkup, "MIN_PHOTOS", 1)
     monkeypatch.setattr(dashboard.VisdomClient, "send", lambda self, windows: sent.append((self.environment, windows)))
     lines = runnable_lines()
     assert len(lines) >= 10
