@@ -37,6 +37,7 @@ from captioning.web.site import RUNTIME
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "RELIABILITY.md"]
+TRANSLATIONS = [ROOT / "README.zh-CN.md", *sorted((ROOT / "docs" / "zh-CN").glob("*.md"))]  # of their commands: no need
 README = "\n".join(page.read_text("utf-8") for page in PAGES)
 ZH = ["一个男人在骑马。", "草地上有两只狗", "一个穿红色衣服的小孩在玩球"]
 EN = ["A man rides a horse .", "Two dogs run on the grass .", "A child in a red shirt plays with a ball ."]
@@ -293,14 +294,14 @@ def headings(page: Path) -> set[str]:
 
 
 def test_every_file_that_the_pages_name_exists():
-    for page in PAGES:
+    for page in [*PAGES, *TRANSLATIONS]:
         text = page.read_text("utf-8")
         for name in re.findall(r"`((?:captioning|preprocess|docs|tests|bench)/[\w./]*)`", text):
             assert (ROOT / name).exists(), name
 
 
 def test_every_link_of_a_page_leads_to_a_file_and_its_heading():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+    for page in [*PAGES, *TRANSLATIONS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         for link, heading in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), link
             assert not heading or heading in headings(page.parent / link), heading
