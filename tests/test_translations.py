@@ -76,7 +76,7 @@ def commands(body: str) -> list[Item]:
 
 
 def numbers(text: str) -> list[str]:
-    return re.findall(r"(?:(?<!\w)[+-])?\d+(?:[.,]\d+)*", text)
+    return re.findall(r"(?:(?<!\w)[+-])?\d+(?:[.,]\d+)*(?:e-?\d+)?", text)
 
 
 def names_in_code(text: str) -> list[str]:
@@ -114,10 +114,10 @@ def differences_of_section(pages: tuple[str, str], english: str, chinese: str) -
     yield from equal_items("a command or a line of an example", pages, commands(english), commands(chinese))
     (text, rows), (chinese_text, chinese_rows) = text_and_rows(english), text_and_rows(chinese)
     yield from equal_items("a table's row with figures or names", pages, rows, chinese_rows)
-    for what, find in (("the number", numbers), ("the name in code", names_in_code)):
+    for what, find in (("numbers", numbers), ("names in code", names_in_code)):
         wanted, present = ([Item(found, found) for found in find(part)] for part in (text, chinese_text))
-        for item in lacking(wanted, present):
-            yield f"{pages[0]} has {what} {item.text} more often than {pages[1]}"
+        if more := [item.text for item in lacking(wanted, present)]:
+            yield f"{pages[0]} has {what} that {pages[1]} lacks, or has fewer times: {', '.join(more)}"
 
 
 def differences(pages: tuple[str, str], english: str, chinese: str, first: str | None = None) -> list[str]:
@@ -179,8 +179,8 @@ def test_another_comment_and_more_numbers_are_no_difference():
         ("a.jpg#0 # data", "a.jpg#0", "en has a command or a line of an example that zh lacks: a.jpg#0 # data"),
         ("12.3", "12.4", "en has a table's row with figures or names that zh lacks: | score | 12.3"),
         ("`cider`", "`bleu`", "en has a table's row with figures or names that zh lacks: | score | 12.3"),
-        ("1,000", "1,001", "en has the number 1,000 more often than zh"),
-        ("`--flag`", "`--other`", "en has the name in code --flag more often than zh"),
+        ("1,000", "1,001", "en has numbers that zh lacks, or has fewer times: 1,000"),
+        ("`--flag`", "`--other`", "en has names in code that zh lacks, or has fewer times: --flag"),
         ("## More", "### More", "en has the headings: # Title; ## More"),
         ("## More\n", "", "zh has the headings: # Title"),
     ],
