@@ -47,7 +47,7 @@ lint: $(PACKAGES)
 	.venv/bin/mypy
 
 dashboard: $(PACKAGES)
-	.venv/bin/python -m captioning.viewing.dashboard $(DASHBOARD_ARGS)
+	.venv/bin/python -m captioning.dashboard $(DASHBOARD_ARGS)
 
 # The stamp is written last. An interrupted installation can leave packages that look complete to uv but lack files, so
 # the mark of an unfinished one makes the next call reinstall everything.
@@ -60,5 +60,5 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@echo "Creating .venv: about 6 GB, once."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@again=$$([ ! -e $(UNFINISHED) ] || echo --reinstall); touch $(UNFINISHED); \
-	  .venv/bin/uv pip install $$again --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[dashboard,export,serve,timm,parquet,ja,th,heic,test]'
+	  .venv/bin/uv pip install $$again --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[dashboard,tensorboard,export,serve,timm,parquet,ja,th,heic,test]'
 	@mv $(UNFINISHED) $@

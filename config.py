@@ -19,14 +19,16 @@ from captioning.runtime.command_line import DASHBOARD_URL
 from captioning.runtime.settings import check, check_fractions, check_min, flag, non_default
 from captioning.search.options import SearchOptions
 from captioning.training.options import TrainingOptions
+from captioning.viewing.run_summaries import COLUMNS
 from preprocess import TOKENIZERS
 from preprocess.languages import LANGUAGES
 
 if TYPE_CHECKING:
-    TokenizerName = LanguageName = str
+    TokenizerName = LanguageName = ColumnName = str
 else:  # the command line offers what is registered
     TokenizerName = Literal[tuple(TOKENIZERS)]
     LanguageName = Literal[tuple(LANGUAGES)]
+    ColumnName = Literal[tuple(COLUMNS)]
 
 
 @dataclass(frozen=True)
@@ -316,11 +318,12 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Show runs in the browser: start a visdom server, or send runs to a running one.
+    """Show runs in the browser: start a visdom server, or send runs to a running one; or write them for TensorBoard.
 
-    python -m captioning.viewing.dashboard
-    python -m captioning.viewing.dashboard --replay checkpoints/att
-    python -m captioning.viewing.dashboard --compare checkpoints/att checkpoints/show-and-tell
+    python -m captioning.dashboard
+    python -m captioning.dashboard --replay checkpoints/att
+    python -m captioning.dashboard --compare checkpoints/att checkpoints/show-and-tell
+    python -m captioning.dashboard --tensorboard checkpoints/att checkpoints/show-and-tell
     """
 
     host: str = "127.0.0.1"  # address to listen on; any other makes the pages visible to your network
@@ -328,16 +331,34 @@ class Dashboard:
     folder: Path = Path("checkpoints/visdom")  # where visdom stores its environments
     replay: Path | None = None  # show this run, from its log.jsonl, in the server at --url
     compare: tuple[Path, ...] = ()  # plot these runs together, in the server at --url
+    tensorboard: tuple[Path, ...] = ()  # write these runs, from their log.jsonl, as event files in RUN/tensorboard
     url: str = DASHBOARD_URL  # of the server for --replay and --compare
     # of a server with a login, with the password in the environment variable VISDOM_PASSWORD: starts one, or logs in
     user: str | None = None
 
     def __post_init__(self) -> None:
         check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")
-        if self.replay and self.compare:
-            raise UserError("--replay shows one run and --compare several: give one of them")
+        if sum(bool(runs) for runs in (self.replay, self.compare, self.tensorboard)) > 1:
+            raise UserError(
+                "--replay shows one run, --compare several, and --tensorboard writes event files: give one of them"
+            )
         if len(self.compare) == 1:
             raise UserError(f"--compare {self.compare[0]}: give two runs or more, or --replay for one")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A table of runs: what each is, its scores, and what differs from the defaults.
+
+    python -m captioning.runs
+    python -m captioning.runs --sort seconds --html runs.html
+    """
+
+    folders: Positional[tuple[Path, ...]] = (Path("checkpoints"),)  # folders of runs, and runs
+    sort: ColumnName = "cider"  # column to sort by: text from a to z, numbers from the largest
+    csv: Path | None = None  # write the table to this file, with every number in a column of its own
+    html: Path | None = None  # write a page that opens offline: a table that sorts, and the curves of all runs
+    plot: Path | None = None  # draw the curves of all runs in this file: .png, .svg or .pdf
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 def main(config: Train, distributed: DistributedContext = SINGLE) -> None:
     """Train a new run, or resume one. Raises UserError."""
     config = config.for_device(pick_device(config.device).type)
+    loggers = chosen_loggers(config)
     saved = load_for_resume(config.folder, as_plain_data(config))
     if len(set(distributed.all_gather(saved is None))) > 1:
         raise UserError(f"{config.folder}: not visible to all processes; put it on a disk that all machines share")
@@ -53,18 +54,19 @@ def main(config: Train, distributed: DistributedContext = SINGLE) -> None:
         log = stack.enter_context(Log(config.folder, as_plain_data(config), resumed_at, distributed.is_main))
         stop = stack.enter_context(StopRequest())
         log.start(trainer.describe())
-        if distributed.is_main:
-            enter_loggers(config, stack)
+        for logger, value in loggers if distributed.is_main else []:
+            stack.enter_context(logger(config.folder, value))
         stack.enter_context(lost_process_is_stop(stop))
         trainer.fit(log, stop)
 
 
-def enter_loggers(config: Train, stack: contextlib.ExitStack) -> None:
-    """Start every logger whose option is set."""
-    for option in LOGGERS:  # not .items(): only the loggers that are used are imported
-        value = getattr(config, option)
-        if value:
-            stack.enter_context(LOGGERS[option](config.folder, value))
+def chosen_loggers(config: Train) -> list[tuple[type, object]]:
+    """The loggers whose option is set, each with the option's value.
+
+    They are imported here, before anything is written. Raises UserError if a package is missing.
+    """
+    options = {name: getattr(config, name) for name in LOGGERS}  # not .items(), which imports all of them
+    return [(LOGGERS[name], value) for name, value in options.items() if value]
 
 
 def make_trainer(config: Train, saved: dict | None = None, distributed: DistributedContext = SINGLE) -> Trainer:

@@ -25,13 +25,14 @@ from PIL import Image
 
 import extract_features
 import train
+from captioning import dashboard as dashboard_command
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
-from captioning.viewing import dashboard, visdom_server
+from captioning.viewing import curves, dashboard, log_tailer, visdom_server
 from captioning.viewing.attention_plots import CaptionedImage, draw_card
 from captioning.viewing.dashboard import (
-    LogTailer,
     VisdomClient,
+    VisdomTailer,
     comparison_windows,
     environment_of,
     page_url,
@@ -111,12 +112,14 @@ def test_a_run_with_short_epochs_shows_the_mean_loss_of_each(tmp_path):
     for steps in (0, 1):
         events = [event for event in make_log() if event["event"] != "step"] + make_log(steps=1)[1 : 1 + steps]
         assert run_windows(events, tmp_path)["loss"]["data"][0]["y"] == [5.0, 2.5]
+    events = [{**event, "train_reward": 9.0} for event in make_log(steps=0)]
+    assert run_windows(events, tmp_path)["reward: CIDEr-D of sampled captions"]["data"][0]["y"] == [9.0, 9.0]
 
 
 @pytest.mark.parametrize("steps", [1, 599, 600, 601, 8640, 100_000])
 def test_the_number_of_points_of_a_long_run_is_bounded(tmp_path, steps):
     curve = run_windows(make_log(epochs=1, steps=steps), tmp_path)["loss"]["data"][0]
-    assert min(steps, dashboard.MAX_POINTS / 2) <= len(curve["x"]) <= dashboard.MAX_POINTS
+    assert min(steps, curves.MAX_POINTS / 2) <= len(curve["x"]) <= curves.MAX_POINTS
     assert curve["x"][-1] == 1.0 and curve["x"] == sorted(curve["x"])
 
 
@@ -142,7 +145,7 @@ def test_a_folder_without_a_valid_log_is_refused_in_one_line(tmp_path, content):
     if content:
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(UserError, match="log.jsonl") as error:
-        dashboard.main(Dashboard(replay=tmp_path))
+        dashboard_command.main(Dashboard(replay=tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -218,7 +221,7 @@ def test_without_cdn_and_npm_the_error_says_what_to_do(tmp_path, monkeypatch):
 def test_without_visdom_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="visdom is not installed; run: make dashboard"):
-        dashboard.main(Dashboard())
+        dashboard_command.main(Dashboard())
 
 
 # ---- a real server
@@ -294,7 +297,7 @@ def small_data(tmp_path_factory):
 def test_the_server_returns_all_windows_of_a_replayed_run(server, tmp_path, capsys):
     write_log(tmp_path / "checkpoints" / "att", make_log())
     run = tmp_path / "checkpoints" / "att"
-    dashboard.main(Dashboard(replay=run, url=server.url))
+    dashboard_command.main(Dashboard(replay=run, url=server.url))
     assert capsys.readouterr().out == f"{page_url(server.url, environment_of(run))}\n"
     returned = server.windows(environment_of(run))
     assert str(run) in returned["settings"]["content"]
@@ -311,8 +314,8 @@ def test_runs_of_one_name_have_pages_and_curves_of_their_own(server, tmp_path):
     runs = tmp_path / "one/checkpoints/att", tmp_path / "two/checkpoints/att"
     for run, epochs in zip(runs, (1, 2), strict=True):
         write_log(run, make_log(epochs=epochs))
-        dashboard.main(Dashboard(replay=run, url=server.url))
-    dashboard.main(Dashboard(compare=runs, url=server.url))
+        dashboard_command.main(Dashboard(replay=run, url=server.url))
+    dashboard_command.main(Dashboard(compare=runs, url=server.url))
     assert [server.windows(environment_of(run))["loss"]["content"]["data"][1]["x"] for run in runs] == [[1], [1, 2]]
     names = [curve["name"] for curve in server.windows(environment_of(*runs))["loss"]["content"]["data"]]
     kinds = ("train", "validation")
@@ -323,8 +326,8 @@ def test_the_page_of_a_comparison_is_never_that_of_a_run(server, tmp_path):
     write_log(tmp_path / "a and b", make_log(epochs=3))
     for name in ("a", "b"):
         write_log(tmp_path / name, make_log())
-    dashboard.main(Dashboard(replay=tmp_path / "a and b", url=server.url))
-    dashboard.main(Dashboard(compare=(tmp_path / "a", tmp_path / "b"), url=server.url))
+    dashboard_command.main(Dashboard(replay=tmp_path / "a and b", url=server.url))
+    dashboard_command.main(Dashboard(compare=(tmp_path / "a", tmp_path / "b"), url=server.url))
     assert len(server.windows(environment_of(tmp_path / "a and b"))["loss"]["content"]["data"]) == 2
     assert len(server.windows(environment_of(tmp_path / "a", tmp_path / "b"))["loss"]["content"]["data"]) == 4
 
@@ -349,17 +352,17 @@ def test_a_server_with_a_login_shows_runs_to_its_user_alone(visdom_installed, tm
     server = Server(free_port(), tmp_path / "visdom", host="0.0.0.0", user="me")
     try:
         assert "WARNING" not in server.output
-        dashboard.main(Dashboard(replay=tmp_path / "att", url=server.url, user="me"))
+        dashboard_command.main(Dashboard(replay=tmp_path / "att", url=server.url, user="me"))
         saved = tmp_path / "visdom" / f"{environment_of(tmp_path / 'att')}.json"
         assert CAPTION in json.dumps(json.loads(saved.read_text("utf-8")), ensure_ascii=False)
         with pytest.raises(UserError, match=f"--url {server.url}: asks for a login; give its user, and the password"):
-            dashboard.main(Dashboard(replay=tmp_path / "att", url=server.url))
+            dashboard_command.main(Dashboard(replay=tmp_path / "att", url=server.url))
         client = VisdomClient(server.url.replace("//", "//me@"), "live")
         assert client.url == server.url
         client.send({"loss": run_windows(make_log(), tmp_path)["loss"]})
         assert (tmp_path / "visdom" / "live.json").exists()
         monkeypatch.setenv("VISDOM_PASSWORD", "wrong")
-        with LogTailer(tmp_path / "att", server.url.replace("//", "//me@")):
+        with VisdomTailer(tmp_path / "att", server.url.replace("//", "//me@")):
             pass
         assert "refuses the user me with the password in VISDOM_PASSWORD; training" in capsys.readouterr().out
     finally:
@@ -376,7 +379,7 @@ def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(
     visdom_installed, small_data, tmp_path, monkeypatch, capsys
 ):
     """Training is not affected: the losses equal those of a run without a dashboard."""
-    monkeypatch.setattr(dashboard, "POLL_INTERVAL", 0.05)
+    monkeypatch.setattr(log_tailer, "POLL_INTERVAL", 0.05)
     setting = {**TINY, "epochs": 4, "preview_photos": 1, "max_length": 12}
     port = free_port()
     servers = [Server(port, tmp_path / "visdom")]
@@ -430,7 +433,7 @@ def test_a_server_that_never_answers_does_not_delay_training(tmp_path, monkeypat
     write_log(tmp_path / "run", make_log())
     with socket.create_server(("127.0.0.1", 0)) as silent_server:
         start = time.monotonic()
-        with LogTailer(tmp_path / "run", f"http://127.0.0.1:{silent_server.getsockname()[1]}"):
+        with VisdomTailer(tmp_path / "run", f"http://127.0.0.1:{silent_server.getsockname()[1]}"):
             started = time.monotonic() - start
             time.sleep(0.3)
         assert started < 1.0 and time.monotonic() - start < 20
@@ -493,7 +496,7 @@ def test_the_page_shows_curves_captions_and_attention_offline(server, browser, t
     item = CaptionedImage(Image.new("RGB", (90, 60), "green"), CAPTION, words, attention, (14, 14))
     draw_card(item, run / "pictures/1.png")
     write_log(run, make_log(caption=CAPTION + MALICIOUS, picture="pictures/1.png"))
-    dashboard.main(Dashboard(replay=run, url=server.url))
+    dashboard_command.main(Dashboard(replay=run, url=server.url))
     browser.get(page_url(server.url, environment_of(run)))
     evaluate = browser.execute_script
     wait_for(lambda: evaluate("return document.querySelectorAll('.window .scatterlayer .trace').length") >= 2)

@@ -27,7 +27,8 @@ import generate
 import preprocess.__main__
 import train
 from captioning import calibrate as calibration
-from captioning import export, serve
+from captioning import dashboard as dashboard_command
+from captioning import export, runs, serve
 from captioning.doctor import checkup
 from captioning.errors import UserError
 from captioning.runtime import command_line
@@ -175,7 +176,8 @@ COMMANDS = {
     "extract_features.py": (config.ExtractFeatures, extract_features.main),
     "train.py": (config.Train, train.work),
     "generate.py": (config.Generate, generate.work),
-    "-m captioning.viewing.dashboard": (config.Dashboard, dashboard.main),
+    "-m captioning.dashboard": (config.Dashboard, dashboard_command.main),
+    "-m captioning.runs": (config.Runs, runs.main),
     "-m captioning.export": (config.Export, export.main),
     "-m captioning.calibrate": (config.Calibrate, calibration.work),
     "-m captioning.serve": (config.Serve, serve.main),
@@ -219,9 +221,9 @@ def write_runtime(folder: Path) -> Path:
 
 
 def run_command(line: str) -> None:
-    name = next(name for name in COMMANDS if line.startswith(f"python {name} "))
+    name = next(name for name in COMMANDS if f"{line} ".startswith(f"python {name} "))
     dataclass, main = COMMANDS[name]
-    main(reduced(command_line.parse(dataclass, shlex.split(line.removeprefix(f"python {name} ")))))
+    main(reduced(command_line.parse(dataclass, shlex.split(line.removeprefix(f"python {name}")))))
 
 
 def runnable_lines() -> list[str]:
@@ -232,7 +234,7 @@ def runnable_lines() -> list[str]:
         export.check_onnx()
     except UserError:  # the export extra needs a newer torch than the rest
         lines = [line for line in lines if not re.search(r" -m captioning\.(export|serve) ", line)]
-    last = (" generate.py ", " -m captioning.viewing.dashboard ", " -m captioning.export ", " -m captioning.serve ")
+    last = (" generate.py ", *(f" -m captioning.{name}" for name in ("dashboard", "runs", "export", "serve")))
 
     def stage(line: str) -> int:
         if " -m preprocess " in line:

@@ -7,17 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from captioning.caption import CaptionResult
 from captioning.dataset.batches import CachedPhotos, plan_batches
 from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders.factory import build_decoder
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.encoders.images import FailureLimit
 from captioning.errors import UserError
+from captioning.evaluation.score_report import score_captions
 from captioning.search.graphs import DecodingGraphs
 from captioning.training import validation as module
 from captioning.training.loss_module import LossModule
 from captioning.training.objectives import CrossEntropy
-from captioning.training.validation import Sums, Validation, validation_batch_size
+from captioning.training.validation import ShardResult, Sums, Validation, validation_batch_size
 from captioning.viewing.preview import Preview
 from config import Train
 from preprocess.captions import Photo
@@ -74,6 +76,22 @@ def test_the_metrics_do_not_depend_on_the_batch_size_nor_on_cuda_graphs(tmp_path
     monkeypatch.setattr(module, "CHECK_INTERVAL", 3)
     read_late(monkeypatch)
     assert run(tmp_path, 7) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_intervals_of_the_log_are_those_of_the_score_report(tmp_path):
+    split = make_split()
+    references = {photo: split.references(index) for index, photo in enumerate(split.ids)}
+    captions = {photo: references[photo][-1][:4] for photo in split.ids}
+    validation = Validation(split, VOCABULARY, Preview(split, 0, tmp_path), FailureLimit(len(split), 0.0), 9)
+    metrics = validation.merge([ShardResult([1.0, 1.0, 1.0], captions, [], {})], epoch=1)
+    captioned = [
+        (Photo("", photo, "val", tuple(map(tuple, references[photo]))), CaptionResult(" ".join(words), words))
+        for photo, words in captions.items()
+    ]
+    report = score_captions(captioned, "en", "whitespace", java=False).to_dict()["intervals"]["word"]
+    for metric in ("BLEU-4", "CIDEr-D"):
+        low, high = metrics["intervals"][metric]
+        assert [low, high] == pytest.approx(report[metric]) and low < metrics[metric] < high
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -43,6 +43,7 @@ from captioning.evaluation.ngrams import (
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 NUM_RESAMPLES = 1000
+RESAMPLED_PHOTOS = 2**18  # photos that are drawn at once, in one resample or in many small ones
 ROUGE_BETA = 1.2  # how much more recall counts than precision, as in coco-caption
 
 Captions = Mapping[str, Sequence[str]]  # photo id -> words
@@ -224,9 +225,14 @@ def bootstrap(stats: np.ndarray) -> np.ndarray:
     """
     rng = np.random.default_rng(0)
     num_photos = len(stats)
-    resamples = (rng.integers(num_photos, size=num_photos) for _ in range(NUM_RESAMPLES))
-    times_drawn = (np.bincount(photos, minlength=num_photos) for photos in resamples)
-    return _scores_of_sums(np.stack([times @ stats for times in times_drawn]), num_photos)
+    at_once = max(1, RESAMPLED_PHOTOS // num_photos)
+    sums = []
+    for first in range(0, NUM_RESAMPLES, at_once):
+        rows = min(at_once, NUM_RESAMPLES - first)
+        photos = rng.integers(num_photos, size=(rows, num_photos)) + num_photos * np.arange(rows)[:, None]
+        times_drawn = np.bincount(photos.ravel(), minlength=rows * num_photos).reshape(rows, num_photos)
+        sums.append(times_drawn @ stats)
+    return _scores_of_sums(np.concatenate(sums), num_photos)
 
 
 def confidence_interval(scores: np.ndarray) -> np.ndarray:

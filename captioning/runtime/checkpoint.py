@@ -19,13 +19,10 @@ import torch
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write
 from captioning.runtime.library_errors import reason
-from captioning.runtime.settings import OLDER_VERSION, flag, has_old_settings
+from captioning.runtime.settings import OLD_DEFAULTS, OLDER_VERSION, flag, has_old_settings
 from captioning.runtime.signals import defer_signals
 
 FORMAT = "kantu checkpoint 1"
-SIZES = ("embedding_size", "attention_size", "hidden_size")
-# Defaults of before they depended on the decoder: those in a run of then are what None means now
-OLD_DEFAULTS = {"dropout": 0.5, "layers": 1, "positions": "learnt", **dict.fromkeys(SIZES, 512)}
 # Settings that may differ between a run and its --resume: they decide how a result is computed, not which one.
 CHANGEABLE_ON_RESUME = {
     "epochs",
@@ -48,6 +45,7 @@ CHANGEABLE_ON_RESUME = {
     "calibrate",
     "preview_photos",
     "dashboard",
+    "tensorboard",
 }
 RUN = ("config", "vocabulary", "encoder", "decoder", "progress")  # the keys of every checkpoint of a run
 STATE = ("optimizer", "objective", "scaler", "rng", "ema")  # the further keys of last.pt, for --resume

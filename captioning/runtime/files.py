@@ -119,3 +119,24 @@ def _held_by_another(path: Path, descriptor: int) -> UserError:
     return UserError(
         f"{path}: process {holder} is writing to it; wait for it, or stop it first (kill lets it save its work)"
     )
+
+
+def lock_holder(lock: Path) -> str | None:
+    """The process that holds a lock, "PID on MACHINE", or None. Without taking the lock: it is never in the way.
+
+    A file that a killed process of another machine left counts as held.
+    """
+    try:
+        with open(lock, encoding="utf-8", errors="replace") as file:
+            holder = file.read(100)
+    except OSError:
+        return None
+    process, _, machine = holder.partition(" on ")
+    if machine == platform.node() and process.isdecimal():
+        try:
+            os.kill(int(process), 0)  # no signal: asks whether there is such a process
+        except (ProcessLookupError, OverflowError):
+            return None
+        except PermissionError:
+            pass  # it is another user's
+    return holder or None

@@ -14,9 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torchvision
-
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text, write_errors
 from captioning.runtime.library_errors import reason
@@ -99,11 +96,7 @@ class Log:
             "event": "start",
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": _commit(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
+            "versions": _versions(),
             **description,
             "config": self.settings,
         }
@@ -191,6 +184,17 @@ def _epoch_line(metrics: dict, is_best: bool) -> str:
 
 def _to_line(event: dict) -> str:
     return json.dumps(event, ensure_ascii=False) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    import torch  # not above: a command that only reads logs does not wait for it
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
 
 
 def _commit() -> str | None:

@@ -27,6 +27,9 @@ OLD_SETTINGS = frozenset(
         "warm_up",
     }
 )
+SIZES = ("embedding_size", "attention_size", "hidden_size")
+# Defaults of before they depended on the decoder: those in a run of then are what None means now
+OLD_DEFAULTS = {"dropout": 0.5, "layers": 1, "positions": "learnt", **dict.fromkeys(SIZES, 512)}
 OLDER_VERSION = "written by an older version of Kantu, with other names; start a new run"
 
 

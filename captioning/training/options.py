@@ -150,6 +150,7 @@ class TrainingOptions:
     preview_photos: int = 6  # validation photos whose captions and attention are drawn every epoch; 0 is none
     # show the run in the visdom server at this URL (alone: http://127.0.0.1:8097); http://USER@HOST:8097 logs in
     dashboard: str | None = None
+    tensorboard: bool = False  # write the run for TensorBoard, too: curves, settings, captions and their pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     workers: int | None = None  # with --fine-tune: processes that decode photos; one per core unless given
     seed: int = 0  # of weights, data order and dropout

@@ -18,7 +18,15 @@ from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.decoders.protocol import upcast
 from captioning.encoders.images import FailureLimit
 from captioning.errors import UserError
-from captioning.evaluation.metrics import score, uninformative
+from captioning.evaluation.metrics import (
+    METRICS,
+    aggregate,
+    bootstrap,
+    by_name,
+    confidence_interval,
+    per_image_stats,
+    uninformative,
+)
 from captioning.runtime.device import autocast
 from captioning.runtime.distributed import SINGLE, DistributedContext
 from captioning.runtime.signals import StopRequest
@@ -161,13 +169,16 @@ class Validation:
         scored = [index for index, photo in enumerate(self.split.ids) if photo in captions]
         candidates = {self.split.ids[index]: captions[self.split.ids[index]] for index in scored}
         references = {self.split.ids[index]: self.split.references(index) for index in scored}
-        scores = score(candidates, references)
+        stats = per_image_stats(candidates, references)
+        scores = by_name(aggregate(stats))
+        intervals = dict(zip(METRICS, confidence_interval(bootstrap(stats)).tolist(), strict=True))
         reasons = uninformative(candidates, references)
         cross_entropy, top5, words = np.sum([shard.sums for shard in shards], 0).tolist()
         return {
             "val_loss": cross_entropy / words,
             "top5": top5 / words,
             **{metric: scores[metric] for metric in VALIDATION_METRICS},
+            "intervals": {metric: intervals[metric] for metric in VALIDATION_METRICS},
             "uninformative": {metric: reasons[metric] for metric in VALIDATION_METRICS if metric in reasons},
             "scored": len(candidates),
             "unreadable": len(self.failures.reasons),

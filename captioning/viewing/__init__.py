@@ -6,4 +6,10 @@ from captioning.runtime.registry import Registry
 
 # A training option -> a context manager class, called with (run folder: Path, the option's value), that follows a run
 # while it trains. train.py enters one for every option that is set, on the main process only.
-LOGGERS = Registry("logger", {"dashboard": "captioning.viewing.dashboard:LogTailer"})
+LOGGERS = Registry(
+    "logger",
+    {
+        "dashboard": "captioning.viewing.dashboard:VisdomTailer",
+        "tensorboard": "captioning.viewing.tensorboard:TensorBoardTailer",
+    },
+)

@@ -1,9 +1,4 @@
-"""Show runs in the browser: live, replayed or compared. The windows are built from log.jsonl alone.
-
-    python -m captioning.viewing.dashboard                              # start visdom on this machine
-    python train.py data/aic --run att --dashboard                      # show a run while it trains
-    python -m captioning.viewing.dashboard --replay checkpoints/att     # show a run again
-    python -m captioning.viewing.dashboard --compare checkpoints/att checkpoints/show-and-tell
+"""Runs in visdom: live, replayed or compared. The windows are built from log.jsonl alone.
 
 A run has an environment of its own, a page in visdom, named after its folder; a comparison has another.
 Windows are sent complete, and only if they have changed. A server that has died and restarted gets all of them with the
@@ -12,73 +7,30 @@ next update.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from captioning.runtime.start import start_command  # before torch, which takes seconds to import
-
-    start_command()
-
 import base64
-import collections
 import hashlib
 import html
 import http.client
 import json
 import os
 import platform
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from captioning.errors import UserError
 from captioning.runtime.log import read_log
-from captioning.runtime.progress import tqdm
-from captioning.viewing.visdom_server import LOOPBACK, PASSWORD, fetch_page, password_hash, serve, static_folder
-
-if TYPE_CHECKING:
-    from config import Dashboard
+from captioning.viewing.curves import PLOTS, Curve, curves
+from captioning.viewing.log_tailer import LogTailer
+from captioning.viewing.visdom_server import LOOPBACK, PASSWORD, password_hash
 
 Windows = dict[str, dict]  # name -> window, as visdom's server expects it
 
-MAX_POINTS = 600  # per curve, to bound the size of the page
-POLL_INTERVAL = 2.0  # seconds between two reads of the log
 TIMEOUT = 5.0  # seconds for one response of the server
 MAX_NAME = 150  # bytes of an environment's name, which is also that of a file
-START_COMMAND = "python -m captioning.viewing.dashboard"
-
-
-class Source(NamedTuple):
-    """Where a curve comes from: a key of an event in log.jsonl."""
-
-    name: str
-    event: str
-    key: str
-    factor: float = 1
-
-
-class Curve(NamedTuple):
-    """A curve of a plot."""
-
-    name: str
-    x: list[float]  # epochs, and fractions of them
-    y: list[float]
-
-
-PLOTS = {  # window -> its curves
-    "loss": [Source("train", "step", "loss"), Source("validation", "epoch", "val_loss")],
-    "reward: CIDEr-D of sampled captions": [Source("train", "step", "reward")],
-    "scores of generated captions": [Source("BLEU-4", "epoch", "BLEU-4"), Source("CIDEr-D", "epoch", "CIDEr-D")],
-    "top-5 accuracy, %": [Source("validation", "epoch", "top5", 100)],
-    "captions per second": [Source("train", "step", "captions_per_second")],
-    "waiting for data, %": [Source("train", "step", "waiting", 100)],
-    "learning rate": [
-        Source("decoder", "epoch", "learning_rate"),
-        Source("encoder", "epoch", "encoder_learning_rate"),
-    ],
-}
+START_COMMAND = "python -m captioning.dashboard"
 SHOWN_SETTINGS = (  # keys of the start event that are shown, in addition to config and versions; and the run's folder
     "folder",
     "time",
@@ -118,42 +70,18 @@ def comparison_windows(runs: dict[str, list[dict]]) -> Windows:
     """Build plots with the curves of several runs. runs: name -> events."""
     windows = {}
     for title in PLOTS:
-        curves = [
+        of_all = [
             curve._replace(name=f"{run}: {curve.name}")
             for run, events in runs.items()
             for curve in _curves(events, title)
         ]
-        windows[title] = _plot(title, curves)
+        windows[title] = _plot(title, of_all)
     return windows
 
 
 def _curves(events: list[dict], title: str) -> list[Curve]:
-    """The curves of a plot that have points; if none has, the first one, since visdom needs at least one."""
-    curves = [_curve(events, source) for source in PLOTS[title]]
-    return [curve for curve in curves if curve.x] or curves[:1]
-
-
-def _curve(events: list[dict], source: Source) -> Curve:
-    """Read a curve from the events, thinned to at most MAX_POINTS; the last point always stays.
-
-    Runs whose epochs take only seconds have fewer step events than epochs: they show the mean of each epoch.
-    """
-    name, kind, key, factor = source
-    count = collections.Counter(event["event"] for event in events)
-    if kind == "step" and count["step"] < count["epoch"]:
-        kind = "epoch"
-        key = "train_loss" if key == "loss" else key
-    points = [(_position(event), factor * event[key]) for event in events if event["event"] == kind and key in event]
-    stride = max(1, -(-len(points) // MAX_POINTS))
-    points = points[::-stride][::-1]
-    return Curve(name, [x for x, _ in points], [y for _, y in points])
-
-
-def _position(event: dict) -> float:
-    """The epochs finished at an event."""
-    if event["event"] == "step":
-        return event["epoch"] - 1 + event["step"] / event["of"]
-    return event["epoch"]
+    """The curves of a plot that have points; if none has, an empty one, since visdom needs at least one."""
+    return curves(events, title) or [Curve(PLOTS[title][0].name, [], [])]
 
 
 def _plot(title: str, curves: list[Curve]) -> dict:
@@ -298,57 +226,33 @@ class VisdomClient:
             raise
 
 
-class LogTailer(threading.Thread):
-    """A context manager that shows a run while it trains: a thread polls the log and sends what changed.
-
-    Training never waits for the server. A line is printed when the server stops answering, and when it answers again.
-    """
+class VisdomTailer(LogTailer):
+    """Shows a run in visdom while it trains."""
 
     def __init__(self, folder: Path, url: str):
-        super().__init__(daemon=True, name="dashboard")
-        self.folder = folder
+        super().__init__(folder, "dashboard")
         self.client = VisdomClient(url, environment_of(folder))
-        self.finished = threading.Event()
-        self.connected = True
-        self.log_size = -1
         self.windows: Windows = {}
 
-    def run(self) -> None:
-        """The thread: poll the log until the run ends."""
-        while not self.finished.is_set():
-            self._update()
-            self.finished.wait(POLL_INTERVAL)
-        self._update()
+    def read(self, events: list[dict]) -> None:
+        """Rebuild the windows."""
+        self.windows = run_windows(events, self.folder)
 
-    def _update(self) -> None:
-        try:
-            self._read_log()
-            self.client.send(self.windows)
-        except (OSError, UserError) as error:
-            if self.connected:
-                tqdm.write(f"dashboard: {self.client.url} {_problem(error)}; training continues")
-            self.connected = False
-        else:
-            if not self.connected:
-                tqdm.write(f"dashboard: {self.client.url} answers again and shows all windows")
-            self.connected = True
+    def show(self) -> None:
+        """Send the windows that have changed, or all of them to a server that has restarted."""
+        self.client.send(self.windows)
 
-    def _read_log(self) -> None:
-        """Rebuild the windows if the log has grown."""
-        size = (self.folder / "log.jsonl").stat().st_size
-        if size != self.log_size:
-            self.windows = run_windows(read_log(self.folder), self.folder)
-            self.log_size = size
+    def announcement(self) -> str:
+        """The address of the run's page."""
+        return page_url(self.client.url, self.client.environment)
 
-    def __enter__(self) -> LogTailer:
-        print(f"dashboard: {page_url(self.client.url, self.client.environment)}", flush=True)
-        self.start()
-        return self
+    def problem(self, error: Exception) -> str:
+        """What is wrong with the server, and what to do."""
+        return f"{self.client.url} {_problem(error)}"
 
-    def __exit__(self, *_: object) -> None:
-        """Send a last update, waiting a few seconds at most."""
-        self.finished.set()
-        self.join(2 * TIMEOUT)
+    def recovery(self) -> str:
+        """The server is back."""
+        return f"{self.client.url} answers again and shows all windows"
 
 
 def _problem(error: Exception) -> str:
@@ -391,21 +295,3 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     while len({path[-length:] for path in parts}) < len(parts):
         length += 1
     return [str(Path(*path[-length:])) for path in parts]
-
-
-def main(config: Dashboard) -> None:
-    """Replay a run, compare several, or start the server."""
-    if config.replay:
-        replay(config.replay, config.url, config.user)
-    elif config.compare:
-        compare(config.compare, config.url, config.user)
-    else:
-        fetch_page(static_folder())
-        serve(config.host, config.port, config.folder, config.user)
-
-
-if __name__ == "__main__":
-    from captioning.runtime.command_line import run
-    from config import Dashboard
-
-    run(Dashboard, main)

@@ -18,9 +18,9 @@ import extract_features
 import generate
 import preprocess.__main__
 import train
+from captioning import dashboard, runs
 from captioning.runtime import command_line
-from captioning.viewing import dashboard
-from config import Dashboard, ExtractFeatures, Generate, Preprocess, Train
+from config import Dashboard, ExtractFeatures, Generate, Preprocess, Runs, Train
 
 COMMANDS = {
     "preprocess": (Preprocess, preprocess.__main__.main),
@@ -28,6 +28,7 @@ COMMANDS = {
     "train.py": (Train, train.work),
     "generate.py": (Generate, generate.work),
     "dashboard": (Dashboard, dashboard.main),
+    "runs": (Runs, runs.main),
     "demo.py": (demo.Demo, demo.main),
 }
 

@@ -767,7 +767,7 @@ TABLE = [  # the mistake, how it is made, the command, its line
         None,
         f"dashboard --replay checkpoints/att {NOWHERE}",
         "--url http://127.0.0.1:9: does not answer (<urlopen error [Errno 111] Connection refused>); "
-        "start it with: python -m captioning.viewing.dashboard",
+        "start it with: python -m captioning.dashboard",
     ),
     (
         "one run to compare",
