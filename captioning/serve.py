@@ -6,6 +6,11 @@ threads only with two headers that `python -m http.server` does not send: they k
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from captioning.runtime.start import start_command
+
+    start_command()
+
 import asyncio
 import importlib.util
 from pathlib import Path

@@ -34,6 +34,7 @@ COMMANDS = sorted(
 @pytest.fixture
 def windows(monkeypatch):
     """This process without what Windows lacks."""
+    importlib.import_module("matplotlib.figure")  # before: on Windows it imports modules that are not here
     for name in MISSING_MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     for module, names in MISSING_NAMES.items():
