@@ -60,5 +60,5 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@echo "Creating .venv: about 6 GB, once."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@again=$$([ ! -e $(UNFINISHED) ] || echo --reinstall); touch $(UNFINISHED); \
-	  .venv/bin/uv pip install $$again --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[dashboard,tensorboard,export,serve,timm,parquet,ja,th,heic,test]'
+	  .venv/bin/uv pip install $$again --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[dashboard,tensorboard,export,hub,serve,timm,parquet,ja,th,heic,test]'
 	@mv $(UNFINISHED) $@

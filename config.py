@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from captioning.encoders.views import WHOLE, View, first_views
 from captioning.errors import UserError
@@ -390,3 +390,30 @@ class Serve:
 
     def __post_init__(self) -> None:
         check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Hand a run on: as a folder without pickles, and through a model hub (extra: hub).
+
+    python -m captioning.share pack checkpoints/att att-packed
+    python -m captioning.share push att-packed USER/att
+    python -m captioning.share pull USER/att att-packed
+    """
+
+    # pack: a run becomes a folder of safetensors, JSON and a model card; push, pull: such a folder to and from the hub
+    action: Positional[Literal["pack", "push", "pull"]]
+    # pack: folder of a run, or a checkpoint file in it; push: packed folder; pull: USER/MODEL
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    target: Annotated[Positional[str], arg(metavar="TARGET")]  # pack, pull: folder to write; push: USER/MODEL
+    photo: Path | None = None  # pack: of the example picture; without it the run's own picture of a validation photo
+    # pack: for the model card, a file of generate.py --scores; RUN/scores.json unless given
+    scores: Path | None = None
+    overwrite: bool = False  # pack: replace a packed run
+    private: bool = False  # push: make a model that only you can see
+
+    def __post_init__(self) -> None:
+        flags = non_default(self, "photo", "scores", "overwrite") if self.action != "pack" else []
+        flags += non_default(self, "private") if self.action != "push" else []
+        if flags:
+            raise UserError(f"{flags[0]}: not of {self.action}; leave it out")

@@ -28,7 +28,7 @@ import preprocess.__main__
 import train
 from captioning import calibrate as calibration
 from captioning import dashboard as dashboard_command
-from captioning import export, runs, serve
+from captioning import export, runs, serve, share
 from captioning.doctor import checkup
 from captioning.errors import UserError
 from captioning.runtime import command_line
@@ -155,6 +155,7 @@ def user_folder(tmp_path, monkeypatch):
     numbers = " ".join(["0.1"] * 300)
     (tmp_path / "cc.zh.300.vec.gz").write_bytes(gzip.compress(f"2 300\n男人 {numbers}\n狗 {numbers}\n".encode()))
     draw_photos(tmp_path, ["photo.jpg"])
+    write_kaggle(tmp_path / "kaggle")
     draw_photos(tmp_path / "folder", names[:2])
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
@@ -179,6 +180,7 @@ COMMANDS = {
     "-m captioning.dashboard": (config.Dashboard, dashboard_command.main),
     "-m captioning.runs": (config.Runs, runs.main),
     "-m captioning.export": (config.Export, export.main),
+    "-m captioning.share": (config.Share, share.main),
     "-m captioning.calibrate": (config.Calibrate, calibration.work),
     "-m captioning.serve": (config.Serve, serve.main),
 }
@@ -234,7 +236,7 @@ def runnable_lines() -> list[str]:
         export.check_onnx()
     except UserError:  # the export extra needs a newer torch than the rest
         lines = [line for line in lines if not re.search(r" -m captioning\.(export|serve) ", line)]
-    last = (" generate.py ", *(f" -m captioning.{name}" for name in ("dashboard", "runs", "export", "serve")))
+    last = (" generate.py ", *(f" -m captioning.{name}" for name in ("dashboard", "runs", "export", "serve", "share")))
 
     def stage(line: str) -> int:
         if " -m preprocess " in line:
@@ -242,6 +244,22 @@ def runnable_lines() -> list[str]:
         return 2 if any(name in line for name in last) else 1
 
     return sorted(lines, key=stage)  # the README shows generate.py before the commands that train its runs
+
+
+def example_lines() -> list[str]:
+    """Return the commands of examples/flickr8k.sh, as `examples/flickr8k.sh kaggle` runs them."""
+    script = (ROOT / "examples" / "flickr8k.sh").read_text("utf-8")
+    lines = re.findall("^python .*", script, re.MULTILINE)
+    assert len(lines) == 4
+    return [line.replace('"$folder"', "kaggle").replace(' "$@"', "") for line in lines]
+
+
+def write_kaggle(folder: Path) -> None:
+    """Kaggle's Flickr8k: captions.txt and Images/, without splits."""
+    names = [f"{i}.jpg" for i in range(16)]
+    draw_photos(folder / "Images", names)
+    lines = [f"{name},{caption}" for name in names for caption in EN]
+    (folder / "captions.txt").write_text("\n".join(["image,caption", *lines]) + "\n", encoding="utf-8")
 
 
 def test_every_command_of_the_readme_runs(user_folder, monkeypatch, times):
@@ -265,6 +283,9 @@ def test_every_command_of_the_readme_runs(user_folder, monkeypatch, times):
     names = {re.sub("-[0-9a-f]{8}$", "", environment) for environment, _ in sent}  # without the code of their folders
     assert names == {"watched", "watched and att"} and all("loss" in shown for _, shown in sent)
     assert (user_folder / "captions.json").exists() and list((user_folder / "attention").glob("*.png"))
+    for line in example_lines():
+        run_command(line)
+    assert json.loads((user_folder / "kaggle-scores.json").read_bytes())["photos"] >= 1
     for line in commands("python"):
         exec(line, globals())  # the Python interface, line by line
 

@@ -26,6 +26,7 @@ from captioning.export import ExportModule, encode, export_module
 from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from captioning.training.optimizer import layer_decay_groups
+from captioning.viewing.model_card import encoder_licence
 from config import ExtractFeatures, Train
 from tests.small import QUICK
 from tests.test_bench import bench
@@ -627,3 +628,8 @@ def test_the_table_of_the_page_is_the_output_of_its_script(monkeypatch, times):
     assert [line for line in script.table(rows).splitlines() if line not in page.splitlines()] == []
     encoders = re.findall(r"^\| `((?:timm/)?[\w.]+)`", page, re.MULTILINE)
     assert [row.encoder for row in script.ROWS] == encoders
+
+
+def test_a_model_card_has_the_licence_that_timm_knows():
+    name = "timm/vit_base_patch16_clip_224.openai"
+    assert encoder_licence({"name": name, "weights": "pretrained, fine-tuned in checkpoints/a"}) == "apache-2.0"

@@ -43,6 +43,10 @@ class EncoderFamily(Protocol):
         """How photos must be prepared for the published weights of a network."""
         return Transform()
 
+    def licence(self, name: str) -> str:
+        """What is known of the licence of a network's published weights, for model cards; "" if nothing is."""
+        return ""
+
     def build(self, name: str, options: BodyOptions) -> nn.Module:
         """Build the network without its classification head, with random weights from torch's global generator.
 

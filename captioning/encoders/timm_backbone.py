@@ -70,6 +70,10 @@ class TimmFamily(EncoderFamily):
             interpolation="bilinear" if config.interpolation == "bilinear" else "bicubic",  # timm's default
         )
 
+    def licence(self, name: str) -> str:
+        """The licence in timm's configuration, such as apache-2.0."""
+        return _configuration(name).license or ""
+
     def build(self, name: str, options: BodyOptions) -> TimmBody:
         """The network `name` as a body. Raises UserError if it has no spatial map, or for an unsuitable size."""
         outline = _outline(name, options)  # first: it costs no memory, and it finds all mistakes

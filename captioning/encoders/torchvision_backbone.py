@@ -29,6 +29,13 @@ OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 class TorchvisionFamily(EncoderFamily):
     """See captioning.encoders.protocol.EncoderFamily."""
 
+    def licence(self, name: str) -> str:
+        """torchvision grants none of its own for weights, beside that of its code."""
+        return (
+            "published with torchvision, whose code is BSD-3-Clause; trained on ImageNet, whose own terms are for "
+            "research that is not commercial"
+        )
+
     def build(self, name: str, options: BodyOptions) -> fx.GraphModule:
         """The truncated classifier `name`, or NAME.LAYER. Raises UserError like `truncate_classifier`."""
         if options.class_vector:

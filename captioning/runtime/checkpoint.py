@@ -19,6 +19,7 @@ import torch
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write
 from captioning.runtime.library_errors import reason
+from captioning.runtime.packed_run import is_packed, read_packed
 from captioning.runtime.settings import OLD_DEFAULTS, OLDER_VERSION, flag, has_old_settings
 from captioning.runtime.signals import defer_signals
 
@@ -65,15 +66,20 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Load a run's checkpoint onto the CPU. path: a file, or a run's folder with a best.pt or else a last.pt.
+    """Load a run's checkpoint onto the CPU.
 
+    path: a file, or a run's folder with a best.pt or else a last.pt, or a packed run (see packed_run.py).
     Raises UserError if there is none, or if it is not a checkpoint of this version.
     """
-    return read_checkpoint(checkpoint_path(path), RUN, "give a run in checkpoints/")
+    path = checkpoint_path(path)
+    remedy = "give a run in checkpoints/"
+    if path.is_dir():
+        return _checked(path, {"format": FORMAT, **read_packed(path)}, RUN, remedy)
+    return read_checkpoint(path, RUN, remedy)
 
 
 def checkpoint_path(path: Path) -> Path:
-    """The file that `load_checkpoint` reads. Raises UserError if there is none."""
+    """What `load_checkpoint` reads: a file, or the folder of a packed run. Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir():
         path = _checkpoint_in(path)
@@ -83,9 +89,12 @@ def checkpoint_path(path: Path) -> Path:
 
 
 def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint file to load of a run; the folder itself if it is packed."""
     for name in ("best.pt", "last.pt"):
         if (folder / name).exists():
             return folder / name
+    if is_packed(folder):
+        return folder
     raise UserError(
         f"{folder}: no best.pt or last.pt in it; train a run with: python train.py DATA --run {folder.name}"
     )
@@ -96,7 +105,11 @@ def read_checkpoint(path: Path, required: Sequence[str], remedy: str) -> dict:
 
     Raises UserError, ending in `remedy`, if a check fails.
     """
-    checkpoint = load_tensors(path, "a Kantu checkpoint", remedy)
+    return _checked(path, load_tensors(path, "a Kantu checkpoint", remedy), required, remedy)
+
+
+def _checked(path: Path, checkpoint: object, required: Sequence[str], remedy: str) -> dict:
+    """Check the format of a checkpoint, its settings and its `required` keys."""
     if not isinstance(checkpoint, dict):
         raise _wrong_format(path, type(checkpoint).__name__, remedy)
     if checkpoint.get("format") != FORMAT:
