@@ -167,6 +167,19 @@ class Page:
         return [(request["method"], request["url"]) for request in sent]
 
 
+def wait_for_server(port: int, seconds: float = 30) -> None:
+    """Wait until a server answers on this port of this machine."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def served(site: Path) -> Iterator[str]:
     """Serve a site on a free port while the block runs -> its URL."""
@@ -179,6 +192,7 @@ def served(site: Path) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
+        wait_for_server(port)
         yield f"http://127.0.0.1:{port}/"
     finally:
         loop.call_soon_threadsafe(task.cancel)
