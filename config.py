@@ -403,14 +403,36 @@ class Export:
 
 @dataclass(frozen=True)
 class Serve:
-    """Show a captioner in the browser: python -m captioning.serve site/"""
+    """Show a captioner in the browser, or answer POST /caption.
 
-    folder: Positional[Path]  # written by python -m captioning.export checkpoints/RUN --format web
+    python -m captioning.serve site/
+    python -m captioning.serve checkpoints/att
+    """
+
+    # written by python -m captioning.export checkpoints/RUN --format web; or the folder of a run, or a checkpoint file
+    # in it, whose model then runs here. The other options but --host and --port apply to a run
+    folder: Positional[Path]
     host: str = "127.0.0.1"  # address to listen on; any other makes the page visible to your network
     port: int = 8000  # to listen on
+    search: OmitArgPrefixes[SearchOptions] = SearchOptions(num_captions=5)  # how captions are searched for or sampled
+    batch_size: int = 32  # photos captioned at once
+    queue: int = 128  # requests accepted at once; further ones are told to try again (503)
+    max_megabytes: int = 20  # of a request
+    max_megapixels: int = 50  # of a photo
+    trust: bool = True  # with a calibrated run: the probability of captions, and the evidence of their words
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
     def __post_init__(self) -> None:
         check(0 < self.port < 65536, "--port", self.port, "between 1 and 65535")
+        check_min(self, 1, "batch_size", "queue", "max_megabytes", "max_megapixels")
+
+    def options_of_run(self) -> list[str]:
+        """The options given that apply to a run alone."""
+        usual = vars(type(self).search)
+        search = [flag(name) for name, value in vars(self.search).items() if value != usual[name]]
+        limits = non_default(self, "batch_size", "queue", "max_megabytes", "max_megapixels")
+        return search + limits + non_default(self, "trust", "precision", "device")
 
 
 @dataclass(frozen=True)

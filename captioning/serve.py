@@ -1,7 +1,9 @@
-"""Show a captioner in the browser, on this machine: python -m captioning.serve site/
+"""Show a captioner in the browser, on this machine: python -m captioning.serve site/, or checkpoints/RUN
 
 site/ is a folder that `python -m captioning.export checkpoints/RUN --format web --out site/` wrote. WebAssembly has
 threads only with two headers that `python -m http.server` does not send: they keep other pages out of its memory.
+
+Of a run, the same page has the model here, and programs have POST /caption: see captioning/web/service.py.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
+from captioning.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
-    from tornado.web import Application
+    from tornado.web import Application, StaticFileHandler
 
+    from captioning.captioner import Captioner
+    from captioning.web.service import Service
     from config import Serve
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+POLL_SECONDS = 0.1  # between two looks for a stop signal
+FINISH_SECONDS = 60.0  # after a stop, for the requests in work
+BODY_SECONDS = 60.0  # for a request to arrive
+DISCARDED = 10  # times the limit: of a larger request so much is read, for the client to see why it is refused
 HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
@@ -46,8 +55,29 @@ TYPES = {  # some systems have others for these, with which browsers do not run 
 def main(config: Serve) -> None:
     """Serve until Ctrl-C. Raises UserError."""
     check_tornado()
-    check_site(config.folder)
-    asyncio.run(listen(site_application(config.folder), config.host, config.port, str(config.folder)))
+    if is_run(config.folder):
+        asyncio.run(serve_run(config))
+    else:
+        check_site(config.folder, config.options_of_run())
+        asyncio.run(listen(site_application(config.folder), config.host, config.port, str(config.folder)))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run, or a checkpoint file, rather than a site."""
+    return folder.suffix == ".pt" or (folder / "best.pt").exists()
+
+
+async def serve_run(config: Serve) -> None:
+    """Load a run and serve it. Raises UserError."""
+    from captioning.captioner import Captioner
+    from captioning.web.service import Limits, Service
+
+    captioner = Captioner.load(config.folder, config.device, config.precision, trust=config.trust)
+    limits = Limits(config.batch_size, config.queue, config.max_megabytes * 10**6, config.max_megapixels * 10**6)
+    service = Service.of(captioner, config.search, limits)
+    service.warm_up()
+    application = run_application(service, captioner, config.folder)
+    await listen(application, config.host, config.port, f"{config.folder} on {captioner.device}", service)
 
 
 def check_tornado() -> None:
@@ -56,23 +86,58 @@ def check_tornado() -> None:
         raise UserError("tornado is not installed; run: pip install -c constraints.txt '.[serve]'")
 
 
-def check_site(folder: Path) -> None:
-    """Raise UserError, with the command that helps, if the folder is not a complete site."""
-    if (folder / "best.pt").exists() or folder.suffix == ".pt":
-        raise UserError(
-            f"{folder}: a run, not a site; write one: python -m captioning.export {folder} --format web --out site/"
-        )
+def check_site(folder: Path, options_of_run: list[str]) -> None:
+    """Raise UserError, with the command that helps, if the folder is not a complete site.
+
+    options_of_run: those given that only a run has.
+    """
     for name in ("index.html", "model/description.json"):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder / name}: no such file; write a site first: python -m captioning.export checkpoints/RUN "
-                f"--format web --out {folder}"
+                f"{folder / name}: no such file; give a run, such as checkpoints/RUN, or write a site first: python -m "
+                f"captioning.export checkpoints/RUN --format web --out {folder}"
             )
+    if options_of_run:
+        raise UserError(f"{options_of_run[0]}: applies to a run, but {folder} is a site, whose model is in the browser")
 
 
 def site_application(folder: Path) -> Application:
     """A tornado application that serves the files of a folder."""
-    from tornado.web import Application, StaticFileHandler
+    from tornado.web import Application
+
+    settings: dict[str, Any] = {"path": str(folder.resolve()), "default_filename": "index.html"}
+    return Application([(r"/(.*)", site_handler(), settings)], log_function=lambda handler: None)
+
+
+def run_application(service: Service, captioner: Captioner, run: Path) -> Application:
+    """A tornado application that answers POST /caption and serves the page."""
+    from tornado.web import Application, RequestHandler
+
+    from captioning.web.service import caption_handler
+    from captioning.web.site import PAGE, service_description
+
+    description = service_description(captioner, run)
+
+    class DescriptionHandler(RequestHandler):
+        """What the page needs to know of the model."""
+
+        def get(self) -> None:
+            for name, value in HEADERS.items():
+                self.set_header(name, value)
+            self.finish(description)
+
+    settings: dict[str, Any] = {"path": str(PAGE), "default_filename": "index.html"}
+    handlers: list[Any] = [
+        ("/caption", caption_handler(service)),
+        ("/model/description.json", DescriptionHandler),
+        (r"/(.*)", site_handler(), settings),
+    ]
+    return Application(handlers, log_function=lambda handler: None)
+
+
+def site_handler() -> type[StaticFileHandler]:
+    """The tornado handler of the files of a page."""
+    from tornado.web import StaticFileHandler
 
     class SiteHandler(StaticFileHandler):
         """A file, with the headers that threads need."""
@@ -84,14 +149,20 @@ def site_application(folder: Path) -> Application:
         def get_content_type(self) -> str:
             return TYPES.get(Path(self.absolute_path or "").suffix, "application/octet-stream")
 
-    settings: dict[str, Any] = {"path": str(folder.resolve()), "default_filename": "index.html"}
-    return Application([(r"/(.*)", SiteHandler, settings)], log_function=lambda handler: None)
+    return SiteHandler
 
 
-async def listen(application: Application, host: str, port: int, what: str) -> None:
-    """Answer requests until the task is cancelled. what: for the line that says where. Raises UserError."""
+async def listen(application: Application, host: str, port: int, what: str, service: Service | None = None) -> None:
+    """Answer requests until Ctrl-C, SIGTERM, or the task is cancelled; then finish those in work.
+
+    what: for the line that says where. service: of the application, if it has one. Raises UserError;
+    KeyboardInterrupt after a signal.
+    """
+    limits: dict[str, Any] = (
+        {"max_body_size": DISCARDED * service.limits.bytes, "body_timeout": BODY_SECONDS} if service else {}
+    )
     try:
-        application.listen(port, address=host)
+        server = application.listen(port, address=host, **limits)
     except OSError as error:
         raise UserError(f"--port {port}: cannot listen on {host} ({reason(error)}); give another --port") from None
     if host not in LOOPBACK:
@@ -100,7 +171,22 @@ async def listen(application: Application, host: str, port: int, what: str) -> N
             "WebGPU and the camera need https"
         )
     print(f"{what}: http://{host}:{port}, press Ctrl-C to stop", flush=True)
-    await asyncio.Event().wait()
+    with StopRequest() as stop:  # a second Ctrl-C ends at once
+        while not stop.requested:
+            await asyncio.sleep(POLL_SECONDS)
+        server.stop()
+        if service:
+            await finish(service)
+        await server.close_all_connections()
+    stop.check()
+
+
+async def finish(service: Service) -> None:
+    """Let a service answer the requests in work, for some time."""
+    try:
+        await asyncio.wait_for(service.finish(), FINISH_SECONDS)
+    except asyncio.TimeoutError:
+        print(f"WARNING: {service.open} requests were not answered within {FINISH_SECONDS:.0f} s")
 
 
 if __name__ == "__main__":

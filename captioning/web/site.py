@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -132,7 +133,7 @@ def site_files(captioner: Captioner, run: Path, description: dict, choice: Choic
     page = {
         **description,
         "parts": parts,
-        "run": run.name if run.suffix != ".pt" else run.parent.name,
+        "run": run_name(run),
         "beam_size": DEFAULT_SEARCH.beam_size,
         "num_captions": DEFAULT_SEARCH.beam_size,  # all beams, as alternatives
         "length_penalty": DEFAULT_SEARCH.length_penalty,
@@ -144,3 +145,21 @@ def site_files(captioner: Captioner, run: Path, description: dict, choice: Choic
         **words,
     }
     return {"model/description.json": json.dumps(page, ensure_ascii=False, indent=1).encode(), **files}
+
+
+def service_description(captioner: Captioner, run: Path) -> dict[str, Any]:
+    """What the page needs to know of a model that runs on the server."""
+    return {
+        "service": captioner.device.type,
+        "run": run_name(run),
+        "decoder": captioner.decoder_name,
+        "encoder": captioner.encoder.name,
+        "joined_by": captioner.vocabulary.join(["", ""]),
+        "has_sentinel": captioner.decoder.has_sentinel,
+        "grid": [GRID_SIZE, GRID_SIZE],
+    }
+
+
+def run_name(run: Path) -> str:
+    """The name of a run, of its folder or of a checkpoint file in it."""
+    return run.name if run.suffix != ".pt" else run.parent.name

@@ -3,6 +3,7 @@
 import { drawVeil, photoShare } from "./attention.js";
 import { Captioner } from "./captioner.js";
 import { droppedFiles, photosOf, takePhoto } from "./files.js";
+import { Service } from "./service.js";
 import { has, say, switchLanguage, translate } from "./text.js";
 
 const MOST_PHOTOS = 300; // shown at once
@@ -17,7 +18,8 @@ let reveal = 0; // number of the caption that is shown; older ones stop appearin
 let state = { progress: null }; // the last report of the captioner
 const description = await readDescription();
 const device = new URLSearchParams(location.search).get("device"); // gpu or cpu, to try what is not chosen
-const captioner = new Captioner(device, report);
+if (description.service) $("privacy").dataset.text = "sent";
+const captioner = description.service ? new Service(description.service, report) : new Captioner(device, report);
 
 // ---- the model
 
