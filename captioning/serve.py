@@ -53,7 +53,7 @@ TYPES = {  # some systems have others for these, with which browsers do not run 
 
 
 def main(config: Serve) -> None:
-    """Serve until Ctrl-C. Raises UserError."""
+    """Serve until Ctrl-C or SIGTERM. Raises UserError."""
     check_tornado()
     if is_run(config.folder):
         asyncio.run(serve_run(config))
@@ -155,8 +155,7 @@ def site_handler() -> type[StaticFileHandler]:
 async def listen(application: Application, host: str, port: int, what: str, service: Service | None = None) -> None:
     """Answer requests until Ctrl-C, SIGTERM, or the task is cancelled; then finish those in work.
 
-    what: for the line that says where. service: of the application, if it has one. Raises UserError;
-    KeyboardInterrupt after a signal.
+    what: for the line that says where. service: of the application, if it has one. Raises UserError.
     """
     limits: dict[str, Any] = (
         {"max_body_size": DISCARDED * service.limits.bytes, "body_timeout": BODY_SECONDS} if service else {}
@@ -178,7 +177,7 @@ async def listen(application: Application, host: str, port: int, what: str, serv
         if service:
             await finish(service)
         await server.close_all_connections()
-    stop.check()
+    print("stopped")
 
 
 async def finish(service: Service) -> None:

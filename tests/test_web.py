@@ -454,13 +454,16 @@ def test_the_server_sends_what_threads_need_and_nothing_outside_the_folder(url, 
 
 
 def test_what_cannot_be_served_is_one_line(run, tmp_path, tiny_site, url):
-    with pytest.raises(UserError, match="att: a run, not a site; write one: python -m captioning.export"):
-        serve.main(Serve(run))
-    with pytest.raises(UserError, match=r"index.html: no such file; write a site first"):
+    with pytest.raises(UserError, match=r"index.html: no such file; give a run, such as .*, or write a site first"):
         serve.main(Serve(tmp_path))
+    for option, flag in (({"queue": 5}, "--queue"), ({"search": SearchOptions()}, "--num-captions")):
+        with pytest.raises(UserError, match=f"{flag}: applies to a run, but .*site is a site"):
+            serve.main(Serve(tiny_site, **option))
     port = int(url.rstrip("/").rpartition(":")[2])
     with pytest.raises(UserError, match=f"--port {port}: cannot listen on 127.0.0.1.*give another --port"):
         serve.main(Serve(tiny_site, port=port))
+    with pytest.raises(UserError, match=f"--port {port}: cannot listen"):
+        serve.main(Serve(run, port=port, device="cpu"))
 
 
 # ---- a real browser
