@@ -261,7 +261,7 @@ def test_the_page_shows_what_the_server_finds(run, small_data, tmp_path, times):
     if problem := bench.missing():
         pytest.skip(problem)
     captioner = Captioner.load(run, "cpu", "float32")
-    search = SearchOptions(num_captions=5, max_length=6)
+    search = SearchOptions(num_captions=5, min_length=3, max_length=6)
     service = Service.of(captioner, search, Limits(requests=2))  # the page must wait and try again
     photos = sorted((small_data / "photos").iterdir())[:8]
     (tmp_path / "text.jpg").write_text("not a photo")
@@ -288,16 +288,18 @@ def test_the_page_shows_what_the_server_finds(run, small_data, tmp_path, times):
 
 def test_a_run_answers_with_its_captions_and_serves_the_page(run, small_data):
     captioner = Captioner.load(run, "cpu", "float32")
-    search = SearchOptions(num_captions=5, max_length=6)
+    search = SearchOptions(num_captions=5, min_length=3, max_length=6)
     service = Service.of(captioner, search, Limits())
     service.warm_up()
     photos = [path.read_bytes() for path in sorted((small_data / "photos").iterdir())[:3]]
     expected = captioner.caption(photos, search)
+    assert len({result.text for result in expected}) > 1
 
     async def work(http):
         status, content, _ = await http.post(photos[0], "caption?attention=1")
         assert status == 200
         assert content["caption"] == expected[0].text and content["words"] == expected[0].words
+        assert len(content["attention"]) == len(content["words"]) >= 3
         assert content["log_probability"] == pytest.approx(expected[0].log_probability, abs=1e-4)
         assert [other["caption"] for other in content["alternatives"]] == [other.text for other in expected[0].others]
         for of_word, sentinel in zip(content["attention"], content["sentinel"], strict=True):
