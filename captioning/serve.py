@@ -56,7 +56,7 @@ def main(config: Serve) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises UserError."""
     check_tornado()
     if is_run(config.folder):
-        asyncio.run(serve_run(config))
+        serve_run(config)
     else:
         check_site(config.folder, config.options_of_run())
         asyncio.run(listen(site_application(config.folder), config.host, config.port, str(config.folder)))
@@ -67,7 +67,7 @@ def is_run(folder: Path) -> bool:
     return folder.suffix == ".pt" or (folder / "best.pt").exists()
 
 
-async def serve_run(config: Serve) -> None:
+def serve_run(config: Serve) -> None:
     """Load a run and serve it. Raises UserError."""
     from captioning.captioner import Captioner
     from captioning.web.service import Limits, Service
@@ -77,7 +77,8 @@ async def serve_run(config: Serve) -> None:
     service = Service.of(captioner, config.search, limits)
     service.warm_up()
     application = run_application(service, captioner, config.folder)
-    await listen(application, config.host, config.port, f"{config.folder} on {captioner.device}", service)
+    what = f"{config.folder} on {captioner.device}"
+    asyncio.run(listen(application, config.host, config.port, what, service))
 
 
 def check_tornado() -> None:
@@ -157,9 +158,9 @@ async def listen(application: Application, host: str, port: int, what: str, serv
 
     what: for the line that says where. service: of the application, if it has one. Raises UserError.
     """
-    limits: dict[str, Any] = (
-        {"max_body_size": DISCARDED * service.limits.bytes, "body_timeout": BODY_SECONDS} if service else {}
-    )
+    limits: dict[str, Any] = {}
+    if service:
+        limits = {"max_body_size": DISCARDED * service.limits.bytes, "body_timeout": BODY_SECONDS}
     try:
         server = application.listen(port, address=host, **limits)
     except OSError as error:

@@ -160,9 +160,8 @@ class Service:
             with open_image(file) as image:
                 width, height = image.size
             if width * height > self.limits.pixels:
-                raise Refusal(
-                    413, f"{upload.name}: {width} x {height} pixels; send at most {self.limits.pixels:,}, in all"
-                )
+                limit = f"at most {self.limits.pixels:,} pixels"
+                raise Refusal(413, f"{upload.name}: {width} x {height}: send a photo of {limit}")
             return self.transform.resize(self.transform.open(file))
         except PhotoError as error:
             raise Refusal(400, str(error)) from None
@@ -196,11 +195,16 @@ def answer(result: CaptionResult, attention: bool) -> dict[str, Any]:
     return {**to_record(result, attention), "alternatives": alternatives}
 
 
+def is_form(content_type: str) -> bool:
+    """Whether a request holds files of a form, rather than one photo as it is."""
+    return content_type.lower().startswith("multipart/")
+
+
 def uploads_of(content_type: str, body: bytes) -> list[Upload]:
     """The photos of a request: all files of a form, or the body. Raises Refusal if there is none."""
     from tornado.httputil import HTTPFile, HTTPInputError, parse_body_arguments
 
-    if not content_type.startswith("multipart/"):
+    if not is_form(content_type):
         return [Upload("the photo", body)]
     files: dict[str, list[HTTPFile]] = {}
     try:
@@ -252,16 +256,17 @@ def caption_handler(service: Service) -> type[RequestHandler]:
                 self._release()
 
         async def _answer(self) -> None:
+            content_type = self.request.headers.get("Content-Type", "")
             try:
                 if self.refusal:
                     raise self.refusal
-                uploads = uploads_of(self.request.headers.get("Content-Type", ""), b"".join(self.content))
+                uploads = uploads_of(content_type, b"".join(self.content))
                 attention = self.get_query_argument("attention", "0") not in ("0", "")
                 answers = [answer(result, attention) for result in await service.caption(uploads)]
             except Refusal as refusal:
                 await self._write(refusal.status, {"error": str(refusal)})
                 return
-            if self.request.headers.get("Content-Type", "").startswith("multipart/"):
+            if is_form(content_type):
                 named = [{"name": upload.name, **one} for upload, one in zip(uploads, answers, strict=True)]
                 await self._write(200, {"photos": named})
             else:
@@ -280,8 +285,9 @@ def caption_handler(service: Service) -> type[RequestHandler]:
 
         def write_error(self, status_code: int, **_: Any) -> None:
             """What tornado refuses, such as another method, as JSON too."""
+            remedy = f": POST a photo to {self.request.path}" if status_code == 405 else ""
             self.set_header("Content-Type", "application/json; charset=utf-8")
-            self.finish(json.dumps({"error": f"{self._reason}: POST a photo to {self.request.path}"}) + "\n")
+            self.finish(json.dumps({"error": f"{self._reason}{remedy}"}) + "\n")
 
         def on_connection_close(self) -> None:
             super().on_connection_close()
