@@ -63,8 +63,11 @@ def main(config: Serve) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is the folder of a run, or a checkpoint file, rather than a site."""
-    return folder.suffix == ".pt" or (folder / "best.pt").exists()
+    """Whether this is a run, in any form that `Captioner.load` reads, rather than a site."""
+    from captioning.runtime.packed_run import is_packed
+
+    checkpoints = ("best.pt", "last.pt")
+    return folder.suffix == ".pt" or any((folder / name).exists() for name in checkpoints) or is_packed(folder)
 
 
 def serve_run(config: Serve) -> None:

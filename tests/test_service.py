@@ -247,6 +247,14 @@ def test_a_calibrated_run_says_how_probable_a_caption_is():
     assert answer(result, attention=True) == expected
 
 
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "config.json"])
+def test_every_form_of_a_run_is_served_as_one(name, tmp_path):
+    (tmp_path / "index.html").touch()
+    assert not serve.is_run(tmp_path)
+    (tmp_path / name).touch()
+    assert serve.is_run(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def run(small_data, tmp_path_factory):
     """An untrained run with a tiny encoder."""
