@@ -28,7 +28,7 @@ import preprocess.__main__
 import train
 from captioning import calibrate as calibration
 from captioning import dashboard as dashboard_command
-from captioning import export, runs, serve, share, truth
+from captioning import export, runs, serve, share
 from captioning.doctor import checkup
 from captioning.errors import UserError
 from captioning.runtime import command_line
@@ -183,7 +183,6 @@ COMMANDS = {
     "-m captioning.share": (config.Share, share.main),
     "-m captioning.calibrate": (config.Calibrate, calibration.work),
     "-m captioning.serve": (config.Serve, serve.main),
-    "-m captioning.truth": (config.Truth, truth.main),
 }
 
 
@@ -209,11 +208,8 @@ def reduced(settings: object) -> object:
         if name in defaults and (name in always or getattr(settings, name) == defaults[name])
     }
     if isinstance(settings, config.Preprocess):
-        scenes = settings.scenes and 12
-        changes = {} if settings.check else {**changes, "workers": 1, "scenes": scenes}  # it needs a worker
-    if isinstance(settings, (config.Calibrate, config.Truth)) or (
-        isinstance(settings, config.Generate) and settings.run
-    ):
+        changes = {} if settings.check else {**changes, "workers": 1}  # it needs one
+    if isinstance(settings, config.Calibrate) or (isinstance(settings, config.Generate) and settings.run):
         changes["search"] = dataclasses.replace(settings.search, max_length=6)
     return dataclasses.replace(settings, **changes)
 
@@ -240,8 +236,7 @@ def runnable_lines() -> list[str]:
         export.check_onnx()
     except UserError:  # the export extra needs a newer torch than the rest
         lines = [line for line in lines if not re.search(r" -m captioning\.(export|serve) ", line)]
-    names = ("dashboard", "runs", "export", "serve", "share", "truth")
-    last = (" generate.py ", *(f" -m captioning.{name}" for name in names))
+    last = (" generate.py ", *(f" -m captioning.{name}" for name in ("dashboard", "runs", "export", "serve", "share")))
 
     def stage(line: str) -> int:
         if " -m preprocess " in line:
