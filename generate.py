@@ -291,7 +291,7 @@ def draw_picture(config: Generate, photo: Photo, caption: CaptionResult) -> None
 def picture_path(config: Generate, photo: Photo) -> Path:
     """Where a photo's picture is written. No two photos have the same: a name that is not the whole id has its hash."""
     name = re.sub(r"[^\w.-]+", "_", photo.id).strip("._")[:MAX_PICTURE_NAME]
-    if name != photo.id:
+    if name != photo.id or not name:
         name = f"{name or 'photo'}-{hashlib.sha256(os.fsencode(photo.id)).hexdigest()[:8]}"
     return config.pictures / (name + (".gif" if config.animate else ".png"))
 

@@ -442,7 +442,7 @@ def test_contradictory_settings_of_generate_are_refused(wrong, words):
 
 def test_a_command_on_only_unreadable_photos_is_refused(here, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no photo")
-    with pytest.raises(UserError, match="none of the photos could be read"):
+    with pytest.raises(UserError, match="broken.jpg: not an image; none of 1 photos can be read"):
         generate.main(Generate(Path("checkpoints/lstm"), (tmp_path / "broken.jpg",), allow_missing=1.0, workers=0))
 
 

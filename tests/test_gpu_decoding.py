@@ -217,8 +217,10 @@ def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(extract_features, "check_nvjpeg", lambda device: None)
     extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
     assert FeatureReader(tmp_path / "f.h5").attributes["nvjpeg"]
-    with pytest.raises(UserError, match="f.h5: was extracted with nvjpeg True, not False; give --overwrite"):
-        extract_features.main(ExtractFeatures(small_data, **setting))
+    extract_features.main(ExtractFeatures(small_data, **setting))  # a setting that is not given is the file's
+    assert FeatureReader(tmp_path / "f.h5").attributes["nvjpeg"]
+    with pytest.raises(UserError, match="--scaled-decoding cannot be combined with --nvjpeg"):
+        extract_features.main(ExtractFeatures(small_data, **setting, scaled_decoding=True))
 
 
 @pytest.mark.parametrize("in_flight", [0, 1])

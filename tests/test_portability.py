@@ -95,6 +95,9 @@ def test_the_library_imports_and_captions_without_what_windows_lacks(here, windo
 def session(monkeypatch):
     """IPython, which sets this name, as far as a command can see it."""
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup, and a shell's background, ignore it
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def traces():

@@ -28,7 +28,7 @@ ERRORS = {
     "preprocess --scenes 9": "PATH is required (folder to write, such as data/aic)",
     "preprocess data/x --train a": "--train: must be PATH PATH, not 'a'",
     "preprocess data/x --train": "--train: must be PATH PATH, not nothing",
-    "preprocess data/x --language fr": "--language fr: must be one of en, zh",
+    "preprocess data/x --language fr": "--language fr: must be one of en, ja, th, zh",
     "extract data/x --batch-sise 3": "unrecognized options: --batch-sise, 3; perhaps you meant --batch-size",
     "extract": "PATH is required (folder made by python -m preprocess)",
     "generate a b --beam-size x": "--beam-size: must be INT, not 'x'",

@@ -255,7 +255,7 @@ def test_all_commands_accept_names_of_all_kinds(tmp_path, monkeypatch, name, abs
     assert len(stdout) == 12, "one line per photo"
     run_ok("generate.py --references", data, "--score", outputs["json"])
     end = run_command(f"dashboard {NOWHERE}", "--replay", run)
-    assert is_one_line(end) and "no visdom server answers" in end.stderr
+    assert is_one_line(end) and "does not answer" in end.stderr
     end = run_command(more, "--", run, base / "no such photo")
     assert is_one_line(end) and "no such photo" in end.stderr
     tally("names of all kinds")

@@ -217,7 +217,17 @@ def data_set(folder, photos, captions):
             entries += ai_challenger(f"{number}.png", captions(number))
         (folder / f"{split}.json").write_text(json.dumps(entries), "utf-8")
         annotations[split] = (folder / f"{split}.json", folder / "photos")
-    preprocess(Preprocess(folder / "data", **annotations, language="en", min_count=1, max_words=200_000, workers=1))
+    preprocess(
+        Preprocess(
+            folder / "data",
+            **annotations,
+            language="en",
+            tokenizer="whitespace",
+            min_count=1,
+            max_words=200_000,
+            workers=1,
+        )
+    )
     extract_features.main(ExtractFeatures(folder / "data", "resnet18.layer1", "random", 32, workers=0))
     return folder / "data"
 
