@@ -6,6 +6,7 @@ import re
 import pytest
 
 from captioning.decoders import DECODERS
+from captioning.errors import UserError
 from captioning.training.options import DEFAULT_RECIPE, GPU_RECIPE, PUBLISHED_RECIPES, Recipe, TrainingOptions
 from config import Train
 
@@ -60,6 +61,17 @@ def test_help_names_the_default_of_every_decoder():
             assert said.get(decoder, said[""]) == (f"{value:g}" if isinstance(value, float) else str(value)), name
         assert set(said) <= {"", *values}, name
     assert seen == 13
+
+
+def test_a_decoder_of_ones_own_has_the_settings_that_its_constructor_takes(monkeypatch):
+    def own_decoder(vocabulary_size, channels, layers=2): ...
+
+    monkeypatch.setitem(DECODERS._entries, "own", own_decoder)
+    assert Train("data", "run", decoder="own", layers=3).layers == 3
+    with pytest.raises(UserError, match="^--layers requires --decoder lstm, transformer or own$"):
+        Train("data", "run", layers=3)
+    with pytest.raises(UserError, match="^--heads requires --decoder transformer or xlan$"):
+        Train("data", "run", decoder="own", heads=3)
 
 
 def default_of(decoder, setting):

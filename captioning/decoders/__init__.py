@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from captioning.runtime.registry import Registry
 
 # name -> decoder class. The constructor's parameter names select the settings that the class receives.
@@ -17,3 +19,8 @@ DECODERS = Registry(
         "xlan": "captioning.decoders.xlan:XlanDecoder",
     },
 )
+
+
+def decoders_with(setting: str) -> list[str]:
+    """The decoders whose constructor takes this setting. Imports them all, and so torch."""
+    return [name for name, decoder in DECODERS.items() if setting in inspect.signature(decoder).parameters]

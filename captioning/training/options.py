@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from captioning.decoders import DECODERS
+from captioning.decoders import DECODERS, decoders_with
 from captioning.errors import UserError
 from captioning.runtime.settings import check, check_fractions, check_min, flag, non_default
 from captioning.training import OBJECTIVES, SCHEDULES
@@ -45,16 +45,17 @@ PUBLISHED_RECIPES = {
     "xlan": Recipe(50, 3.1e-4, 0.9, "inverse-sqrt"),
 }
 
-DECODERS_OF_SETTING = {
-    "cell": ("lstm",),
-    "layers": ("lstm", "transformer"),
-    "photo_norm": ("lstm",),
-    "encoder_layers": ("transformer", "xlan"),
-    "heads": ("transformer", "xlan"),
-    "feed_forward_size": ("transformer",),
-    "memory_slots": ("transformer",),
-    "positions": ("attention", "hard-attention", "adaptive", "transformer", "updown", "xlan"),
-}  # settings that the other decoders do not have
+# Settings of some decoders, refused with a decoder whose constructor does not take them
+DECODER_SETTINGS = (
+    "cell",
+    "layers",
+    "photo_norm",
+    "encoder_layers",
+    "heads",
+    "feed_forward_size",
+    "memory_slots",
+    "positions",
+)
 
 
 @dataclass(frozen=True)
@@ -219,10 +220,10 @@ class TrainingOptions:
             raise UserError("--dashboard: a run records its URL; put the password in VISDOM_PASSWORD instead")
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-        for name, decoders in DECODERS_OF_SETTING.items():
-            if non_default(self, name) and self.decoder not in decoders:
-                *others, last = decoders
-                raise UserError(f"{flag(name)} requires --decoder {', '.join(others) + ' or ' * bool(others)}{last}")
+        for name in DECODER_SETTINGS:
+            if non_default(self, name) and self.decoder not in (decoders := decoders_with(name)):
+                alternatives = " or ".join(", ".join(decoders).rsplit(", ", 1))  # such as: a, b or c
+                raise UserError(f"{flag(name)} requires --decoder {alternatives}")
 
     def _check_fine_tuning(self) -> None:
         encoder_flags = non_default(self, "encoder", "weights", "image_size")

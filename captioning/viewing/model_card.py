@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from captioning.decoders import decoders_with
 from captioning.encoders.protocol import find_family
 from captioning.evaluation.metrics import METRICS
 from captioning.runtime.settings import flag
 from captioning.search.options import SearchOptions
-from captioning.training.options import DECODERS_OF_SETTING, TrainingOptions
+from captioning.training.options import DECODER_SETTINGS, TrainingOptions
 from preprocess.vocabulary import Vocabulary
 
 # Settings of train.py that say where and how a run is computed, or shown, and not what it learns
@@ -51,7 +52,7 @@ def train_command(config: dict[str, Any], run: str) -> str:
     learnt = {
         name: value
         for name, value in config.items()
-        if name not in NOT_LEARNT and config["decoder"] in DECODERS_OF_SETTING.get(name, (config["decoder"],))
+        if name not in NOT_LEARNT and (name not in DECODER_SETTINGS or config["decoder"] in decoders_with(name))
     }
     data = shlex.quote(str(config.get("data", "DATA")))
     return " ".join(["python train.py", data, "--run", shlex.quote(run), *_flags(TrainingOptions, learnt)])
