@@ -20,6 +20,7 @@ from captioning.decoders.protocol import (
     init_gates,
     init_weights,
     photo_of_each_word,
+    repeat_for_captions,
     upcast,
 )
 from captioning.encoders.grid import Grid
@@ -84,8 +85,7 @@ class AdaptiveDecoder(nn.Module):
         """See Decoder.step in captioning/decoders/protocol.py."""
         values, keys, photo_gates = state.per_photo
         hidden, memory = state.per_caption
-        captions_per_photo = words.shape[0] // values.shape[0]  # not len(): torch.export would take it for a constant
-        gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
+        gates = self.word_gates(self.embedding(words)) + repeat_for_captions(photo_gates, words)
         hidden, memory, sentinel = self.lstm_cell(gates + self.hidden_gates(hidden), memory)
         attention, attended = self.attend(values, keys, hidden, sentinel)
         logits = self.output_layer(self.dropout(attended))  # (R, V)

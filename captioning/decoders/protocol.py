@@ -180,6 +180,12 @@ def photo_of_each_word(photo_index: Tensor, step_sizes: list[int]) -> Tensor:
     return torch.cat([photo_index[:size] for size in step_sizes])
 
 
+def repeat_for_captions(per_photo: Tensor, words: Tensor) -> Tensor:
+    """Rows of photos (B, ...) -> one row per caption (R, ...), where words (R,) has as many captions for each photo."""
+    captions_per_photo = words.shape[0] // per_photo.shape[0]  # not len(): torch.export would take it for a constant
+    return per_photo.repeat_interleave(captions_per_photo, 0)
+
+
 def concat_samples(steps: list[HardSamples | None]) -> HardSamples | None:
     """Concatenate the samples of each step (R_t,) to those of all words (W,); None if the decoder does not sample."""
     samples = [step for step in steps if step is not None]

@@ -23,6 +23,7 @@ from captioning.decoders.protocol import (
     init_gates,
     init_weights,
     photo_of_each_word,
+    repeat_for_captions,
     upcast,
 )
 from captioning.encoders.grid import Grid
@@ -102,8 +103,7 @@ class UpDownDecoder(nn.Module):
         scores = ChunkedAttentionScores("tanh", keys, self.score.weight)
         attend = GridAttention(cells, pooling, scores, soft_weights)
         operations = Operations(self.attention_gates, self.query, attend, self.context_gates, self.language_gates)
-        captions_per_photo = words.shape[0] // keys.shape[0]  # not len(): torch.export would take it for a constant
-        gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
+        gates = self.word_gates(self.embedding(words)) + repeat_for_captions(photo_gates, words)
         per_caption, attention = self._advance(operations, gates, state.per_caption)
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
         return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption))

@@ -23,6 +23,7 @@ from captioning.decoders.protocol import (
     init_gates,
     init_weights,
     photo_of_each_word,
+    repeat_for_captions,
     spread_attention,
     upcast,
 )
@@ -205,8 +206,7 @@ class XlanDecoder(nn.Module):
         """See Decoder.step in captioning/decoders/protocol.py."""
         pooling, photo_gates = state.per_photo[2:]
         operations = Operations(self.context_gates, self.hidden_gates, self.attention.query, self.context)
-        captions_per_photo = words.shape[0] // pooling.shape[0]  # not len(): torch.export would take it for a constant
-        gates = self.word_gates(self.embedding(words)) + photo_gates.repeat_interleave(captions_per_photo, 0)
+        gates = self.word_gates(self.embedding(words)) + repeat_for_captions(photo_gates, words)
         per_caption, spatial = self._advance(operations, gates, state)
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
         attention = spatial.mean(1).unflatten(0, (pooling.shape[0], -1))  # (B, K, N)
