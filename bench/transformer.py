@@ -13,17 +13,16 @@ A step is gradients, clipping and Adam. The implementations alternate for --roun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from timeit import timeit
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 import tyro
 from decoders import Bench as DataSizes
-from decoders import Data
+from decoders import Data, best_of
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -185,10 +184,9 @@ def update(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, model: 
     optimizer.zero_grad()
 
 
-def print_times(name: str, tasks: Sequence[Callable[[], object]], rounds: int) -> None:
+def print_times(name: str, kantu_task: Callable[[], object], plain_task: Callable[[], object], rounds: int) -> None:
     """Print the best times of Kantu and the plain way, which take turns."""
-    times = [[timeit(task, number=1) for task in tasks] for _ in range(rounds + 1)][1:]
-    kantu, plain = (min(column) for column in zip(*times, strict=True))
+    kantu, plain = best_of(rounds, {"Kantu": kantu_task, "plain": plain_task}).values()
     print(f"{name}: Kantu {1000 * kantu:,.0f} ms, plain {1000 * plain:,.0f} ms: {plain / kantu:.1f} times as fast")
 
 
@@ -210,10 +208,10 @@ def main(bench: Bench) -> None:
         model.train()
         optimizer = make_optimizer([{"params": list(model.parameters())}])
         steps.append(partial(update, loss, optimizer, model))
-    print_times("training step", steps, bench.rounds)
+    print_times("training step", *steps, bench.rounds)
     pair = [model.eval() for model in make_pair(bench, 0.1, torch.float32)]
     searches = [partial(beam_search, cast(Decoder, model), data.grid, search) for model in pair]
-    print_times("beam search", searches, bench.rounds)
+    print_times("beam search", *searches, bench.rounds)
 
 
 if __name__ == "__main__":
