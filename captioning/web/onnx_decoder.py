@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioning.decoders.protocol import Decoder, State, Step
+from captioning.decoders.protocol import Decoder, State, Step, repeat_for_captions
 from captioning.encoders.grid import Grid
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
@@ -48,9 +48,8 @@ class OnnxModels:
 
     def step(self, words: Tensor, state: State) -> Step:
         """See `Decoder`."""
-        per_photo = [
-            tensor.repeat_interleave(len(words) // len(tensor), 0) for tensor in state.per_photo
-        ]  # an exported step has one caption per photo
+        # An exported step has one caption per photo
+        per_photo = [repeat_for_captions(tensor, words) for tensor in state.per_photo]
         outputs = self._run("step", [words, *per_photo, *state.per_caption, *state.growing])
         rows = outputs[len(outputs) - len(state.per_caption) - len(state.growing) :]
         return Step(outputs[0], None, self._to_state([*state.per_photo, *rows]))
