@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from captioning.decoders import DECODERS, protocol
 from captioning.decoders.factory import build_decoder
 from captioning.decoders.hard_attention import HardAttentionDecoder
+from captioning.decoders.protocol import spread_attention
 from captioning.encoders.grid import Grid, grid_pooling, pooling_matrix
 
 SIZES = {
@@ -446,6 +447,27 @@ def test_the_attention_of_each_word_equals_the_equations(name):
         assert (sums < 0.999).all() and (sums > 0).all() and sums.std() > 0, "each word has its sentinel weight"
     else:
         torch.testing.assert_close(sums, torch.ones(len(sums), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("height, width", [(7, 7), (8, 8), (5, 9), (5, 12), (14, 14), (16, 16), (1, 1)])
+def test_attention_to_native_cells_is_shown_as_weights_that_sum_to_one_and_equal_ones_stay_equal(height, width):
+    pooling = grid_pooling(height, width).double().expand(2, -1, -1)
+    cells = height * width
+    uniform = torch.full((2, 3, cells), 1 / cells, dtype=torch.float64)  # three captions per photo
+    equal = torch.full((6, 196), 1 / 196, dtype=torch.float64)
+    torch.testing.assert_close(spread_attention(uniform, pooling), equal, rtol=1e-10, atol=1e-10)
+    shown = spread_attention(torch.randn(2, 3, cells, dtype=torch.float64).softmax(2), pooling)
+    torch.testing.assert_close(shown.sum(1), torch.ones(6, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    assert (shown >= 0).all()
+    one_cell = torch.eye(cells, dtype=torch.float64).expand(2, -1, -1)  # caption k attends to cell k alone
+    shown = spread_attention(one_cell, pooling).view(2, cells, 196)
+    torch.testing.assert_close(shown.sum(2), torch.ones(2, cells, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    assert ((shown > 0) == (pooling.mT > 0)).all(), "on the output cells that read the native one, and no others"
+
+
+def test_attention_to_the_top_left_cell_is_shown_at_the_top_left():
+    shown = spread_attention(torch.eye(64)[None, :1], grid_pooling(8, 8)[None]).view(14, 14)
+    assert shown.argmax() == 0 and shown[:2, :2].sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

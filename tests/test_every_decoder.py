@@ -14,6 +14,7 @@
 | ONNX and torch export | test_export |
 """
 
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,22 @@ def test_all_training_methods_together_in_half_precision(name, precision, tmp_pa
     assert not any(map(torch.equal, parameters, before)), "all others are trained"
     with ema.average_parameters():
         assert not any(map(torch.equal, parameters, ema.averages))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_in_bfloat16_a_step_keeps_the_types_of_the_state_and_its_attention_sums_to_one(name):
+    """The static tensors of CUDA graphs need the former."""
+    decoder, grid, _, words, _ = make(name)
+    decoder, grid = decoder.float().eval(), Grid(grid.cells.float(), grid.pooling.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        state = decoder.init_state(grid)
+        step = decoder.step(words[:3, 0], state)
+    types, next_types = ([tensor.dtype for tensor in chain(*each)] for each in (state, step.state))
+    assert types == next_types
+    if name != "lstm":  # whose library chooses
+        assert all(tensor.dtype == torch.float32 for tensor in state.per_caption)
+    if decoder.uses_attention and not decoder.has_sentinel:
+        torch.testing.assert_close(step.attention.sum(1), torch.ones(3))
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from captioning.decoders.ensemble import Ensemble
 from captioning.decoders.factory import build_decoder, decoder_arguments
-from captioning.decoders.protocol import spread_attention
 from captioning.decoders.transformer import DecoderLayer, EncoderLayer, Packing, TransformerDecoder
 from captioning.encoders.grid import Grid, grid_pooling, pooling_matrix
 from captioning.errors import UserError
@@ -170,23 +169,6 @@ def test_half_precision_is_close_to_float32_and_the_cache_keeps_its_type(precisi
             assert step.log_probabilities.dtype == step.attention.dtype == torch.float32
             assert {tensor.dtype for tensor in state.growing + step.state.growing} == {precision}
             state = step.state
-
-
-@pytest.mark.parametrize("height, width", [(7, 7), (8, 8), (5, 9), (14, 14), (16, 16), (1, 1)])
-def test_attention_shown_on_the_output_cells_sums_to_one_and_equal_weights_stay_equal(height, width):
-    pooling = grid_pooling(height, width).double().expand(2, -1, -1)
-    cells = height * width
-    uniform = torch.full((2, 1, cells), 1 / cells, dtype=torch.float64)
-    assert_equal(spread_attention(uniform, pooling), torch.full((2, 196), 1 / 196, dtype=torch.float64))
-    one_cell = torch.eye(cells, dtype=torch.float64).expand(2, -1, -1)  # caption k attends to cell k alone
-    shown = spread_attention(one_cell, pooling).view(2, cells, 196)
-    assert_equal(shown.sum(2), torch.ones(2, cells, dtype=torch.float64))
-    assert ((shown > 0) == (pooling.mT > 0)).all(), "on the output cells that read the native one, and no others"
-
-
-def test_attention_to_the_top_left_cell_is_shown_at_the_top_left():
-    shown = spread_attention(torch.eye(64)[None, :1], grid_pooling(8, 8)[None]).view(14, 14)
-    assert shown.argmax() == 0 and shown[:2, :2].sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("positions", ["learnt", "sinusoidal"])
