@@ -122,6 +122,11 @@ def _checked(path: Path, checkpoint: object, required: Sequence[str], remedy: st
     return checkpoint
 
 
+def trained_views(checkpoint: dict) -> list[str]:
+    """The views of the photos that a run was trained on. Older checkpoints name none: it was the whole photos."""
+    return checkpoint.get("views", ["whole"])
+
+
 def _wrong_format(path: Path, found: object, remedy: str) -> UserError:
     return UserError(
         f"{path}: not a checkpoint of this version of Kantu (format {found!r}, not {FORMAT!r}); update Kantu, or "

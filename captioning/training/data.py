@@ -24,6 +24,7 @@ from captioning.encoders.loading import (
 from captioning.encoders.views import WHOLE
 from captioning.features.feature_files import FeatureFiles, open_feature_files
 from captioning.features.feature_placement import place_features
+from captioning.runtime.checkpoint import trained_views
 from captioning.runtime.loader import SafeLoader
 from captioning.training.options import TrainingOptions
 
@@ -56,7 +57,7 @@ def cached_data(
     that the run resumes from: without --features, its views are used. Raises UserError if there is no feature file, if
     too many photos lack features (--allow-missing), or if the features do not fit.
     """
-    views = saved.get("views", ["whole"]) if saved else None
+    views = trained_views(saved) if saved else None
     files = open_feature_files(options.features, options.data, pin=device.type == "cuda", views=views)
     first = files.first
     located = files.locate(captions.ids)
@@ -107,10 +108,9 @@ def usable_views(
         if view.flip:
             rows[mentions_side, column] = -1
     if len(files.views) > 1:
-        kept = (
-            f"; {mentions_side.sum():,} of {len(rows):,} are never mirrored" if any(v.flip for v in files.views) else ""
-        )
-        print(f"each epoch shows every photo in one of the views {', '.join(map(str, files.views))}{kept}")
+        mirrored = any(view.flip for view in files.views)
+        never = f"; {mentions_side.sum():,} of {len(rows):,} are never mirrored" if mirrored else ""
+        print(f"each epoch shows every photo in one of the views {', '.join(map(str, files.views))}{never}")
     return rows
 
 

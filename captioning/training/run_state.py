@@ -11,7 +11,7 @@ from captioning.decoders.factory import build_decoder, decoder_arguments, load_d
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Transform
 from captioning.errors import UserError
-from captioning.runtime.checkpoint import checkpoint_errors
+from captioning.runtime.checkpoint import checkpoint_errors, trained_views
 from captioning.runtime.device import restore_rng, rng_state
 from captioning.runtime.settings import as_plain_data
 from captioning.training.data import TrainingData
@@ -117,7 +117,7 @@ class RunState:
             raise UserError(
                 f"{source}: its features were made from other pixels than these: {difference}; give its own"
             )
-        found = saved.get("views", ["whole"])  # absent in older checkpoints
+        found = trained_views(saved)
         if found != list(self.views):
             raise UserError(
                 f"{source}: was trained on the views {', '.join(found)} of the photos, not {', '.join(self.views)}; "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from captioning.decoders import decoders_with
 from captioning.encoders.protocol import find_family
 from captioning.evaluation.metrics import METRICS
+from captioning.runtime.checkpoint import trained_views
 from captioning.runtime.settings import flag
 from captioning.search.options import SearchOptions
 from captioning.training.options import DECODER_SETTINGS, TrainingOptions
@@ -134,7 +135,7 @@ def _data(sources: CardSources, vocabulary: Vocabulary) -> str:
     photos = ""
     if "train_photos" in start:
         photos = f"{start['train_photos']:,} photos to train on and {start['val_photos']:,} to validate; "
-    views = ", ".join(sources.checkpoint.get("views", ["whole"]))
+    views = ", ".join(trained_views(sources.checkpoint))
     return (
         f"## Data\n\n`{config.get('data', 'unknown')}`: {photos}{len(vocabulary):,} words, of captions split by "
         f"{vocabulary.tokenizer_text}, that occur at least {vocabulary.min_count} times. Views of each photo: {views}. "
