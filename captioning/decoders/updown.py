@@ -34,7 +34,7 @@ class Operations(NamedTuple):
 
     attention_gates: Layer
     query: Layer
-    attend: GridAttention
+    grid_attention: GridAttention
     context_gates: Layer
     language_gates: Layer
 
@@ -101,8 +101,13 @@ class UpDownDecoder(nn.Module):
         """See Decoder.step in captioning/decoders/protocol.py."""
         cells, keys, pooling, photo_gates = state.per_photo
         scores = ChunkedAttentionScores("tanh", keys, self.score.weight)
-        attend = GridAttention(cells, pooling, scores, soft_weights)
-        operations = Operations(self.attention_gates, self.query, attend, self.context_gates, self.language_gates)
+        operations = Operations(
+            self.attention_gates,
+            self.query,
+            GridAttention(cells, pooling, scores, soft_weights),
+            self.context_gates,
+            self.language_gates,
+        )
         gates = self.word_gates(self.embedding(words)) + repeat_for_captions(photo_gates, words)
         per_caption, attention = self._advance(operations, gates, state.per_caption)
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
@@ -146,7 +151,7 @@ class UpDownDecoder(nn.Module):
         hidden1, cell1, hidden2, cell2 = per_caption
         gates = gates + operations.attention_gates(torch.cat([hidden2, hidden1], 1))
         hidden1, cell1 = lstm_update(gates, cell1)
-        context, attention, _ = operations.attend.attend(operations.query(hidden1))  # (R, C), (R, P)
+        context, attention, _ = operations.grid_attention.attend(operations.query(hidden1))  # (R, C), (R, P)
         gates = operations.context_gates(context) + operations.language_gates(torch.cat([hidden1, hidden2], 1))
         hidden2, cell2 = lstm_update(gates, cell2)
         return (hidden1, cell1, hidden2, cell2), attention
