@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -90,8 +91,8 @@ def _distinct_ngrams(captions: Sequence[Sequence[str]]) -> set[tuple[str, ...]]:
     }
 
 
-def by_name(scores: np.ndarray) -> dict[str, float]:
-    """Scores (6,) -> metric name -> score."""
+def by_name(scores: np.ndarray) -> dict[str, Any]:
+    """Scores (6,), or their intervals (6, 2) -> metric name -> score, or [lower, upper]."""
     return dict(zip(METRICS, scores.tolist(), strict=True))
 
 

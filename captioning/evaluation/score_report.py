@@ -150,8 +150,7 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """The scores as JSON-ready data."""
         intervals = {
-            protocol: dict(zip(METRICS, confidence_interval(resampled).tolist(), strict=True))
-            for protocol, resampled in self.resampled.items()
+            protocol: by_name(confidence_interval(resampled)) for protocol, resampled in self.resampled.items()
         }
         scores = {
             protocol: {**by_name(aggregate(stats)), **self.java[protocol]} for protocol, stats in self.stats.items()

@@ -19,7 +19,6 @@ from captioning.decoders.protocol import upcast
 from captioning.encoders.images import FailureLimit
 from captioning.errors import UserError
 from captioning.evaluation.metrics import (
-    METRICS,
     aggregate,
     bootstrap,
     by_name,
@@ -171,7 +170,7 @@ class Validation:
         references = {self.split.ids[index]: self.split.references(index) for index in scored}
         stats = per_image_stats(candidates, references)
         scores = by_name(aggregate(stats))
-        intervals = dict(zip(METRICS, confidence_interval(bootstrap(stats)).tolist(), strict=True))
+        intervals = by_name(confidence_interval(bootstrap(stats)))
         reasons = uninformative(candidates, references)
         cross_entropy, top5, words = np.sum([shard.sums for shard in shards], 0).tolist()
         return {
