@@ -193,7 +193,8 @@ def way_of(
     search = SearchOptions(bench.beam_size, bench.max_length)
 
     def caption(batch: Tensor) -> list[list[int]]:
-        model.output_layer.step = 0
+        if isinstance(model.output_layer, EndingLayer):
+            model.output_layer.step = 0
         if isinstance(model, Toolkit):
             return model.beam_search(batch, bench.beam_size, bench.max_length)
         with autocast(batch.device, dtype):
