@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captioning.decoders.word_vector_files import FASTTEXT_MAGIC, first_bytes, open_vectors
+from captioning.decoders.word_vector_files import FASTTEXT_MAGIC, VectorLines, first_bytes, open_vectors
 from captioning.errors import UserError
 from captioning.runtime.library_errors import reason
 from preprocess.vocabulary import SPECIAL, Vocabulary
@@ -61,24 +61,36 @@ def _encode(word: str) -> bytes:
 def _load_text(weight: Tensor, path: Path, rows: dict[bytes, int], limit: int) -> LoadedVectors:
     missing = dict(rows)
     with open_vectors(path, weight.shape[1]) as lines:
-        for word, line in lines:
-            if limit and lines.read > limit:
-                break
-            if word in missing:
-                vector = lines.numbers(line)
-                if vector is not None:
-                    weight[missing.pop(word)] = torch.from_numpy(vector)
-            if not missing:
-                break
-        else:
-            if lines.damaged > lines.vectors:
-                raise UserError(f"{path}: {lines.damaged:,} of its {lines.read:,} lines are damaged; download it again")
-            announced = lines.announced or 0
-            if lines.breaks_off or lines.read < announced:
-                expected = f" of the {announced:,} that its header announces" if announced else ""
-                remark = f"; it is a head of {lines.read:,} vectors{expected}"
-                return LoadedVectors(len(rows) - len(missing), lines.damaged, remark)
-        return LoadedVectors(len(rows) - len(missing), lines.damaged)
+        read_to_end = _copy_vectors(weight, lines, missing, limit)
+    if read_to_end and lines.damaged > lines.vectors:
+        raise UserError(f"{path}: {lines.damaged:,} of its {lines.read:,} lines are damaged; download it again")
+    return LoadedVectors(len(rows) - len(missing), lines.damaged, _remark(lines) if read_to_end else "")
+
+
+def _copy_vectors(weight: Tensor, lines: VectorLines, missing: dict[bytes, int], limit: int) -> bool:
+    """Copy the vectors of these words (word -> row of weight), and remove those that are found from `missing`.
+
+    Returns whether the file was read to its end: reading stops at the limit, and once all words are found.
+    """
+    for word, line in lines:
+        if limit and lines.read > limit:
+            return False
+        if word in missing:
+            vector = lines.numbers(line)
+            if vector is not None:
+                weight[missing.pop(word)] = torch.from_numpy(vector)
+        if not missing:
+            return False
+    return True
+
+
+def _remark(lines: VectorLines) -> str:
+    """Of a file that was read to its end: whether it is only the head of a larger one."""
+    announced = lines.announced or 0
+    if not lines.breaks_off and lines.read >= announced:
+        return ""
+    expected = f" of the {announced:,} that its header announces" if announced else ""
+    return f"; it is a head of {lines.read:,} vectors{expected}"
 
 
 def _is_fasttext_model(path: Path) -> bool:
