@@ -125,8 +125,8 @@ def test_reading_ends_once_all_words_are_found_or_at_the_limit(tmp_path, monkeyp
         word_vector_files.VectorLines, "_word", lambda self, line: read.append(line) or numbers(self, line)
     )
     words = [f"{word} 1 2 3\n" for word in VOCABULARY.words[4:]]
-    assert load_text(tmp_path, "".join([*words, *["cat 1 2 3\n"] * 99]))[0] == (4, 0, "") and len(read) == 4
-    loaded, weight = load_text(tmp_path, "".join(words), limit=3)
+    assert load_text(tmp_path, "".join(["103 3\n", *words, *["cat 1 2 3\n"] * 99]))[0] == (4, 0, "") and len(read) == 4
+    loaded, weight = load_text(tmp_path, "".join(["4 3\n", *words]), limit=3)
     assert loaded == (3, 0, "") and (weight[7] == -1).all()
 
 
