@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from captioning.doctor.findings import Check, Finding
 from captioning.runtime.files import atomic_text
+from captioning.runtime.progress import tqdm
 from captioning.viewing.html_report import HEAD, thumbnail
 from preprocess.languages import LANGUAGES
 
