@@ -20,6 +20,7 @@ from preprocess.captions import read_captions
 from preprocess.columns import Columns
 from preprocess.folders import split_in_name
 from preprocess.left_out import LEFT_OUT_FILE
+from preprocess.readers import photo_folder
 
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text("utf-8")
 SECTIONS = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -357,6 +358,18 @@ def test_a_text_beside_a_photo_precedes_json_unless_it_is_empty_and_a_damaged_on
         "train/1.jpg": (("a", "dog"),),
         "val/2.jpg": (("a", "cat"), ("cats",)),
     }
+
+
+def test_only_files_without_the_ending_of_a_photo_are_opened_to_see_whether_they_are_photos_and_once(
+    tmp_path, monkeypatch, capsys
+):
+    opened = []
+    monkeypatch.setattr(photo_folder, "is_photo", lambda file: opened.append(file.name) or file.name == "2")
+    put(tmp_path / "set", **{"1_jpg": "", "1_txt": "a dog", "2_txt": "a cat", "3_txt": "a fox", "1_json": "{}"})
+    put(tmp_path / "set", **{"2": "", "LICENSE": "", "1_npy": "", "2_npy": ""})
+    assert sorted(preprocess(tmp_path, tmp_path / "set")) == ["1.jpg", "2"]
+    assert sorted(opened) == ["1.npy", "2", "2.npy", "LICENSE"]
+    assert "3 x no photo" in capsys.readouterr().out
 
 
 def test_paths_that_windows_wrote_are_found(tmp_path):
