@@ -30,9 +30,10 @@ from captioning.runtime.files import locked
 from captioning.runtime.library_errors import reason
 from captioning.runtime.progress import tqdm
 from config import Preprocess
-from preprocess.annotations import SPLITS, Annotations, LeftOut, Record, read_annotations
+from preprocess.annotations import Annotations, LeftOut, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, TEXTS_FILE, Photo, stored_path, write_captions, write_texts
 from preprocess.columns import Columns
+from preprocess.folders import SPLITS
 from preprocess.languages import LANGUAGES, default_tokenizer, detect_language, is_cut_by_hand
 from preprocess.left_out import LEFT_OUT_FILE, WORDLESS, check_left_out, left_out_lines, write_left_out
 from preprocess.photos import Located, locate_photos, with_unique_ids
