@@ -44,8 +44,6 @@ from preprocess.tokenizers import tokenize_all
 from preprocess.user_dictionary import read_user_dictionary
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
 
-DEFAULT_MIN_COUNT = {"zh": 2, "en": 5, "ja": 5, "th": 5}
-
 
 def main(config: Preprocess) -> None:
     """Preprocess, with the data folder locked, or check what was preprocessed before."""
@@ -180,7 +178,7 @@ def _build_vocabulary(
         source, *_ = config.karpathy or config.train or [config.source or "--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
     _check_words(config, train, language, tokenizer)
-    min_count = config.min_count or DEFAULT_MIN_COUNT[language]
+    min_count = config.min_count or LANGUAGES[language].min_count
     vocabulary = Vocabulary.from_counts(
         train.words,
         language=language,
