@@ -150,6 +150,27 @@ def test_the_order_of_the_log_odds_is_that_of_the_captions_and_the_generator_of_
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_every_caption_is_judged_once_by_models_that_never_saw_its_photo(quick, monkeypatch):
+    seen, judged = [], []
+
+    def train(captions, features, photos, name):
+        seen.append(set(photos.tolist()))
+        return train_model(captions, features, photos, name)
+
+    def gather(models, captions, features, photos):
+        judged.extend(photos.tolist())
+        assert seen[-1] == set(range(36)) - set(photos.tolist())
+        return gather_evidence(models, captions, features, photos)
+
+    train_model, gather_evidence = mismatches.train_model, mismatches.gather_evidence
+    monkeypatch.setattr(mismatches, "train_model", train)
+    monkeypatch.setattr(mismatches, "gather_evidence", gather)
+    monkeypatch.setattr(mismatches, "CLASSIFIER_STEPS", 1)
+    photos, features = toy_data(36)
+    mismatches.find_mismatches(CaptionTerms.of(photos, "en"), features)
+    assert sorted(judged) == list(range(36))
+
+
 def test_terms_are_words_with_chinese_characters_or_english_pairs():
     assert list(terms_of(("小狗", "跑"), "zh")) == ["小狗", "跑", "小", "狗"]
     assert list(terms_of(("a", "black", "dog"), "en")) == ["a", "black", "dog", "a black", "black dog"]
