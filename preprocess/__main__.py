@@ -30,9 +30,10 @@ from captioning.runtime.files import locked
 from captioning.runtime.library_errors import reason
 from captioning.runtime.progress import tqdm
 from config import Preprocess
-from preprocess.annotations import SPLITS, Annotations, LeftOut, Record, read_annotations
+from preprocess.annotations import Annotations, LeftOut, Record, read_annotations
 from preprocess.captions import CAPTIONS_FILE, TEXTS_FILE, Photo, stored_path, write_captions, write_texts
 from preprocess.columns import Columns
+from preprocess.folders import SPLITS
 from preprocess.languages import LANGUAGES, default_tokenizer, detect_language, is_cut_by_hand
 from preprocess.left_out import LEFT_OUT_FILE, WORDLESS, check_left_out, left_out_lines, write_left_out
 from preprocess.photos import Located, locate_photos, with_unique_ids
@@ -42,8 +43,6 @@ from preprocess.splits import assign_splits, check_splits
 from preprocess.tokenizers import tokenize_all
 from preprocess.user_dictionary import read_user_dictionary
 from preprocess.vocabulary import SPECIAL, VOCABULARY_FILE, Vocabulary
-
-DEFAULT_MIN_COUNT = {"zh": 2, "en": 5, "ja": 5, "th": 5}
 
 
 def main(config: Preprocess) -> None:
@@ -179,7 +178,7 @@ def _build_vocabulary(
         source, *_ = config.karpathy or config.train or [config.source or "--scenes"]
         raise UserError(f"{source}: train is empty: no photo is on disk with a caption; check photos and captions")
     _check_words(config, train, language, tokenizer)
-    min_count = config.min_count or DEFAULT_MIN_COUNT[language]
+    min_count = config.min_count or LANGUAGES[language].min_count
     vocabulary = Vocabulary.from_counts(
         train.words,
         language=language,

@@ -6,7 +6,6 @@ module checks them: one bad entry does not void the others, it is left out and l
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,13 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioning.errors import UserError
-from captioning.runtime.library_errors import reason
 from preprocess import ANNOTATION_READERS
 from preprocess.columns import Columns
-from preprocess.content import Content, describe, load_content, read_bytes
-from preprocess.folders import SPLIT_NAMES, SPLITS
-
-__all__ = ["SPLITS"]
+from preprocess.content import Content, describe, load_content
+from preprocess.folders import SPLIT_NAMES
 
 if TYPE_CHECKING:
     from preprocess.readers.protocol import AnnotationReader
@@ -109,17 +105,6 @@ def read_references(path: Path, split: str) -> list[Record]:
     if not records:
         raise UserError(f"{path}: holds no {split} images; give another --split or another file")
     return [Record(record.image, record.id, split, record.captions) for record in records]
-
-
-def read_json(path: Path) -> object:
-    """The content of a JSON file. Raises UserError where it cannot be read or parsed."""
-    try:
-        return json.loads(read_bytes(path))
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: not JSON at {position} ({error.msg}); download or unpack it again") from None
-    except (ValueError, RecursionError) as error:  # not Unicode, an integer of too many digits, nested too deeply
-        raise UserError(f"{path}: not JSON ({reason(error)}); download or unpack it again") from None
 
 
 def find_reader(content: Content) -> AnnotationReader:

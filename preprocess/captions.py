@@ -24,7 +24,8 @@ from pathlib import Path
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
 from captioning.runtime.library_errors import reason
-from preprocess.annotations import SPLITS, Record
+from preprocess.annotations import Record
+from preprocess.folders import SPLITS
 
 CAPTIONS_FILE = "captions.jsonl"
 TEXTS_FILE = "texts.jsonl"

@@ -72,6 +72,14 @@ def read_text(path: Path) -> tuple[str, str]:
     return _decode(path, read_bytes(path))
 
 
+def read_json(path: Path) -> object:
+    """The content of a JSON file. Raises UserError where it cannot be read or parsed."""
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, error) from None
+
+
 def read_bytes(path: Path) -> bytes:
     """The content of a file. Raises UserError where it cannot be read."""
     try:
@@ -116,18 +124,26 @@ def _is_chinese(text: str) -> bool:
 
 def _parse(path: Path, text: str) -> object:
     """Parsed JSON, the list of the rows of JSON Lines, or Text."""
-    lines = text.split("\n")  # not splitlines: JSON strings and captions may hold U+2028
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        lines = text.split("\n")  # not splitlines: JSON strings and captions may hold U+2028
         if _is_object(next(filter(str.strip, lines), "")):
             return [_json_or_none(line) for line in lines if line.strip()]
         if text.lstrip()[:1] in ("{", "["):
-            position = f"line {error.lineno}, column {error.colno}"
-            raise UserError(f"{path}: not JSON at {position} ({error.msg}); download or unpack it again") from None
-    except (ValueError, RecursionError) as error:  # an integer of too many digits, nested too deeply
-        raise UserError(f"{path}: not JSON ({reason(error)}); download or unpack it again") from None
-    return Text([line.rstrip("\r") for line in lines])
+            raise _not_json(path, error) from None
+        return Text([line.rstrip("\r") for line in lines])
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, error) from None
+
+
+def _not_json(path: Path, error: ValueError | RecursionError) -> UserError:
+    """The error for a file that the json module has refused."""
+    if isinstance(error, json.JSONDecodeError):
+        problem = f"not JSON at line {error.lineno}, column {error.colno} ({error.msg})"
+    else:  # not Unicode, an integer of too many digits, nested too deeply
+        problem = f"not JSON ({reason(error)})"
+    return UserError(f"{path}: {problem}; download or unpack it again")
 
 
 def _is_object(line: str) -> bool:

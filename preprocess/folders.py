@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
+CAPTION_ENDINGS = (".txt", ".json")  # of files beside a photo
 SPLITS = ("train", "val", "test")
 # restval: the photos of COCO's val2014 that are in neither Karpathy's val nor test; most published work trains on it
 SPLIT_NAMES = {name: name for name in SPLITS} | {"restval": "train", "validation": "val", "valid": "val", "dev": "val"}
@@ -35,6 +36,11 @@ def split_in_name(name: str) -> str | None:
     """The split that the name of a file or folder says."""
     match = SPLIT_IN_NAME.search(photo_stem(name))
     return SPLIT_NAMES[match[1].lower()] if match else None
+
+
+def split_in_folders(path: str) -> str | None:
+    """The split that the folders of a path, which are separated by /, say: the first that says one."""
+    return next(filter(None, map(split_in_name, path.split("/")[:-1])), None)
 
 
 def walk(root: str, hidden: list[str] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:

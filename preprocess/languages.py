@@ -1,4 +1,4 @@
-"""The languages of captions, told from their script, and what tokenizing depends on."""
+"""The languages of captions, told from their script, and what depends on them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ THAI_CHARACTER = re.compile(f"[{THAI}]")
 
 @dataclass(frozen=True)
 class Language:
-    """What tokenizing a language depends on."""
+    """What the words of a language, and the checks of its captions, depend on."""
 
     tokenizer: str  # name in preprocess.TOKENIZERS, unless --tokenizer names another
     has_spaces: bool  # between words
     max_mean_letters: int  # per word; only whole sentences are longer on average
+    min_count: int = 5  # of a word in train, unless --min-count gives another
+    script: re.Pattern[str] | None = None  # a letter of it; None: Latin
 
 
 LANGUAGES = {
     "en": Language("whitespace", has_spaces=True, max_mean_letters=8),
-    "zh": Language("jieba", has_spaces=False, max_mean_letters=3),
-    "ja": Language("fugashi", has_spaces=False, max_mean_letters=3),
-    "th": Language("pythainlp", has_spaces=False, max_mean_letters=8),
+    "zh": Language("jieba", has_spaces=False, max_mean_letters=3, min_count=2, script=HAN_CHARACTER),
+    "ja": Language("fugashi", has_spaces=False, max_mean_letters=3, script=re.compile(f"[{HAN}{KANA}]")),
+    "th": Language("pythainlp", has_spaces=False, max_mean_letters=8, script=THAI_CHARACTER),
 }
 
 

@@ -30,31 +30,52 @@ def locate_photos(records: Sequence[Record], folders: Iterable[Path]) -> list[Lo
     image folder is looked for in the folders below it, and used where it is unique. Links are followed: whoever laid
     them may. That an annotation names no path out of its folder has been checked on the text.
     """
-    find_below = functools.cache(_index)
+    open_folder, find_below = functools.cache(_Folder), functools.cache(_index)
+    roots = set(map(str, folders))
     located = []
     for record in records:
-        folder, name = os.path.split(record.image)
-        files = _list_files(folder)
-        if name not in files and not has_photo_ending(name):
-            name = next((file for file in files if os.path.splitext(file)[0] == name and has_photo_ending(file)), name)
-        if name not in files:
-            name = _names_by_lower_case(folder).get(name.lower()) or name
-        image = os.path.join(folder, name)
-        if name not in files and folder in map(str, folders):
-            image = find_below(folder).get(name) or image
-        resolved = _list_files(os.path.dirname(image)).get(os.path.basename(image))
+        path, name = os.path.split(record.image)
+        folder = open_folder(path)
+        if name not in folder.files and not has_photo_ending(name):
+            name = folder.photos_by_stem.get(name, name)
+        if name not in folder.files:
+            name = folder.names_by_lower_case.get(name.lower()) or name
+        image = os.path.join(path, name)
+        if name not in folder.files and path in roots:
+            image = find_below(path).get(name) or image
+        resolved = open_folder(os.path.dirname(image)).files.get(os.path.basename(image))
         located.append(Located(record if image == record.image else replace(record, image=image), resolved))
-    _list_files.cache_clear()
-    _names_by_lower_case.cache_clear()
     return located
 
 
-@functools.cache
-def _list_files(folder: str) -> dict[str, str]:
-    """The names of the files in a folder, each with its path without links.
+class _Folder:
+    """A folder, listed once: that is faster than asking the file system for each of up to 240,000 photos.
 
-    The folder is listed once: that is faster than asking the file system for each of up to 240,000 photos.
+    Attributes: files: name -> path without links.
     """
+
+    def __init__(self, path: str):
+        self.files = _list_files(path)
+
+    @functools.cached_property
+    def photos_by_stem(self) -> dict[str, str]:
+        """Name without its ending -> name of the photo: the first of several."""
+        names: dict[str, str] = {}
+        for name in filter(has_photo_ending, self.files):
+            names.setdefault(os.path.splitext(name)[0], name)
+        return names
+
+    @functools.cached_property
+    def names_by_lower_case(self) -> dict[str, str | None]:
+        """Name in lower case -> name of the file; None where several differ only in the case of letters."""
+        names: dict[str, str | None] = {}
+        for name in self.files:
+            names[name.lower()] = None if name.lower() in names else name
+        return names
+
+
+def _list_files(folder: str) -> dict[str, str]:
+    """The names of the files in a folder, each with its path without links. Raises UserError if it cannot be read."""
     real_folder = os.path.realpath(folder or ".")
     try:
         with os.scandir(folder or ".") as entries:
@@ -69,15 +90,6 @@ def _list_files(folder: str) -> dict[str, str]:
         return {}
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from None
-
-
-@functools.cache
-def _names_by_lower_case(folder: str) -> dict[str, str | None]:
-    """Name in lower case -> the name of the file; None where several differ only in the case of letters."""
-    names: dict[str, str | None] = {}
-    for name in _list_files(folder):
-        names[name.lower()] = None if name.lower() in names else name
-    return names
 
 
 def _index(root: str) -> dict[str, str | None]:

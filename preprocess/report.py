@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from preprocess.annotations import SPLITS
 from preprocess.captions import Photo
+from preprocess.folders import SPLITS
 from preprocess.vocabulary import SPECIAL, Vocabulary
 
 HEADINGS = ("split", "photos", "captions", "words: median", "90 %", "99 %", "max", "unknown")

@@ -12,7 +12,7 @@ from captioning.errors import UserError
 from preprocess.annotations import Annotations, Record, collect, find_reader
 from preprocess.columns import Columns
 from preprocess.content import Content, Folder, load_content
-from preprocess.folders import PHOTO_ENDINGS, has_photo_ending, split_in_name, walk
+from preprocess.folders import PHOTO_ENDINGS, has_photo_ending, split_in_folders, split_in_name, walk
 from preprocess.splits import apply_split_lists
 from preprocess.unpack import is_tar, unpack_tars
 
@@ -77,12 +77,15 @@ def _find_sources(path: Path, unpacked: Path, columns: Columns) -> list[Source]:
 
 def _find_tars(root: Path, depth: int) -> list[Path]:
     """The tars in a folder and in those at most `depth` below it, in alphabetical order."""
-    found: list[Path] = []
+    return [file for folder, names in _walk_to(root, depth) for name in names if is_tar(file := folder / name)]
+
+
+def _walk_to(root: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those at most `depth` below it, in alphabetical order, each with the names of its files."""
     for folder, folders, files in walk(str(root)):
-        found += filter(is_tar, (Path(folder, file) for file in files))
+        yield Path(folder), files
         if len(Path(folder).relative_to(root).parts) >= depth:
             folders.clear()
-    return found
 
 
 def _unpack(root: Path, tars: list[Path], unpacked: Path, columns: Columns) -> list[Source]:
@@ -101,11 +104,7 @@ def _sources_below(folder: Content, unpacked: Path) -> Iterator[Source]:
             print(f"passed over: {error}")
             continue
         if _is_known(content):
-            parts = name.split("/")
-            split = split_in_name(parts[-1].rpartition(".")[0]) or next(
-                filter(None, map(split_in_name, parts[:-1])), None
-            )
-            yield Source(content, split)
+            yield Source(content, split_in_name(Path(name).stem) or split_in_folders(name))
 
 
 def _is_known(content: Content) -> bool:
@@ -125,7 +124,7 @@ def _find_images(source: Path, file: Path, unpacked: Path, records: Sequence[Rec
         return file
     sample = [record.image for record in records[:: len(records) // SAMPLE + 1]]
     root = source if source.is_dir() else source.parent
-    below = (Path(folder) for folder, _, _ in walk(str(root)) if len(Path(folder).relative_to(root).parts) <= MAX_DEPTH)
+    below = (folder for folder, _ in _walk_to(root, MAX_DEPTH))
     candidates = [file.parent, unpacked, *islice(below, MAX_FOLDERS)]
     scores = [sum(_exists(folder / name) for name in sample) for folder in candidates]
     best = candidates[scores.index(max(scores))] if max(scores) else root

@@ -11,7 +11,7 @@ from pathlib import Path
 from captioning.errors import UserError
 from preprocess.annotations import Annotations, LeftOut
 from preprocess.content import Text, load_content
-from preprocess.folders import photo_stem, split_in_name
+from preprocess.folders import is_hidden, photo_stem, split_in_name
 from preprocess.photos import Located
 
 MAX_HASH = 2**256
@@ -105,7 +105,7 @@ def apply_split_lists(path: Path, annotations: Annotations) -> Annotations:
 
 def _read_list(file: Path, known: set[str]) -> set[str]:
     """The names in a list of photos without their endings; none if it is something else."""
-    if file.name.startswith("."):
+    if is_hidden(file.name):
         return set()
     try:
         content = load_content(file).data

@@ -13,7 +13,7 @@ from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
 from captioning.runtime.progress import tqdm
 from preprocess.columns import Columns
-from preprocess.folders import has_photo_ending, is_hidden
+from preprocess.folders import CAPTION_ENDINGS, has_photo_ending, is_hidden
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 PARQUET_MAGIC = b"PAR1"
@@ -61,7 +61,7 @@ def _wanted_members(archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
 def _safe_name(member: tarfile.TarInfo) -> str | None:
     """The path of a member that is a photo, a text or JSON; None for all others."""
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
-    wanted = member.isfile() and parts and (has_photo_ending(parts[-1]) or parts[-1].endswith((".txt", ".json")))
+    wanted = member.isfile() and parts and (has_photo_ending(parts[-1]) or parts[-1].endswith(CAPTION_ENDINGS))
     if not wanted or any(is_hidden(part) or "\\" in part or "\0" in part or part == ".." for part in parts):
         return None
     return "/".join(parts)

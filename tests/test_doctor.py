@@ -11,11 +11,14 @@ from PIL import Image
 import config
 from captioning.doctor import matching_model, mismatches, near_duplicates, text_checks
 from captioning.doctor.checkup import check_data
+from captioning.doctor.findings import Check, Finding
 from captioning.doctor.matching_model import CaptionTerms, terms_of
+from captioning.doctor.report import write_check_page
 from captioning.errors import UserError
 from captioning.runtime import command_line
 from preprocess.__main__ import main
 from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
+from preprocess.vocabulary import SPECIAL, Vocabulary
 from tests.test_html_report import ParsedPage
 
 
@@ -147,6 +150,27 @@ def test_the_order_of_the_log_odds_is_that_of_the_captions_and_the_generator_of_
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_every_caption_is_judged_once_by_models_that_never_saw_its_photo(quick, monkeypatch):
+    seen, judged = [], []
+
+    def train(captions, features, photos, name):
+        seen.append(set(photos.tolist()))
+        return train_model(captions, features, photos, name)
+
+    def gather(models, captions, features, photos):
+        judged.extend(photos.tolist())
+        assert seen[-1] == set(range(36)) - set(photos.tolist())
+        return gather_evidence(models, captions, features, photos)
+
+    train_model, gather_evidence = mismatches.train_model, mismatches.gather_evidence
+    monkeypatch.setattr(mismatches, "train_model", train)
+    monkeypatch.setattr(mismatches, "gather_evidence", gather)
+    monkeypatch.setattr(mismatches, "CLASSIFIER_STEPS", 1)
+    photos, features = toy_data(36)
+    mismatches.find_mismatches(CaptionTerms.of(photos, "en"), features)
+    assert sorted(judged) == list(range(36))
+
+
 def test_terms_are_words_with_chinese_characters_or_english_pairs():
     assert list(terms_of(("小狗", "跑"), "zh")) == ["小狗", "跑", "小", "狗"]
     assert list(terms_of(("a", "black", "dog"), "en")) == ["a", "black", "dog", "a black", "black dog"]
@@ -197,6 +221,15 @@ def test_without_features_only_captions_are_checked_and_one_line_says_so(small_d
     assert after == before
 
 
+def test_the_page_shows_captions_as_they_are_written_with_the_spaces_of_those_cut_by_hand(tmp_path):
+    finding = Finding(1.0, "", (photo("none", "一只 狗", "两只 狗"),), ("一只", "狗"))
+    for tokenizer, shown in (("jieba", ["一只狗", "两只狗"]), ("whitespace", ["一只 狗", "两只 狗"])):
+        vocabulary = Vocabulary("zh", tokenizer, 1, SPECIAL)
+        write_check_page(tmp_path / "check.html", "", vocabulary, [Check("name", "", "", [finding])])
+        page = (tmp_path / "check.html").read_text("utf-8")
+        assert all(f">{text}<" in page for text in shown)
+
+
 def test_with_features_photos_are_checked_too(here, quick, monkeypatch, tmp_path):
     data = here / "data" / "small"
     copy = tmp_path / "data"
@@ -204,7 +237,6 @@ def test_with_features_photos_are_checked_too(here, quick, monkeypatch, tmp_path
     for name in (CAPTIONS_FILE, "vocab.json"):
         (copy / name).write_bytes((data / name).read_bytes())
     monkeypatch.setattr("captioning.doctor.checkup.MIN_PHOTOS", 10)
-    monkeypatch.setattr(matching_model, "EPOCHS", 1)
     monkeypatch.setattr(matching_model, "MIN_STEPS", 1)
     check_data(copy, data / "features.h5", 0.01)
     results = json.loads((copy / "check.json").read_text("utf-8"))
@@ -215,7 +247,10 @@ def test_with_features_photos_are_checked_too(here, quick, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda photos: [replace(photo, id=f"other {photo.id}") for photo in photos], "belongs to another data set"),
+        (
+            lambda photos: [replace(photo, id=f"other {photo.id}") for photo in photos],
+            "belongs to another data set: .*--overwrite",
+        ),
         (lambda photos: [*photos, replace(photos[0], id="new")], "no features for 1 of 25 photos; run: python extract"),
         (lambda photos: photos, "fewer than 100 photos"),
     ],

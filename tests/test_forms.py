@@ -20,6 +20,7 @@ from preprocess.captions import read_captions
 from preprocess.columns import Columns
 from preprocess.folders import split_in_name
 from preprocess.left_out import LEFT_OUT_FILE
+from preprocess.readers import photo_folder
 
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text("utf-8")
 SECTIONS = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -257,6 +258,30 @@ def test_links_of_a_cache_are_followed_and_equal_photos_share_a_split(tmp_path):
     assert len({photo.split for photo in photos.values()}) == 2
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_entered_twice(tmp_path):
+    put(tmp_path / "disk", **{"1_jpg": "", "1_txt": "a dog", "2_jpg": "", "2_txt": "a cat"})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/photos").symlink_to("../disk")
+    (tmp_path / "disk/back").symlink_to("../set")
+    assert sorted(preprocess(tmp_path, tmp_path / "set")) == ["photos/1.jpg", "photos/2.jpg"]
+
+
+def test_a_photo_in_a_folder_below_is_found_by_its_name_if_only_one_has_it(tmp_path):
+    put(tmp_path / "set", captions_csv="image,caption\n1.jpg,a dog\n2.jpg,a cat\n3,a fox\n")
+    put(tmp_path / "set/photos", a__1_jpg="", b__1_jpg="", a__2_jpg="", b__3_jpg="")
+    main(
+        Preprocess(
+            tmp_path / "data",
+            train=(tmp_path / "set/captions.csv", tmp_path / "set/photos"),
+            allow_missing=0.5,
+            workers=1,
+            min_count=1,
+        )
+    )
+    photos = {photo.id: os.path.relpath(photo.image, tmp_path) for photo in read_captions(tmp_path / "data")}
+    assert photos == {"2.jpg": "set/photos/a/2.jpg", "3": "set/photos/b/3.jpg"}
+
+
 def test_one_photo_in_two_splits_is_refused_by_its_file(tmp_path):
     put(tmp_path / "set", captions_csv="image,caption,split\na.jpg,a dog,train\nb.jpg,a dog,test\n", a_jpg="")
     (tmp_path / "set/b.jpg").symlink_to("a.jpg")
@@ -307,6 +332,10 @@ def test_tars_are_unpacked_once_without_links_and_paths_that_lead_out(tmp_path):
     assert photos["val-0/1.jpg"].captions == (("a", "dog"), ("dogs",))
     unpacked = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert not any("evil" in name or "link" in name or "._" in name for name in unpacked)
+    photo = tmp_path / "data/photos/train-0/1.jpg"
+    written = photo.stat().st_mtime_ns
+    preprocess(tmp_path, tmp_path / "tars", allow_missing=0.5)
+    assert photo.stat().st_mtime_ns == written
 
 
 def write_tar(path, members):
@@ -357,6 +386,18 @@ def test_a_text_beside_a_photo_precedes_json_unless_it_is_empty_and_a_damaged_on
         "train/1.jpg": (("a", "dog"),),
         "val/2.jpg": (("a", "cat"), ("cats",)),
     }
+
+
+def test_only_files_without_the_ending_of_a_photo_are_opened_to_see_whether_they_are_photos_and_once(
+    tmp_path, monkeypatch, capsys
+):
+    opened = []
+    monkeypatch.setattr(photo_folder, "is_photo", lambda file: opened.append(file.name) or file.name == "2")
+    put(tmp_path / "set", **{"1_jpg": "", "1_txt": "a dog", "2_txt": "a cat", "3_txt": "a fox", "1_json": "{}"})
+    put(tmp_path / "set", **{"2": "", "LICENSE": "", "1_npy": "", "2_npy": ""})
+    assert sorted(preprocess(tmp_path, tmp_path / "set")) == ["1.jpg", "2"]
+    assert sorted(opened) == ["1.npy", "2", "2.npy", "LICENSE"]
+    assert "3 x no photo" in capsys.readouterr().out
 
 
 def test_paths_that_windows_wrote_are_found(tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,28 @@ def test_a_different_result_requires_overwrite(tmp_path, images, settings):
     assert contents(tmp_path / "data") == before
     preprocess(tmp_path / "data", train=train, **settings, overwrite=True)
     assert contents(tmp_path / "data") != before
+
+
+def test_a_kill_while_files_are_replaced_leaves_no_captions_with_the_vocabulary_of_others(
+    tmp_path, images, monkeypatch
+):
+    preprocess(tmp_path / "data", train=annotations(images, many(40)))
+    replace = os.replace
+
+    def kill_after_the_vocabulary(source, target):
+        replace(source, target)
+        if Path(target) == tmp_path / "data" / "vocab.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill_after_the_vocabulary)
+    other = annotations(images, many(40, "a cat sleeps"), "other.json")
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(tmp_path / "data", train=other, overwrite=True)
+    assert "cat" in Vocabulary.load(tmp_path / "data" / "vocab.json").words
+    assert not (tmp_path / "data" / "captions.jsonl").exists()
+    monkeypatch.undo()
+    photos, _ = preprocess(tmp_path / "data", train=other)
+    assert photos[0].captions[0][:3] == ("a", "cat", "sleeps"), "without --overwrite: nothing is replaced"
 
 
 def test_a_vocabulary_without_words_is_refused(tmp_path, images):

@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from captioning.errors import UserError
 from captioning.runtime.string_array import StringArray
-from preprocess.annotations import SPLITS
 from preprocess.captions import CAPTIONS_FILE, Photo
+from preprocess.folders import SPLITS
 from preprocess.vocabulary import END, PAD, SPECIAL, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 
 MAX_UNKNOWN = 0.9  # fraction of words; the vocabulary of the same data set covers more than a tenth of them

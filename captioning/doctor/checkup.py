@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from captioning.doctor.mismatches import check_mismatches
@@ -14,6 +13,7 @@ from captioning.doctor.near_duplicates import check_near_duplicates
 from captioning.doctor.report import write_check_json, write_check_page
 from captioning.doctor.text_checks import check_texts
 from captioning.errors import UserError
+from captioning.features.feature_files import FeatureFiles
 from captioning.features.feature_reader import FeatureReader
 from captioning.runtime.device import pick_device
 from preprocess.captions import Photo, read_captions
@@ -31,17 +31,17 @@ def check_data(data: Path, features: Path | None, allow_missing: float) -> None:
     features are those of other photos, or if a larger fraction than `allow_missing` of the photos has none.
     """
     started = time.monotonic()
-    language = Vocabulary.load(data / VOCABULARY_FILE).language
+    vocabulary = Vocabulary.load(data / VOCABULARY_FILE)
     photos = list(read_captions(data))
-    checks = check_texts(photos, language)
+    checks = check_texts(photos, vocabulary.language)
     if features is None:
         print("--features features.h5 adds captions that fit another photo better, and near-duplicate photos")
     else:
         with_features, pooled = read_features(photos, data, features, allow_missing)
-        mismatches = check_mismatches(with_features, pooled, language)
+        mismatches = check_mismatches(with_features, pooled, vocabulary.language)
         checks = [mismatches, check_near_duplicates(with_features, pooled), *checks]
     write_check_json(data / JSON_FILE, checks)
-    write_check_page(data / PAGE, f"{data}: what looks wrong", language, checks)
+    write_check_page(data / PAGE, f"{data}: what looks wrong", vocabulary, checks)
     for check in checks:
         print(f"{len(check.findings):>9,}  {check.title}")
     print(f"wrote {data / PAGE} and {data / JSON_FILE} in {time.monotonic() - started:.0f} s")
@@ -55,11 +55,10 @@ def read_features(
     Raises UserError like `check_data`, or if there are too few photos to learn from.
     """
     path = features if features.exists() else data / features
-    reader = FeatureReader(path)
-    rows = reader.rows_of(photo.id for photo in photos)
-    if (rows < 0).all():
-        raise UserError(f"{path}: belongs to another data set; run: python extract_features.py {data}")
-    rows[rows >= 0] = np.where(reader.done()[rows[rows >= 0]], rows[rows >= 0], -1)
+    files = FeatureFiles([FeatureReader(path)])
+    located = files.locate([photo.id for photo in photos])
+    files.check_dataset(located, data)
+    rows = files.rows_of_views(located)[:, 0]  # a file has one view
     missing = int((rows < 0).sum())
     if missing > allow_missing * len(rows):
         raise UserError(
@@ -69,5 +68,5 @@ def read_features(
         print(f"{path}: no features for {missing:,} of {len(rows):,} photos; only their captions are checked")
     if len(rows) - missing < MIN_PHOTOS:
         raise UserError(f"{data}: has fewer than {MIN_PHOTOS} photos, too few to learn from; leave out --features")
-    pooled = reader.read_pooled(rows[rows >= 0]).cells[:, 0].float()
+    pooled = files.read(rows[rows >= 0], pooled=True).cells[:, 0].float()
     return [photo for photo, row in zip(photos, rows, strict=True) if row >= 0], pooled.to(pick_device("auto"))

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from captioning.runtime.progress import tqdm
 from preprocess.captions import Photo
 from preprocess.languages import LANGUAGES
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from captioning.doctor.findings import Check, Finding, worst_first
 from captioning.encoders.images import open_photo
 from captioning.errors import PhotoError, UserError
+from captioning.runtime.progress import tqdm
 from preprocess.captions import Photo
 
 NEIGHBOURS = 5  # of each photo whose pixels are compared

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from captioning.doctor.findings import Check, Finding
 from captioning.runtime.files import atomic_text
+from captioning.runtime.progress import tqdm
 from captioning.viewing.html_report import HEAD, thumbnail
-from preprocess.languages import LANGUAGES
+from preprocess.vocabulary import Vocabulary
 
 SHOWN = 50  # findings of a check that the page shows
 LISTED = 1_000  # findings of a check that the JSON file lists
@@ -24,13 +23,13 @@ article > :first-child { width: auto; display: flex; gap: 8px }
 """
 
 
-def write_check_page(path: Path, title: str, language: str, checks: Sequence[Check]) -> None:
+def write_check_page(path: Path, title: str, vocabulary: Vocabulary, checks: Sequence[Check]) -> None:
     """Write a page with a table of the checks and the worst findings of each. Raises UserError if it cannot be written.
 
-    A photo that cannot be read is replaced by the reason.
+    vocabulary: of the captions, which it joins to text. A photo that cannot be read is replaced by the reason.
     """
     with atomic_text(path) as file:
-        file.write(HEAD.format(title=html.escape(title), language=language) + STYLE + "<ul>\n")
+        file.write(HEAD.format(title=html.escape(title), language=vocabulary.language) + STYLE + "<ul>\n")
         for check in checks:
             file.write(f'<li><a href="#{check.name}">{check.title}</a>: {len(check.findings):,}</li>\n')
         file.write("</ul>\n")
@@ -43,20 +42,20 @@ def write_check_page(path: Path, title: str, language: str, checks: Sequence[Che
             if not shown:
                 file.write("<p>Nothing was found.</p>\n")
             for finding in shown:
-                file.writelines(_article(finding, " " if LANGUAGES[language].has_spaces else ""))
+                file.writelines(_article(finding, vocabulary))
 
 
-def _article(finding: Finding, separator: str) -> Iterator[str]:
+def _article(finding: Finding, vocabulary: Vocabulary) -> Iterator[str]:
     pictures = "".join(thumbnail(photo, THUMBNAIL)[0] for photo in finding.photos)
     yield f"<article><div>{pictures}</div><div>\n"
     if finding.caption:
-        yield f'<div class="caption">{html.escape(separator.join(finding.caption))}</div>\n'
+        yield f'<div class="caption">{html.escape(vocabulary.join(finding.caption))}</div>\n'
     ids = ", ".join(f"{photo.id} ({photo.split})" for photo in finding.photos)
     yield f'<div class="note">{html.escape(f"{finding.note} · {ids}")}</div>\n<ul>\n'
     if len(finding.photos) <= 2:  # one photo, or one and that which it is compared with
         for words in finding.photos[0].captions:
             if words != finding.caption:
-                yield f"<li>{html.escape(separator.join(words))}</li>\n"
+                yield f"<li>{html.escape(vocabulary.join(words))}</li>\n"
     yield "</ul></div></article>\n"
 
 

@@ -12,11 +12,10 @@ from itertools import permutations
 from captioning.dataset.caption_dataset import sides_of
 from captioning.doctor.findings import Check, Finding, worst_first
 from preprocess.captions import Photo
-from preprocess.languages import HAN_CHARACTER, KANA_CHARACTER, THAI_CHARACTER
+from preprocess.languages import LANGUAGES
 
 Caption = tuple[str, ...]
 
-SCRIPTS = {"zh": [HAN_CHARACTER], "ja": [HAN_CHARACTER, KANA_CHARACTER], "th": [THAI_CHARACTER]}  # others: Latin
 SHOWN_PHOTOS = 3  # of those that share a text or a word
 MAX_FOREIGN = 0.5  # fraction of the letters, or of the words, of a caption in the data set's language
 MIN_WORDS_FOR_LANGUAGE = 3  # a shorter caption may well be all rare words
@@ -118,8 +117,8 @@ def foreign_captions(photos: Sequence[Photo], language: str) -> list[Finding]:
 
 
 def _is_of_script(letter: str, language: str) -> bool:
-    if language in SCRIPTS:
-        return any(script.match(letter) for script in SCRIPTS[language])
+    if script := LANGUAGES[language].script:
+        return script.match(letter) is not None
     return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text
-from preprocess.annotations import read_json
 from preprocess.captions import Photo
+from preprocess.content import read_json
 from preprocess.folders import photo_stem
 
 NUMBER = re.compile(r"(?:COCO_[a-z0-9]+_)?0*(\d+)")  # COCO's files of 2014 are named COCO_val2014_000000000009.jpg

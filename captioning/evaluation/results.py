@@ -27,8 +27,9 @@ from captioning.evaluation.metrics import METRICS
 from captioning.evaluation.photo_names import Match, PhotoFinder, check_found, photo_name
 from captioning.evaluation.score_report import CaptionedPhotos
 from captioning.runtime.files import atomic_text
-from preprocess.annotations import read_json, read_references
+from preprocess.annotations import read_references
 from preprocess.captions import Photo, read_captions, read_texts
+from preprocess.content import read_json
 from preprocess.languages import LANGUAGES, default_tokenizer, detect_language, is_cut_by_hand
 from preprocess.tokenizers import describe_tokenizer, tokenize_all
 from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from captioning.errors import UserError
 from preprocess.annotations import Entry
 from preprocess.content import Content
-from preprocess.readers.checks import as_dict, first_has_key
+from preprocess.readers.checks import as_dict, first_has_key, no_captions
 
 
 class AiChallengerReader:
@@ -26,10 +25,7 @@ class AiChallengerReader:
         """Yield the entries: see AnnotationReader. Raises UserError for a list of photos to caption."""
         entries = [as_dict(entry) for entry in content.data]  # type: ignore[attr-defined]
         if not any("caption" in entry for entry in entries):
-            raise UserError(
-                f"{content.path}: lists photos without captions; caption them with generate.py RUN IMAGES, "
-                "or give a file with captions"
-            )
+            raise no_captions(content.path)
         for index, entry in enumerate(entries):
             caption = entry.get("caption")
             where = f"{content.path}: entry {index}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from captioning.errors import UserError
 from preprocess.annotations import Entry, LeftOut
 from preprocess.content import Content
-from preprocess.readers.checks import as_dict
+from preprocess.readers.checks import as_dict, first_has_key, no_captions
 
 # VizWiz (Gurari et al., 2020, https://arxiv.org/abs/2002.08565) marks captions that its makers rejected, and those with
 # the words that annotators chose for a photo of too low quality.
@@ -30,17 +30,14 @@ class CocoReader:
             return False
         if isinstance(data.get("annotations"), list):
             return True
-        return "annotations" not in data and any("file_name" in as_dict(entry) for entry in data["images"][:1])
+        return "annotations" not in data and first_has_key(data["images"], "file_name")
 
     def read(self, content: Content) -> Iterator[Entry | LeftOut]:
         """Yield the entries: see AnnotationReader. Raises UserError for photos to caption and for instances_*.json."""
         path, data = content.path, content.data
         assert isinstance(data, dict)
         if "annotations" not in data:
-            raise UserError(
-                f"{path}: lists photos without captions; caption them with generate.py RUN IMAGES, "
-                "or give a file with captions"
-            )
+            raise no_captions(path)
         captions: dict[object, list[object]] = {}
         for entry in data["images"]:
             captions[_key(as_dict(entry).get("id"))] = []

@@ -6,6 +6,7 @@ import contextlib
 import csv
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from preprocess.annotations import Entry, LeftOut
 from preprocess.content import Content, Text
@@ -14,6 +15,17 @@ from preprocess.readers.rows import unpack_captions
 
 DELIMITERS = ("\t", ",", ";")
 MAX_LINES = 20  # of one quoted cell: a quote that is never closed must not swallow the rest of the file
+
+
+class Layout(NamedTuple):
+    """How a table is divided. image, caption, split: the numbers of these columns of `width`, the first is 0."""
+
+    delimiter: str
+    image: int
+    caption: int
+    split: int | None
+    width: int
+    has_header: bool
 
 
 class DelimitedReader:
@@ -26,13 +38,13 @@ class DelimitedReader:
 
     def recognises(self, content: Content) -> bool:
         """Whether a content has this form: see AnnotationReader."""
-        return _layout(content) is not None
+        return _find_layout(content) is not None
 
     def read(self, content: Content) -> Iterator[Entry | LeftOut]:
         """Yield an entry for each row: see AnnotationReader."""
-        layout = _layout(content)
+        layout = _find_layout(content)
         assert layout is not None and isinstance(content.data, Text)
-        delimiter, (image, caption, split), has_header, width = layout
+        delimiter, image, caption, split, width, has_header = layout
         for number, cells in islice(_rows(content.data.lines, delimiter), int(has_header), None):
             where = f"{content.path}: line {number}"
             if caption == width - 1 and len(cells) > width:  # commas that should have been quoted
@@ -45,20 +57,23 @@ class DelimitedReader:
             yield Entry(where, cells[image].strip(), captions, split=own_split, may_repeat=True)
 
 
-def _layout(content: Content) -> tuple[str, tuple[int, int, int | None], bool, int] | None:
-    """Delimiter, numbers of the columns of photo, caption and split, whether there is a header, number of columns."""
+def _find_layout(content: Content) -> Layout | None:
+    """The layout by a header, or else by rows that all begin with a photo; None for what is no such table."""
     if not isinstance(content.data, Text):
         return None
     first = next(filter(str.strip, content.data.lines), "")
     for delimiter in DELIMITERS:
         names = [name.strip() for name in _split(first, delimiter)]
         if len(names) > 1 and (found := content.columns.find(names)):
-            split = names.index(found[2]) if found[2] else None
-            return delimiter, (names.index(found[0]), names.index(found[1]), split), True, len(names)
+            image, caption, split = found
+            split_number = names.index(split) if split else None
+            return Layout(
+                delimiter, names.index(image), names.index(caption), split_number, len(names), has_header=True
+            )
     for delimiter in DELIMITERS[:2]:
         rows = [_split(line, delimiter) for line in content.data.first_lines()]
         if rows and all(len(cells) > 1 and has_photo_ending(cells[0].strip()) for cells in rows):
-            return delimiter, (0, 1, None), False, 2
+            return Layout(delimiter, image=0, caption=1, split=None, width=2, has_header=False)
     return None
 
 
@@ -66,9 +81,10 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each row that is not empty, and the number of its line."""
     start = 0
     while start < len(lines):
-        used, cells = 1, _split(lines[start], delimiter)
         if delimiter != "\t" and '"' in lines[start]:
             used, cells = _quoted_row(lines[start : start + MAX_LINES], delimiter)
+        else:
+            used, cells = 1, _split(lines[start], delimiter)
         if any(cells):
             yield start + 1, cells
         start += used
@@ -76,7 +92,7 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 def _quoted_row(lines: list[str], delimiter: str) -> tuple[int, list[str]]:
     """The number of lines of the row at the head of these lines, and its cells."""
-    if not any(f'{delimiter}"' in f"{delimiter}{line}" for line in lines[:1]):
+    if f'{delimiter}"' not in f"{delimiter}{lines[0]}":
         return 1, lines[0].split(delimiter)  # quotes within a cell mean nothing
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter)
     try:

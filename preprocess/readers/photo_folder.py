@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from captioning.errors import UserError
 from captioning.runtime.photo_formats import is_photo
 from preprocess.annotations import Entry, LeftOut
 from preprocess.columns import Columns
 from preprocess.content import Content, Folder, read_text
-from preprocess.folders import has_photo_ending, split_in_name
+from preprocess.folders import CAPTION_ENDINGS, has_photo_ending, split_in_folders
 from preprocess.readers.rows import unpack_captions
 
-CAPTION_ENDINGS = (".txt", ".json")
 NO_CAPTION = "no caption: no text file beside it, nor JSON that has one"
 
 
@@ -28,17 +28,21 @@ class PhotoFolderReader:
         if not isinstance(content.data, Folder):
             return False
         names = set(content.data.files)
-        return any(not names.isdisjoint(_beside(name)) and _is_photo(content, name) for name in content.data.files)
+        return any(
+            _is_photo(content.path / name)
+            for name in content.data.files
+            if not name.endswith(CAPTION_ENDINGS) and not names.isdisjoint(_beside(name))
+        )
 
     def read(self, content: Content) -> Iterator[Entry | LeftOut]:
         """Yield an entry for each photo: see AnnotationReader. A text file precedes a JSON file unless it is empty."""
         assert isinstance(content.data, Folder)
         names = set(content.data.files)
         for name in content.data.files:
-            where = f"{content.path / name}"
             if name.endswith(CAPTION_ENDINGS):
                 continue
-            if not _is_photo(content, name):
+            where = str(content.path / name)
+            if not _is_photo(content.path / name):
                 yield LeftOut(where, "no photo", "marked")
                 continue
             files = [Path(content.path, other) for other in _beside(name) if other in names]
@@ -46,18 +50,17 @@ class PhotoFolderReader:
             if captions is None:
                 yield LeftOut(where, NO_CAPTION, "photo")
                 continue
-            splits = filter(None, map(split_in_name, PurePosixPath(name).parts[:-1]))
-            yield Entry(where, name, captions, split=next(splits, None))
+            yield Entry(where, name, captions, split=split_in_folders(name))
 
 
-def _is_photo(content: Content, name: str) -> bool:
-    """By its ending, or else by its content. A file of captions is none."""
-    return has_photo_ending(name) or (not name.endswith(CAPTION_ENDINGS) and is_photo(content.path / name))
+def _is_photo(file: Path) -> bool:
+    """By its ending, or else by its content: only files without a photo's ending are opened."""
+    return has_photo_ending(file.name) or is_photo(file)
 
 
 def _beside(photo: str) -> list[str]:
     """The files that may hold the captions of a photo."""
-    return [str(PurePosixPath(photo).with_suffix(ending)) for ending in CAPTION_ENDINGS]
+    return [os.path.splitext(photo)[0] + ending for ending in CAPTION_ENDINGS]
 
 
 def _captions_in(file: Path, columns: Columns) -> object:

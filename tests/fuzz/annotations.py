@@ -23,6 +23,7 @@ with atheris.instrument_imports(include=["preprocess.annotations", "preprocess.c
     list(ANNOTATION_READERS.values())  # imports the readers, so that they are instrumented
 
 from captioning.errors import UserError
+from preprocess.folders import SPLITS
 
 TEXTS = [
     b'image,caption\na.jpg,"A dog, a cat"\nb.jpg,"x ""y"""\n',
@@ -95,7 +96,7 @@ def check(records: list, split: str | None) -> None:
     assert records and len({record.id for record in records}) == len(records)
     for record in records:
         assert f"{os.path.normpath(record.image)}/".startswith(f"{FOLDER}/")
-        assert record.split == split if split else record.split in ("", *annotations.SPLITS)
+        assert record.split == split if split else record.split in ("", *SPLITS)
         assert any(map(str.strip, record.captions))
         assert all(type(text) is str for text in (record.image, record.id, *record.captions))
         assert (record.image + record.id).encode()  # can be encoded
