@@ -37,7 +37,7 @@ from torch import Tensor
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, ReadViews
+from captioning.encoders.images import SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, ReadViews
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
     calibrate_batch_norm,
@@ -49,16 +49,12 @@ from captioning.encoders.loading import (
 from captioning.encoders.protocol import default_transform, full_name
 from captioning.encoders.views import WHOLE, View
 from captioning.errors import PhotoError, UserError
-from captioning.features.feature_files import recipe, recipe_difference, view_of
+from captioning.features.feature_files import recipe_difference
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import (
-    FeatureWriter,
-    describe_features,
-    mark_not_done,
-    to_stored_rows,
-)
+from captioning.features.feature_writer import FeatureWriter, mark_not_done, to_stored_rows
 from captioning.features.inspection import describe, verify
 from captioning.features.photo_files import changed_photos, stat_photos, with_hashes
+from captioning.features.recipe import describe_features, first_difference
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import autocast, encoder_precision, oom_as_user_error, pick_device
@@ -69,7 +65,6 @@ from captioning.runtime.progress import tqdm
 from captioning.runtime.string_array import StringArray
 from config import ExtractFeatures
 from preprocess.captions import read_captions
-
 
 def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> None:
     """Extract features, or describe or verify the files. Raises UserError."""
@@ -184,7 +179,7 @@ def neighbours(config: ExtractFeatures, report: bool = False) -> list[FeatureRea
             if report:
                 print(f"not counted: {error}")
             continue
-        if view_of(reader) == view and not (readers and recipe_difference(reader, readers[0])):
+        if reader.view == view and not (readers and recipe_difference(reader, readers[0])):
             readers.append(reader)
     return readers
 
@@ -242,13 +237,12 @@ def prepare(
 def check_same_recipe(config: ExtractFeatures, attributes: dict) -> None:
     """Raise UserError if the rows of --missing-only would have another recipe than those of the files beside it."""
     for reader in neighbours(config)[:1]:
-        found = recipe(reader)
-        for name, value in {**attributes, "dtype": config.dtype}.items():
-            if name != "view" and found.get(name) != value:
-                raise UserError(
-                    f"{config.file}: would have {name} {value}, but {reader.path}, which it is to complete, has "
-                    f"{found.get(name)}; give the flags of that file"
-                )
+        expected = {**attributes, "dtype": config.dtype}
+        if name := first_difference(reader.complete_attributes, expected):
+            raise UserError(
+                f"{config.file}: would have {name} {expected[name]}, but {reader.path}, which it is to complete, has "
+                f"{reader.recipe.get(name)}; give the flags of that file"
+            )
 
 
 def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
@@ -282,7 +276,7 @@ def with_settings_of_file(config: ExtractFeatures) -> ExtractFeatures:
     completed = completed_file(config)
     if completed is None:
         return replace(config, grid=config.grid or "14", dtype=config.dtype or "float16")
-    found = recipe(completed)
+    found = completed.recipe
     return replace(
         config,
         grid=config.grid or found["grid"],
@@ -325,7 +319,7 @@ def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
 
 def choose_decoding(completed: FeatureReader | None) -> str:
     """Who decodes the photos: the same as for the first rows of a file that this command completes."""
-    return completed.attributes.get("decoding", PILLOW) if completed else SIMPLEJPEG_AND_TORCH
+    return completed.recipe["decoding"] if completed else SIMPLEJPEG_AND_TORCH
 
 
 def print_plan(encoder: Encoder, outputs: Sequence[Output]) -> None:

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.feature_writer import FeatureWriter
 from captioning.features.quantization import quantize
+from captioning.features.recipe import describe_features
 
 IDS = [f"照片{i}" for i in range(10)]
 RECIPE = {
