@@ -66,6 +66,9 @@ from captioning.runtime.string_array import StringArray
 from config import ExtractFeatures
 from preprocess.captions import read_captions
 
+NVJPEG_OF_FILE = "the rows that are done were made with it: go on on a GPU, or extract all again with --overwrite"
+
+
 def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> None:
     """Extract features, or describe or verify the files. Raises UserError."""
     if config.info:
@@ -79,9 +82,10 @@ def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> N
             own = photos.of_file(reader)
             print(verify(reader, own.ids, own.paths, device))
         return
+    given = config.nvjpeg
     config = with_settings_of_file(config)
     if config.nvjpeg:
-        check_nvjpeg(device)
+        check_nvjpeg(device, "leave it out" if given else NVJPEG_OF_FILE)
     precision = encoder_precision(config.precision, device)
     chosen = distributed.broadcast(choose_photos(config, photos) if distributed.is_main else None)
     if chosen is not None and not len(chosen.ids):
@@ -277,6 +281,11 @@ def with_settings_of_file(config: ExtractFeatures) -> ExtractFeatures:
     if completed is None:
         return replace(config, grid=config.grid or "14", dtype=config.dtype or "float16")
     found = completed.recipe
+    if found["nvjpeg"] and [*config.files] != [WHOLE]:
+        raise UserError(
+            f"{completed.path}: was extracted with --nvjpeg, which decodes whole photos only; extract it again with "
+            "--overwrite before other views"
+        )
     return replace(
         config,
         grid=config.grid or found["grid"],
