@@ -197,28 +197,39 @@ def prepare_on_all_ranks(
     distributed: DistributedContext,
 ) -> tuple[Encoder, list[Output]]:
     """Each rank's encoder, and its writers of the files of the `chosen` photos."""
+    photo_files = stat_photos(chosen.paths)
     if distributed.is_main:
-        encoder, writers = prepare(config, photos, chosen, device, precision)
+        encoder, writers = prepare(config, photos, chosen, photo_files, device, precision)
         for writer in writers:
-            redo_changed(writer, chosen)
+            redo_changed(writer, chosen.paths, photo_files)
         rows = distributed.broadcast([writer.missing() for writer in writers])
     else:  # rank 0 has created the files and stored the encoder; the broadcast waits for that
         rows = distributed.broadcast(None)
-        encoder, writers = prepare(replace(config, overwrite=False), photos, chosen, device, precision)
-    return encoder, [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
+        encoder, writers = prepare(replace(config, overwrite=False), photos, chosen, photo_files, device, precision)
+    outputs = [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
+    if config.photo_hash:
+        hashed = with_hashes(photo_files, chosen.paths, rows_to_extract(outputs))
+        for writer in writers:
+            writer.photo_files = hashed
+    return encoder, outputs
 
 
 def prepare(
-    config: ExtractFeatures, photos: PhotoList, chosen: PhotoList, device: torch.device, precision: torch.dtype
+    config: ExtractFeatures,
+    photos: PhotoList,
+    chosen: PhotoList,
+    photo_files: np.ndarray,
+    device: torch.device,
+    precision: torch.dtype,
 ) -> tuple[Encoder, list[FeatureWriter]]:
-    """The encoder, and the writers of new files of the `chosen` photos or of those that this command resumes."""
+    """The encoder, and the writers of new files of the `chosen` photos or of those that this command resumes.
+
+    photo_files (N, 2) int64: of the chosen photos, see photo_files.py.
+    """
     encoder = prepare_encoder(config, photos.paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     precision_name = str(precision).removeprefix("torch.")
     checkpoint = {"encoder": encoder.to_checkpoint()}
-    photo_files = stat_photos(chosen.paths)
-    if config.photo_hash:
-        photo_files = with_hashes(photo_files, chosen.paths, np.arange(len(chosen.paths)))
     new = [file for file in config.files.values() if config.overwrite or not file.exists()]
     writers = []
     for view, file in config.files.items():
@@ -249,14 +260,17 @@ def check_same_recipe(config: ExtractFeatures, attributes: dict) -> None:
             )
 
 
-def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
-    """Mark the rows of photos whose file has changed as not done, and name the first of these photos."""
-    done = np.setdiff1d(np.arange(len(photos.ids)), writer.missing())
-    changed = changed_photos(writer.stored_photo_files(), stat_photos(photos.paths), photos.paths, done)
+def redo_changed(writer: FeatureWriter, paths: Sequence[str], photo_files: np.ndarray) -> None:
+    """Mark the rows of photos whose file has changed as not done, and name the first of these photos.
+
+    photo_files (N, 2) int64: of the photos now, from `stat_photos`.
+    """
+    done = np.setdiff1d(np.arange(len(paths)), writer.missing())
+    changed = changed_photos(writer.stored_photo_files(), photo_files, paths, done)
     if not len(changed):
         return
     for row in changed[:10]:
-        print(f"changed: {one_line(photos.paths[row])}")
+        print(f"changed: {one_line(paths[row])}")
     print(f"{writer.path}: {len(changed):,} photos have changed since they were encoded, and are encoded again")
     mark_not_done(writer.path, changed)
 
@@ -358,7 +372,7 @@ def extract_rows(
     Raises PhotoError if there are too many of them.
     """
     failures = FailureLimit(len(photos.ids), config.allow_missing)
-    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(output.rows for output in outputs)]))
+    rows = rows_to_extract(outputs)
     batches = distributed.shard(aligned_batches(rows, config.batch_size))
     num_photos = sum(map(len, batches))
     try:
@@ -373,6 +387,11 @@ def extract_rows(
     if distributed.is_main:
         report_failures(config, failures)
     print(f"done: {len(rows) - len(failures.reasons):,} photos, {len(failures.reasons):,} skipped")
+
+
+def rows_to_extract(outputs: Sequence[Output]) -> np.ndarray:
+    """The rows (M,) int64 that any of the files lacks."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *(output.rows for output in outputs)]))
 
 
 def aligned_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
