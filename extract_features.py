@@ -37,7 +37,7 @@ from torch import Tensor
 
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import check_nvjpeg, copy_to_host, load_photos
-from captioning.encoders.images import PILLOW, SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, ReadViews
+from captioning.encoders.images import SIMPLEJPEG_AND_TORCH, FailureLimit, IndexBatch, PhotoBatch, ReadViews
 from captioning.encoders.loading import (
     DEFAULT_ENCODER,
     calibrate_batch_norm,
@@ -49,16 +49,12 @@ from captioning.encoders.loading import (
 from captioning.encoders.protocol import default_transform, full_name
 from captioning.encoders.views import WHOLE, View
 from captioning.errors import PhotoError, UserError
-from captioning.features.feature_files import recipe, recipe_difference, view_of
+from captioning.features.feature_files import recipe_difference
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import (
-    FeatureWriter,
-    describe_features,
-    mark_not_done,
-    to_stored_rows,
-)
+from captioning.features.feature_writer import FeatureWriter, mark_not_done, to_stored_rows
 from captioning.features.inspection import describe, verify
 from captioning.features.photo_files import changed_photos, stat_photos, with_hashes
+from captioning.features.recipe import describe_features, first_difference
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.runtime.command_line import one_line, run
 from captioning.runtime.device import autocast, encoder_precision, oom_as_user_error, pick_device
@@ -69,6 +65,8 @@ from captioning.runtime.progress import tqdm
 from captioning.runtime.string_array import StringArray
 from config import ExtractFeatures
 from preprocess.captions import read_captions
+
+NVJPEG_OF_FILE = "the rows that are done were made with it: go on on a GPU, or extract all again with --overwrite"
 
 
 def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> None:
@@ -84,9 +82,10 @@ def main(config: ExtractFeatures, distributed: DistributedContext = SINGLE) -> N
             own = photos.of_file(reader)
             print(verify(reader, own.ids, own.paths, device))
         return
+    given = config.nvjpeg
     config = with_settings_of_file(config)
     if config.nvjpeg:
-        check_nvjpeg(device)
+        check_nvjpeg(device, "leave it out" if given else NVJPEG_OF_FILE)
     precision = encoder_precision(config.precision, device)
     chosen = distributed.broadcast(choose_photos(config, photos) if distributed.is_main else None)
     if chosen is not None and not len(chosen.ids):
@@ -184,7 +183,7 @@ def neighbours(config: ExtractFeatures, report: bool = False) -> list[FeatureRea
             if report:
                 print(f"not counted: {error}")
             continue
-        if view_of(reader) == view and not (readers and recipe_difference(reader, readers[0])):
+        if reader.view == view and not (readers and recipe_difference(reader, readers[0])):
             readers.append(reader)
     return readers
 
@@ -198,28 +197,39 @@ def prepare_on_all_ranks(
     distributed: DistributedContext,
 ) -> tuple[Encoder, list[Output]]:
     """Each rank's encoder, and its writers of the files of the `chosen` photos."""
+    photo_files = stat_photos(chosen.paths)
     if distributed.is_main:
-        encoder, writers = prepare(config, photos, chosen, device, precision)
+        encoder, writers = prepare(config, photos, chosen, photo_files, device, precision)
         for writer in writers:
-            redo_changed(writer, chosen)
+            redo_changed(writer, chosen.paths, photo_files)
         rows = distributed.broadcast([writer.missing() for writer in writers])
     else:  # rank 0 has created the files and stored the encoder; the broadcast waits for that
         rows = distributed.broadcast(None)
-        encoder, writers = prepare(replace(config, overwrite=False), photos, chosen, device, precision)
-    return encoder, [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
+        encoder, writers = prepare(replace(config, overwrite=False), photos, chosen, photo_files, device, precision)
+    outputs = [Output(*output) for output in zip(config.files, writers, rows, strict=True)]
+    if config.photo_hash:
+        hashed = with_hashes(photo_files, chosen.paths, rows_to_extract(outputs))
+        for writer in writers:
+            writer.photo_files = hashed
+    return encoder, outputs
 
 
 def prepare(
-    config: ExtractFeatures, photos: PhotoList, chosen: PhotoList, device: torch.device, precision: torch.dtype
+    config: ExtractFeatures,
+    photos: PhotoList,
+    chosen: PhotoList,
+    photo_files: np.ndarray,
+    device: torch.device,
+    precision: torch.dtype,
 ) -> tuple[Encoder, list[FeatureWriter]]:
-    """The encoder, and the writers of new files of the `chosen` photos or of those that this command resumes."""
+    """The encoder, and the writers of new files of the `chosen` photos or of those that this command resumes.
+
+    photo_files (N, 2) int64: of the chosen photos, see photo_files.py.
+    """
     encoder = prepare_encoder(config, photos.paths).to(device).eval().requires_grad_(False)
     height, width, channels = encoder.output_shape()
     precision_name = str(precision).removeprefix("torch.")
     checkpoint = {"encoder": encoder.to_checkpoint()}
-    photo_files = stat_photos(chosen.paths)
-    if config.photo_hash:
-        photo_files = with_hashes(photo_files, chosen.paths, np.arange(len(chosen.paths)))
     new = [file for file in config.files.values() if config.overwrite or not file.exists()]
     writers = []
     for view, file in config.files.items():
@@ -242,23 +252,25 @@ def prepare(
 def check_same_recipe(config: ExtractFeatures, attributes: dict) -> None:
     """Raise UserError if the rows of --missing-only would have another recipe than those of the files beside it."""
     for reader in neighbours(config)[:1]:
-        found = recipe(reader)
-        for name, value in {**attributes, "dtype": config.dtype}.items():
-            if name != "view" and found.get(name) != value:
-                raise UserError(
-                    f"{config.file}: would have {name} {value}, but {reader.path}, which it is to complete, has "
-                    f"{found.get(name)}; give the flags of that file"
-                )
+        expected = {**attributes, "dtype": config.dtype}
+        if name := first_difference(reader.complete_attributes, expected):
+            raise UserError(
+                f"{config.file}: would have {name} {expected[name]}, but {reader.path}, which it is to complete, has "
+                f"{reader.recipe.get(name)}; give the flags of that file"
+            )
 
 
-def redo_changed(writer: FeatureWriter, photos: PhotoList) -> None:
-    """Mark the rows of photos whose file has changed as not done, and name the first of these photos."""
-    done = np.setdiff1d(np.arange(len(photos.ids)), writer.missing())
-    changed = changed_photos(writer.stored_photo_files(), stat_photos(photos.paths), photos.paths, done)
+def redo_changed(writer: FeatureWriter, paths: Sequence[str], photo_files: np.ndarray) -> None:
+    """Mark the rows of photos whose file has changed as not done, and name the first of these photos.
+
+    photo_files (N, 2) int64: of the photos now, from `stat_photos`.
+    """
+    done = np.setdiff1d(np.arange(len(paths)), writer.missing())
+    changed = changed_photos(writer.stored_photo_files(), photo_files, paths, done)
     if not len(changed):
         return
     for row in changed[:10]:
-        print(f"changed: {one_line(photos.paths[row])}")
+        print(f"changed: {one_line(paths[row])}")
     print(f"{writer.path}: {len(changed):,} photos have changed since they were encoded, and are encoded again")
     mark_not_done(writer.path, changed)
 
@@ -282,7 +294,12 @@ def with_settings_of_file(config: ExtractFeatures) -> ExtractFeatures:
     completed = completed_file(config)
     if completed is None:
         return replace(config, grid=config.grid or "14", dtype=config.dtype or "float16")
-    found = recipe(completed)
+    found = completed.recipe
+    if found["nvjpeg"] and [*config.files] != [WHOLE]:
+        raise UserError(
+            f"{completed.path}: was extracted with --nvjpeg, which decodes whole photos only; extract it again with "
+            "--overwrite before other views"
+        )
     return replace(
         config,
         grid=config.grid or found["grid"],
@@ -325,7 +342,7 @@ def prepare_encoder(config: ExtractFeatures, paths: Sequence[str]) -> Encoder:
 
 def choose_decoding(completed: FeatureReader | None) -> str:
     """Who decodes the photos: the same as for the first rows of a file that this command completes."""
-    return completed.attributes.get("decoding", PILLOW) if completed else SIMPLEJPEG_AND_TORCH
+    return completed.recipe["decoding"] if completed else SIMPLEJPEG_AND_TORCH
 
 
 def print_plan(encoder: Encoder, outputs: Sequence[Output]) -> None:
@@ -355,7 +372,7 @@ def extract_rows(
     Raises PhotoError if there are too many of them.
     """
     failures = FailureLimit(len(photos.ids), config.allow_missing)
-    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(output.rows for output in outputs)]))
+    rows = rows_to_extract(outputs)
     batches = distributed.shard(aligned_batches(rows, config.batch_size))
     num_photos = sum(map(len, batches))
     try:
@@ -370,6 +387,11 @@ def extract_rows(
     if distributed.is_main:
         report_failures(config, failures)
     print(f"done: {len(rows) - len(failures.reasons):,} photos, {len(failures.reasons):,} skipped")
+
+
+def rows_to_extract(outputs: Sequence[Output]) -> np.ndarray:
+    """The rows (M,) int64 that any of the files lacks."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *(output.rows for output in outputs)]))
 
 
 def aligned_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:

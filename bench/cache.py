@@ -37,9 +37,11 @@ from tyro.conf import Positional
 
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.encoders.images import split_batches
+from captioning.features.feature_files import FeatureFiles
 from captioning.features.feature_placement import FileRows, HeldRows
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.feature_writer import FeatureWriter
+from captioning.features.recipe import describe_features
 from captioning.runtime.meter import peak_resident_memory
 
 
@@ -236,10 +238,11 @@ def read_all(bench: Bench, paths: dict[str, Path], plan: list[np.ndarray], cold:
 
 def print_memory_rates(bench: Bench, path: Path, plan: list[np.ndarray]) -> None:
     """Print the speed of gathering batches from main memory into a buffer that is kept, as pinned memory is."""
-    source = FileRows(FeatureReader(path), pooled=False, quantize=False)
+    reader = FeatureReader(path)
+    source = FileRows(FeatureFiles([reader]), pooled=False, quantize=False)
     held = HeldRows(source, np.arange(bench.photos), torch.device("cpu")).held.cells
     buffer = torch.zeros(bench.batch_size, *held.shape[1:], dtype=held.dtype)
-    mapped = source.reader.arrays["features"].map(path)
+    mapped = reader.arrays["features"].map(path)
     load_into_page_cache(path)
 
     def gather_twice() -> None:

@@ -14,7 +14,8 @@ from captioning.encoders.encoder import Encoder
 from captioning.encoders.gpu_decoding import load_photos
 from captioning.encoders.images import FailureLimit
 from captioning.encoders.views import WHOLE
-from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.feature_writer import FeatureWriter
+from captioning.features.recipe import describe_features
 from captioning.runtime.device import autocast
 from captioning.runtime.progress import tqdm
 from captioning.runtime.string_array import StringArray

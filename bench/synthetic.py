@@ -22,7 +22,8 @@ from captioning.encoders.images import Transform, split_batches
 from captioning.encoders.loading import encoder_file
 from captioning.features.cached_grid import FeatureRows
 from captioning.features.feature_placement import CPU, FeaturePlacement, FileRows, PlacedFeatures
-from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.feature_writer import FeatureWriter
+from captioning.features.recipe import describe_features
 from captioning.runtime.checkpoint import save_checkpoint
 from captioning.training.data import TrainingData
 from preprocess.captions import CAPTIONS_FILE, Photo, write_captions

@@ -26,7 +26,7 @@ from captioning.encoders.encoder import Encoder
 from captioning.encoders.grid import Grid
 from captioning.encoders.images import Transform, stack_photos
 from captioning.encoders.loading import encoder_from_checkpoint
-from captioning.encoders.photo_objects import PhotoLike, is_photo, list_photos, open_photo_object
+from captioning.encoders.photo_objects import PhotoLike, is_one_photo, list_photos, open_photo_object
 from captioning.errors import UserError
 from captioning.evaluation.calibration import Calibration
 from captioning.evaluation.candidates import Candidates, find_candidates, mean_grid
@@ -158,7 +158,7 @@ class Captioner:
 
         Raises captioning.errors.PhotoError if a photo cannot be read, or is of another type.
         """
-        if is_photo(photos):
+        if is_one_photo(photos):
             return self._caption_all([cast(PhotoLike, photos)], search)[0]
         return self._caption_all(list_photos(cast(Photos, photos)), search)
 

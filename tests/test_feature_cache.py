@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
-from captioning.features.feature_writer import FeatureWriter, describe_features
+from captioning.features.feature_writer import FeatureWriter
 from captioning.features.quantization import quantize
+from captioning.features.recipe import describe_features, first_difference
 
 IDS = [f"照片{i}" for i in range(10)]
 RECIPE = {
@@ -177,6 +178,11 @@ def test_a_stale_file_is_refused_with_the_difference_and_the_remedy(tmp_path, ch
     FeatureWriter(
         tmp_path / "features.h5", change.get("ids", IDS), new, 6, change.get("dtype", "float16"), True
     ).close()
+
+
+def test_an_attribute_that_a_file_lacks_is_a_difference_and_one_that_is_not_asked_for_is_none():
+    assert first_difference({"grid": "14"}, {"grid": "14", "quantization": "new"}) == "quantization"
+    assert first_difference({"grid": "14", "torch": "2.6"}, {"grid": "14"}) is None
 
 
 def test_a_file_of_an_older_version_without_later_attributes_is_resumed(tmp_path):

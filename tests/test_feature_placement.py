@@ -15,6 +15,7 @@ from captioning.dataset.caption_dataset import CaptionDataset
 from captioning.dataset.prefetch import Prefetch
 from captioning.errors import UserError
 from captioning.features import cached_grid, feature_placement, feature_reader
+from captioning.features.feature_files import open_feature_files
 from captioning.features.feature_placement import (
     FeaturePlacement,
     FileRows,
@@ -156,9 +157,9 @@ def test_wherever_rows_are_held_they_are_those_of_the_file(
     """The CPU takes the place of the GPU. Some rows of a batch are on the device, the others in memory or on disk."""
     monkeypatch.setattr(feature_placement, "LOAD_BATCH_SIZE", 3)
     write(tmp_path / "f.h5", native, grid, dtype=dtype)
-    reader = FeatureReader(tmp_path / "f.h5")
-    source = FileRows(reader, pooled, quantize)
-    from_disk = place_features(reader, ROWS, pooled, "disk", CPU, quantize)
+    files = open_feature_files([tmp_path / "f.h5"], tmp_path)
+    reader, source = files.first, FileRows(files, pooled, quantize)
+    from_disk = place_features(files, ROWS, pooled, "disk", CPU, quantize)
     expected = [from_disk.read(np.array(batch)).to(CPU, torch.float32) for batch in BATCHES]
     exact = (reader.read_pooled(ROWS[:1]) if pooled else reader.read(ROWS[:1])).cells.float()
     difference = from_disk.read(ROWS[:1]).to(CPU, torch.float32).cells - exact
@@ -177,11 +178,11 @@ def test_wherever_rows_are_held_they_are_those_of_the_file(
 
 def test_rows_in_memory_do_not_need_the_file(tmp_path):
     write(tmp_path / "f.h5")
-    reader = FeatureReader(tmp_path / "f.h5")
-    in_memory = place_features(reader, ROWS, False, "ram", CPU)
-    expected = reader.read(ROWS[::-1]).cells
+    files = open_feature_files([tmp_path / "f.h5"], tmp_path)
+    in_memory = place_features(files, ROWS, False, "ram", CPU)
+    expected = files.read(ROWS[::-1]).cells
     (tmp_path / "f.h5").unlink()
-    reader._maps.clear()
+    files.first._maps.clear()
     assert torch.equal(in_memory.read(ROWS[::-1]).to(CPU, torch.float16).cells, expected)
 
 
@@ -195,7 +196,7 @@ def test_a_batch_for_a_gpu_is_gathered_once_into_pinned_memory(tmp_path, monkeyp
         return gathered[-1]
 
     monkeypatch.setattr(cached_grid, "empty_pinned", empty_pinned)
-    held = HeldRows(FileRows(FeatureReader(tmp_path / "f.h5"), False, False), ROWS, CPU, pinned=True)
+    held = HeldRows(FileRows(open_feature_files([tmp_path / "f.h5"], tmp_path), False, False), ROWS, CPU, pinned=True)
     rows = held.read(np.array([4, 9]))
     assert [tensor.data_ptr() for tensor in gathered] == [rows.cells.data_ptr(), rows.scales.data_ptr()]
 
@@ -209,7 +210,7 @@ def make_batch(features, indices):
 
 def test_a_static_batch_is_filled_with_rows_from_the_device_and_from_the_host(tmp_path):
     write(tmp_path / "f.h5", dtype="uint8")
-    source = FileRows(FeatureReader(tmp_path / "f.h5"), pooled=False, quantize=False)
+    source = FileRows(open_feature_files([tmp_path / "f.h5"], tmp_path), pooled=False, quantize=False)
     batch = make_batch(PlacedFeatures(source, ROWS, FeaturePlacement(7, 3, 4, ""), CPU), [6, 0, 3, 2])
     assert 0 < len(batch.photos.rows) < 4
     size = StaticSize(photos=8, batch_sizes=np.array([16, 16]))
@@ -222,7 +223,7 @@ def test_a_static_batch_is_filled_with_rows_from_the_device_and_from_the_host(tm
 
 def test_pinning_a_batch_copies_what_lies_on_the_host_and_keeps_every_value(tmp_path, monkeypatch):
     write(tmp_path / "f.h5", dtype="uint8")
-    source = FileRows(FeatureReader(tmp_path / "f.h5"), pooled=False, quantize=False)
+    source = FileRows(open_feature_files([tmp_path / "f.h5"], tmp_path), pooled=False, quantize=False)
     features = PlacedFeatures(source, ROWS, FeaturePlacement(7, 3, 0, ""), CPU)
     batch = make_batch(features, [6, 0, 3, 2])
     pinned = []
@@ -252,7 +253,7 @@ def test_running_out_of_memory_while_features_are_loaded_names_the_flag(tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     write(tmp_path / "f.h5")
-    source = FileRows(FeatureReader(tmp_path / "f.h5"), False, False)
+    source = FileRows(open_feature_files([tmp_path / "f.h5"], tmp_path), False, False)
     monkeypatch.setattr(cached_grid.FeatureRows, "empty_like", out_of_memory)
     with pytest.raises(UserError, match=f"out of memory.*{remedy}$"):
         PlacedFeatures(source, ROWS, FeaturePlacement(7, on_gpu, in_ram, ""), CPU)
@@ -294,7 +295,7 @@ def test_training_from_the_gpu_equals_training_from_disk(here):
 def test_batches_for_a_gpu_are_complete_although_nothing_waits_for_their_copies(tmp_path, dtype):
     """Pinned memory is not used again before it was copied, even if the GPU lags behind."""
     write(tmp_path / "f.h5", dtype=dtype, channels=256)
-    source = FileRows(FeatureReader(tmp_path / "f.h5", pin=True), pooled=False, quantize=False)
+    source = FileRows(open_feature_files([tmp_path / "f.h5"], tmp_path, pin=True), pooled=False, quantize=False)
     exact = source.reader.read(np.arange(10)).cells.float()
     for on_gpu, in_ram in [(0, 7), (0, 0), (3, 4), (3, 0), (7, 0)]:
         placed = PlacedFeatures(source, ROWS, FeaturePlacement(7, on_gpu, in_ram, ""), GPU)

@@ -16,6 +16,7 @@ from captioning.encoders.grid import Grid, grid_pooling
 from captioning.errors import UserError
 from captioning.features import hdf5_layout
 from captioning.features.cached_grid import FeatureRows
+from captioning.features.feature_files import open_feature_files
 from captioning.features.feature_placement import FeaturePlacement, FileRows, PlacedFeatures
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, to_stored_rows
@@ -163,7 +164,7 @@ def test_a_file_of_codes_holds_the_quantised_cells_and_the_exact_means(tmp_path,
 
 def test_codes_stay_codes_wherever_they_are_held(tmp_path):
     write(tmp_path / "f.h5", dtype="uint8")
-    source = FileRows(FeatureReader(tmp_path / "f.h5"), pooled=False, quantize=False)
+    source = FileRows(open_feature_files([tmp_path / "f.h5"], tmp_path), pooled=False, quantize=False)
     held = PlacedFeatures(source, np.arange(10), FeaturePlacement(10, 5, 5, ""), CPU)
     for rows in (held.resident.held, held.host.held):
         assert isinstance(rows, FeatureRows) and rows.cells.dtype == torch.uint8 and rows.row_bytes == 64 * (6 + 4)

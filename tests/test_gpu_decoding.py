@@ -214,13 +214,24 @@ def test_nvjpeg_is_part_of_the_recipe(small_data, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--scaled-decoding cannot be combined with --nvjpeg"):
         ExtractFeatures(small_data, nvjpeg=True, scaled_decoding=True)
-    monkeypatch.setattr(extract_features, "check_nvjpeg", lambda device: None)
+    monkeypatch.setattr(extract_features, "check_nvjpeg", lambda *_: None)
     extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
     assert FeatureReader(tmp_path / "f.h5").attributes["nvjpeg"]
     extract_features.main(ExtractFeatures(small_data, **setting))  # a setting that is not given is the file's
     assert FeatureReader(tmp_path / "f.h5").attributes["nvjpeg"]
     with pytest.raises(UserError, match="--scaled-decoding cannot be combined with --nvjpeg"):
         extract_features.main(ExtractFeatures(small_data, **setting, scaled_decoding=True))
+
+
+def test_a_file_made_by_nvjpeg_is_not_completed_on_a_cpu_or_by_other_views(small_data, tmp_path, monkeypatch):
+    setting = {**ENCODER, "out": tmp_path / "f.h5"}
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(extract_features, "check_nvjpeg", lambda *_: None)
+        extract_features.main(ExtractFeatures(small_data, **setting, nvjpeg=True))
+    with pytest.raises(UserError, match="runs on cpu; the rows that are done were made with it: go on on a GPU"):
+        extract_features.main(ExtractFeatures(small_data, **setting))
+    with pytest.raises(UserError, match="f.h5: was extracted with --nvjpeg, which .*; extract it again with --overwri"):
+        extract_features.main(ExtractFeatures(small_data, **setting, views=2))
 
 
 @pytest.mark.parametrize("in_flight", [0, 1])

@@ -5,6 +5,8 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,7 @@ from captioning.encoders.images import (
     FailureLimit,
     Transform,
     decode_photo,
+    open_image,
     open_photo,
     photo_batches,
     read_photos,
@@ -28,7 +31,7 @@ from captioning.encoders.images import (
     to_rgb,
 )
 from captioning.errors import PhotoError, UserError
-from captioning.runtime.photo_formats import is_photo
+from captioning.runtime.photo_formats import PhotoBytes, is_photo
 
 OLD = Transform.from_dict({"image_size": 32})  # of files and runs of before, which name no decoding
 
@@ -154,9 +157,9 @@ def test_an_unreadable_photo_is_named_with_its_reason(tmp_path):
 
 def test_an_absurdly_large_photo_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for name, limit in (("photo.png", "1,000"), ("photo.jpg", "3,000")):
-        a_photo().save(tmp_path / name)
+    for name, allowed, limit in (("a.png", 1000, "1,000"), ("b.png", 3000, "3,000"), ("c.jpg", 1000, "3,000")):
+        a_photo().save(tmp_path / name)  # 5,400 pixels: of up to twice as many as it allows Pillow only warns
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", allowed)
         with pytest.raises(PhotoError, match=f"more than {limit} pixels"):
             decode_photo(tmp_path / name)
 
@@ -165,13 +168,26 @@ def test_an_absurdly_large_photo_is_refused(tmp_path, monkeypatch):
 def test_a_jpeg_of_up_to_three_times_pillows_limit_is_decoded_small(tmp_path, monkeypatch, limit, size):
     """A phone's have 108 megapixels, Pillow allows 89. Pillow warns of more, and of twice as many it raises."""
     a_photo().save(tmp_path / "photo.jpg")
-    (tmp_path / "photo").write_bytes((tmp_path / "photo.jpg").read_bytes())
+    content = (tmp_path / "photo.jpg").read_bytes()
+    (tmp_path / "photo").write_bytes(content)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    for decode in (open_photo, decode_photo):
-        decoded = decode(tmp_path / "photo")
+    for decode, photo in itertools.product((open_photo, decode_photo), (tmp_path / "photo", PhotoBytes(content, "x"))):
+        decoded = decode(photo)
         assert np.shape(decoded) == (size[1], size[0], 3)
         expected = np.asarray(a_photo().resize(size, Image.Resampling.BOX), int)
         assert abs(np.asarray(decoded, int) - expected).mean() < 8
+
+
+def test_threads_that_read_photos_at_once_leave_the_warning_filters_as_they_were(tmp_path):
+    a_photo().save(tmp_path / "photo.jpg")
+    before = [*warnings.filters]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        photos = {thread: open_image(tmp_path / "photo.jpg") for thread in (one, other)}
+        for thread, photo in photos.items():
+            thread.submit(photo.__enter__).result()
+        for thread, photo in photos.items():  # the first to enter is the first to leave
+            thread.submit(photo.__exit__, None, None, None).result()
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "AVIF", "HEIF"])

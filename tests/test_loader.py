@@ -95,6 +95,17 @@ def test_a_worker_that_fails_or_dies_is_one_line_within_seconds(kind, message):
     assert "\n" not in str(error.value) and time.monotonic() - start < 30
 
 
+def test_a_worker_that_dies_before_its_item_is_fetched_is_one_line(monkeypatch):
+    def refused(_):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(PackedItem, "unpack", refused)
+    with pytest.raises(
+        UserError, match="^a worker process was lost .DataLoader worker exited unexpectedly.: give fewer"
+    ):
+        load(torch.ones(3))
+
+
 def test_without_workers_an_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         load("bug", workers=0)

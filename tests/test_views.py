@@ -15,6 +15,7 @@ from captioning.encoders.images import Transform, read_photos
 from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
 from captioning.encoders.views import MIN_SIDE, View, crop_box, first_views
 from captioning.errors import UserError
+from captioning.features import photo_files
 from captioning.features.feature_files import open_feature_files
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import FeatureWriter, mark_not_done
@@ -317,8 +318,12 @@ def test_a_kill_while_rows_are_kept_leaves_the_file_as_it_was(grown, monkeypatch
     assert (grown / "features.h5").read_bytes() == before
 
 
-def test_with_a_hash_a_photo_that_was_only_touched_counts_as_unchanged(copied, capsys):
+def test_with_a_hash_a_photo_that_was_only_touched_counts_as_unchanged(copied, capsys, monkeypatch):
+    hashed, hash_of = [], photo_files._hash
+    monkeypatch.setattr(photo_files, "_hash", lambda path: hashed.append(path) or hash_of(path))
     extract(copied, out=copied / "hashed.h5", photo_hash=True)
+    extract(copied, out=copied / "hashed.h5", photo_hash=True)
+    assert len(hashed) == 2 * PHOTOS, "each is read once to be encoded, and once to be compared"
     for photo in (copied / "1.jpg", copied / "2.jpg"):
         os.utime(photo, (1, 1))
     content = bytearray((copied / "2.jpg").read_bytes())

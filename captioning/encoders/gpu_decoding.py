@@ -225,8 +225,8 @@ def resize(photo: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)  # clamp: bicubic weights overshoot
 
 
-def check_nvjpeg(device: torch.device) -> None:
-    """Raise UserError if JPEGs cannot be decoded on the device."""
+def check_nvjpeg(device: torch.device, remedy: str = "leave it out") -> None:
+    """Raise UserError if JPEGs cannot be decoded on the device. remedy: if the device is no CUDA GPU."""
     if device.type != "cuda":
-        raise UserError(f"--nvjpeg: decodes on a CUDA GPU, but this extraction runs on {device}; leave it out")
+        raise UserError(f"--nvjpeg: decodes on a CUDA GPU, but this extraction runs on {device}; {remedy}")
     find_decoder(device)

@@ -16,7 +16,6 @@ Letters: B photos, H x W pixels, S pixels per side of the square.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -36,7 +35,7 @@ from captioning.errors import PhotoError, UserError
 from captioning.runtime.device import pin
 from captioning.runtime.library_errors import reason
 from captioning.runtime.loader import SafeLoader
-from captioning.runtime.photo_formats import PhotoBytes, PhotoFile, open_header
+from captioning.runtime.photo_formats import PhotoBytes, PhotoFile, open_header, without_warnings
 
 IndexBatch = Sequence[int] | np.ndarray  # (B,) indices into a list of paths
 Indices = TypeVar("Indices", Sequence, np.ndarray)
@@ -251,8 +250,7 @@ def open_image(path: PhotoFile) -> Iterator[Image.Image]:
     Raises PhotoError, also from the body, if the file is missing, truncated, not an image, or has too many pixels.
     """
     try:
-        with open_header(path) as image, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF data does not affect the pixels
+        with open_header(path) as image, without_warnings():
             yield image
     except PhotoError:
         raise

@@ -29,7 +29,7 @@ WANTED = (
 MAX_PATH = 4096  # characters
 
 
-def is_photo(photos: object) -> bool:
+def is_one_photo(photos: object) -> bool:
     """Whether this is one photo, not several. An array of texts is several paths."""
     if isinstance(photos, np.ndarray):
         return photos.dtype.kind not in "UO"

@@ -20,7 +20,7 @@ from captioning.encoders.views import WHOLE, View
 from captioning.errors import UserError
 from captioning.features.cached_grid import FeatureRows
 from captioning.features.feature_reader import FeatureReader, check_finite
-from captioning.features.feature_writer import LATER_ATTRIBUTES
+from captioning.features.recipe import first_difference
 
 
 class FeatureFiles:
@@ -33,7 +33,7 @@ class FeatureFiles:
             if difference := recipe_difference(reader, readers[0]):
                 raise UserError(f"{reader.path}: cannot be used with {readers[0].path}: {difference}; leave it out")
         self.starts = np.cumsum([0, *(len(reader.ids) for reader in readers[:-1])])  # (F,)
-        self.views = sorted({view_of(reader) for reader in readers}, key=lambda view: (view != WHOLE, str(view)))
+        self.views = sorted({reader.view for reader in readers}, key=lambda view: (view != WHOLE, str(view)))
 
     def __str__(self) -> str:
         return ", ".join(str(reader.path) for reader in self.readers)
@@ -69,7 +69,7 @@ class FeatureFiles:
         rows = np.full((len(located), len(self.views)), -1)
         for number, reader in enumerate(self.readers):
             file_rows = located[:, number]
-            column = rows[:, self.views.index(view_of(reader))]  # a view: writing to it fills `rows`
+            column = rows[:, self.views.index(reader.view)]  # a view: writing to it fills `rows`
             found = (file_rows >= 0) & (column < 0) & reader.done()[file_rows]
             column[found] = file_rows[found] + self.starts[number]
         return rows
@@ -82,7 +82,7 @@ class FeatureFiles:
         available = rows[:, self.views.index(view)] >= 0
         missing = int((~available).sum())
         if missing > allow_missing * len(available):
-            paths = ", ".join(str(reader.path) for reader in self.readers if view_of(reader) == view)
+            paths = ", ".join(str(reader.path) for reader in self.readers if reader.view == view)
             command = f"python extract_features.py {shlex.quote(str(dataset))}"
             if view != WHOLE:
                 command += f" --view {view}"
@@ -110,7 +110,7 @@ class FeatureFiles:
 
 def command_to_replace(reader: FeatureReader, dataset: Path) -> str:
     """The command that replaces a feature file by one of another data set, with the same settings and encoder."""
-    found, view = recipe(reader), view_of(reader)
+    found, view = reader.recipe, reader.view
     options = {"weights": encoder_file(reader.path), "grid": found["grid"], "dtype": found["dtype"]}
     options |= {"precision": found["precision"]}
     options |= {"view": view} if view != WHOLE else {}
@@ -120,25 +120,11 @@ def command_to_replace(reader: FeatureReader, dataset: Path) -> str:
     return f"python extract_features.py {shlex.quote(str(dataset))} {' '.join(flags)} --overwrite"
 
 
-def view_of(reader: FeatureReader) -> View:
-    """The view of the photos that a file holds."""
-    return View.parse(reader.attributes.get("view", str(WHOLE)))
-
-
 def recipe_difference(reader: FeatureReader, other: FeatureReader) -> str:
     """In words, how the recipe of a file differs from that of another one; empty if only the view may differ."""
-    found, expected = recipe(reader), recipe(other)
-    for name, value in expected.items():
-        if found.get(name) != value:
-            return f"it was extracted with {name} {found.get(name)}, not {value}"
-    return ""
-
-
-def recipe(reader: FeatureReader) -> dict:
-    """All attributes that files must share to be used together; those that older files lack have their value."""
-    features = reader.arrays["features"]
-    found = {**LATER_ATTRIBUTES, **reader.attributes, "dtype": str(features.dtype), "shape": [*features.shape[1:]]}
-    return {name: value for name, value in found.items() if name not in ("view", "torch")}
+    found, expected = reader.recipe, other.recipe
+    name = first_difference(found, expected)
+    return f"it was extracted with {name} {found.get(name)}, not {expected[name]}" if name else ""
 
 
 def find_feature_files(data: Path) -> list[Path]:
@@ -160,7 +146,7 @@ def open_feature_files(
     if not paths:
         if views is not None:
             wanted = {*views}
-            readers = [reader for reader in readers if str(view_of(reader)) in wanted] or readers
+            readers = [reader for reader in readers if str(reader.view) in wanted] or readers
         readers = [reader for reader in readers if _is_usable(reader, readers[0])]
     files = FeatureFiles(readers)
     if WHOLE not in files.views:

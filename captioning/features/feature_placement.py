@@ -25,7 +25,6 @@ from captioning.encoders.images import split_batches
 from captioning.errors import UserError
 from captioning.features.cached_grid import CachedGrid, FeatureRows
 from captioning.features.feature_files import FeatureFiles
-from captioning.features.feature_reader import FeatureReader
 from captioning.features.quantization import KERNELS, DequantizeRows, dequantize_rows, proven_kernel
 from captioning.runtime.device import oom_as_user_error
 from captioning.runtime.kernel_loading import load_kernels
@@ -139,7 +138,7 @@ def free_main_memory() -> int:
 
 
 def place_features(
-    reader: FeatureReader | FeatureFiles,
+    files: FeatureFiles,
     rows: np.ndarray,
     pooled: bool,
     requested: str,
@@ -153,7 +152,7 @@ def place_features(
     kernels: decode codes on a GPU with a fused kernel, if it works there.
     Raises UserError if the rows do not fit, or one is not finite.
     """
-    source = FileRows(reader, pooled, quantize)
+    source = FileRows(files, pooled, quantize)
     first = source.read(rows[:1])
     quantized = first.row_bytes if pooled else first.quantize().row_bytes
     placement = choose_placement(requested, Sizes(len(rows), first.row_bytes, quantized), device)
@@ -163,16 +162,16 @@ def place_features(
 class FileRows:
     """Rows of the files: maps or their means."""
 
-    def __init__(self, reader: FeatureReader | FeatureFiles, pooled: bool, quantize: bool):
+    def __init__(self, files: FeatureFiles, pooled: bool, quantize: bool):
         """quantize: maps that are stored in floating point become codes when they are read."""
-        self.reader = reader
+        self.files = files
         self.pooled = pooled
         self.quantize = quantize and not pooled
-        self.pooling = reader.pooling(pooled)
+        self.pooling = files.pooling(pooled)
 
     def read(self, rows: np.ndarray, device: torch.device = CPU) -> FeatureRows:
         """The features of rows (B,) int64, on the device. Raises UserError if a row is not finite."""
-        stored = self.reader.read_rows(rows, self.pooled).to(device)
+        stored = self.files.read_rows(rows, self.pooled).to(device)
         return stored.quantize() if self.quantize else stored
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from captioning.encoders.grid import Grid, grid_pooling, native_indices
 from captioning.encoders.images import Transform
+from captioning.encoders.views import View
 from captioning.errors import UserError
 from captioning.features.cached_grid import FeatureRows
 from captioning.features.hdf5_layout import read_layout
 from captioning.features.quantization import dequantize
+from captioning.features.recipe import complete_attributes
 from captioning.runtime.device import empty_pinned
 
 
@@ -44,6 +46,21 @@ class FeatureReader:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # each process maps the file itself
+
+    @property
+    def view(self) -> View:
+        """The view of the photos that the file holds."""
+        return View.parse(self.complete_attributes["view"])
+
+    @property
+    def recipe(self) -> dict:
+        """All attributes that files must share to be used together; those that older files lack have their value."""
+        return {name: value for name, value in self.complete_attributes.items() if name not in ("view", "torch")}
+
+    @property
+    def complete_attributes(self) -> dict:
+        """See recipe.complete_attributes."""
+        return complete_attributes(self.attributes, self.arrays["features"])
 
     def transform(self) -> Transform:
         """How the photos became the encoder's input."""

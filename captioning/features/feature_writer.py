@@ -18,52 +18,15 @@ import torch
 from torch import Tensor
 
 from captioning.encoders.grid import GRID_SIZE, Grid, to_stored_layout
-from captioning.encoders.images import PILLOW
 from captioning.errors import UserError
-from captioning.features.hdf5_layout import FORMAT, QUANTIZATION, Layout, create_file, data_bytes, read_layout
+from captioning.features.hdf5_layout import QUANTIZATION, Layout, create_file, data_bytes, read_layout
 from captioning.features.quantization import quantize
+from captioning.features.recipe import complete_attributes, first_difference
 from captioning.runtime.files import write_errors
 
 WRITE_REMEDY = "fix that and run the same command, or give --out elsewhere"
 QUEUE_SIZE = 4  # batches that wait for the disk; the writing thread may hold as many again
-# Absent from files that older versions created
-LATER_ATTRIBUTES = {
-    "scaled_decoding": False,
-    "nvjpeg": False,
-    "decoding": PILLOW,
-    "interpolation": "bilinear",
-    "pooled": "mean",
-    "view": "whole",
-}
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
-
-
-def describe_features(
-    recipe: dict, native_grid: tuple[int, int], grid: str, precision: str, view: str = "whole"
-) -> dict:
-    """The attributes of a feature file.
-
-    recipe: Encoder.recipe(); grid: "14" or "native"; precision: a torch dtype; view: the name of a View.
-    """
-    transform = recipe["transform"]
-    return {
-        "format": FORMAT,
-        "encoder": recipe["name"],
-        "weights": recipe["weights"],
-        "image_size": transform["image_size"],
-        "mean": list(transform["mean"]),
-        "std": list(transform["std"]),
-        "grid": grid,
-        "native_grid": list(native_grid),
-        "precision": precision,
-        "scaled_decoding": transform.get("scaled_decoding", False),
-        "nvjpeg": transform.get("nvjpeg", False),
-        "decoding": transform.get("decoding", PILLOW),
-        "interpolation": transform.get("interpolation", "bilinear"),
-        "pooled": recipe.get("pooled", "mean"),
-        "view": view,
-        "weights_sha256": recipe["sha256"],  # compared last: that of random weights depends on all settings above
-    }
 
 
 def to_stored_rows(grid: Grid, shape: Sequence[int], dtype: str) -> tuple[Tensor, ...]:
@@ -101,7 +64,7 @@ class FeatureWriter:
         photo_files: np.ndarray | None = None,
         others: int = 0,
     ):
-        """ids: of the photos, one per row; attributes: from `describe_features`; dtype: float16, float32 or uint8.
+        """ids: of the photos, one per row; attributes: from recipe.describe_features; dtype: float16, float32 or uint8.
 
         photo_files (N, 2) int64: see photo_files.py; None: not known. others: files of this size that will be created
         on the same disk.
@@ -136,16 +99,13 @@ class FeatureWriter:
     def _check_resumable(self, attributes: dict) -> Layout:
         """The layout of the existing file. Raises UserError if it has other attributes."""
         layout = read_layout(self.path)
-        features = layout.arrays["features"]
-        attributes = {**attributes, "shape": list(self.shape[1:])}
-        existing = {**LATER_ATTRIBUTES, **layout.attributes}
-        existing |= {"dtype": str(features.dtype), "shape": list(features.shape[1:])}
-        for name, value in attributes.items():
-            if existing.get(name) != value:
-                raise UserError(
-                    f"{self.path}: was extracted with {name} {existing.get(name)}, not {value}; give --overwrite to "
-                    "replace it, or --out for another file"
-                )
+        expected = {**attributes, "shape": list(self.shape[1:])}
+        found = complete_attributes(layout.attributes, layout.arrays["features"])
+        if name := first_difference(found, expected):
+            raise UserError(
+                f"{self.path}: was extracted with {name} {found.get(name)}, not {expected[name]}; give --overwrite to "
+                "replace it, or --out for another file"
+            )
         return layout
 
     def _rearrange(self, old: Layout, ids: Sequence[str]) -> None:

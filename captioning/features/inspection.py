@@ -16,7 +16,6 @@ from captioning.encoders.gpu_decoding import load_photos
 from captioning.encoders.grid import Grid, grid_pooling, to_stored_layout
 from captioning.encoders.images import ReadViews, split_batches
 from captioning.encoders.loading import encoder_from_checkpoint, read_encoder_checkpoint
-from captioning.encoders.views import View
 from captioning.errors import UserError
 from captioning.features.feature_reader import FeatureReader
 from captioning.features.feature_writer import mark_not_done
@@ -79,7 +78,7 @@ def damaged_rows(reader: FeatureReader) -> np.ndarray:
 
     Rows with class vectors have no stored mean: those are damaged that are not finite, or zero everywhere.
     """
-    has_mean = reader.attributes.get("pooled", "mean") == "mean"
+    has_mean = reader.recipe["pooled"] == "mean"
     rows = np.flatnonzero(reader.done())
     _, height, width, _ = reader.arrays["features"].shape
     pooling = grid_pooling(height, width)
@@ -114,7 +113,7 @@ def compare_sample(reader: FeatureReader, encoder: Encoder, paths: Sequence[str]
     device = next(encoder.parameters()).device
     precision = getattr(torch, reader.attributes["precision"])
     worst = Comparison(0.0, "", len(rows))
-    read = ReadViews([View.parse(reader.attributes.get("view", "whole"))], reader.ids)
+    read = ReadViews([reader.view], reader.ids)
     for batch in load_photos(device, paths, split_batches(rows, 16), encoder.transform, 0, read):
         if batch.failures:
             raise UserError(f"{batch.failures[0]}; its row cannot be verified")

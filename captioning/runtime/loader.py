@@ -13,6 +13,7 @@ import contextlib
 import copyreg
 import gc
 import io
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -143,10 +144,11 @@ class PackedItem:
         self.pickled = pickled.getvalue()
         self.sizes = [buffer.raw().nbytes for buffer in buffers]
         with anonymous_file() as file:
-            for start, buffer in zip(_starts(self.sizes), buffers, strict=False):
+            *starts, end = _starts(self.sizes)
+            for start, buffer in zip(starts, buffers, strict=True):
                 file.seek(start)
                 file.write(buffer.raw())
-            file.truncate(_starts(self.sizes)[-1])
+            file.truncate(end)
             file.flush()
             self.file = DupFd(file.fileno())  # another process may ask this one for it
 
@@ -169,8 +171,9 @@ class PackedItem:
 
 def _starts(sizes: Sequence[int]) -> list[int]:
     """Where buffers of these sizes start in the file, and where it ends, in bytes. No file is empty."""
-    blocks = [size // ALIGNMENT + 1 for size in sizes]
-    return [ALIGNMENT * sum(blocks[:i]) for i in range(len(blocks))] + [ALIGNMENT * max(sum(blocks), 1)]
+    blocks = (size // ALIGNMENT + 1 for size in sizes)
+    *starts, end = (ALIGNMENT * number for number in itertools.accumulate(blocks, initial=0))
+    return [*starts, max(end, ALIGNMENT)]
 
 
 def anonymous_file() -> BinaryIO:

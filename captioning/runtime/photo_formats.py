@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import stat
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -50,15 +54,59 @@ def open_header(path: PhotoFile) -> Image.Image:
         path.seek(0)
     elif not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):  # opening a pipe would wait for ever
         raise PhotoError(f"{path}: not a file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # damaged EXIF data does not affect the pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with without_warnings():
         try:
-            return Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=FORMATS)
         except UnidentifiedImageError:
             return _open_heif(path)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        except Image.DecompressionBombError:
             return _open_large_jpeg(path)
+    if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or math.inf):
+        return image
+    with image:  # up to twice the limit Pillow only warns
+        return _open_large_jpeg(path)
+
+
+@contextlib.contextmanager
+def _ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+class _SharedByThreads:
+    """Enters `_ignored` with the first thread and leaves it with the last one.
+
+    `catch_warnings` replaces the filters of the whole process. If threads left it in another order than they entered,
+    the filters of one of them would stay for ever.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads = 0
+        self.entered = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.threads:
+                self.entered.enter_context(_ignored())
+            self.threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.threads -= 1
+            if not self.threads:
+                self.entered.close()
+
+
+_shared = _SharedByThreads()
+
+
+def without_warnings() -> contextlib.AbstractContextManager[None]:
+    """Keep Pillow from warning of damaged EXIF data, which does not affect the pixels, and of many pixels."""
+    each_thread_has_filters = getattr(sys.flags, "context_aware_warnings", False)  # from Python 3.14 on
+    return _ignored() if each_thread_has_filters else _shared
 
 
 def is_photo(path: Path | str) -> bool:
@@ -100,6 +148,8 @@ def _read_head(path: PhotoFile) -> bytes:
 
 def _open_large_jpeg(path: PhotoFile) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS or 0  # None never comes here
+    if isinstance(path, PhotoBytes):
+        path.seek(0)  # the header has been read
     try:
         image = JpegImageFile(path)  # without the check of Image.open
     except SyntaxError:

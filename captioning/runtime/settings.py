@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from pathlib import Path
 
 from captioning.errors import UserError
@@ -56,12 +55,6 @@ def check_fractions(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         check(value is None or 0 <= value <= 1, flag(name), value, "a fraction between 0 and 1")
-
-
-def check_choice(settings: object, name: str, choices: Collection[str]) -> None:
-    """Raise UserError if the setting is not one of the choices."""
-    value = getattr(settings, name)
-    check(value in choices, flag(name), value, f"one of {', '.join(choices)}")
 
 
 def non_default(settings: object, *names: str) -> list[str]:
