@@ -181,10 +181,8 @@ def calibrated(small_runs, tmp_path_factory):
         shutil.copy(small / name, data / name)
     photos = []
     for i, photo in enumerate(read_captions(small)):
-        further = (
-            "a",
-            *["square"] * (5 if i % 2 else 1),
-        )  # what these runs say of every photo is good for half of them
+        # what these runs say of every photo is good for half of them
+        further = ("a", *["square"] * (5 if i % 2 else 1))
         split = "train" if i % 3 == 0 else "val"
         photos.append(replace(photo, split=split, captions=(*photo.captions, further)))
     write_captions(data / CAPTIONS_FILE, photos)
