@@ -60,15 +60,8 @@ from preprocess.folders import has_photo_ending, walk
 from preprocess.user_dictionary import read_user_dictionary
 
 OUTPUT_SETTINGS = ("json", "submission", "csv", "html", "extremes", "scores")  # settings that name a file to write
-RECORDED_SETTINGS = (
-    "run",
-    "ensemble",
-    "data",
-    "split",
-    "views",
-    "search",
-    "min_probability",
-)  # written with the scores
+# settings that are written with the scores
+RECORDED_SETTINGS = ("run", "ensemble", "data", "split", "views", "search", "min_probability")
 RECORDED_SCORE_SETTINGS = ("score", "references", "split")  # the same, with --score
 
 MAX_PICTURE_NAME = 50  # characters of a photo's id in the name of its picture: at most 200 of the 255 bytes
@@ -121,7 +114,8 @@ def check_supported(config: Generate, captioner: Captioner) -> None:
 
 def check_calibrated(config: Generate, captioner: Captioner) -> None:
     """Raise UserError if a requested output needs probabilities and captions get none; say so if they get none."""
-    needing = non_default(config, "sort", "min_probability") + non_default(config.search, "choose", "samples")
+    selecting = non_default(config, "sort", "min_probability")
+    needing = selecting + non_default(config.search, "choose", "samples")
     if needing and captioner.calibration is None:
         raise UserError(
             f"{needing[0]}: {config.run} is not calibrated; run: python -m captioning.calibrate {config.run}"
@@ -129,8 +123,8 @@ def check_calibrated(config: Generate, captioner: Captioner) -> None:
     obstacle = captioner.probability_obstacle(config.search, config.views)
     if obstacle is None or captioner.calibration is None:
         return
-    if non_default(config, "sort", "min_probability"):
-        raise UserError(f"{needing[0]}: {obstacle}; give the same settings, or calibrate it with these")
+    if selecting:
+        raise UserError(f"{selecting[0]}: {obstacle}; give the same settings, or calibrate it with these")
     print(f"no probabilities: {obstacle}")
 
 

@@ -29,7 +29,7 @@ from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.encoders.photo_objects import PhotoLike, is_one_photo, list_photos, open_photo_object
 from captioning.errors import UserError
 from captioning.evaluation.calibration import Calibration
-from captioning.evaluation.candidates import Candidates, find_candidates, mean_grid
+from captioning.evaluation.candidates import Candidates, evidence_of_words, find_candidates, mean_grid
 from captioning.evaluation.consensus import NGramWeights
 from captioning.runtime.checkpoint import checkpoint_errors, load_checkpoint
 from captioning.runtime.device import autocast, encoder_precision, pick_device, pick_precision
@@ -189,41 +189,34 @@ class Captioner:
 
     @torch.no_grad()
     def caption_views(self, grids: Sequence[Grid], search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
-        """Caption photos from several views of each, averaging the log-probabilities of every word.
+        """Caption photos from one view of each or several, averaging the log-probabilities of every word.
 
         grids: of each view, of the same photos; the first is that of the whole photos.
         """
-        if len(grids) == 1:
-            return self.caption_grid(grids[0], search)
-        return self._search(self._view_decoder(len(grids)), PhotoViews(grids), search, len(grids))
-
-    def _view_decoder(self, views: int) -> Decoder:
-        """The decoder that reads so many views of a photo."""
-        if views == 1:
-            return self.decoder
-        return self._view_decoders.setdefault(views, cast(Decoder, ViewEnsemble(self.decoder, views)))
-
-    @torch.no_grad()
-    def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
-        """Caption feature maps, cached or just computed."""
-        return self._search(self.decoder, grid, search)
-
-    def _search(
-        self, decoder: Decoder, grid: Grid | PhotoViews, search: SearchOptions, views: int = 1
-    ) -> list[CaptionResult]:
         if self.calibration:
-            candidates = self._find_candidates(
-                decoder, grid, search, self.calibration.mean_photo, self.calibration.weights
-            )
-            return [self._choose(photo, search, views, self.calibration) for photo in candidates]
+            candidates = self.find_candidates(grids, search, self.calibration.mean_photo, self.calibration.weights)
+            return [self._choose(photo, search, len(grids), self.calibration) for photo in candidates]
         needed = non_default(search, "choose", "samples")
         if needed:
             raise UserError(f"{needed[0]}: needs a calibrated run; run: python -m captioning.calibrate checkpoints/RUN")
         find_captions = sample_captions if search.temperature else beam_search
         with self._searching():
-            grid = grid.to(self.device, self.precision)
-            captions_of_photos = find_captions(decoder, cast(Grid, grid), search, self._graphs)
+            decoder, photos = self._decoder_and_photos(grids)
+            captions_of_photos = find_captions(decoder, cast(Grid, photos), search, self._graphs)
         return [_best_and_others([self._to_result(caption) for caption in captions]) for captions in captions_of_photos]
+
+    @torch.no_grad()
+    def caption_grid(self, grid: Grid, search: SearchOptions = DEFAULT_SEARCH) -> list[CaptionResult]:
+        """Caption feature maps, cached or just computed."""
+        return self.caption_views([grid], search)
+
+    def _decoder_and_photos(self, grids: Sequence[Grid]) -> tuple[Decoder, Grid | PhotoViews]:
+        """The decoder that reads so many views of a photo, and what it reads, on the device."""
+        if len(grids) == 1:
+            return self.decoder, grids[0].to(self.device, self.precision)
+        ensemble = cast(Decoder, ViewEnsemble(self.decoder, len(grids)))
+        decoder = self._view_decoders.setdefault(len(grids), ensemble)
+        return decoder, PhotoViews(grids).to(self.device, self.precision)
 
     @contextlib.contextmanager
     def _searching(self) -> Iterator[None]:
@@ -236,21 +229,10 @@ class Captioner:
         self, grids: Sequence[Grid], search: SearchOptions, mean_photo: Tensor, weights: NGramWeights
     ) -> list[Candidates]:
         """All captions found for each photo, measured. grids: as in `caption_views`; the rest: see `Calibration`."""
-        grid = PhotoViews(grids) if len(grids) > 1 else grids[0]
-        return self._find_candidates(self._view_decoder(len(grids)), grid, search, mean_photo, weights)
-
-    def _find_candidates(
-        self,
-        decoder: Decoder,
-        grid: Grid | PhotoViews,
-        search: SearchOptions,
-        mean_photo: Tensor,
-        weights: NGramWeights,
-    ) -> list[Candidates]:
         with self._searching():
-            grid = grid.to(self.device, self.precision)
+            decoder, photos = self._decoder_and_photos(grids)
             mean = mean_grid(mean_photo, self.device, self.precision)
-            return find_candidates(decoder, grid, search, self.decoder, mean, weights, self._graphs)
+            return find_candidates(decoder, photos, search, self.decoder, mean, weights, self._graphs)
 
     @torch.no_grad()
     def evidence_of(self, grid: Grid, captions: Sequence[Sequence[Sequence[str]]]) -> list[list[list[float]]]:
@@ -263,12 +245,9 @@ class Captioner:
         words = [[self.vocabulary.encode(caption) for caption in of_photo] for of_photo in captions]
         with self._searching():
             mean = mean_grid(self.calibration.mean_photo, self.device, self.precision)
-            with_photo = forced_log_probabilities(self.decoder, grid.to(self.device, self.precision), words)
-            without = forced_log_probabilities(self.decoder, mean, words)
-        return [
-            [(one - other)[:-1].tolist() for one, other in zip(*of_photo, strict=True)]
-            for of_photo in zip(with_photo, without, strict=True)
-        ]
+            log_probabilities = forced_log_probabilities(self.decoder, grid.to(self.device, self.precision), words)
+            evidence = evidence_of_words(log_probabilities, self.decoder, mean, words)
+        return [[values[:-1].tolist() for values in of_photo] for of_photo in evidence]
 
     def probability_obstacle(self, search: SearchOptions, views: int = 1) -> str | None:
         """Why captions get no probability; None if they get one."""
@@ -287,11 +266,8 @@ class Captioner:
         """The caption that `search.choose` prefers, with its probability, and the next ones."""
         features = candidates.features()
         order = calibration.order(candidates, features, search.choose)
-        if not search.temperature:  # a sampled caption may have the words of another
-            first_with: dict[tuple[int, ...], int] = {}
-            for index in order:
-                first_with.setdefault(tuple(candidates.captions[index].words), index)
-            order = list(first_with.values())
+        if not search.temperature:  # captions that are all sampled may repeat one another
+            order = candidates.distinct(order)
         results = []
         for index in order[: search.num_captions]:
             result = self._to_result(candidates.captions[index])

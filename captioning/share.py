@@ -27,7 +27,7 @@ from captioning.encoders.images import open_photo
 from captioning.encoders.loading import encoder_from_checkpoint
 from captioning.errors import UserError
 from captioning.runtime import hub
-from captioning.runtime.checkpoint import STATE, checkpoint_errors, load_checkpoint
+from captioning.runtime.checkpoint import STATE, checkpoint_errors, checkpoint_path, load_checkpoint
 from captioning.runtime.files import atomic_text, atomic_write, locked, write_errors
 from captioning.runtime.library_errors import reason
 from captioning.runtime.log import read_log
@@ -88,16 +88,20 @@ def pack(config: Share) -> None:
 
 def _check_new(folder: Path, run: Path, overwrite: bool) -> None:
     """Raise UserError if the folder to write is another's, or the run is packed already."""
-    if is_packed(run) and not (run / "best.pt").exists() and not (run / "last.pt").exists():
+    if is_packed(run) and not _has_checkpoint(run):
         raise UserError(f"{run}: is packed already; copy the folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if (folder / "best.pt").exists() or (folder / "last.pt").exists():
+    if _has_checkpoint(folder):
         raise UserError(f"{folder}: is a run; give another folder")
     if not (overwrite and is_packed(folder)):
         raise UserError(f"{folder}: is not empty; give another folder, or --overwrite for one that was packed before")
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / "best.pt").exists() or (folder / "last.pt").exists()
 
 
 def _for_others(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def _read_scores(file: Path | None, source: Path, run: Path) -> dict[str, Any] |
     if not file and not path.exists():
         return None
     try:
-        if not file and path.stat().st_mtime < _checkpoint_time(source):
+        if not file and path.stat().st_mtime < checkpoint_path(source).stat().st_mtime:
             print(f"{path}: older than the run, and left out; make it again, or give --scores FILE")
             return None
         scores = json.loads(path.read_bytes())
@@ -142,12 +146,6 @@ def _read_scores(file: Path | None, source: Path, run: Path) -> dict[str, Any] |
     if (of.parent if of.suffix == ".pt" else of).name != run.resolve().name:
         raise UserError(f"--scores {path}: of the run {of}, not of {run}; give the file of this run")
     return scores
-
-
-def _checkpoint_time(source: Path) -> float:
-    if source.is_dir():
-        source = next(source / name for name in ("best.pt", "last.pt") if (source / name).exists())
-    return source.stat().st_mtime
 
 
 def _example(photo: Path | None, source: Path, run: Path, log: list[dict[str, Any]], picture: Path) -> str | None:

@@ -181,10 +181,8 @@ def calibrated(small_runs, tmp_path_factory):
         shutil.copy(small / name, data / name)
     photos = []
     for i, photo in enumerate(read_captions(small)):
-        further = (
-            "a",
-            *["square"] * (5 if i % 2 else 1),
-        )  # what these runs say of every photo is good for half of them
+        # what these runs say of every photo is good for half of them
+        further = ("a", *["square"] * (5 if i % 2 else 1))
         split = "train" if i % 3 == 0 else "val"
         photos.append(replace(photo, split=split, captions=(*photo.captions, further)))
     write_captions(data / CAPTIONS_FILE, photos)
@@ -274,6 +272,28 @@ def test_the_chosen_caption_is_the_best_of_all_that_were_found(there, choice):
         assert result.others[0].words != result.words
 
 
+def test_a_sampled_caption_with_the_words_of_another_counts_once(there, monkeypatch):
+    captioner = Captioner.load("checkpoints/lstm", "cpu", "float32")
+    search = replace(SEARCH, samples=3, choose="consensus", num_captions=2)
+    grid = FeatureReader(Path("data/val/features.h5")).read_pooled(np.arange(1))
+    calibration = captioner.calibration
+    (photo,) = captioner.find_candidates([grid], search, calibration.mean_photo, calibration.weights)
+    expected = photo.expected_agreement()
+    order = [*range(len(expected)), int(expected.argmax())]
+    repeated = replace(
+        photo,
+        captions=[photo.captions[index] for index in order],
+        log_probabilities=[photo.log_probabilities[index] for index in order],
+        evidence=[photo.evidence[index] for index in order],
+        agreement=photo.agreement[np.ix_(order, order)],
+        rarity=photo.rarity[order],
+    )
+    np.testing.assert_allclose(repeated.expected_agreement(), expected[order])
+    monkeypatch.setattr(captioner, "find_candidates", lambda *_: [repeated])
+    (result,) = captioner.caption_grid(grid, search)
+    assert result.others[0].words != result.words
+
+
 def test_a_word_is_no_likelier_before_the_mean_photo_than_before_itself(there):
     captioner = Captioner.load("checkpoints/attention", "cpu", "float32")
     mean = captioner.calibration.mean_photo
@@ -311,6 +331,7 @@ def test_a_photos_probability_does_not_depend_on_its_own_references(there):
     candidates = captioner.find_candidates([grid], SEARCH, calibration.mean_photo, calibration.weights)
     ciders = [np.full(len(photo.captions), number % 3 / 2) for number, photo in enumerate(candidates)]
     before = cross_fit(Examples.of(candidates, ciders), 0.5)
+    assert before["log-probability"].cider.tolist() == [of_photo[0] for of_photo in ciders]
     changed = [*ciders]
     changed[5] = 1 - ciders[5]
     after = cross_fit(Examples.of(candidates, changed), 0.5)

@@ -21,9 +21,8 @@ from captioning.errors import PhotoError, UserError
 from captioning.search.graphs import DecodingGraphs
 from captioning.search.options import SearchOptions
 
-SEARCH = SearchOptions(
-    length_penalty=9.0, max_length=6
-)  # without the penalty, runs of so few epochs return empty captions
+# without the length penalty, runs of so few epochs return empty captions
+SEARCH = SearchOptions(length_penalty=9.0, max_length=6)
 TRUNCATED = io.BytesIO()
 Image.effect_noise((64, 64), 50).save(TRUNCATED, "PNG")
 TRUNCATED = TRUNCATED.getvalue()[:2000]

@@ -1,6 +1,7 @@
 """The notebook runs from its first cell to its last, and does what it says."""
 
 import json
+import sys
 from pathlib import Path
 
 from PIL import Image
@@ -30,7 +31,7 @@ def run_cell(source, names):
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch, capsys, times):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(DECODERS, "_entries", dict(DECODERS._entries))
     settings, *cells = code_cells()
     names = {"__name__": "__main__"}

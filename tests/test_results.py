@@ -248,7 +248,8 @@ def test_references_of_an_annotation_file_are_tokenized_unless_they_are_already(
 
 # ---- captions that are cut by hand
 
-BY_HAND = ["一只 小 狗 在 草地 上", "两个 男 人 在 奔 跑"]  # jieba would make words of 小狗, 男人 and 奔跑
+# jieba would make words of 小狗, 男人 and 奔跑, and two words of 两只小狗 and 草地上
+BY_HAND = ["一只 小 狗 在 草地 上", "两个 男 人 在 奔 跑", "两只小狗 在 草地上 玩"]
 
 
 def hand_cut_data(folder):

@@ -6,6 +6,8 @@ import io
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -254,6 +256,18 @@ def test_every_form_of_a_run_is_served_as_one(name, tmp_path):
     assert not serve.is_run(tmp_path)
     (tmp_path / name).touch()
     assert serve.is_run(tmp_path)
+
+
+def test_showing_a_site_loads_no_torch():
+    code = """
+import sys
+from pathlib import Path
+from captioning import serve
+serve.is_run(Path("."))
+serve.site_application(Path("."))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.fixture(scope="module")

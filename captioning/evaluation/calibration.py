@@ -26,7 +26,7 @@ from torch import Tensor
 from captioning.evaluation.candidates import Candidates, feature_names
 from captioning.evaluation.consensus import NGramWeights
 from captioning.evaluation.logistic import LogisticModel
-from captioning.evaluation.metrics import NUM_RESAMPLES
+from captioning.evaluation.metrics import NUM_RESAMPLES, confidence_interval
 from captioning.runtime.settings import flag
 from captioning.search.options import CHOICES, SearchOptions
 
@@ -99,16 +99,13 @@ class Calibration:
         return [f"{flag(name)} {then[name]}" for name in now if name not in ANY_VALUE and now[name] != then[name]]
 
 
-def order_candidates(
-    candidates: Candidates, features: np.ndarray, choice: str, ranker: LogisticModel | None
-) -> list[int]:
+def order_candidates(candidates: Candidates, features: np.ndarray, choice: str, ranker: LogisticModel) -> list[int]:
     """The captions of a photo, best first, as indices. features: (K, F). ranker: for the choice probability alone."""
     if choice == "log-probability":
         return list(range(candidates.num_found))
     if choice == "consensus":
         values = candidates.expected_agreement()
     else:
-        assert ranker is not None
         values = ranker.predict(features)
     return np.argsort(-values, kind="stable").tolist()
 
@@ -223,7 +220,7 @@ def risk_coverage(held_out: HeldOut, coverages: np.ndarray) -> tuple[np.ndarray,
     for _ in range(NUM_RESAMPLES):
         drawn = rng.integers(photos, size=photos)
         resamples.append(_best_means(HeldOut(*(part[drawn] for part in held_out)), coverages))
-    return values, np.percentile(resamples, (2.5, 97.5), axis=0)
+    return values, confidence_interval(np.array(resamples)).T
 
 
 def _best_means(held_out: HeldOut, coverages: np.ndarray) -> np.ndarray:
@@ -237,7 +234,7 @@ def paired_gain(held_out: HeldOut, baseline: HeldOut) -> tuple[float, np.ndarray
     """The mean gain in CIDEr-D over other captions of the same photos, and its 95 % interval (2,), by bootstrap."""
     gain = held_out.cider - baseline.cider
     drawn = np.random.default_rng(0).integers(len(gain), size=(NUM_RESAMPLES, len(gain)))
-    return float(gain.mean()), np.percentile(gain[drawn].mean(1), (2.5, 97.5))
+    return float(gain.mean()), confidence_interval(gain[drawn].mean(1))
 
 
 def describe(calibration: Calibration) -> str:

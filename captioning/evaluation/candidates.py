@@ -10,7 +10,7 @@ Letters: B photos, K captions of a photo, t words of a caption, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -71,13 +71,17 @@ class Candidates:
 
         The gain of minimum Bayes risk over an n-best list (Kumar and Byrne 2004, https://aclanthology.org/N04-1022/).
         """
-        first_with: dict[tuple[int, ...], int] = {}  # a sampled caption may have the words of another
-        for index, caption in enumerate(self.captions):
-            first_with.setdefault(tuple(caption.words), index)
-        distinct = list(first_with.values())
+        distinct = self.distinct(range(len(self.captions)))
         totals = np.array([self.log_probabilities[index].sum() for index in distinct], float)
         weights = np.exp(totals - totals.max())
         return self.agreement[:, distinct] @ weights / weights.sum()
+
+    def distinct(self, order: Iterable[int]) -> list[int]:
+        """Those of these captions, by index, that are the first with their words: a sampled one may repeat another."""
+        first_with: dict[tuple[int, ...], int] = {}
+        for index in order:
+            first_with.setdefault(tuple(self.captions[index].words), index)
+        return list(first_with.values())
 
     def _margins(self, totals: np.ndarray) -> np.ndarray:
         """log p of each caption (K,) minus that of the most probable other one of the search; 0 without another."""
@@ -135,7 +139,7 @@ def find_candidates(
     pools = [[*first, *second] for first, second in zip(found, sampled, strict=True)]
     words = [[caption.words for caption in pool] for pool in pools]
     log_probabilities = forced_log_probabilities(decoder, photos, words)
-    from_habit = forced_log_probabilities(whole_decoder, mean_photo, words)
+    evidence = evidence_of_words(log_probabilities, whole_decoder, mean_photo, words)
     agreement = weights.agreement(words)
     spreads = _view_spreads(whole_decoder, grid, words)
     return [
@@ -143,15 +147,29 @@ def find_candidates(
             pools[photo],
             len(found[photo]),
             log_probabilities[photo],
-            [
-                with_photo - without
-                for with_photo, without in zip(log_probabilities[photo], from_habit[photo], strict=True)
-            ],
+            evidence[photo],
             agreement[photo],
             np.array([weights.rarity(caption).mean() if caption else 0.0 for caption in words[photo]]),
             spreads[photo],
         )
         for photo in range(len(pools))
+    ]
+
+
+def evidence_of_words(
+    log_probabilities: Sequence[Sequence[np.ndarray]],
+    decoder: Decoder,
+    mean_photo: Grid,
+    words: Sequence[Sequence[Sequence[int]]],
+) -> list[list[np.ndarray]]:
+    """The evidence of every word of the captions of each photo, and of <end>: (t + 1,) float32 for each caption.
+
+    log_probabilities: of these words before the photos, from `forced_log_probabilities`. mean_photo: of `mean_grid`.
+    """
+    from_habit = forced_log_probabilities(decoder, mean_photo, words)
+    return [
+        [with_photo - without for with_photo, without in zip(*of_photo, strict=True)]
+        for of_photo in zip(log_probabilities, from_habit, strict=True)
     ]
 
 

@@ -237,5 +237,5 @@ def bootstrap(stats: np.ndarray) -> np.ndarray:
 
 
 def confidence_interval(scores: np.ndarray) -> np.ndarray:
-    """The central 95 % of the scores of resamples: (R, 6) -> (6, 2), lower and upper bounds."""
+    """The central 95 % of the scores of resamples: (R, ...) -> (..., 2), lower and upper bounds."""
     return np.percentile(scores, (2.5, 97.5), axis=0).T

@@ -102,14 +102,14 @@ def write_csv(path: Path, captioned: CaptionedPhotos, per_caption: np.ndarray | 
         probability_column = ["probability"] if has_probability else []
         table.writerow(["photo", "caption", "log_probability", "finished", *probability_column, *metrics])
         for index, (photo, caption) in enumerate(captioned):
-            log_probability = "" if caption.log_probability is None else f"{caption.log_probability:.4f}"
             scores = [] if per_caption is None else [f"{score:.2f}" for score in per_caption[index]]
-            probability = [_format_probability(caption)] if has_probability else []
+            probability = [_optional_cell(caption.probability)] if has_probability else []
+            log_probability = _optional_cell(caption.log_probability)
             table.writerow([photo.id, caption.text, log_probability, caption.finished, *probability, *scores])
 
 
-def _format_probability(caption: CaptionResult) -> str:
-    return "" if caption.probability is None else f"{caption.probability:.4f}"
+def _optional_cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 # ---- reading

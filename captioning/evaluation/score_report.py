@@ -79,9 +79,7 @@ class Protocol:
     """How captions and references are tokenized before they are compared."""
 
     tokenize_caption: Callable[[CaptionResult], Sequence[str]]
-    tokenize_reference: Callable[
-        [Any], Sequence[str]
-    ]  # from the words of the data set, or with from_text from the text
+    tokenize_reference: Callable[[Any], Sequence[str]]  # of the words of a reference, or with from_text of its text
     from_text: bool = False
 
 

@@ -22,9 +22,7 @@ def upload(folder: Path, name: str, files: Collection[str], private: bool) -> st
     private: of a model that does not exist yet. Raises UserError.
     """
     hub = _import_hub()
-    if name.count("/") != 1:
-        raise _not_a_name(name)
-    client = hub.HfApi(endpoint=_endpoint(hub), library_name="kantu")
+    client = _client(hub, name)
     if not hub.get_token():
         raise UserError(f"{_host(hub)}: there is no token to write with; run: hf auth login, or set HF_TOKEN")
     with _hub_errors(hub, name):
@@ -41,9 +39,7 @@ def download(name: str, folder: Path, required: Collection[str], optional: Colle
     required, optional: names of files. Raises UserError, also if the model lacks a required one.
     """
     hub = _import_hub()
-    if name.count("/") != 1:
-        raise _not_a_name(name)
-    client = hub.HfApi(endpoint=_endpoint(hub), library_name="kantu")
+    client = _client(hub, name)
     with _hub_errors(hub, name):
         model = client.model_info(name)
         there = {file.rfilename for file in model.siblings or ()}
@@ -61,6 +57,13 @@ def _import_hub() -> Any:
     except ImportError:
         raise UserError("huggingface_hub is not installed; run: pip install -c constraints.txt -e '.[hub]'") from None
     return huggingface_hub
+
+
+def _client(hub: Any, name: str) -> Any:
+    """A client of the hub. Raises UserError if the name of a model is not USER/MODEL."""
+    if name.count("/") != 1:
+        raise _not_a_name(name)
+    return hub.HfApi(endpoint=_endpoint(hub), library_name="kantu")
 
 
 def _endpoint(hub: Any) -> str:

@@ -17,14 +17,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKED_FORMAT = "kantu packed run 1"
 CONFIG = "config.json"
@@ -100,11 +100,15 @@ def import_safetensors(folder: Path) -> Any:
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state with contiguous tensors that share no memory, as safetensors wants: tied weights are there twice."""
+    import torch  # here: commands that need no torch ask whether a folder is packed
+
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def _split(data: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """Nested dicts and lists without their tensors: those go to `tensors`, named like "/models/0/weights"."""
+    from torch import Tensor
+
     if isinstance(data, Tensor):
         tensors[place] = data
         return None
