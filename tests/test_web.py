@@ -171,6 +171,7 @@ def test_the_page_says_the_same_in_english_and_in_chinese():
 def run(small_data, tmp_path_factory):
     """An untrained run with a tiny encoder."""
     vocabulary = Vocabulary.load(small_data / VOCABULARY_FILE)
+    torch.manual_seed(0)  # of the encoder's weights
     encoder = Encoder("resnet18.layer1", "random", Transform(32))
     return write_run(tmp_path_factory.mktemp("runs") / "att", encoder, vocabulary, "attention", {}, seed=0, scale=1)
 
