@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from captioning.encoders.protocol import find_family
 from captioning.evaluation.metrics import METRICS
+from captioning.runtime.log import best_epoch
 from captioning.runtime.settings import flag
 from captioning.search.options import SearchOptions
 from captioning.training.options import DECODERS_OF_SETTING, TrainingOptions
@@ -178,7 +179,7 @@ def _start_event(sources: CardSources) -> dict[str, Any]:
 def _scores(sources: CardSources) -> str:
     if sources.scores:
         return f"## Scores\n\n{_score_table(sources.scores, sources.name)}"
-    best = next((event for event in reversed(sources.log) if event["event"] == "epoch" and event.get("best")), None)
+    best = best_epoch(sources.log)
     if not best:
         return "## Scores\n\nNone were recorded: the run was packed without a log and without `--scores`."
     return (

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text, lock_holder
 from captioning.runtime.library_errors import reason
-from captioning.runtime.log import read_log
+from captioning.runtime.log import best_epoch, read_log
 from captioning.runtime.settings import OLD_DEFAULTS, as_plain_data, flag
 from captioning.training.options import TrainingOptions
 from captioning.viewing import LOGGERS
@@ -130,10 +130,9 @@ def _from_log(folder: Path, name: str) -> RunSummary:
     summary.running = lock_holder(folder / ".lock") is not None
     summary.curves = {title: found for title in PLOTS if (found := curves(events, title))}
     if epochs:
-        times = [_number(event.get("train_seconds")) for event in epochs]
-        times += [_number(event.get("val_seconds")) for event in epochs]
+        times = [_number(event.get(key)) for event in epochs for key in ("train_seconds", "val_seconds")]
         summary.seconds = sum(time or 0 for time in times) / len(epochs) or None
-        _add_scores(summary, next((event for event in reversed(epochs) if event.get("best")), epochs[-1]))
+        _add_scores(summary, best_epoch(epochs) or epochs[-1])
     return summary
 
 
