@@ -163,7 +163,7 @@ def _example(photo: Path | None, source: Path, run: Path, log: list[dict[str, An
             raise UserError(str(error)) from None
         return "A photo, and its caption with beam search."
     best = best_epoch(log) or {}
-    first = next((entry for entry in best.get("preview", []) if entry.get("picture")), {})
+    first: dict[str, Any] = next((entry for entry in best.get("preview", []) if entry.get("picture")), {})
     drawn = preview_picture(first, run)
     if drawn is None:
         picture.unlink(missing_ok=True)  # of an earlier pack

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 from captioning.encoders.protocol import find_family
 from captioning.evaluation.metrics import METRICS
 from captioning.runtime.log import best_epoch
-from captioning.runtime.settings import flag
+from captioning.runtime.settings import as_flag
 from captioning.search.options import SearchOptions
 from captioning.training.options import DECODERS_OF_SETTING, TrainingOptions
+from captioning.viewing import NOT_LEARNT
 from preprocess.vocabulary import Vocabulary
 
-# Settings of train.py that say where and how a run is computed, or shown, and not what it learns
-NOT_LEARNT = {"data", "run", "resume", "overwrite", "device", "workers", "dashboard", "save_every", "preview_photos"}
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "th": "Thai"}
 UNKNOWN_LICENCE = "not known to Kantu; write it here before you publish this folder"
 
@@ -74,13 +73,8 @@ def _flags(options: type, settings: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for field in dataclasses.fields(options):
         value = settings.get(field.name)
-        if value is None or value in ([], ()) or value == field.default:
-            continue
-        if isinstance(value, bool):
-            flags.append(flag(field.name if value else f"no_{field.name}"))
-        else:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            flags += [flag(field.name), *(shlex.quote(str(item)) for item in values)]
+        if value is not None and value != field.default:
+            flags += map(shlex.quote, as_flag(field.name, value))
     return flags
 
 
