@@ -22,9 +22,10 @@ from pathlib import Path
 
 from captioning.errors import UserError
 from captioning.runtime.log import preview_picture, read_log
+from captioning.runtime.network import LOOPBACK
 from captioning.viewing.curves import PLOTS, Curve, curves
 from captioning.viewing.log_tailer import LogTailer
-from captioning.viewing.visdom_server import LOOPBACK, PASSWORD, password_hash
+from captioning.viewing.visdom_server import PASSWORD, password_hash
 
 Windows = dict[str, dict]  # name -> window, as visdom's server expects it
 
