@@ -199,8 +199,6 @@ class TensorBoardTailer(LogTailer):
 
     def show(self) -> None:
         """Write the events that are new."""
-        if self.file and len(self.events) == self.file.num_written:
-            return
         try:
             self.file = self.file or EventFile(self.folder)
             self.file.write(self.events)
