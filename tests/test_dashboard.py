@@ -25,6 +25,7 @@ from PIL import Image
 
 import extract_features
 import train
+from bench.web import free_port
 from captioning import dashboard as dashboard_command
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
@@ -225,12 +226,6 @@ def test_without_visdom_the_error_says_how_to_install_it(monkeypatch):
 
 
 # ---- a real server
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:
