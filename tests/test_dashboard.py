@@ -370,6 +370,27 @@ def test_a_server_with_a_login_shows_runs_to_its_user_alone(visdom_installed, tm
         Train(Path("data"), "a", dashboard="http://me:secret@host:8097")
 
 
+def test_a_server_that_restarts_between_two_updates_gets_all_windows_again(monkeypatch):
+    client = VisdomClient("http://127.0.0.1:8097", "att")
+    held, posted = set(), []
+
+    def post(path, message):
+        if path == "win_exists":
+            return "true" if message["win"] in held else "false"
+        if path == "events":
+            held.add(message["win"])
+            posted.append(message["win"])
+        return ""
+
+    monkeypatch.setattr(client, "_post", post)
+    for _ in range(2):
+        client.send({"loss": {}, "settings": {}})
+    assert posted == ["loss", "settings"], "windows that have not changed are not sent again"
+    held.clear()
+    client.send({"loss": {}, "settings": {}})
+    assert posted == 2 * ["loss", "settings"]
+
+
 def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(
     visdom_installed, small_data, tmp_path, monkeypatch, capsys
 ):
