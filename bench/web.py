@@ -167,6 +167,13 @@ class Page:
         return [(request["method"], request["url"]) for request in sent]
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def wait_for_server(port: int, seconds: float = 30) -> None:
     """Wait until a server answers on this port of this machine."""
     deadline = time.monotonic() + seconds
@@ -183,9 +190,7 @@ def wait_for_server(port: int, seconds: float = 30) -> None:
 @contextlib.contextmanager
 def served(site: Path) -> Iterator[str]:
     """Serve a site on a free port while the block runs -> its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     loop = asyncio.new_event_loop()
     application = serve.site_application(site)
     task = loop.create_task(serve.listen(application, "127.0.0.1", port, str(site)))

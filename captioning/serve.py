@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning.errors import UserError
-from captioning.runtime.library_errors import reason
+from captioning.runtime.network import LOOPBACK, start_server
 from captioning.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from captioning.web.service import Service
     from config import Serve
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLL_SECONDS = 0.1  # between two looks for a stop signal
 FINISH_SECONDS = 60.0  # after a stop, for the requests in work
 BODY_SECONDS = 60.0  # for a request to arrive
@@ -164,10 +163,7 @@ async def listen(application: Application, host: str, port: int, what: str, serv
     limits: dict[str, Any] = {}
     if service:
         limits = {"max_body_size": DISCARDED * service.limits.bytes, "body_timeout": BODY_SECONDS}
-    try:
-        server = application.listen(port, address=host, **limits)
-    except OSError as error:
-        raise UserError(f"--port {port}: cannot listen on {host} ({reason(error)}); give another --port") from None
+    server = start_server(application, host, port, **limits)
     if host not in LOOPBACK:
         print(
             f"WARNING: anyone who can reach {host}:{port} can open this page; elsewhere than on this machine, threads, "

@@ -30,7 +30,7 @@ from captioning.runtime import hub
 from captioning.runtime.checkpoint import STATE, checkpoint_errors, checkpoint_path, load_checkpoint
 from captioning.runtime.files import atomic_text, atomic_write, locked, write_errors
 from captioning.runtime.library_errors import reason
-from captioning.runtime.log import read_log
+from captioning.runtime.log import best_epoch, preview_picture, read_log
 from captioning.runtime.packed_run import (
     CALIBRATION,
     PACKED_FILES,
@@ -160,16 +160,15 @@ def _example(photo: Path | None, source: Path, run: Path, log: list[dict[str, An
         except LookupError as error:  # no installed font has the caption's characters
             raise UserError(str(error)) from None
         return "A photo, and its caption with beam search."
-    best: dict[str, Any] = next(
-        (event for event in reversed(log) if event["event"] == "epoch" and event.get("best")), {}
-    )
-    drawn = [run / entry["picture"] for entry in best.get("preview", []) if entry.get("picture")]
-    if not drawn or not drawn[0].is_file():
+    best = best_epoch(log) or {}
+    first: dict[str, Any] = next((entry for entry in best.get("preview", []) if entry.get("picture")), {})
+    drawn = preview_picture(first, run)
+    if drawn is None:
         picture.unlink(missing_ok=True)  # of an earlier pack
         print("no example picture: the run has none of its best epoch; give --photo FILE")
         return None
     with write_errors(picture), atomic_write(picture) as file:
-        file.write(drawn[0].read_bytes())
+        file.write(drawn.read_bytes())
     return f"The first validation photo of the data, not selected, after epoch {best['epoch']}; greedy caption."
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 import extract_features
 import train
+from bench.web import free_port
 from captioning import dashboard as dashboard_command
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
@@ -227,12 +228,6 @@ def test_without_visdom_the_error_says_how_to_install_it(monkeypatch):
 # ---- a real server
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Server:
     """visdom in a process of its own: a fork of this one, to save the seconds of importing torch."""
 
@@ -373,6 +368,27 @@ def test_a_server_with_a_login_shows_runs_to_its_user_alone(visdom_installed, tm
         VisdomClient(server.url, "x", "me")
     with pytest.raises(UserError, match="put the password in VISDOM_PASSWORD"):
         Train(Path("data"), "a", dashboard="http://me:secret@host:8097")
+
+
+def test_a_server_that_restarts_between_two_updates_gets_all_windows_again(monkeypatch):
+    client = VisdomClient("http://127.0.0.1:8097", "att")
+    held, posted = set(), []
+
+    def post(path, message):
+        if path == "win_exists":
+            return "true" if message["win"] in held else "false"
+        if path == "events":
+            held.add(message["win"])
+            posted.append(message["win"])
+        return ""
+
+    monkeypatch.setattr(client, "_post", post)
+    for _ in range(2):
+        client.send({"loss": {}, "settings": {}})
+    assert posted == ["loss", "settings"], "windows that have not changed are not sent again"
+    held.clear()
+    client.send({"loss": {}, "settings": {}})
+    assert posted == 2 * ["loss", "settings"]
 
 
 def test_a_server_that_restarts_during_a_run_shows_the_whole_run_again(

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -78,9 +77,7 @@ def with_service(service, work, application=None):
     """Run work(client) while the service is served, on a free port of this machine."""
 
     async def both():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = bench.free_port()
         handlers = application or Application([("/caption", caption_handler(service))])
         server = asyncio.create_task(serve.listen(handlers, "127.0.0.1", port, "test", service))
         await asyncio.sleep(0)  # it listens

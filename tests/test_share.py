@@ -24,7 +24,8 @@ from captioning.runtime.command_line import parse
 from captioning.runtime.packed_run import PACKED_FILES, read_packed, write_packed
 from captioning.runtime.settings import as_plain_data
 from captioning.search.options import SearchOptions
-from captioning.viewing.model_card import NOT_LEARNT, encoder_licence, train_command
+from captioning.viewing import NOT_LEARNT
+from captioning.viewing.model_card import encoder_licence, train_command
 from config import Export, Generate, Share, Train
 from tests.fake_hub import TOKEN, FakeHub
 
@@ -221,6 +222,8 @@ def test_the_command_of_a_card_trains_with_the_settings_of_the_run(here, decoder
     assert arguments[:2] == ["python", "train.py"]
     again = as_plain_data(parse(Train, arguments[2:]))
     assert {name for name in again if again[name] != settings[name]} <= NOT_LEARNT
+    watched = settings | {"dashboard": "http://here:8097", "tensorboard": True}
+    assert train_command(watched, "again") == train_command(settings, "again"), "who watches it learns the same"
 
 
 @pytest.mark.parametrize(

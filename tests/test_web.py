@@ -171,6 +171,7 @@ def test_the_page_says_the_same_in_english_and_in_chinese():
 def run(small_data, tmp_path_factory):
     """An untrained run with a tiny encoder."""
     vocabulary = Vocabulary.load(small_data / VOCABULARY_FILE)
+    torch.manual_seed(0)  # of the encoder's weights
     encoder = Encoder("resnet18.layer1", "random", Transform(32))
     return write_run(tmp_path_factory.mktemp("runs") / "att", encoder, vocabulary, "attention", {}, seed=0, scale=1)
 
@@ -379,18 +380,25 @@ def test_the_smallest_models_that_keep_the_captions_are_chosen(monkeypatch, caps
     assert str(found[1]) == "encoder float16, decoder int8: 0.0 MB, 25.0% of the captions change"
 
 
-def test_captions_of_validation_photos_decide_and_without_photos_models_stay_float32(run, small_data, capsys):
+def test_captions_of_validation_photos_decide_and_without_photos_models_stay_float32(
+    run, small_data, monkeypatch, capsys
+):
     captioner = export.Captioner.load(run, "cpu", "float32")
     captioner.data = small_data / "moved"
     models = {"encoder": b"", "begin": b"", "step": b""}
     choice = site.smallest_models(captioner, models, None, 0.01)
-    assert choice == Choice(dict.fromkeys(models, "float32"), models, 0.0)
+    unchanged = Choice(dict.fromkeys(models, "float32"), models, 0.0)
+    assert choice == unchanged
     assert re.search("no photos to compare.*moved.*; give --data FOLDER\n", capsys.readouterr().out)
     with pytest.raises(UserError, match="moved"):
         site.smallest_models(captioner, models, small_data / "moved", 0.01)
     assert len(site._validation_photos(captioner, small_data)) == 4
     captioner.data = small_data
     assert len(site._validation_photos(captioner, None)) == 4
+    compared = [Choice(dict.fromkeys(models, kind), {}, share) for kind, share in (("int8", 0.5), ("float16", 0.25))]
+    monkeypatch.setattr(site, "choices", lambda *_: iter(compared))
+    found = [site.smallest_models(captioner, models, None, max_changed) for max_changed in (0.5, 0.25, 0.2)]
+    assert found == [*compared, unchanged], "the first that changes no more than allowed"
 
 
 # ---- the server

@@ -49,6 +49,17 @@ def read_log(folder: Path) -> list[dict]:
     return events
 
 
+def best_epoch(events: Sequence[dict]) -> dict | None:
+    """The epoch event of the best epoch, whose weights best.pt has; None if there is none."""
+    return next((event for event in reversed(events) if event["event"] == "epoch" and event.get("best")), None)
+
+
+def preview_picture(entry: dict, folder: Path) -> Path | None:
+    """The picture of an entry of an epoch event's preview, if it is there. folder: of the run."""
+    path = folder / "pictures" / Path(entry.get("picture") or "").name  # a foreign log cannot name any other file
+    return path if path.is_file() else None
+
+
 def _damaged(path: Path) -> UserError:
     return UserError(f"{path}: is not the log of a run, or damaged; move it away, or give another run")
 

@@ -37,6 +37,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_flag(name: str, value: object) -> list[str]:
+    """The words of a command line that give a setting this value; none for an empty list, which no flag can give."""
+    if isinstance(value, bool):
+        return [flag(name if value else f"no_{name}")]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [flag(name), *map(str, values)] if values else []
+
+
 def check(condition: bool, flag: str, value: object, wanted: str) -> None:
     """Raise UserError, which names the flag and its value, unless the condition holds."""
     if not condition:

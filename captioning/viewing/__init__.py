@@ -13,3 +13,5 @@ LOGGERS = Registry(
         "tensorboard": "captioning.viewing.tensorboard:TensorBoardTailer",
     },
 )
+# Settings of train.py that say where and how a run is computed, or watched, and not what it learns
+NOT_LEARNT = {"data", "run", "resume", "overwrite", "device", "workers", "save_every", "preview_photos", *LOGGERS}

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioning.errors import UserError
-from captioning.runtime.log import read_log
+from captioning.runtime.log import preview_picture, read_log
+from captioning.runtime.network import LOOPBACK
 from captioning.viewing.curves import PLOTS, Curve, curves
 from captioning.viewing.log_tailer import LogTailer
-from captioning.viewing.visdom_server import LOOPBACK, PASSWORD, password_hash
+from captioning.viewing.visdom_server import PASSWORD, password_hash
 
 Windows = dict[str, dict]  # name -> window, as visdom's server expects it
 
@@ -123,8 +124,8 @@ def _settings_html(start: dict) -> str:
 def _photo_html(entry: dict, folder: Path) -> str:
     """The preview picture, the caption and the references. All text is escaped."""
     image = ""
-    path = folder / "pictures" / Path(entry.get("picture") or "").name  # a foreign log cannot name any other file
-    if path.is_file():
+    path = preview_picture(entry, folder)
+    if path:
         encoded = base64.b64encode(path.read_bytes()).decode("ascii")
         image = f'<img style="max-width:100%" src="data:image/png;base64,{encoded}">'
     references = "".join(f"<li>{_escape(text)}</li>" for text in entry["references"])

@@ -11,13 +11,13 @@ from captioning.decoders import decoders_with
 from captioning.encoders.protocol import find_family
 from captioning.evaluation.metrics import METRICS
 from captioning.runtime.checkpoint import trained_views
-from captioning.runtime.settings import flag
+from captioning.runtime.log import best_epoch
+from captioning.runtime.settings import as_flag
 from captioning.search.options import SearchOptions
 from captioning.training.options import DECODER_SETTINGS, TrainingOptions
+from captioning.viewing import NOT_LEARNT
 from preprocess.vocabulary import Vocabulary
 
-# Settings of train.py that say where and how a run is computed, or shown, and not what it learns
-NOT_LEARNT = {"data", "run", "resume", "overwrite", "device", "workers", "dashboard", "save_every", "preview_photos"}
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "th": "Thai"}
 UNKNOWN_LICENCE = "not known to Kantu; write it here before you publish this folder"
 
@@ -75,13 +75,8 @@ def _flags(options: type, settings: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for field in dataclasses.fields(options):
         value = settings.get(field.name)
-        if value is None or value in ([], ()) or value == field.default:
-            continue
-        if isinstance(value, bool):
-            flags.append(flag(field.name if value else f"no_{field.name}"))
-        else:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            flags += [flag(field.name), *(shlex.quote(str(item)) for item in values)]
+        if value is not None and value != field.default:
+            flags += map(shlex.quote, as_flag(field.name, value))
     return flags
 
 
@@ -180,7 +175,7 @@ def _start_event(sources: CardSources) -> dict[str, Any]:
 def _scores(sources: CardSources) -> str:
     if sources.scores:
         return f"## Scores\n\n{_score_table(sources.scores, sources.name)}"
-    best = next((event for event in reversed(sources.log) if event["event"] == "epoch" and event.get("best")), None)
+    best = best_epoch(sources.log)
     if not best:
         return "## Scores\n\nNone were recorded: the run was packed without a log and without `--scores`."
     return (

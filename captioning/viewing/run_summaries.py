@@ -11,20 +11,18 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text, lock_holder
 from captioning.runtime.library_errors import reason
-from captioning.runtime.log import read_log
-from captioning.runtime.settings import OLD_DEFAULTS, as_plain_data, flag
+from captioning.runtime.log import best_epoch, read_log
+from captioning.runtime.settings import OLD_DEFAULTS, as_flag, as_plain_data
 from captioning.training.options import TrainingOptions
-from captioning.viewing import LOGGERS
+from captioning.viewing import NOT_LEARNT
 from captioning.viewing.curves import PLOTS, Curve, curves
 
-# Settings with a column of their own, and those that only say how a run is computed or watched.
-NOT_COMPARED = {"data", "run", "decoder", "epochs", "resume", "overwrite", "device", "workers", "save_every"}
-NOT_COMPARED |= {"preview_photos", *LOGGERS}
+NOT_COMPARED = NOT_LEARNT | {"decoder", "epochs"}  # these have a column of their own
 
 
 @dataclass
@@ -130,10 +128,9 @@ def _from_log(folder: Path, name: str) -> RunSummary:
     summary.running = lock_holder(folder / ".lock") is not None
     summary.curves = {title: found for title in PLOTS if (found := curves(events, title))}
     if epochs:
-        times = [_number(event.get("train_seconds")) for event in epochs]
-        times += [_number(event.get("val_seconds")) for event in epochs]
+        times = [_number(event.get(key)) for event in epochs for key in ("train_seconds", "val_seconds")]
         summary.seconds = sum(time or 0 for time in times) / len(epochs) or None
-        _add_scores(summary, next((event for event in reversed(epochs) if event.get("best")), epochs[-1]))
+        _add_scores(summary, best_epoch(epochs) or epochs[-1])
     return summary
 
 
@@ -189,15 +186,7 @@ def _differences(config: dict) -> Iterator[str]:
         value = config.get(name)
         was_default = default is None and value == OLD_DEFAULTS.get(name)
         if name not in NOT_COMPARED and value not in (None, default) and not was_default:
-            yield from _as_flag(name, value)
-
-
-def _as_flag(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, bool):
-        yield flag(name) if value else flag(f"no_{name}")
-    elif value != []:
-        yield flag(name)
-        yield " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield from as_flag(name, value)
 
 
 def _number(value: object) -> float | None:

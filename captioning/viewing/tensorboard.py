@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from captioning.errors import UserError
 from captioning.runtime.files import locked, write_errors
 from captioning.runtime.library_errors import reason
-from captioning.runtime.log import STEP_SECONDS, read_log
+from captioning.runtime.log import STEP_SECONDS, preview_picture, read_log
 from captioning.viewing.curves import PLOTS
 from captioning.viewing.log_tailer import LogTailer
 
@@ -116,8 +116,8 @@ class EventFile:
             references = "\n".join(f"- {_as_text(reference)}" for reference in entry["references"])
             caption = f"**{_as_text(entry['caption'])}**\n\n{references}"
             self._add(text_pb(f"captions/photo {number}", caption), self.epoch)
-            path = self.run / "pictures" / Path(entry.get("picture") or "").name  # a foreign log can name no other file
-            if path.is_file() and (summary := _picture_summary(f"attention/photo {number}", path)):
+            path = preview_picture(entry, self.run)
+            if path and (summary := _picture_summary(f"attention/photo {number}", path)):
                 self._add(summary, self.epoch)
 
     def _add(self, summary: Summary, step: int) -> None:
@@ -199,8 +199,6 @@ class TensorBoardTailer(LogTailer):
 
     def show(self) -> None:
         """Write the events that are new."""
-        if self.file and len(self.events) == self.file.num_written:
-            return
         try:
             self.file = self.file or EventFile(self.folder)
             self.file.write(self.events)

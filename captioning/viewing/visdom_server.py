@@ -16,14 +16,11 @@ from pathlib import Path
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write, write_errors
-from captioning.runtime.library_errors import reason
+from captioning.runtime.network import LOOPBACK, start_server
 from captioning.runtime.npm import Source, fetch
 from captioning.runtime.quiet import quiet
 
 PASSWORD = "VISDOM_PASSWORD"  # the environment variable that holds the password of --user
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
 GLYPHS = "fonts/glyphicons-halflings-regular."
 MATHJAX = (
     "MathJax.js",
@@ -111,10 +108,7 @@ def serve(host: str, port: int, folder: Path, user: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         credential = _credential(user, folder) if user else None
         application = Application(port=port, base_url="", env_path=str(folder), user_credential=credential)
-        try:
-            application.listen(port, address=host, max_buffer_size=1024**3)
-        except OSError as error:
-            raise UserError(f"--port {port}: cannot listen on {host} ({reason(error)}); give another --port") from None
+        start_server(application, host, port, max_buffer_size=1024**3)
         if host not in LOOPBACK and not user:
             print(f"WARNING: anyone who can reach {host}:{port} can read and change these pages without a password")
         print(f"visdom: http://{host}:{port}, environments in {folder}; press Ctrl-C to stop", flush=True)

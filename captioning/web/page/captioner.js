@@ -3,7 +3,8 @@
 /** Captions photos in a worker. Calls back with {progress}, {ready} or {failed}: see worker.js. */
 export class Captioner {
   constructor(device, report) {
-    this.pending = new Map(); // id -> the functions of its promise
+    this.pending = new Map(); // id of a photo -> the functions of its promise
+    this.count = 0; // of the photos so far: the next one's id
     this.worker = startWorker("worker.js");
     this.worker.onmessage = ({ data }) => ("id" in data ? this.settle(data) : report(data));
     this.worker.onerror = (event) => report({ failed: event.message || "worker.js" });
@@ -12,7 +13,7 @@ export class Captioner {
 
   /** A photo file -> {captions, seconds}. Rejects with an Error whose message is a key of text.js, or any other. */
   caption(file) {
-    const id = crypto.getRandomValues(new Uint32Array(1))[0];
+    const id = this.count++;
     return new Promise((resolve, reject) => {
       this.pending.set(id, { resolve, reject });
       this.worker.postMessage({ id, file });

@@ -10,7 +10,7 @@ const FILTERS = {
   bicubic: { support: 2, weight: cubic },
 };
 const PILLOW_BITS = 22;
-export const MOST_PIXELS = 89_478_485; // as Pillow: more are taken for an attack
+const MOST_PIXELS = 89_478_485; // as Pillow: more are taken for an attack
 const STRIP_PIXELS = 1 << 22; // pixels read from a canvas at once
 
 /** Keys's cubic filter with a = -1/2. */
@@ -25,7 +25,7 @@ function cubic(x) {
  * Weights of an antialiased resize of `inputSize` to `outputSize` pixels: of output pixel i, `count` integers for the
  * input pixels from `first` on, to be divided by 2^bits.
  */
-export function resizeWeights(inputSize, outputSize, interpolation, decoding) {
+function resizeWeights(inputSize, outputSize, interpolation, decoding) {
   const filter = FILTERS[interpolation];
   const scale = inputSize / outputSize;
   const stretch = Math.max(scale, 1); // antialiased: a filter covers at least what an output pixel covers

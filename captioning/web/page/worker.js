@@ -9,13 +9,13 @@ import { beamSearch } from "./search.js";
 
 const MOST_THREADS = 8; // more gain nothing at these sizes
 const address = (path) => new URL(path, import.meta.url).href;
-let model; // a promise
+let loading; // the promise of an OnnxModel
 let queue = Promise.resolve(); // photos are captioned one after another
 
 self.onmessage = ({ data }) => {
   if ("device" in data) {
-    model = load(data.device);
-    model.catch((error) => self.postMessage({ failed: error.message }));
+    loading = load(data.device);
+    loading.catch((error) => self.postMessage({ failed: error.message }));
   } else {
     queue = queue.then(() => captionPhoto(data));
   }
@@ -24,10 +24,11 @@ self.onmessage = ({ data }) => {
 /** Captions a photo, and sends the result. */
 async function captionPhoto({ id, file }) {
   try {
-    const { description } = await model;
+    const model = await loading;
+    const { description } = model;
     const started = performance.now();
-    await (await model).read(await readPhoto(file, description));
-    const found = await beamSearch(await model, description);
+    await model.read(await readPhoto(file, description));
+    const found = await beamSearch(model, description);
     const captions = found.map((caption) => ({ ...caption, words: caption.words.map((word) => description.words[word]) }));
     self.postMessage({ id, captions, seconds: (performance.now() - started) / 1000 });
   } catch (error) {
