@@ -93,6 +93,7 @@ def test_a_worker_that_fails_or_dies_is_one_line_within_seconds(kind, message):
     with pytest.raises(UserError, match=message) as error:
         load(torch.ones(3), kind, torch.ones(3), torch.ones(3))
     assert "\n" not in str(error.value) and time.monotonic() - start < 30
+    assert not any(worker.is_alive() for worker in loader._workers), "also while the error is kept"
 
 
 def test_a_worker_that_dies_before_its_item_is_fetched_is_one_line(monkeypatch):

@@ -97,6 +97,15 @@ class SafeLoader(DataLoader):
             _workers.update({*multiprocessing.active_children()} - others)
 
     def _receive(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from self._items(iterator)
+        finally:
+            # Workers end only if torch tells them while their queues are open. Once an error that is kept somewhere has
+            # put the iterator into a cycle, garbage collection closes the queues first: the workers, which ignore
+            # SIGTERM, would stay, after a wait of ten seconds.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    def _items(self, iterator: Iterator[Any]) -> Iterator[Any]:
         end = object()
         while True:
             with lost_worker_as_user_error():
