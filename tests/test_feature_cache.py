@@ -185,6 +185,13 @@ def test_an_attribute_that_a_file_lacks_is_a_difference_and_one_that_is_not_aske
     assert first_difference({"grid": "14", "torch": "2.6"}, {"grid": "14"}) is None
 
 
+def test_the_same_weights_at_another_path_are_no_difference():
+    found = {"weights": "/data/a.pth", "weights_sha256": "1f"}
+    assert first_difference(found, {"weights": "a.pth", "weights_sha256": "1f"}) is None
+    assert first_difference(found, {"weights": "a.pth", "weights_sha256": "20"}) == "weights"
+    assert first_difference({"weights": "a.pth"}, {"weights": "b.pth"}) == "weights"
+
+
 def test_a_file_of_an_older_version_without_later_attributes_is_resumed(tmp_path):
     write(tmp_path / "features.h5", rows=[0, 1])
     with h5py.File(tmp_path / "features.h5", "r+") as file:
