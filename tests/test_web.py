@@ -30,7 +30,7 @@ from captioning.web.site import ONNXRUNTIME_WEB, PAGE, runtime_folder
 from config import Export, Serve
 from preprocess.vocabulary import END, PAD, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 from tests.test_beam_search import TableDecoder, make_grid
-from tests.test_export import write_run
+from tests.test_export import RUNS, write_run
 
 # ---- the page's modules, in node
 
@@ -535,19 +535,23 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_the_page_finds_the_beams_of_every_trained_decoder(decoder, times, request, tmp_path, monkeypatch):
+def test_the_page_finds_the_beams_of_every_decoder(decoder, times, small_data, request, tmp_path, monkeypatch):
     """In all, it is given more than 100 photos; bench/web.py does the same with the run of a user.
 
     Two beams may be equally likely up to rounding, so a tenth of the photos may differ in one of five.
     """
     if times(True, False):
         pytest.skip("long form: make torture")
-    driver, here = request.getfixturevalue("driver"), request.getfixturevalue("here")
-    run = here / "checkpoints" / decoder
+    driver = request.getfixturevalue("driver")
+    torch.manual_seed(0)  # of the encoder's weights
+    encoder = Encoder("resnet18.layer2", "random", Transform(64))
+    special = next(sizes for name, sizes, _ in RUNS.values() if name == decoder)
+    vocabulary = Vocabulary.load(small_data / VOCABULARY_FILE)
+    run = write_run(tmp_path / "run", encoder, vocabulary, decoder, special, seed=0, scale=5)
     float32 = dict.fromkeys(("encoder", "begin", "step"), "float32")
     monkeypatch.setattr(export, "smallest_models", lambda captioner, models, *_: Choice(float32, models, 0.0))
     export.main(Export(run, tmp_path / "site", "web"))
-    photos = sorted((here / "data/small/photos").iterdir())
+    photos = sorted((small_data / "photos").iterdir())
     with bench.served(tmp_path / "site") as url:
         page = bench.Page(driver, url)
         page.add(photos)
@@ -555,4 +559,4 @@ def test_the_page_finds_the_beams_of_every_trained_decoder(decoder, times, reque
     results = export.Captioner.load(run, "cpu", "float32").caption(photos, SearchOptions(num_captions=5))
     expected = [[result.text, *(other.text for other in result.others)] for result in results]
     same = sum(one == other for one, other in zip(expected, found, strict=True))
-    assert same >= 0.9 * len(photos) and len({text for beams in found for text in beams}) > 5
+    assert same >= 0.9 * len(photos) and len({text for beams in found for text in beams}) > len(photos)
