@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+gc.disable()  # until all tests are imported: see pytest_collection_finish
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they gain on small tensors
 CALLS_FOLDER = tempfile.TemporaryDirectory(prefix="kantu-tests-")
@@ -49,6 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the number of examples of each property, before a test file is imported: 30 in the suite, else 100."""
     hypothesis.settings.load_profile("torture" if config.getoption("--torture") else "suite")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the imported modules, whose millions of objects take it most of a second."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else Triton takes them for leaks
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
