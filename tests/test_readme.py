@@ -207,6 +207,8 @@ def reduced(settings: object) -> object:
         for name, value in CHEAPER.items()
         if name in defaults and (name in always or getattr(settings, name) == defaults[name])
     }
+    if isinstance(settings, config.ExtractFeatures) and not Path(settings.weights or "none").is_dir():  # not of a run
+        changes["image_size"] = settings.image_size or 64
     if isinstance(settings, config.Preprocess):
         changes = {} if settings.check else {**changes, "workers": 1}  # it needs one
     if isinstance(settings, config.Calibrate) or (isinstance(settings, config.Generate) and settings.run):
