@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+gc.disable()  # until all tests are imported: see pytest_collection_finish
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they gain on small tensors
 CALLS_FOLDER = tempfile.TemporaryDirectory(prefix="kantu-tests-")
@@ -21,23 +24,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import extract_features  # noqa: E402
-import train  # noqa: E402
-from captioning.decoders import DECODERS  # noqa: E402
-from captioning.evaluation import score_report  # noqa: E402
-from config import ExtractFeatures, Train  # noqa: E402
 from tests.loopback.sitecustomize import watch  # noqa: E402
-from tests.small import ENCODER, TINY, make_small_data  # noqa: E402
+
+# The fixtures import torch and what needs it: with xdist, the process that hands out the tests does without.
 
 # tqdm's own lock is shared by all forks: a killed one would never release it. Its monitor thread could hold any lock
 # while a test forks.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 sys.addaudithook(watch)
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("torture", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=30)
 
@@ -49,6 +46,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the number of examples of each property, before a test file is imported: 30 in the suite, else 100."""
     hypothesis.settings.load_profile("torture" if config.getoption("--torture") else "suite")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the imported modules, whose millions of objects take it most of a second."""
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else Triton takes them for leaks
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +99,8 @@ def no_java() -> Iterator[None]:
 
     tests/test_java_metrics.py runs it. A test that starts a new process hides Java from it with an empty PATH.
     """
+    from captioning.evaluation import score_report
+
     skipped = "skipped: METEOR needs Java, which is not installed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_report, "meteor_score", lambda candidates, references: skipped)
@@ -110,19 +119,27 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data folder data/small: 24 tiny photos with captions, made by tests/small.py. Tests must not change it."""
+    from tests.small import make_small_data
+
     return make_small_data(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
 def small_runs(small_data: Path) -> Path:
     """The folder with data/small, its cached features, and checkpoints/NAME: a trained run of each decoder NAME."""
+    import extract_features
+    import train
+    from captioning.decoders import DECODERS
+    from config import ExtractFeatures, Train
+    from tests.small import ENCODER, TINY
+
     folder = small_data.parents[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         extract_features.main(ExtractFeatures(small_data, **ENCODER))
         for decoder in DECODERS:
-            settings = {"decoder": decoder, "epochs": 3, "precision": "float32", "preview_photos": 1, **TINY}
-            train.main(Train(Path("data/small"), decoder, **settings))
+            settings = {"decoder": decoder, "epochs": 3, "precision": "float32", **TINY}
+            train.main(Train(Path("data/small"), decoder, preview_photos=int(decoder == "attention"), **settings))
     return folder
 
 

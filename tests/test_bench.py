@@ -1,5 +1,6 @@
 """The benchmarks run, and check that results are equal before they time anything. The times are not tested."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -72,8 +73,10 @@ def test_the_quantisation_benchmark_runs(here, capsys):
     assert re.search(r"square root, 8 bits +0\.\d+% +0\.\d+% +0\.\d+%", output) and "float8 e4m3" in output
 
 
-def test_the_waiting_benchmark_runs_and_removes_its_files(tmp_path, capsys):
+def test_the_waiting_benchmark_runs_and_removes_its_files(tmp_path, capsys, monkeypatch):
     waiting = bench("waiting")
+    small = {"embedding_size": 16, "attention_size": 16, "hidden_size": 16}
+    monkeypatch.setattr(waiting, "Train", functools.partial(waiting.Train, **small))
     waiting.main(waiting.Bench(tmp_path, photos=9, channels=4, epochs=1, features_on=("ram",), device="cpu"))
     output = capsys.readouterr().out
     assert re.search(r" attention +ram .* [\d.]+%\n +lstm +ram .* [\d.]+%\n9 photos", output)

@@ -29,7 +29,7 @@ import train
 from captioning import calibrate as calibration
 from captioning import dashboard as dashboard_command
 from captioning import export, runs, serve, share
-from captioning.doctor import checkup
+from captioning.doctor import checkup, matching_model, mismatches
 from captioning.errors import UserError
 from captioning.runtime import command_line
 from captioning.viewing import dashboard
@@ -108,7 +108,7 @@ def calibrate(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_timm_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A narrow CLIP, whose weights are in the hub's cache, and a file with the weights of an EfficientNet."""
+    """A narrow CLIP, whose weights are in the hub's cache, and a file with the weights of a narrow EfficientNet."""
     timm = pytest.importorskip("timm")
     hub = pytest.importorskip("huggingface_hub")
     save_file = pytest.importorskip("safetensors.torch").save_file
@@ -120,6 +120,7 @@ def make_timm_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return create(full_name, **(small if full_name.startswith(name) else {}), **settings)
 
     monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.setattr(timm.models.efficientnet, "round_channels", lambda *_, **__: 8)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
     repository = timm.get_pretrained_cfg(f"{name}.openai").hf_hub_id
@@ -207,6 +208,8 @@ def reduced(settings: object) -> object:
         for name, value in CHEAPER.items()
         if name in defaults and (name in always or getattr(settings, name) == defaults[name])
     }
+    if isinstance(settings, config.ExtractFeatures) and not Path(settings.weights or "none").is_dir():  # not of a run
+        changes["image_size"] = settings.image_size or 64
     if isinstance(settings, config.Preprocess):
         changes = {} if settings.check else {**changes, "workers": 1}  # it needs one
     if isinstance(settings, config.Calibrate) or (isinstance(settings, config.Generate) and settings.run):
@@ -272,6 +275,8 @@ def test_every_command_of_the_readme_runs(user_folder, monkeypatch, times):
     monkeypatch.setattr(serve, "listen", lambda application, *_: asyncio.sleep(0))
     monkeypatch.setattr(calibration, "check_examples", lambda *_: None)  # there are three val photos
     monkeypatch.setattr(checkup, "MIN_PHOTOS", 1)
+    for module, name in ((matching_model, "EPOCHS"), (matching_model, "MIN_STEPS"), (mismatches, "CLASSIFIER_STEPS")):
+        monkeypatch.setattr(module, name, 1)
     monkeypatch.setattr(dashboard.VisdomClient, "send", lambda self, windows: sent.append((self.environment, windows)))
     lines = runnable_lines()
     assert len(lines) >= 10

@@ -17,7 +17,7 @@ from captioning.training import objectives, validation
 from captioning.training.fast_path import Way
 from captioning.training.trainer import Trainer
 from config import Generate, Train
-from tests.small import TINY, log_of, same, weights
+from tests.small import QUICK, TINY, log_of, same, weights
 from tests.test_fast_path import use_on_cpu
 
 DATA = Path("data/small")
@@ -65,7 +65,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_of_each_method_resumes_to_the_same_weights(here, method):
-    setting = {**TINY, "precision": "float32", "epochs": 2, "preview_photos": 0, **METHODS[method], "save_every": 1e-9}
+    setting = {**QUICK, "precision": "float32", "epochs": 2, "preview_photos": 0, **METHODS[method], "save_every": 1e-9}
     uninterrupted, resumed = f"{method} uninterrupted", f"{method} resumed"
     train.main(Train(DATA, uninterrupted, **setting))
     steps, train_step = [], Trainer.train_step
@@ -132,7 +132,7 @@ def test_cider_optimisation_on_the_fast_path_trains_the_same_weights(here, monke
 
 
 def test_cider_optimisation_raises_the_reward_of_sampled_captions(here):
-    setting = {**TINY, "precision": "float32", "preview_photos": 0, "patience": 99, **CIDER, "samples": 5}
+    setting = {**QUICK, "precision": "float32", "preview_photos": 0, "patience": 99, **CIDER, "samples": 5}
     train.main(Train(DATA, "rewarded", epochs=30, **setting))
     lines = log_of("rewarded")
     rewards = [line["train_reward"] for line in lines]

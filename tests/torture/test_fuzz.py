@@ -32,14 +32,16 @@ def fuzz(target, corpus, seconds):
 
 
 @pytest.fixture(autouse=True)
-def atheris():
+def atheris(times):
+    if times(True, False):
+        pytest.skip("long form: make torture")
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed; make torture installs it if it supports this Python")
 
 
-def test_any_bytes_as_annotations_give_records_or_one_line(tmp_path, times, tally):
-    tally("inputs to the reader of annotations", fuzz("annotations", tmp_path, times(1, 60)))
+def test_any_bytes_as_annotations_give_records_or_one_line(tmp_path, tally):
+    tally("inputs to the reader of annotations", fuzz("annotations", tmp_path, 60))
 
 
-def test_any_bytes_as_a_checkpoint_give_a_captioner_or_one_line(tmp_path, times, tally):
-    tally("inputs to the reader of checkpoints", fuzz("checkpoints", tmp_path, times(1, 120)))
+def test_any_bytes_as_a_checkpoint_give_a_captioner_or_one_line(tmp_path, tally):
+    tally("inputs to the reader of checkpoints", fuzz("checkpoints", tmp_path, 120))

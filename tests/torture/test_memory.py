@@ -54,7 +54,7 @@ def test_a_photo_takes_a_few_hundred_bytes_in_an_extraction_and_in_a_trainer(tmp
                 image_size=32,
                 grid="native",
                 device="cpu",
-                encoder="resnet18.layer1",
+                encoder="resnet18.maxpool",
                 weights="random",
             )
         )
