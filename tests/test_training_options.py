@@ -7,44 +7,44 @@ import pytest
 
 from captioning.decoders import DECODERS
 from captioning.errors import UserError
-from captioning.training.options import DEFAULT_RECIPE, GPU_RECIPE, PUBLISHED_RECIPES, Recipe, TrainingOptions
+from captioning.training.options import COMMON_DEFAULTS, GPU_DEFAULTS, PUBLISHED_DEFAULTS, Defaults, TrainingOptions
 from config import Train
 
 
-def recipe_of(options):
-    return Recipe(*(getattr(options, name) for name in Recipe._fields))
+def defaults_of(options):
+    return Defaults(*(getattr(options, name) for name in Defaults._fields))
 
 
 @pytest.mark.parametrize(
     "device, given, expected",
     [
-        ("cpu", {}, DEFAULT_RECIPE),
-        ("mps", {}, DEFAULT_RECIPE),
-        ("cuda", {}, GPU_RECIPE),
-        ("cuda", {"batch_size": 32}, DEFAULT_RECIPE),
-        ("cuda", {"batch_size": 100}, DEFAULT_RECIPE._replace(batch_size=100)),
-        ("cuda", {"learning_rate": 1e-3}, GPU_RECIPE._replace(learning_rate=1e-3)),
-        ("cuda", {"fine_tune": True}, DEFAULT_RECIPE),
-        ("cuda", {"objective": "cider", "start_from": "run"}, DEFAULT_RECIPE),
-        ("cuda", {"warmup_epochs": 0.0}, GPU_RECIPE._replace(warmup_epochs=0.0)),
-        ("cpu", {"batch_size": 512, "learning_rate": 2e-3, "warmup_epochs": 2}, Recipe(512, 2e-3, 2)),
+        ("cpu", {}, COMMON_DEFAULTS),
+        ("mps", {}, COMMON_DEFAULTS),
+        ("cuda", {}, GPU_DEFAULTS),
+        ("cuda", {"batch_size": 32}, COMMON_DEFAULTS),
+        ("cuda", {"batch_size": 100}, COMMON_DEFAULTS._replace(batch_size=100)),
+        ("cuda", {"learning_rate": 1e-3}, GPU_DEFAULTS._replace(learning_rate=1e-3)),
+        ("cuda", {"fine_tune": True}, COMMON_DEFAULTS),
+        ("cuda", {"objective": "cider", "start_from": "run"}, COMMON_DEFAULTS),
+        ("cuda", {"warmup_epochs": 0.0}, GPU_DEFAULTS._replace(warmup_epochs=0.0)),
+        ("cpu", {"batch_size": 512, "learning_rate": 2e-3, "warmup_epochs": 2}, Defaults(512, 2e-3, 2)),
     ],
 )
 def test_a_gpu_has_a_larger_default_batch_and_the_published_recipe_is_one_flag(device, given, expected):
     options = Train("data", "run", **given).for_device(device)
-    assert recipe_of(options) == expected
+    assert defaults_of(options) == expected
     assert options.for_device("cpu") == options, "what is decided stays"
 
 
-@pytest.mark.parametrize("decoder", PUBLISHED_RECIPES)
+@pytest.mark.parametrize("decoder", PUBLISHED_DEFAULTS)
 def test_a_decoder_with_a_published_recipe_has_it_on_every_device(decoder):
-    recipe = PUBLISHED_RECIPES[decoder]
+    recipe = PUBLISHED_DEFAULTS[decoder]
     for device in ("cpu", "cuda"):
-        assert recipe_of(Train("data", "run", decoder=decoder).for_device(device)) == recipe
+        assert defaults_of(Train("data", "run", decoder=decoder).for_device(device)) == recipe
         larger = Train("data", "run", decoder=decoder, batch_size=512).for_device(device)
-        assert recipe_of(larger) == recipe._replace(batch_size=512), "what is given does not change the rest"
+        assert defaults_of(larger) == recipe._replace(batch_size=512), "what is given does not change the rest"
     cider = Train("data", "run", decoder=decoder, objective="cider", start_from="run").for_device("cuda")
-    assert recipe_of(cider) == DEFAULT_RECIPE, "the recipe is that of cross entropy"
+    assert defaults_of(cider) == COMMON_DEFAULTS, "the recipe is that of cross entropy"
 
 
 def test_help_names_the_default_of_every_decoder():

@@ -28,6 +28,7 @@ FORMAT = "kantu checkpoint 1"
 CHANGEABLE_ON_RESUME = {
     "epochs",
     "patience",
+    "recipe",
     "val_photos",
     "save_every",
     "precision",

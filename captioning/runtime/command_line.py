@@ -6,6 +6,7 @@ tyro makes the flags; a field's comment is its help.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -20,6 +21,7 @@ import tyro
 
 from captioning.errors import LostProcessError, UserError
 from captioning.runtime.library_errors import reason
+from captioning.runtime.recipes import Recipe, requested_recipe
 from captioning.runtime.signals import claim_report, is_interactive, line_start, stop_report, stop_signals
 from captioning.runtime.usage_errors import unwrapped_errors, usage_error
 
@@ -29,17 +31,39 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
-    """Parse the command line into a `command` dataclass. A usage error prints one line and exits with status 2."""
+    """Parse the command line into a `command` dataclass. A usage error prints one line and exits with status 2.
+
+    If `command` has a setting `recipe`, the flags of the recipe that is given are added, and printed.
+    """
     errors = io.StringIO()
     arguments = _add_dashboard_url(sys.argv[1:] if arguments is None else arguments)
+    recipe = None
+    if "recipe" in (field.name for field in dataclasses.fields(command)):  # type: ignore[arg-type]
+        arguments, recipe = _add_recipe(arguments)
     try:
         wraps = "--help" in arguments or "-h" in arguments  # help is for a terminal, an error is one line
         with contextlib.redirect_stderr(errors), contextlib.nullcontext() if wraps else unwrapped_errors():
-            return tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {one_line(usage_error(errors.getvalue()))}", file=sys.stderr)
+            message = usage_error(errors.getvalue())
+            print(f"error: {one_line(recipe.locate(message) if recipe else message)}", file=sys.stderr)
         raise
+    except UserError as error:
+        if recipe is None:
+            raise
+        raise UserError(recipe.locate(str(error))) from None
+    if recipe and os.environ.get("RANK", "0") == "0":  # set by torchrun
+        print(f"recipe {one_line(recipe.name)}: {one_line(str(recipe))}", flush=True)
+    return parsed
+
+
+def _add_recipe(arguments: list[str]) -> tuple[list[str], Recipe | None]:
+    """The arguments, completed by the recipe that they ask for, and what of it is used."""
+    recipe = requested_recipe(arguments)
+    if recipe is None:
+        return arguments, None
+    return recipe.complete(arguments), recipe.without(arguments)
 
 
 def _add_dashboard_url(arguments: list[str]) -> list[str]:

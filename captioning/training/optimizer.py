@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from captioning.training import SCHEDULES
-from captioning.training.options import DEFAULT_RECIPE, TrainingOptions
+from captioning.training.options import COMMON_DEFAULTS, TrainingOptions
 
 
 def learning_rate_factor(options: TrainingOptions, epoch_start: float, epoch_end: float) -> float:
@@ -85,4 +85,4 @@ def _groups_of(parameters: Iterable[nn.Parameter], rate: str, weight_decay: floa
 
 def make_optimizer(groups: Iterable) -> torch.optim.Optimizer:
     """Return AdamW (which is Adam without weight decay). Fused: each update reads and writes every weight once."""
-    return torch.optim.AdamW(groups, lr=DEFAULT_RECIPE.learning_rate, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=COMMON_DEFAULTS.learning_rate, weight_decay=0.0, fused=True)

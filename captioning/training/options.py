@@ -25,7 +25,7 @@ else:  # the command line offers what is registered
 Options = TypeVar("Options", bound="TrainingOptions")
 
 
-class Recipe(NamedTuple):
+class Defaults(NamedTuple):
     """How a decoder is trained by cross entropy, where the command does not say otherwise."""
 
     batch_size: int  # captions
@@ -35,14 +35,14 @@ class Recipe(NamedTuple):
     label_smoothing: float = 0.0
 
 
-DEFAULT_RECIPE = Recipe(32, 4e-4, 0.0)  # the common recipe of soft attention
-GPU_RECIPE = Recipe(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
+COMMON_DEFAULTS = Defaults(32, 4e-4, 0.0)  # the published ones of soft attention: recipes/tutorial.txt
+GPU_DEFAULTS = Defaults(512, 3.2e-3, 1.0)  # 32 captions cannot fill a GPU; docs/results.md: "Batch size"
 # Of the authors, on COCO, on any device. Those of the other decoders name no rate for Adam, or none at all.
-PUBLISHED_RECIPES = {
+PUBLISHED_DEFAULTS = {
     # M2 (Cornia et al. 2020, section 4): the largest rate is 512^-0.5 10,000^-0.5; 10,000 updates are 0.9 epochs
-    "transformer": Recipe(50, 4.4e-4, 0.9, "inverse-sqrt"),
+    "transformer": Defaults(50, 4.4e-4, 0.9, "inverse-sqrt"),
     # The authors' experiments: 1024^-0.5 10,000^-0.5
-    "xlan": Recipe(50, 3.1e-4, 0.9, "inverse-sqrt"),
+    "xlan": Defaults(50, 3.1e-4, 0.9, "inverse-sqrt"),
 }
 
 # Settings of some decoders, refused with a decoder whose constructor does not take them
@@ -67,6 +67,8 @@ class TrainingOptions:
 
     data: Path  # folder made by python -m preprocess
     run: str  # name of the run, which is written to checkpoints/RUN
+    # flags of recipes/NAME.txt (best, best-cider, tutorial), or of a file such as ./mine.txt; flags that are typed win
+    recipe: str | None = None
     # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look;
     # transformer: Attention Is All You Need; updown: Bottom-Up and Top-Down Attention;
     # xlan: X-Linear Attention Networks
@@ -265,18 +267,18 @@ class TrainingOptions:
             )
 
     def for_device(self: Options, device_type: str) -> Options:
-        """Return the settings with the recipe of this decoder and device, where none is given."""
-        recipe = self._recipe(device_type)
-        missing = {name: value for name, value in recipe._asdict().items() if getattr(self, name) is None}
+        """Return the settings with the defaults of this decoder and device, where none is given."""
+        defaults = self._defaults(device_type)
+        missing = {name: value for name, value in defaults._asdict().items() if getattr(self, name) is None}
         return replace(self, **missing)
 
-    def _recipe(self, device_type: str) -> Recipe:
+    def _defaults(self, device_type: str) -> Defaults:
         if self.objective != "cross-entropy":
-            return DEFAULT_RECIPE
-        if self.decoder in PUBLISHED_RECIPES:
-            return PUBLISHED_RECIPES[self.decoder]
+            return COMMON_DEFAULTS
+        if self.decoder in PUBLISHED_DEFAULTS:
+            return PUBLISHED_DEFAULTS[self.decoder]
         fills_gpu = device_type == "cuda" and not self.fine_tune and self.batch_size is None
-        return GPU_RECIPE if fills_gpu else DEFAULT_RECIPE
+        return GPU_DEFAULTS if fills_gpu else COMMON_DEFAULTS
 
     @property
     def folder(self) -> Path:

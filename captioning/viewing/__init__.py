@@ -14,4 +14,15 @@ LOGGERS = Registry(
     },
 )
 # Settings of train.py that say where and how a run is computed, or watched, and not what it learns
-NOT_LEARNT = {"data", "run", "resume", "overwrite", "device", "workers", "save_every", "preview_photos", *LOGGERS}
+NOT_LEARNT = {
+    "data",
+    "run",
+    "recipe",  # its flags are settings of their own
+    "resume",
+    "overwrite",
+    "device",
+    "workers",
+    "save_every",
+    "preview_photos",
+    *LOGGERS,
+}
