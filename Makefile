@@ -9,13 +9,14 @@ PACKAGES := .venv/packages-installed
 UNFINISHED := .venv/packages-unfinished
 SHARED_OUT := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test bench torture matrix lint dashboard
+.PHONY: help demo test bench results torture matrix lint dashboard
 
 help:
 	@echo "make demo        draw scenes, extract features, train, caption, in minutes (LANGUAGE=zh or en)"
 	@echo "make test        lint and the tests (PYTEST_ARGS='-k beam' selects some)"
 	@echo "make lint        ruff check, ruff format --check, mypy on the public interface"
 	@echo "make bench       the speed table of the README, on this machine"
+	@echo "make results     the tables of docs/results.md, in hours (FLICKR8K=folder WEIGHTS=folder; see bench/results.py)"
 	@echo "make torture     all tests at full length: those of RELIABILITY.md, and the long forms of others"
 	@echo "make matrix      the tests on the oldest supported packages, and on Python 3.10 and 3.13"
 	@echo "make dashboard   visdom on http://127.0.0.1:8097, for train.py --dashboard"
@@ -32,6 +33,10 @@ bench: $(PACKAGES)
 	.venv/bin/python bench/decoders.py --encoder resnet101
 	.venv/bin/python bench/decoders.py --decoder lstm
 	.venv/bin/python bench/beam_search.py
+
+results: $(PACKAGES)
+	.venv/bin/python bench/results.py $(if $(FLICKR8K),--flickr8k '$(FLICKR8K)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
+	  $(if $(WORK),--work '$(WORK)') $(if $(THREADS),--threads $(THREADS)) $(RESULTS_ARGS)
 
 torture: $(PACKAGES)
 	@.venv/bin/uv pip install --quiet --only-binary :all: --python .venv/bin/python 'atheris>=2.3' 2>/dev/null || \

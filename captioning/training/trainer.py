@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -138,6 +139,7 @@ class Trainer:
         self.seed_rank()
         self.start_fast_path(log)
         while progress.epoch < options.epochs and progress.epochs_without_better < options.patience:
+            cpu_seconds = time.process_time()
             metrics = {"epoch": progress.epoch + 1} | self.train_epoch(log, stop)
             metrics |= {group["rate"]: group["lr"] for group in self.state.optimizer.param_groups}
             self.save_last(stop)  # before validation: a resumed run repeats a validation that is stopped
@@ -148,6 +150,7 @@ class Trainer:
                 progress.finish_epoch()
                 if better and self.distributed.is_main:
                     save_checkpoint(options.folder / "best.pt", self.state.checkpoint(for_resume=False))
+            metrics["cpu_seconds"] = time.process_time() - cpu_seconds  # of this process, with its validation
             log.epoch(metrics, better)
             self.explain_zeros(log, metrics)
             self.save_last(stop)

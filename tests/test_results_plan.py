@@ -1,0 +1,191 @@
+"""`make results`: the plan, the steps that are made once, and the tables that are made of JSON alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from captioning.errors import UserError
+from captioning.runtime.command_line import parse
+from config import Calibrate, ExtractFeatures, Generate, Preprocess, Train
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import results  # noqa: E402
+import results_page  # noqa: E402
+import results_plan  # noqa: E402
+import results_steps  # noqa: E402
+from results_plan import GROUPS, Step, plan_steps  # noqa: E402
+from results_steps import Workshop  # noqa: E402
+
+COMMANDS = {
+    "preprocess": Preprocess,
+    "extract_features.py": ExtractFeatures,
+    "train.py": Train,
+    "generate.py": Generate,
+    "captioning.calibrate": Calibrate,
+}
+
+
+def shape(words):
+    """A command without its values: steps of the same shape differ in what they name alone."""
+    return tuple(word for word in words if word.startswith("-") or word == "cider")
+
+
+def test_every_step_of_the_plan_is_a_command_that_is_accepted(times):
+    seen = set()
+    for step in plan_steps(has_weights=True).values():
+        words = [word for word in shlex.split(step.command) if word != "-m"]
+        assert words[0] == "python"
+        if times(shape(words), step.name) not in seen:
+            seen.add(times(shape(words), step.name))
+            parse(COMMANDS[words[1]], words[2:])
+
+
+def test_a_run_of_the_plan_reads_what_other_steps_make():
+    steps = plan_steps(has_weights=False)
+    assert "--weights" not in steps["features-lite2-384"].command
+    for step in steps.values():
+        made = {output for need in needed(steps, step.name) for output in steps[need].outputs}
+        for word in shlex.split(step.command)[2:]:
+            is_made = word.startswith(("data/", "checkpoints/", "captions/"))
+            assert not is_made or word in {*made, *step.outputs}, f"{step.name}: {word} is made by no step before it"
+
+
+def needed(steps, name):
+    """The steps that a step needs, and what they need."""
+    return {*steps[name].needs}.union(*(needed(steps, need) for need in steps[name].needs))
+
+
+def test_groups_rows_and_patterns_select_steps_with_what_they_need():
+    steps = plan_steps(has_weights=True)
+    chosen = results.choose(steps, ["best/zh-best"])
+    assert chosen == ["data-zh", "features-lite2-384", "zh-best", "zh-best-beam1", "zh-best-beam3", "zh-best-beam5"]
+    assert results.choose(steps, ["encoders", "zh-best-cider"])[-2:] == ["zh-best-cider-beam3", "zh-best-cider-beam5"]
+    assert results.choose(steps, []) == list(steps)
+    with pytest.raises(UserError, match="--only zh-wurst: no such group, row or step"):
+        results.choose(steps, ["zh-wurst"])
+    assert "    zh-best-ensemble: " in "\n".join(results.describe_groups())
+
+
+# ---- steps
+
+
+def copy_step(name, text, needs=(), **settings):
+    """A step whose command appends a text to its output, and says so in made.txt."""
+    code = f"open('{name}.txt', 'a').write('{text}'); print('{name}', file=open('made.txt', 'a'))"
+    return Step(name, f"python -c {shlex.quote(code)}", (f"{name}.txt",), needs, **settings)
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """Makes a workshop of steps in one folder."""
+    monkeypatch.setattr(results_steps, "POLL_SECONDS", 0.02)
+    return lambda *steps: Workshop(tmp_path, {step.name: step for step in steps})
+
+
+def made(folder):
+    """The steps that were run since the last call."""
+    path = folder / "made.txt"
+    names = path.read_text("utf-8").split() if path.exists() else []
+    path.write_text("", encoding="utf-8")
+    return names
+
+
+def test_a_step_is_made_once_and_anew_if_its_command_or_what_it_reads_has_changed(workshop, tmp_path):
+    first, second, other = copy_step("a", "x"), copy_step("b", "y", ("a",)), copy_step("c", "z")
+    shop = workshop(first, second, other)
+    assert list(shop.left("abc")) == ["a", "b", "c"]
+    assert shop.make("abc") == [] and made(tmp_path) == ["a", "b", "c"]
+    assert shop.make("abc") == [] and made(tmp_path) == [] and shop.left("abc") == {}
+    changed = workshop(copy_step("a", "new"), second, other)
+    assert changed.left("abc") == {"a": "its command has changed", "b": "what it reads will change"}
+    assert changed.make("abc") == [] and made(tmp_path) == ["a", "b"]
+    assert [(tmp_path / f"{name}.txt").read_text("utf-8") for name in "abc"] == ["new", "y", "z"]
+    (tmp_path / "c.txt").unlink()
+    assert list(changed.left("abc")) == ["c"], "its output is gone"
+
+
+def test_a_changed_recipe_is_a_changed_command(workshop, tmp_path):
+    recipe = tmp_path / "mine.txt"
+    step = copy_step("a", "x")
+    step = step._replace(command=f"{step.command} --recipe {recipe}")
+    recipe.write_text("--epochs 3", encoding="utf-8")
+    shop = workshop(step)
+    assert shop.make("a") == [] and shop.left("a") == {}
+    recipe.write_text("# a comment\n--epochs 3", encoding="utf-8")
+    assert shop.left("a") == {}
+    recipe.write_text("--epochs 4", encoding="utf-8")
+    assert shop.left("a") == {"a": "its command has changed"}
+
+
+def test_a_failed_step_is_one_line_and_those_that_do_not_need_it_go_on(workshop, tmp_path, capsys):
+    failing = Step("bad", "python -c \"import sys; print('work'); sys.exit('error: no photos; give some')\"", ())
+    shop = workshop(failing, copy_step("needs-it", "x", ("bad",)), copy_step("other", "y"))
+    assert shop.make(list(shop.steps)) == ["bad", "needs-it"] and made(tmp_path) == ["other"]
+    output = capsys.readouterr().out
+    assert f"bad: failed: no photos; give some ({tmp_path / 'logs' / 'bad.log'})\n" in output
+    assert "needs-it: left out: bad failed\n" in output
+    assert list(shop.left(list(shop.steps))) == ["bad", "needs-it"]
+    silent = workshop(Step("none", "python -c pass", ("none.txt",)))
+    assert silent.make(["none"]) == ["none"], "no output, no success"
+
+
+def test_an_interrupted_step_is_resumed_and_files_of_another_command_are_not_its(workshop, tmp_path):
+    code = "import sys; open('a.txt', 'a').write(sys.argv[-1]); sys.exit(sys.argv[-1] != '--resume')"
+    step = Step("a", f"python -c {shlex.quote(code)} begin", ("a.txt",), resume="--resume")
+    shop = workshop(step)
+    assert shop.make("a") == ["a"] and shop.left("a") == {"a": "interrupted"}
+    assert shop.make("a") == [] and (tmp_path / "a.txt").read_text("utf-8") == "begin--resume"
+    assert len(shop.record("a")["attempts"]) == 2
+    changed = workshop(step._replace(command=step.command.replace("begin", "anew")))
+    assert changed.make("a") == ["a"] and (tmp_path / "a.txt").read_text("utf-8") == "anew", "the old one is removed"
+    (tmp_path / "b.txt").write_text("by hand", encoding="utf-8")
+    assert workshop(copy_step("b", "x")).make("b") == ["b"]
+    assert (tmp_path / "b.txt").read_text("utf-8") == "by hand"
+
+
+RUN_SHOP = """
+import sys
+sys.path[:0] = [{root!r}, {bench!r}]
+import results_steps
+from results_plan import Step
+results_steps.POLL_SECONDS = 0.02
+slow = "import time; open('a.txt', 'a').write('x'); time.sleep(0.5); print('a', file=open('made.txt', 'a'))"
+a = Step("a", f'python -c "{{slow}}"', ("a.txt",))
+b = Step("b", "python -c \\"print('b', file=open('made.txt', 'a'))\\"", (), ("a",))
+shop = results_steps.Workshop(results_steps.Path({folder!r}), {{"a": a, "b": b}})
+sys.exit(len(shop.make("ab")))
+"""
+
+
+def start_shop(folder):
+    code = RUN_SHOP.format(root=str(ROOT), bench=str(ROOT / "bench"), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_in_one_folder_make_no_step_twice(tmp_path):
+    processes = [start_shop(tmp_path), start_shop(tmp_path)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(made(tmp_path)) == ["a", "b"] and (tmp_path / "a.txt").read_text("utf-8") == "x"
+
+
+def test_a_stop_is_handed_on_to_the_command_which_is_resumed_next_time(tmp_path):
+    process = start_shop(tmp_path)
+    while not (tmp_path / "a.txt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    time.sleep(0.6)
+    assert not (tmp_path / "made.txt").exists(), "the command was stopped, too"
+    assert json.loads((tmp_path / "steps" / "a.json").read_text("utf-8"))["attempts"] == []
