@@ -14,7 +14,7 @@ given again.
 Every step is a command of Kantu, run in the work folder. A step that is made is skipped; one whose command, recipe or
 input has changed is made anew; an interrupted training is resumed. Several such commands may share a work folder: what
 one of them is making, the others leave to it. Beside data/, checkpoints/, captions/ and scores/, the work folder has
-logs/ (what the steps print), steps/ (how each was made) and results/: the tables of what is made so far.
+logs/ (what the steps print), steps/ (how each was made) and page/: the tables of what is made so far.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def write_tables(workshop: Workshop, publishes: bool) -> None:
     if publishes:
         print(*results_page.publish(collected, ROOT), sep="\n")
     else:
-        print(f"{results_page.write_page(collected, workshop.folder / 'results')}: the tables of what is made")
+        print(f"{results_page.write_page(collected, workshop.folder / 'page')}: the tables of what is made")
 
 
 # ---- what to do

@@ -273,8 +273,8 @@ def _notes(group: str, found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Validation photos, which also chose the epoch (by greedy CIDEr-D); beam size {COMPARED_BEAM} where none is "
         "named; times 100, BLEU without smoothing. Intervals: 1,000 bootstrap resamples of the photos, paired where "
-        f"two runs are compared. Minutes: {'CPU time' if devices == 'cpu' else 'time'} of the run's own epochs with their "
-        "validation, without the run that it starts from."
+        f"two runs are compared. Minutes: {'CPU time' if devices == 'cpu' else 'time'} of the run's own epochs with "
+        "their validation, without the run that it starts from."
     )
     yield ""
     made_with = [

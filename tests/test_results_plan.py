@@ -20,10 +20,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import results  # noqa: E402
+import results_page  # noqa: E402
 import results_steps  # noqa: E402
-from results_plan import Step, plan_steps  # noqa: E402
+from results_plan import GROUPS, Step, plan_steps  # noqa: E402
 from results_steps import Workshop  # noqa: E402
 
+STEPS = plan_steps(has_weights=False)
 COMMANDS = {
     "preprocess": Preprocess,
     "extract_features.py": ExtractFeatures,
@@ -45,10 +47,9 @@ def test_every_step_of_the_plan_is_a_command_that_is_accepted(times):
 
 
 def test_what_a_step_of_the_plan_reads_another_one_makes():
-    steps = plan_steps(has_weights=False)
-    assert "--weights" not in steps["features-lite2-384"].command
+    assert "--weights" not in STEPS["features-lite2-384"].command
     made = {}  # step -> outputs of it and of those that it needs
-    for name, step in steps.items():
+    for name, step in STEPS.items():
         made[name] = {*step.outputs}.union(*(made[need] for need in step.needs))
         for word in shlex.split(step.command)[2:]:
             is_made = word.startswith(("data/", "checkpoints/", "captions/"))
@@ -56,13 +57,12 @@ def test_what_a_step_of_the_plan_reads_another_one_makes():
 
 
 def test_groups_rows_and_patterns_select_steps_with_what_they_need():
-    steps = plan_steps(has_weights=True)
-    chosen = results.choose(steps, ["best/zh-best"])
+    chosen = results.choose(STEPS, ["best/zh-best"])
     assert chosen == ["data-zh", "features-lite2-384", "zh-best", "zh-best-beam1", "zh-best-beam3", "zh-best-beam5"]
-    assert "zh-lite2-256-against-zh-mobilenet-256" in results.choose(steps, ["encoders"])
-    assert results.choose(steps, []) == list(steps)
+    assert "zh-lite2-256-against-zh-mobilenet-256" in results.choose(STEPS, ["encoders"])
+    assert results.choose(STEPS, []) == list(STEPS)
     with pytest.raises(UserError, match="--only zh-wurst: no such group, row or step"):
-        results.choose(steps, ["zh-wurst"])
+        results.choose(STEPS, ["zh-wurst"])
     assert "    zh-best-ensemble: " in "\n".join(results.describe_groups())
 
 
@@ -147,7 +147,7 @@ RUN_SHOP = """
 import sys
 sys.path[:0] = [{root!r}, {bench!r}]
 import results_steps
-from results_plan import Step
+from results_plan import GROUPS, Step
 results_steps.POLL_SECONDS = 0.02
 slow = "import time; open('a.txt', 'a').write('x'); time.sleep(0.5); print('a', file=open('made.txt', 'a'))"
 a = Step("a", f'python -c "{{slow}}"', ("a.txt",))
@@ -178,3 +178,106 @@ def test_a_stop_is_handed_on_to_the_command_which_is_resumed_next_time(tmp_path)
     time.sleep(0.6)
     assert not (tmp_path / "made.txt").exists(), "the command was stopped, too"
     assert json.loads((tmp_path / "steps" / "a.json").read_text("utf-8"))["attempts"] == []
+
+
+# ---- the page
+
+
+def scores(cider):
+    """A file of `generate.py --scores`, as far as the page reads it."""
+    values = {metric: cider / 4 for metric in results_page.METRICS} | {"CIDEr-D": cider}
+    return {"word": values, "intervals": {"word": {metric: [cider - 5, cider + 5] for metric in values}}}
+
+
+def finish(folder, name, cider, device="cpu", difference=None):
+    """Write the outputs and the record of a step of the plan, as if its command had made them."""
+    step = STEPS[name]
+    for output in step.outputs:
+        path = folder / output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(difference or scores(cider)), encoding="utf-8")
+        elif path.suffix:
+            path.write_bytes(bytes(10**6))
+    if step.outputs[0].startswith("checkpoints/"):
+        start = {"event": "start", "device": device, "precision": "bfloat16", "versions": {"torch": "2.15.0"}}
+        events = [start | {"decoder_parameters": 10**7, "config": {}}]
+        for epoch, score in ((1, cider - 9), (2, cider), (3, cider - 1)):
+            event = {"event": "epoch", "epoch": epoch, "CIDEr-D": score, "BLEU-4": score / 4, "val_loss": 3.0}
+            event |= {"cpu_seconds": 120.0, "train_seconds": 500.0, "val_seconds": 100.0, "peak_memory_gb": 2.5}
+            events.append(event | {"best": epoch == 2})
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (folder / step.outputs[1] / "log.jsonl").write_text(text, encoding="utf-8")
+    record = {"command": results_steps.expand(step.command), "made": "2026-12-01T12:00:00.000+00:00"}
+    record |= {"inputs": dict.fromkeys(step.needs, record["made"]), "commit": "abc1234", "machine": "EPYC"}
+    (folder / "steps").mkdir(exist_ok=True)
+    (folder / "steps" / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A work folder in which some rows of the group `best` are made."""
+    folder = tmp_path / "work"
+    ciders = {"zh-best": 80.0, "zh-best-1": 84.0, "zh-best-ensemble": 90.0}
+    for name in ("data-zh", "features-lite2-384", "zh-best", "zh-best-1", "zh-best-2"):
+        finish(folder, name, ciders.get(name, 70.0))
+    for row, cider in ciders.items():
+        for beam in (1, 3, 5):
+            finish(folder, f"{row}-beam{beam}", cider + beam)
+    gain = {"CIDEr-D": {"difference": 10.0, "interval": [7.04, 13.0], "better": 1.0}}
+    finish(folder, "zh-best-ensemble-against-zh-best", 0, difference={"difference": {"word": gain}})
+    return Workshop(folder, STEPS)
+
+
+def test_tables_hold_the_scores_differences_means_and_costs_of_what_is_made(finished):
+    found = results_page.collect("best", finished)
+    text = results_page.render("best", json.loads(results_page.to_json(found)))
+    label = "`--recipe best`"
+    assert (
+        f"| {label}, seed 0 | `zh-best` | 20.8 | 20.8 | 83.0 (78.0 to 88.0) | 20.2, 81.0 | 21.2, 85.0 |  | 3, 2 | 6 |"
+        in text
+    )
+    assert f"| {label}, mean of 2 seeds (standard deviation) |  | 21.2 (0.7) | 21.2 (0.7) | 85.0 (2.8) |" in text
+    assert f"| {label}, ensemble of 3 | `zh-best-ensemble` |" in text
+    assert "| +10.0 (+7.0 to +13.0), `zh-best` |  |  |  |  |" in text
+    assert "seed 2 |" not in text, "its captions are not scored yet"
+    assert "Not made yet: `zh-best-2`, `zh-best-cider`, " in text and "English" not in text
+    assert "from 2026-12-01 to 2026-12-01 on EPYC (cpu, bfloat16, torch 2.15.0), commits abc1234" in text
+    assert found["rows"][0]["training"]["curve"]["seconds"] == [120.0, 240.0, 360.0], "CPU seconds on a CPU"
+    assert found["rows"][0]["training"]["features"] == 0.001
+
+
+def test_a_row_whose_recipe_has_changed_since_is_not_in_the_tables(finished):
+    path = finished.folder / "steps" / "zh-best.json"
+    record = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(record | {"command": record["command"] + " --epochs 9"}), encoding="utf-8")
+    assert [row["name"] for row in results_page.collect("best", finished)["rows"]] == ["zh-best-1"]
+
+
+def test_publishing_writes_json_pictures_and_the_regions_of_the_page_and_nothing_else(finished, tmp_path):
+    page = "# Mine\n\n<!-- made by make results: best -->\nold\n<!-- end -->\n\nStays.\n"
+    page += "<!-- made by make results: encoders -->\n<!-- end -->\n"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(page, encoding="utf-8")
+    collected = {group: results_page.collect(group, finished) for group in ("best", "encoders")}
+    written = results_page.publish(collected, tmp_path)
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in written] == [
+        "bench/results/best.json",
+        "docs/results-best.png",
+        "docs/results.md",
+    ]
+    text = (tmp_path / "docs" / "results.md").read_text("utf-8")
+    assert "old" not in text and "\n\nStays.\n" in text and "| `zh-best` |" in text
+    assert text.endswith("<!-- made by make results: encoders -->\n\n*Not made yet.*\n\n<!-- end -->\n")
+    assert results_page.fill_regions(text, tmp_path / "bench" / "results") == text
+    assert (tmp_path / "docs" / "results-best.png").read_bytes().startswith(b"\x89PNG")
+    assert "data-zh" not in text and str(tmp_path) not in text + (tmp_path / "bench/results/best.json").read_text(
+        "utf-8"
+    )
+
+
+def test_the_tables_of_the_page_are_those_of_the_json_beside_it():
+    page = (ROOT / results_page.PAGE).read_text("utf-8")
+    assert results_page.fill_regions(page, ROOT / results_page.JSON_FOLDER) == page, "run make results ... --publish"
+    regions = [match[2] for match in results_page.REGION.finditer(page)]
+    assert sorted(regions) == sorted(GROUPS), "every group of the plan has its place"
