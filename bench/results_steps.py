@@ -67,24 +67,22 @@ class Workshop:
         Returns the names of the steps that were not made.
         """
         failed: list[str] = []
-        pending = list(chosen)
         waits = False
-        while pending:
-            ended = [name for name in pending if self._try(name, failed)]
-            pending = [name for name in pending if name not in ended]
-            if not ended and not waits:
-                print(f"waiting for what another process is making, which {pending[0]} needs", flush=True)
-            waits = not ended
-            if waits:
-                time.sleep(POLL_SECONDS)
+        while pending := [name for name in chosen if name not in failed and not self.is_made(name)]:
+            ended = [self._try(name, failed) for name in pending]
+            if any(ended):
+                waits = False
+                continue
+            if not waits:
+                print(f"waiting for what another process is making: {pending[0]}, or what it needs", flush=True)
+            waits = True
+            time.sleep(POLL_SECONDS)
         return failed
 
     # ---- one step
 
     def _try(self, name: str, failed: list[str]) -> bool:
-        """Make a step if it can be made now -> whether it has ended: made, or failed."""
-        if self.is_made(name):
-            return True
+        """Make a step if it can be made now -> whether it has ended, made or failed."""
         needs = self.steps[name].needs
         if missing := [need for need in needs if need in failed]:
             print(f"{name}: left out: {missing[0]} failed", flush=True)
