@@ -115,6 +115,10 @@ def test_a_changed_recipe_is_a_changed_command(workshop, tmp_path):
     assert shop.left("a") == {}
     recipe.write_text("--epochs 4", encoding="utf-8")
     assert shop.left("a") == {"a": "its command has changed"}
+    code = f"open({str(recipe)!r}, 'w').write('--epochs 5'); open('b.txt', 'w')"
+    changing = Step("b", f"python -c {shlex.quote(code)} --recipe {recipe}", ("b.txt",))
+    shop = workshop(changing)
+    assert shop.make("b") == [] and "--epochs 5" in shop.record("b")["command"], "it was changed while it was made"
 
 
 def test_a_failed_step_is_one_line_and_those_that_do_not_need_it_go_on(workshop, tmp_path, capsys):
