@@ -16,7 +16,17 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results_plan import BEAMS, COMPARED_BEAM, GROUPS, LANGUAGES, Row, comparison_name, feature_file, score_name
+from results_plan import (
+    BEAMS,
+    COMPARED_BEAM,
+    GROUPS,
+    LANGUAGES,
+    Row,
+    comparison_name,
+    feature_file,
+    feature_step_name,
+    score_name,
+)
 from results_steps import Workshop
 
 from captioning.runtime.files import atomic_text, atomic_write, write_errors
@@ -56,6 +66,7 @@ def collect(group: str, workshop: Workshop) -> dict[str, Any]:
     return {
         "title": title,
         "rows": [_collect_row(row, workshop) for row in made],
+        "features": {name: _extraction(name, workshop) for row in made for name in row.run.features},
         "not made": [row.name for row in rows if row not in made],
     }
 
@@ -120,6 +131,13 @@ def _training(row: Row, workshop: Workshop) -> dict[str, Any]:
             **{name: [_rounded(event[name]) for event in epochs] for name in ("CIDEr-D", "BLEU-4", "val_loss")},
         },
     }
+
+
+def _extraction(name: str, workshop: Workshop) -> dict[str, float]:
+    """What a feature file cost: CPU seconds, and gigabytes."""
+    attempts = workshop.record(feature_step_name(name))["attempts"]
+    size = (workshop.folder / feature_file(name)).stat().st_size
+    return {"cpu seconds": _rounded(sum(cost["cpu_seconds"] for cost in attempts)), "size": _rounded(size / 1e9)}
 
 
 def _seconds(epoch: Mapping[str, Any], device: str) -> float:
@@ -288,6 +306,13 @@ def _notes(group: str, found: Mapping[str, Any]) -> Iterator[str]:
         f"{_listed(row['commit'] for row in found['rows'])}. The commands and all scores are in "
         f"`{JSON_FOLDER}/{group}.json`."
     )
+    costs = [
+        f"`{name}` {cost['cpu seconds'] / 60:.0f} CPU minutes, {cost['size']:.1f} GB"
+        for name, cost in found["features"].items()
+    ]
+    if costs:
+        yield ""
+        yield f"Extraction of the features, once for both languages: {'; '.join(costs)}."
     if found["not made"]:
         yield ""
         yield f"Not made yet: {', '.join(f'`{name}`' for name in found['not made'])}."

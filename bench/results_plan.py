@@ -284,7 +284,7 @@ def _run_steps(run: Run, has_weights: bool) -> Iterator[Step]:
     words = ["python train.py", f"data/f8k-{run.data}", "--run", run.name]
     words += ["--start-from", f"checkpoints/{run.starts_from.name}"] if run.starts_from else []
     words += [run.flags, TRAIN, *_features_flag(run)]
-    needs = [data, *map(_feature_name, run.features), *([run.starts_from.name] if run.starts_from else [])]
+    needs = [data, *map(feature_step_name, run.features), *([run.starts_from.name] if run.starts_from else [])]
     folder = f"checkpoints/{run.name}"
     yield Step(run.name, " ".join(words), (f"{folder}/best.pt", folder), tuple(needs), resume="--resume")
 
@@ -294,7 +294,8 @@ def _data(name: str) -> tuple[str, ...]:
     return f"{folder}/vocab.json", folder
 
 
-def _feature_name(name: str) -> str:
+def feature_step_name(name: str) -> str:
+    """The name of the step that extracts a name in FEATURES."""
     return f"features-{name}"
 
 
@@ -306,7 +307,7 @@ def _feature_step(name: str, has_weights: bool) -> Step:
     words += ["--view", features.view] if features.view != "whole" else []
     words += ["--out", file := feature_file(name)]
     encoder = file.removesuffix(".h5") + ".encoder.pt"
-    return Step(_feature_name(name), " ".join(words), (file, encoder), ("data-zh",))
+    return Step(feature_step_name(name), " ".join(words), (file, encoder), ("data-zh",))
 
 
 def feature_file(name: str) -> str:

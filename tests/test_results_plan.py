@@ -214,6 +214,7 @@ def finish(folder, name, cider, device="cpu", difference=None):
         (folder / step.outputs[1] / "log.jsonl").write_text(text, encoding="utf-8")
     record = {"command": results_steps.expand(step.command), "made": "2026-12-01T12:00:00.000+00:00"}
     record |= {"inputs": dict.fromkeys(step.needs, record["made"]), "commit": "abc1234", "machine": "EPYC"}
+    record["attempts"] = [{"seconds": 400.0, "cpu_seconds": 300.0}, {"seconds": 400.0, "cpu_seconds": 300.0}]
     (folder / "steps").mkdir(exist_ok=True)
     (folder / "steps" / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
 
@@ -244,6 +245,7 @@ def test_tables_hold_the_scores_differences_means_and_costs_of_what_is_made(fini
     assert f"| {label}, mean of 2 seeds (standard deviation) |  | 21.2 (0.7) | 21.2 (0.7) | 85.0 (2.8) |" in text
     assert f"| {label}, ensemble of 3 | `zh-best-ensemble` |" in text
     assert "| +10.0 (+7.0 to +13.0), `zh-best` |  |  |  |  |" in text
+    assert "both languages: `lite2-384` 10 CPU minutes, 0.0 GB." in text, "of both attempts"
     assert "seed 2 |" not in text, "its captions are not scored yet"
     assert "Not made yet: `zh-best-2`, `zh-best-cider`, " in text and "English" not in text
     assert "from 2026-12-01 to 2026-12-01 on EPYC (cpu, bfloat16, torch 2.15.0), commits abc1234" in text
