@@ -224,8 +224,7 @@ def render(group: str, found: Mapping[str, Any]) -> str:
         if rows:
             lines.append(_line([f"**{name}, by word**"]))
             lines += map(_line, _table_rows(rows))
-    lines += ["", *_notes(group, found), "", f"![CIDEr-D against training time]({picture_name(group)})"]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(["\n".join(lines), *_notes(group, found)]) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -284,38 +283,37 @@ def _mean_cells(family: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(group: str, found: Mapping[str, Any]) -> Iterator[str]:
-    """What the figures are, how they were made, and what is missing."""
+    """Paragraphs: what the figures are, how they were made, and what is missing."""
     trainings = [row["training"] for row in found["rows"] if "training" in row]
-    devices = _listed(training["device"] for training in trainings)
-    dates = sorted(row["made"][:10] for row in found["rows"])
+    on_cpu = all(run["device"] == "cpu" for run in trainings)
     yield (
         f"Validation photos, which also chose the epoch (by greedy CIDEr-D); beam size {COMPARED_BEAM} where none is "
         "named; times 100, BLEU without smoothing. Intervals: 1,000 bootstrap resamples of the photos, paired where "
-        f"two runs are compared. Minutes: {'CPU time' if devices == 'cpu' else 'time'} of the run's own epochs with "
-        "their validation, without the run that it starts from."
+        f"two runs are compared. Minutes: {'CPU time' if on_cpu else 'time'} of the run's own epochs with their "
+        "validation, without the run that it starts from."
     )
-    yield ""
-    made_with = [
-        devices,
-        _listed(run["precision"] for run in trainings),
-        "torch " + _listed(run["torch"] for run in trainings),
-    ]
-    yield (
-        f"Made by `make results RESULTS_ARGS='--only {group}'` from {dates[0]} to {dates[-1]} on "
-        f"{_listed(row['machine'] for row in found['rows'])} ({', '.join(made_with)}), commits "
-        f"{_listed(row['commit'] for row in found['rows'])}. The commands and all scores are in "
-        f"`{JSON_FOLDER}/{group}.json`."
-    )
-    costs = [
-        f"`{name}` {cost['cpu seconds'] / 60:.0f} CPU minutes, {cost['size']:.1f} GB"
-        for name, cost in found["features"].items()
-    ]
-    if costs:
-        yield ""
+    yield _made_with(group, found["rows"], trainings)
+    if found["features"]:
+        costs = [
+            f"`{name}` {cost['cpu seconds'] / 60:.0f} CPU minutes, {cost['size']:.1f} GB"
+            for name, cost in found["features"].items()
+        ]
         yield f"Extraction of the features, once for both languages: {'; '.join(costs)}."
     if found["not made"]:
-        yield ""
         yield f"Not made yet: {', '.join(f'`{name}`' for name in found['not made'])}."
+    if trainings:
+        yield f"![CIDEr-D against training time]({picture_name(group)})"
+
+
+def _made_with(group: str, rows: Sequence[Mapping[str, Any]], trainings: Sequence[Mapping[str, Any]]) -> str:
+    """With which command, when and on what the rows were made."""
+    dates = sorted(row["made"][:10] for row in rows)
+    setting = [_listed(run[key] for run in trainings) for key in ("device", "precision", "torch")]
+    return (
+        f"Made by `make results RESULTS_ARGS='--only {group}'` from {dates[0]} to {dates[-1]} on "
+        f"{_listed(row['machine'] for row in rows)} ({setting[0]}, {setting[1]}, torch {setting[2]}), commits "
+        f"{_listed(row['commit'] for row in rows)}. The commands and all scores are in `{JSON_FOLDER}/{group}.json`."
+    )
 
 
 def _listed(values: Iterable[str]) -> str:
@@ -352,9 +350,8 @@ def _draw_curves(axes: Axes, rows: Mapping[str, Any], language: str) -> None:
     shown = [row for row in rows.values() if row["language"] == language]
     for number, row in enumerate(shown):
         training = row["training"]
-        parent = rows.get(training["starts from"])
-        offset = parent["training"]["seconds"] if parent else 0.0
-        minutes = [(offset + seconds) / 60 for seconds in training["curve"]["seconds"]]
+        before = _seconds_before(row, rows)
+        minutes = [(before + seconds) / 60 for seconds in training["curve"]["seconds"]]
         axes.plot(
             minutes,
             training["curve"]["CIDEr-D"],
@@ -367,3 +364,9 @@ def _draw_curves(axes: Axes, rows: Mapping[str, Any], language: str) -> None:
     on_cpu = all(row["training"]["device"] == "cpu" for row in shown)
     axes.set_xlabel("CPU minutes of training and validation" if on_cpu else "minutes of training", fontsize=9)
     axes.legend(fontsize=6, frameon=False)
+
+
+def _seconds_before(row: Mapping[str, Any], rows: Mapping[str, Any]) -> float:
+    """The training time of the run that a run starts from, and of those before it, as far as they have rows."""
+    parent = rows.get(row["training"]["starts from"])
+    return parent["training"]["seconds"] + _seconds_before(parent, rows) if parent else 0.0
