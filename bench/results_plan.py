@@ -194,6 +194,8 @@ EFFECTS = {  # name -> flags that change one thing in the recipe
     "tied": "--tie-embeddings",
     "scheduled-sampling": "--scheduled-sampling 0.25",
     "positions": "--positions learnt",
+    # a plain prototype, as far as flags make it, for as many epochs as it had
+    "prototype": "--embedding-size 256 --lr-decay 1 --batch-size 100 --learning-rate 4e-4 --warmup-epochs 0 --epochs 6",
 }
 SEARCHES = {  # name -> flags of generate.py, and beam sizes
     "mean-log-probability": ("--length-penalty 1", (3, 5)),
@@ -214,6 +216,10 @@ def effects() -> Iterator[Row]:
             yield Row(f"`--min-count {count}`", Run(f"{base.name}-min{count}", data, BEST), against=base.name)
         for name, (search, beams) in SEARCHES.items():
             yield Row(f"`{search}`", base, search, f"{base.name}-{name}", beams=beams, against=base.name)
+        prototype = Run(f"{base.name}-prototype", language, f"{BEST} {EFFECTS['prototype']}")
+        search, beams = SEARCHES["mean-log-probability"]
+        label = "the row of a plain prototype, `--length-penalty 1`"
+        yield Row(label, prototype, search, f"{prototype.name}-mean", beams=beams, against=prototype.name)
 
 
 GROUPS = {  # name -> title of the table, its rows
