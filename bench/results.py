@@ -81,7 +81,7 @@ def make(workshop: Workshop, chosen: Sequence[str]) -> list[str]:
 
 
 def write_tables(workshop: Workshop, publishes: bool) -> None:
-    """Write the tables of what is made into the work folder, or into the repository."""
+    """Write the tables and pictures of what is made into the work folder, or into the repository."""
     collected = {group: results_page.collect(group, workshop) for group in GROUPS}
     if publishes:
         print(*results_page.publish(collected, ROOT), sep="\n")

@@ -158,12 +158,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_page(collected: Mapping[str, dict[str, Any]], folder: Path) -> Path:
-    """Write the tables and pictures of all groups into a folder -> the page."""
+    """Write the tables, pictures and JSON of all groups into a folder -> the page."""
     page = folder / "results.md"
     with atomic_text(page) as file:
         for group, found in collected.items():
-            file.write(f"## {found['title']}\n\n{render(group, found)}\n")
+            file.write(f"## {found['title']}\n\n{render(group, found, Path())}\n")
     for group, found in collected.items():
+        write_json(found, folder / f"{group}.json")
         draw(found, folder / picture_name(group))
     return page
 
@@ -176,9 +177,7 @@ def publish(collected: Mapping[str, dict[str, Any]], root: Path) -> list[str]:
     written = []
     for group, found in collected.items():
         if found["rows"]:
-            path = root / JSON_FOLDER / f"{group}.json"
-            with atomic_text(path) as file:
-                file.write(to_json(found))
+            write_json(found, path := root / JSON_FOLDER / f"{group}.json")
             draw(found, picture := root / PAGE.parent / picture_name(group))
             written += [path, picture]
     page = root / PAGE
@@ -188,11 +187,12 @@ def publish(collected: Mapping[str, dict[str, Any]], root: Path) -> list[str]:
     return [str(path) for path in (*written, page)]
 
 
-def to_json(found: dict[str, Any]) -> str:
-    """The JSON of a group: a line for each row, so that a change is seen."""
+def write_json(found: dict[str, Any], path: Path) -> None:
+    """Write the JSON of a group: a line for each row, so that a difference shows which row has changed."""
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found["rows"])
     rest = json.dumps({key: value for key, value in found.items() if key != "rows"}, ensure_ascii=False)
-    return f'{rest[:-1]}, "rows": [\n{rows}\n]}}\n'
+    with atomic_text(path) as file:
+        file.write(f'{rest[:-1]}, "rows": [\n{rows}\n]}}\n')
 
 
 def fill_regions(page: str, folder: Path) -> str:
@@ -214,8 +214,8 @@ def picture_name(group: str) -> str:
 # ---- tables
 
 
-def render(group: str, found: Mapping[str, Any]) -> str:
-    """A group's tables and what they are made with, as Markdown."""
+def render(group: str, found: Mapping[str, Any], folder: Path = JSON_FOLDER) -> str:
+    """A group's table and what it is made with, as Markdown. folder: of its JSON, for the reader."""
     if not found["rows"]:
         return NOTHING
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
@@ -224,7 +224,7 @@ def render(group: str, found: Mapping[str, Any]) -> str:
         if rows:
             lines.append(_line([f"**{name}, by word**"]))
             lines += map(_line, _table_rows(rows))
-    return "\n\n".join(["\n".join(lines), *_notes(group, found)]) + "\n"
+    return "\n\n".join(["\n".join(lines), *_notes(group, found, folder)]) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -282,7 +282,7 @@ def _mean_cells(family: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return cells + [f"{mean(beam, 'BLEU-4')}, {mean(beam, 'CIDEr-D')}" for beam in others]
 
 
-def _notes(group: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _notes(group: str, found: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """Paragraphs: what the figures are, how they were made, and what is missing."""
     trainings = [row["training"] for row in found["rows"] if "training" in row]
     on_cpu = all(run["device"] == "cpu" for run in trainings)
@@ -292,7 +292,7 @@ def _notes(group: str, found: Mapping[str, Any]) -> Iterator[str]:
         f"two runs are compared. Minutes: {'CPU time' if on_cpu else 'time'} of the run's own epochs with their "
         "validation, without the run that it starts from."
     )
-    yield _made_with(group, found["rows"], trainings)
+    yield f"{_made_with(group, found['rows'], trainings)} The commands and all scores are in `{folder / group}.json`."
     if found["features"]:
         costs = [
             f"`{name}` {cost['cpu seconds'] / 60:.0f} CPU minutes, {cost['size']:.1f} GB"
@@ -312,7 +312,7 @@ def _made_with(group: str, rows: Sequence[Mapping[str, Any]], trainings: Sequenc
     return (
         f"Made by `make results RESULTS_ARGS='--only {group}'` from {dates[0]} to {dates[-1]} on "
         f"{_listed(row['machine'] for row in rows)} ({setting[0]}, {setting[1]}, torch {setting[2]}), commits "
-        f"{_listed(row['commit'] for row in rows)}. The commands and all scores are in `{JSON_FOLDER}/{group}.json`."
+        f"{_listed(row['commit'] for row in rows)}."
     )
 
 
@@ -363,7 +363,8 @@ def _draw_curves(axes: Axes, rows: Mapping[str, Any], language: str) -> None:
         )
     on_cpu = all(row["training"]["device"] == "cpu" for row in shown)
     axes.set_xlabel("CPU minutes of training and validation" if on_cpu else "minutes of training", fontsize=9)
-    axes.legend(fontsize=6, frameon=False)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.legend(fontsize=6, frameon=False, loc="lower right")
 
 
 def _seconds_before(row: Mapping[str, Any], rows: Mapping[str, Any]) -> float:
