@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
 from captioning.runtime.recipes import FOLDER
 from captioning.runtime.settings import as_plain_data
+from captioning.training.options import TrainingOptions
 from captioning.viewing.model_card import train_command
 from config import Train
 from tests.test_training_options import default_of
@@ -41,6 +44,11 @@ def test_every_recipe_in_the_folder_is_a_valid_command_from_any_folder(name, tmp
     start = ["--start-from", "checkpoints/best"] if name.endswith("-cider") else []
     assert train("--recipe", name, *start).recipe == name
     assert capsys.readouterr().out.startswith(f"recipe {name}: --")
+
+
+def test_help_names_the_recipes_in_the_folder():
+    names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.txt")))
+    assert f"# flags of recipes/NAME.txt ({names})" in inspect.getsource(TrainingOptions)
 
 
 def test_the_recipe_tutorial_is_the_bare_command():

@@ -30,21 +30,21 @@ def defaults_of(options):
         ("cpu", {"batch_size": 512, "learning_rate": 2e-3, "warmup_epochs": 2}, Defaults(512, 2e-3, 2)),
     ],
 )
-def test_a_gpu_has_a_larger_default_batch_and_the_published_recipe_is_one_flag(device, given, expected):
+def test_a_gpu_has_a_larger_default_batch_and_the_published_one_is_one_flag(device, given, expected):
     options = Train("data", "run", **given).for_device(device)
     assert defaults_of(options) == expected
     assert options.for_device("cpu") == options, "what is decided stays"
 
 
 @pytest.mark.parametrize("decoder", PUBLISHED_DEFAULTS)
-def test_a_decoder_with_a_published_recipe_has_it_on_every_device(decoder):
-    recipe = PUBLISHED_DEFAULTS[decoder]
+def test_a_decoder_with_published_defaults_has_them_on_every_device(decoder):
+    published = PUBLISHED_DEFAULTS[decoder]
     for device in ("cpu", "cuda"):
-        assert defaults_of(Train("data", "run", decoder=decoder).for_device(device)) == recipe
+        assert defaults_of(Train("data", "run", decoder=decoder).for_device(device)) == published
         larger = Train("data", "run", decoder=decoder, batch_size=512).for_device(device)
-        assert defaults_of(larger) == recipe._replace(batch_size=512), "what is given does not change the rest"
+        assert defaults_of(larger) == published._replace(batch_size=512), "what is given does not change the rest"
     cider = Train("data", "run", decoder=decoder, objective="cider", start_from="run").for_device("cuda")
-    assert defaults_of(cider) == COMMON_DEFAULTS, "the recipe is that of cross entropy"
+    assert defaults_of(cider) == COMMON_DEFAULTS, "they are those of cross entropy"
 
 
 def test_help_names_the_default_of_every_decoder():
@@ -75,7 +75,7 @@ def test_a_decoder_of_ones_own_has_the_settings_that_its_constructor_takes(monke
 
 
 def default_of(decoder, setting):
-    """What a new run on a CPU has: from its recipe or from the constructor of the decoder; None if it has neither."""
+    """What a new run on a CPU has: from the defaults of its method or from the constructor of the decoder; None if it has neither."""
     options = Train("data", "run", decoder=decoder).for_device("cpu")
     parameters = inspect.signature(DECODERS[decoder]).parameters
     return parameters[setting].default if setting in parameters else getattr(options, setting)
