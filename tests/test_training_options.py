@@ -75,7 +75,7 @@ def test_a_decoder_of_ones_own_has_the_settings_that_its_constructor_takes(monke
 
 
 def default_of(decoder, setting):
-    """What a new run on a CPU has: from the defaults of its method or from the constructor of the decoder; None if it has neither."""
+    """What a new run has on a CPU: by default, or by its decoder's constructor; None if neither says so."""
     options = Train("data", "run", decoder=decoder).for_device("cpu")
     parameters = inspect.signature(DECODERS[decoder]).parameters
     return parameters[setting].default if setting in parameters else getattr(options, setting)
