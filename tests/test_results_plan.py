@@ -11,7 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torchvision
+from PIL import Image
 
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
@@ -22,6 +26,7 @@ sys.path.append(str(ROOT / "bench"))
 
 import results  # noqa: E402
 import results_page  # noqa: E402
+import results_plan  # noqa: E402
 import results_steps  # noqa: E402
 from results_plan import GROUPS, Step, plan_steps  # noqa: E402
 from results_steps import Workshop  # noqa: E402
@@ -289,3 +294,53 @@ def test_the_tables_of_the_page_are_those_of_the_json_beside_it():
     assert results_page.fill_regions(page, ROOT / results_page.JSON_FOLDER) == page, "run make results ... --publish"
     regions = [match[2] for match in results_page.REGION.finditer(page)]
     assert sorted(regions) == sorted(GROUPS), "every group of the plan has its place"
+
+
+# ---- everything
+
+
+def write_flickr8k(folder, photos=20):
+    """Folders in the form of Flickr8k-CN's, with photos of one colour."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    captions = ["一个男人在骑马", "草地上有两只狗", "一个小孩在玩球"]
+    entries = [{"image_id": f"{number}.jpg", "caption": captions} for number in range(photos)]
+    for entry in entries:
+        Image.fromarray(np.full((64, 64, 3), rng.integers(0, 255, 3), np.uint8)).save(
+            folder / "images" / entry["image_id"]
+        )
+    for split, chosen in (("train", entries[6:]), ("val", entries[:6])):
+        path = folder / f"caption_{split}_annotations_zh.json"
+        path.write_text(json.dumps(chosen, ensure_ascii=False), encoding="utf-8")
+
+
+def test_the_whole_way_from_annotation_files_to_the_tables(tmp_path, monkeypatch, times, capsys):
+    if not times(False, True):
+        pytest.skip("long form: make torture")
+    write_flickr8k(tmp_path / "flickr8k")
+    (tmp_path / "weights").mkdir()
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights" / "resnet18.pth")
+    monkeypatch.setitem(results_plan.FEATURES, "tiny", results_plan.Features("resnet18.layer1", "resnet18.pth", 64))
+    sizes = "--embedding-size 16 --attention-size 16 --hidden-size 16 --batch-size 6 --epochs 2"
+    run = results_plan.Run("zh-tiny", "zh", sizes, ("tiny",))
+    cider = results_plan.cider_run(run, sizes.replace("--epochs", "--objective cider --epochs"))
+    rows = [results_plan.Row("first", run, beams=(3,)), results_plan.Row("second", cider, beams=(3,), against=run.name)]
+    for group in GROUPS:
+        monkeypatch.setitem(GROUPS, group, ("Tiny", rows if group == "best" else []))
+    work = tmp_path / "work"
+    results.main(results.Results(tmp_path / "flickr8k", tmp_path / "weights", work, threads=1))
+    page = (work / "page" / "results.md").read_text("utf-8")
+    assert "| first | `zh-tiny` |" in page and "| second | `zh-tiny-cider` |" in page and "), `zh-tiny` | 2, " in page
+    assert "Not made yet: " not in page and (work / "page" / "results-best.png").exists()
+    capsys.readouterr()
+    results.main(results.Results(work=work))
+    assert capsys.readouterr().out == f"{work / 'page' / 'results.md'}: the tables of what is made\n", "nothing to do"
+    assert sorted(path.name for path in work.iterdir() if not path.is_symlink()) == [
+        "captions",
+        "checkpoints",
+        "data",
+        "logs",
+        "page",
+        "scores",
+        "steps",
+    ]
