@@ -3,10 +3,11 @@
 The photos are divided into folds. A model trained on the other folds scores each caption against all photos, so no
 caption is judged by a model that has learnt it. What tells a wrong caption from an unusual one is learnt from
 counterfeits: each caption is also put in the place of a caption of a random photo, and a classifier tells the two kinds
-apart by how well the caption fits this photo, the photo's other captions, and the best of all other photos.
+apart by how well the caption fits this photo, the photo's other captions, the words of the photos most like it, and the
+best of all other photos.
 
-Letters: N photos, C captions, R some captions, B a chunk of them, H size of the vectors, F channels of the features,
-E kinds of evidence.
+Letters: N photos, C captions, R some captions, B a chunk of them, L terms of the longest, V vocabulary, K neighbours, H
+size of the vectors, F channels of the features, E kinds of evidence.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ FOLDS = 3
 MODELS = 2  # of each fold; the mean of their scores counts
 SEED = 0
 CHUNK = 512  # captions that are scored against all photos at once
+NEIGHBOURS = 32  # photos most like a photo, whose words are expected in its captions
+PRIOR_CAPTIONS = 40  # captions of the whole data set that count as if they were the neighbours', too
 MIN_LOG_ODDS = 3.0  # of a finding; where one caption in a hundred is wrong, this is one right in six
 CLASSIFIER_STEPS = 750
 CLASSIFIER_UNITS = 32
@@ -135,6 +138,7 @@ class _Measure:
     Attributes: texts, vectors (C, H): of each caption. without, siblings (C, H): the context of each caption's photo
     without the caption, and that of the photo's other captions alone. full, photo (N, H): the context of each photo
     with all captions, and without any. fit (C,): the score of each caption in its own place. total_fit (N,): their sum.
+    frequency (V,): the fraction of all captions that have a term.
     """
 
     def __init__(self, models: Sequence[MatchingModel], captions: CaptionTerms, features: Tensor):
@@ -146,6 +150,7 @@ class _Measure:
         self.vectors = vectors / len(models)
         self.fit = (self.vectors * self.without).sum(1)
         self.total_fit = torch.zeros(len(features), device=features.device).index_add(0, captions.owner, self.fit)
+        self.frequency = captions.terms.flatten().bincount(minlength=len(captions.weights)) / len(captions.owner)
 
     def elsewhere(self, rows: Tensor) -> _Elsewhere:
         """How the captions `rows` (R,) fit all photos but their own."""
@@ -161,7 +166,8 @@ class _Measure:
         captions, vectors = self.captions, self.vectors[rows]
         owner = captions.owner[places]
         scores = (vectors * self.without[places]).sum(1)
-        nearest, shared = self._compare_with_siblings(rows, places)
+        nearest, agreement, shared = self._compare_with_siblings(rows, places)
+        expected, known = self._compare_with_neighbours(rows, places)
         weights = captions.weights[captions.terms[rows]]  # (R, L)
         total_weight = weights.sum(1)
         evidence = [
@@ -172,29 +178,67 @@ class _Measure:
             elsewhere.highest - scores,
             (self.total_fit[owner] - self.fit[places]) / (captions.count[owner] - 1).clamp_min(1),  # of other captions
             nearest,
+            agreement,
+            expected,
+            (weights * known).sum(1) / total_weight.clamp_min(1e-6),
             (weights * shared).sum(1) / total_weight.clamp_min(1e-6),
             total_weight,
             total_weight / (weights > 0).sum(1).clamp_min(1),
         ]
         return torch.stack(evidence, dim=1)
 
-    def _compare_with_siblings(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _compare_with_siblings(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compare the captions `rows` (R,) with the other captions of the photos of `places` (R,).
 
-        Returns the product with the nearest (R,), 0 without others, and which terms another one has (R, L) bool.
+        Returns the product with the nearest (R,), the mean cosine of the weights of terms (R,), both 0 without others,
+        and which terms another one has (R, L) bool.
         """
-        terms, owner = self.captions.terms, self.captions.owner[places]
-        nearest = torch.zeros(len(rows), device=rows.device)
+        terms, weights, owner = self.captions.terms, self.captions.weights, self.captions.owner[places]
+        nearest, agreement = torch.zeros(2, len(rows), device=rows.device)
         shared = torch.zeros_like(terms[rows], dtype=torch.bool)
         for number in range(int(self.captions.count.max())):
             is_sibling = (number < self.captions.count[owner]) & (self.captions.first[owner] + number != places)
             pairs = is_sibling.nonzero().flatten()
             for chunk in pairs.split(CHUNK):
-                sibling = self.captions.first[owner[chunk]] + number
-                product = (self.texts[rows[chunk]] * self.texts[sibling]).sum(1)
-                nearest[chunk] = torch.maximum(nearest[chunk], product)
-                shared[chunk] |= (terms[rows[chunk]][:, :, None] == terms[sibling][:, None]).any(2)
-        return nearest, shared
+                row, sibling = rows[chunk], self.captions.first[owner[chunk]] + number
+                nearest[chunk] = torch.maximum(nearest[chunk], (self.texts[row] * self.texts[sibling]).sum(1))
+                common = (terms[row][:, :, None] == terms[sibling][:, None]).any(2)
+                shared[chunk] |= common
+                norms = weights[terms[row]].norm(dim=1) * weights[terms[sibling]].norm(dim=1)
+                agreement[chunk] += (weights[terms[row]].square() * common).sum(1) / norms.clamp_min(1e-6)
+        return nearest, agreement / (self.captions.count[owner] - 1).clamp_min(1), shared
+
+    def _compare_with_neighbours(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare the captions `rows` (R,) with those of the photos most like the photos of `places` (R,).
+
+        Alike are photos whose context fits this one's, without the caption. Returns the log of how much more often than
+        anywhere the caption's terms are among the neighbours', summed over its terms (R,), and which are (R, L) bool.
+        """
+        captions = self.captions
+        expected, known = [], []
+        for row, place in zip(rows.split(CHUNK), places.split(CHUNK), strict=True):
+            scores = self.without[place] @ self.full.T  # (B, N)
+            scores.scatter_(1, captions.owner[place][:, None], float("-inf"))  # neither the photo itself
+            scores.scatter_(1, captions.owner[row][:, None], float("-inf"))  # nor the caption's own
+            neighbours = scores.topk(min(NEIGHBOURS, scores.shape[1] - 2), dim=1).indices  # (B, K)
+            terms = captions.terms[row]  # (B, L)
+            found = self._count_terms(neighbours).gather(1, terms)
+            total = captions.count[neighbours].sum(1, keepdim=True)
+            usual = self.frequency[terms]
+            ratio = (found / usual.clamp_min(1e-9) + PRIOR_CAPTIONS) / (total + PRIOR_CAPTIONS)
+            expected.append((ratio.log() * (terms > 0)).sum(1))
+            known.append((found > 0) & (terms > 0))
+        return torch.cat(expected), torch.cat(known)
+
+    def _count_terms(self, photos: Tensor) -> Tensor:
+        """How many captions of some photos (B, K) have each term: (B, V) float32."""
+        captions = self.captions
+        counts = torch.zeros(len(photos), len(captions.weights), device=photos.device)
+        for number in range(int(captions.count.max())):
+            exists = number < captions.count[photos]
+            terms = captions.terms[(captions.first[photos] + number) * exists] * exists[:, :, None]  # (B, K, L)
+            counts.scatter_add_(1, terms.flatten(1), torch.ones_like(terms, dtype=counts.dtype).flatten(1))
+        return counts
 
 
 def _vectors_of(model: MatchingModel, captions: CaptionTerms, features: Tensor) -> tuple[Tensor, ...]:
