@@ -19,6 +19,7 @@ from captioning.runtime import command_line
 from preprocess.__main__ import main
 from preprocess.captions import CAPTIONS_FILE, Photo, read_captions, write_captions
 from preprocess.vocabulary import SPECIAL, Vocabulary
+from tests.test_bench import bench
 from tests.test_html_report import ParsedPage
 
 
@@ -169,6 +170,46 @@ def test_every_caption_is_judged_once_by_models_that_never_saw_its_photo(quick, 
     photos, features = toy_data(36)
     mismatches.find_mismatches(CaptionTerms.of(photos, "en"), features)
     assert sorted(judged) == list(range(36))
+
+
+def test_a_caption_is_compared_with_the_words_of_the_photos_most_like_its_own():
+    photos, features = toy_data(36)
+    photos[7] = replace(photos[7], captions=photos[7].captions[:2])
+    captions = CaptionTerms.of(photos, "en")
+    torch.manual_seed(0)
+    model = matching_model.MatchingModel(len(captions.weights), features.shape[1])
+    with torch.inference_mode():
+        measure = mismatches._Measure([model], captions, features)
+        rows, places = torch.arange(len(captions.owner)), (torch.arange(len(captions.owner)) + 50) % len(captions.owner)
+        expected, known = measure._compare_with_neighbours(rows, places)
+    texts = [[*dict.fromkeys(terms_of(words, "en"))] for photo in photos for words in photo.captions]
+    for row in (0, 30, 90):
+        place = int(places[row])
+        own = {int(captions.owner[row]), int(captions.owner[place])}
+        fit = measure.full @ measure.without[place]
+        alike = sorted(set(range(36)) - own, key=lambda photo: -fit[photo])[: mismatches.NEIGHBOURS]
+        near = [text for text, owner in zip(texts, captions.owner.tolist(), strict=True) if owner in alike]
+        terms = [term for term in texts[row] if sum(term in text for text in texts) >= matching_model.MIN_COUNT]
+        prior = mismatches.PRIOR_CAPTIONS
+        found = [sum(term in text for text in near) for term in terms]
+        usual = [sum(term in text for text in texts) / len(texts) for term in terms]
+        ratios = [(n + prior * f) / (len(near) + prior) / f for n, f in zip(found, usual, strict=True)]
+        assert float(expected[row]) == pytest.approx(np.log(ratios).sum(), abs=1e-4)
+        assert known[row, : len(terms)].tolist() == [n > 0 for n in found]
+
+
+def test_the_bench_takes_out_the_captions_that_a_file_lists_and_names_one_that_is_not_there(tmp_path):
+    doctor = bench("doctor")
+    vocabulary = Vocabulary("zh", "jieba", 1, SPECIAL)
+    photos = [photo("1", "一只 狗", "两只 猫"), photo("2", "一只 狗")]
+    listed = tmp_path / "wrong.tsv"
+    listed.write_text("1\t一只狗\n2\t一只狗\n", "utf-8")
+    wrong = doctor.read_wrong(listed, photos, vocabulary)
+    kept = doctor.leave_out(photos, wrong)
+    assert [photo.captions for photo in kept] == [(("两只", "猫"),), (("一只", "狗"),)]  # a photo keeps one
+    listed.write_text("1\t一只猫\n", "utf-8")
+    with pytest.raises(SystemExit, match="no caption.*一只猫"):
+        doctor.read_wrong(listed, photos, vocabulary)
 
 
 def test_terms_are_words_with_chinese_characters_or_english_pairs():
