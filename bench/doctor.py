@@ -7,7 +7,7 @@ Swapped captions: 200 photos are drawn, and a caption of each; every caption mov
 features of everything else stay as they are, and no file of the data set is changed.
 
 What is found beside the planted faults may be wrong, too: those captions are printed with --show, to be looked at.
-bench/flickr8k_cn_wrong.tsv has those of Flickr8k-CN that a person found wrong, an id and a text a line:
+bench/flickr8k_cn_wrong.tsv has those of Flickr8k-CN that were found wrong beside their photos, an id and a text a line:
 
     python bench/doctor.py data/f8k-zh --wrong bench/flickr8k_cn_wrong.tsv              # counts them apart
     python bench/doctor.py data/f8k-zh --wrong bench/flickr8k_cn_wrong.tsv --leave-out  # takes them out first
