@@ -163,6 +163,8 @@ def main() -> None:
     parser.add_argument("--wrong", type=Path, help="captions known to be wrong: an id, a tab and a text a line")
     parser.add_argument("--leave-out", action="store_true", help="take the captions of --wrong out first")
     arguments = parser.parse_args()
+    if arguments.leave_out and not arguments.wrong:
+        parser.error("--leave-out requires --wrong")
     features = arguments.features or arguments.data / "features.h5"
     for seed in arguments.seeds:
         measure(arguments.data, features, seed, arguments.show, arguments.wrong, arguments.leave_out)
