@@ -7,7 +7,8 @@ Swapped captions: 200 photos are drawn, and a caption of each; every caption mov
 features of everything else stay as they are, and no file of the data set is changed.
 
 What is found beside the planted faults may be wrong, too: those captions are printed with --show, to be looked at.
-bench/flickr8k_cn_wrong.tsv has those of Flickr8k-CN that were found wrong beside their photos, an id and a text a line:
+bench/flickr8k_cn_wrong.tsv names those of Flickr8k-CN that were found wrong beside their photos, without repeating the
+data: an id and the digest of a text a line.
 
     python bench/doctor.py data/f8k-zh --wrong bench/flickr8k_cn_wrong.tsv              # counts them apart
     python bench/doctor.py data/f8k-zh --wrong bench/flickr8k_cn_wrong.tsv --leave-out  # takes them out first
@@ -16,6 +17,7 @@ bench/flickr8k_cn_wrong.tsv has those of Flickr8k-CN that were found wrong besid
 from __future__ import annotations
 
 import argparse
+import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -43,12 +45,17 @@ Caption = tuple[str, tuple[str, ...]]  # the id of the photo, and the words
 
 
 def read_wrong(path: Path, photos: Sequence[Photo], vocabulary: Vocabulary) -> set[Caption]:
-    """The captions that a file lists, each as the id of the photo, a tab, and the text."""
-    words_of = {(photo.id, vocabulary.join(words)): words for photo in photos for words in photo.captions}
+    """The captions that a file lists, each as the id of the photo, a tab, and the `digest` of the text."""
+    words_of = {(photo.id, digest(vocabulary.join(words))): words for photo in photos for words in photo.captions}
     listed = [tuple(line.split("\t")) for line in path.read_text("utf-8").splitlines()]
     if missing := [caption for caption in listed if caption not in words_of]:
         raise SystemExit(f"{path}: the data set has no caption {missing[0]}")
     return {(caption[0], words_of[caption]) for caption in listed}
+
+
+def digest(text: str) -> str:
+    """What stands for a text in a list of captions."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def leave_out(photos: Sequence[Photo], wrong: set[Caption]) -> list[Photo]:
@@ -160,7 +167,7 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="features.h5 in the data folder unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--show", type=int, default=0, help="print so many findings that are neither planted nor known")
-    parser.add_argument("--wrong", type=Path, help="captions known to be wrong: an id, a tab and a text a line")
+    parser.add_argument("--wrong", type=Path, help="captions known to be wrong; see above")
     parser.add_argument("--leave-out", action="store_true", help="take the captions of --wrong out first")
     arguments = parser.parse_args()
     if arguments.leave_out and not arguments.wrong:
