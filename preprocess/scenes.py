@@ -90,7 +90,8 @@ SENTENCES = {
     "zh": {
         "one": ("{background}有{a}", "{a}在{background}"),
         "two": ("{background}有{a}和{b}", "{background}有{count}个图形，{a}和{b}"),
-        "relation": ("{background}，{a}在{b}的{relation}", "{background}，{b}的{relation}有{a}"),
+        "relation": ("{background}，{a}在{b}的{relation}", "{background}有{a}，在{b}的{relation}"),
+        "simple relation": ("{background}，{a}在{b}的{relation}", "{background}，{b}的{relation}有{a}"),
         "between": ("{background}，{a}在{b}和{c}{between}", "{background}有{a}，在{b}和{c}{between}"),
         "group": ("{background}有{group}", "{group}在{background}"),
     },
@@ -98,6 +99,7 @@ SENTENCES = {
         "one": ("{a} {background}", "there is {a} {background}"),
         "two": ("{a} and {b} {background}", "{count} shapes {background}, {a} and {b}"),
         "relation": ("{a} {relation} {b} {background}", "{background}, {a} is {relation} {b}"),
+        "simple relation": ("{a} {relation} {b} {background}", "{background}, {a} is {relation} {b}"),
         "between": ("{a} {between} {b} and {c} {background}", "{background}, {a} is {between} {b} and {c}"),
         "group": ("{group} {background}", "there are {group} {background}"),
     },
@@ -286,7 +288,7 @@ def _templates(scene: Scene, language: str, scene_set: str) -> tuple[str, ...]:
     """The sentences of a scene. People state every clear relation of the set "relations", and half of "simple"."""
     sentences = SENTENCES[language]
     if scene_set == "simple":
-        return sentences["one"] + sentences["two"] + sentences["relation"]
+        return sentences["one"] + sentences["two"] + sentences["simple relation"]
     return sentences[_kind_of_sentence(scene)]
 
 
