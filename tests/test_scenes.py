@@ -394,9 +394,9 @@ def test_simple_scenes_have_one_or_two_objects_and_half_of_their_captions_of_two
 def test_new_combinations_are_in_some_test_scenes_and_in_no_others():
     rng = random.Random(0)
     for split in ("train", "val", "test"):
-        drawn_scenes = [random_scene(split, rng, "relations") for _ in range(60)]
+        drawn_scenes = [random_scene(split, rng, "relations") for _ in range(40)]
         new = [bool(scene.combinations & NEW_COMBINATIONS) for scene in drawn_scenes]
-        assert 5 <= sum(new) <= 30 if split == "test" else not any(new)
+        assert 3 <= sum(new) <= 25 if split == "test" else not any(new)
     known = {(colour, shape) for colour in COLOURS for shape in SHAPES} - NEW_COMBINATIONS
     assert {colour for colour, _ in known} == set(COLOURS) and {shape for _, shape in known} == set(SHAPES)
 
