@@ -148,8 +148,8 @@ def _random_objects(
 ) -> tuple[SceneObject, ...] | None:
     """Objects that are apart and fit the layout, or else None."""
     sizes = rng.choice(layout.sizes) if len(layout.sizes) > 1 else layout.sizes[0]
-    boxes = layout.place([sides[size] for size in sizes], rng)
-    objects = [_random_object(size, box, avoided_colour, rng) for size, box in zip(sizes, boxes, strict=True)]
+    places = layout.place([sides[size] for size in sizes], rng)
+    objects = [_random_object(size, box, avoided_colour, rng) for size, box in zip(sizes, places, strict=True)]
     if layout.alike:
         objects = [dataclasses.replace(objects[0], box=object.box) for object in objects]
     elif len({object.colour for object in objects}) < len(objects):
@@ -253,10 +253,13 @@ ONE = Layout((("big",), ("small",)), _anywhere)
 RELATED = Layout((("big", "small"),), _anywhere, _are_clearly_related)
 DIAGONAL = Layout((("big", "small"),), _anywhere, _are_diagonal)
 ROW = Layout((("small",) * 3,), _in_a_row)
-ALIKE = Layout((("small",) * 2, ("small",) * 3, ("small",) * 4), _anywhere, alike=True)
+# One for each number, so that four, which rarely are apart, are as frequent as two.
+ALIKE = tuple(Layout((("small",) * number,), _anywhere, alike=True) for number in (2, 3, 4))
 SCENE_SETS = {
     "simple": SceneSet((ONE, RELATED), SIDES, holds_out=False),
-    "relations": SceneSet((ONE,) * 5 + (RELATED,) * 5 + (DIAGONAL,) * 3 + (ROW,) * 3 + (ALIKE,) * 4, TIGHT_SIDES, True),
+    "relations": SceneSet(
+        (ONE,) * 15 + (RELATED,) * 15 + (DIAGONAL,) * 9 + (ROW,) * 9 + ALIKE * 4, TIGHT_SIDES, holds_out=True
+    ),
 }
 
 

@@ -391,6 +391,13 @@ def test_simple_scenes_have_one_or_two_objects_and_half_of_their_captions_of_two
     assert NEW_COMBINATIONS & frozenset().union(*(scene.combinations for scene in simple))
 
 
+def test_every_number_of_shapes_that_are_alike_is_equally_frequent():
+    rng = random.Random(0)
+    drawn_scenes = [random_scene("train", rng, "relations") for _ in range(600)]
+    counts = Counter(len(scene.objects) for scene in drawn_scenes if scene.is_group)
+    assert set(counts) == {2, 3, 4} and all(24 < number < 56 for number in counts.values())  # 40 are expected
+
+
 def test_new_combinations_are_in_some_test_scenes_and_in_no_others():
     rng = random.Random(0)
     for split in ("train", "val", "test"):
