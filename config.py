@@ -55,6 +55,8 @@ class Preprocess:
     val_share: float = 0.1  # fraction of the photos without a split that become val, by a hash of their ids
     test_share: float = 0.0  # fraction of the photos without a split that become test, by a hash of their ids
     scenes: int | None = None  # draw this many scenes with captions instead of reading annotations
+    # with --scenes: one or two shapes; or one to four, with relations, counts and held-out combinations (docs/truth.md)
+    scene_set: Literal["simple", "relations"] = "simple"
     # of the captions; seen from their script unless given (with --scenes: zh)
     language: LanguageName | None = None
     # splits captions into words; unless given jieba (zh), fugashi (ja), pythainlp (th) or whitespace, which also keeps
@@ -86,6 +88,8 @@ class Preprocess:
             raise UserError("--val and --test require --train FILE IMAGES")
         if self.images and not self.source:
             raise UserError("--images requires --source PATH; the other flags take the image folder after the file")
+        if non_default(self, "scene_set") and not self.scenes:
+            raise UserError("--scene-set requires --scenes")
         if self.scenes and self.language not in (None, "zh", "en"):
             raise UserError(f"--language {self.language}: scenes are captioned in zh and en; give one of them")
         if (self.test and self.test_share) or self.val_share + self.test_share >= 1:
@@ -314,6 +318,23 @@ class Calibrate:
         fixed = non_default(self.search, "temperature", "num_captions", "choose")
         if fixed:
             raise UserError(f"{fixed[0]}: not allowed here: captions of a beam search are calibrated, for every choice")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """How much of what a run says of drawn scenes is true.
+
+    python -m captioning.truth checkpoints/scenes-zh
+    python -m captioning.truth checkpoints/ANY --data data/scenes-zh --json truth.json
+    """
+
+    run: Positional[Path]  # folder of a run, or a checkpoint file in it
+    data: Path | None = None  # folder of drawn scenes; that which the run was trained on unless given
+    split: Literal["train", "val", "test"] = "test"  # of its scenes
+    search: OmitArgPrefixes[SearchOptions] = SearchOptions()  # how captions are searched for or sampled
+    json: Path | None = None  # write the figures to this file
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 @dataclass(frozen=True)

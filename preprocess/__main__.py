@@ -97,7 +97,7 @@ def _read_photos(config: Preprocess) -> tuple[list[Located], list[LeftOut]]:
     if config.scenes:
         from preprocess.scenes import draw_scenes  # numpy and Pillow are needed only here
 
-        records = draw_scenes(config.data, config.scenes, config.language or "zh", config.seed)
+        records = draw_scenes(config.data, config.scenes, config.language or "zh", config.seed, config.scene_set)
         return locate_photos(records, [config.data]), []
     columns = Columns(config.image_column, config.caption_column)
     if config.source:

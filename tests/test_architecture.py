@@ -40,6 +40,7 @@ FLOORS = [
         "captioning.dashboard",
         "captioning.runs",
         "captioning.share",
+        "captioning.truth",
     },
     {"config"},
     {"preprocess.__main__", "extract_features", "train", "generate", "demo"},
@@ -55,6 +56,7 @@ SHORTEST = {  # the shortest valid command line of each command
     config.Share: ["pack", "checkpoints/att", "att-packed"],
     config.Calibrate: ["checkpoints/att"],
     config.Serve: ["site"],
+    config.Truth: ["checkpoints/att"],
     config.Generate: ["checkpoints/att", "photo.jpg"],
 }
 COMMANDS = [

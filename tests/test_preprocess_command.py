@@ -259,15 +259,15 @@ def test_the_summary_has_the_right_figures(tmp_path, images, capsys):
 
 
 def test_scenes_are_preprocessed_like_annotations(tmp_path, monkeypatch):
-    def draw_scenes(folder, count, language, seed):
+    def draw_scenes(folder, count, language, seed, scene_set):
         (folder / "photos").mkdir(parents=True)
         (folder / "photos" / "0.png").touch()
         captions = (f"一个{language}圆。",)
-        return [Record(str(folder / "photos" / "0.png"), f"{count} {seed}", "train", captions)]
+        return [Record(str(folder / "photos" / "0.png"), f"{count} {seed} {scene_set}", "train", captions)]
 
     monkeypatch.setitem(sys.modules, "preprocess.scenes", SimpleNamespace(draw_scenes=draw_scenes))
-    photos, vocabulary = preprocess(tmp_path / "data", scenes=12, seed=3, tokenizer="character")
-    assert photos[0].id == "12 3" and photos[0].captions == (("一", "个", "zh", "圆"),)
+    photos, vocabulary = preprocess(tmp_path / "data", scenes=12, seed=3, tokenizer="character", scene_set="relations")
+    assert photos[0].id == "12 3 relations" and photos[0].captions == (("一", "个", "zh", "圆"),)
     assert vocabulary.language == "zh"
 
 

@@ -28,7 +28,7 @@ import preprocess.__main__
 import train
 from captioning import calibrate as calibration
 from captioning import dashboard as dashboard_command
-from captioning import export, runs, serve, share
+from captioning import export, runs, serve, share, truth
 from captioning.doctor import checkup, matching_model, mismatches
 from captioning.errors import UserError
 from captioning.runtime import command_line
@@ -184,6 +184,7 @@ COMMANDS = {
     "-m captioning.share": (config.Share, share.main),
     "-m captioning.calibrate": (config.Calibrate, calibration.work),
     "-m captioning.serve": (config.Serve, serve.main),
+    "-m captioning.truth": (config.Truth, truth.main),
 }
 
 
@@ -211,8 +212,11 @@ def reduced(settings: object) -> object:
     if isinstance(settings, config.ExtractFeatures) and not Path(settings.weights or "none").is_dir():  # not of a run
         changes["image_size"] = settings.image_size or 64
     if isinstance(settings, config.Preprocess):
-        changes = {} if settings.check else {**changes, "workers": 1}  # it needs one
-    if isinstance(settings, config.Calibrate) or (isinstance(settings, config.Generate) and settings.run):
+        scenes = settings.scenes and 12
+        changes = {} if settings.check else {**changes, "workers": 1, "scenes": scenes}  # it needs a worker
+    if isinstance(settings, (config.Calibrate, config.Truth)) or (
+        isinstance(settings, config.Generate) and settings.run
+    ):
         changes["search"] = dataclasses.replace(settings.search, max_length=6)
     return dataclasses.replace(settings, **changes)
 
@@ -239,7 +243,8 @@ def runnable_lines() -> list[str]:
         export.check_onnx()
     except UserError:  # the export extra needs a newer torch than the rest
         lines = [line for line in lines if not re.search(r" -m captioning\.(export|serve) ", line)]
-    last = (" generate.py ", *(f" -m captioning.{name}" for name in ("dashboard", "runs", "export", "serve", "share")))
+    names = ("dashboard", "runs", "export", "serve", "share", "truth")
+    last = (" generate.py ", *(f" -m captioning.{name}" for name in names))
 
     def stage(line: str) -> int:
         if " -m preprocess " in line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,9 @@ from preprocess.__main__ import main
 from preprocess.drawing import (
     BACKGROUNDS,
     COLOURS,
-    RELATIONS,
+    DIRECTIONS,
+    NEW_COMBINATIONS,
+    SCENE_SETS,
     SHAPES,
     SIDES,
     SIZE,
@@ -32,19 +35,26 @@ from preprocess.drawing import (
     random_scene,
 )
 from preprocess.languages import default_tokenizer
-from preprocess.scenes import WORDS, draw_scenes, is_true, named_objects, parse, read_scenes
+from preprocess.scenes import WORDS, draw_scenes, is_true, judge, named_objects, parse, read_scenes
 from preprocess.tokenizers import tokenize
 
 LANGUAGES = ["zh", "en"]
+SIMPLE_DIGESTS = {  # of 60 scenes and their captions, drawn on 30 November 2026
+    "zh": "331ffefc591b6888b027ff503dec03f7e22e911983ac2a61b176a366957a703b",
+    "en": "6c94b3d21bf7210cbbdc8eb7632f0a388dea3dc23212fe4f161f6e85e7ada193",
+}
 RED = SceneObject("circle", "red", "big", (0.1, 0.3, 0.46, 0.66))
 BLUE = SceneObject("star", "blue", "small", (0.7, 0.35, 0.89, 0.54))
 PAIR = Scene("grass", (RED, BLUE))
+WHITE = SceneObject("square", "white", "small", (0.48, 0.36, 0.68, 0.56))
+ROW = Scene("sky", (WHITE, dataclasses.replace(RED, size="small"), BLUE))
+GROUP = Scene("sand", tuple(dataclasses.replace(BLUE, box=(x, 0.1, x + 0.2, 0.3)) for x in (0.1, 0.4, 0.7)))
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
 def drawn(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, draw_scenes(folder, 100, request.param, seed=0), read_scenes(folder)
+    return request.param, draw_scenes(folder, 100, request.param, 0, "relations"), read_scenes(folder)
 
 
 def words_of(caption: str, language: str) -> list[str]:
@@ -60,14 +70,19 @@ def captioned_scenes(draw_value) -> tuple[str, Scene, str]:
     """A language, a scene, and a caption of the scene."""
     language = draw_value(st.sampled_from(LANGUAGES))
     rng = random.Random(draw_value(st.integers(0, 2**32)))
-    scene = random_scene("train", rng)
-    return language, scene, draw_value(st.sampled_from(scenes._make_captions(scene, language, rng)))
+    scene_set = draw_value(st.sampled_from(list(SCENE_SETS)))
+    scene = random_scene("train", rng, scene_set)
+    return language, scene, draw_value(st.sampled_from(scenes._make_captions(scene, language, rng, scene_set)))
 
 
 def change_fact(caption: str, kind: str, old: str, new: str, language: str) -> str:
-    """The caption with the word for one of its facts replaced."""
+    """The caption with the word for one of its facts replaced; of a group, "plural" is its noun."""
     word = max((word for word in WORDS[language][kind][old] if word in caption), key=len)
     return caption.replace(word, WORDS[language][kind][new][0], 1)
+
+
+def stated(mentions: tuple, kind: str) -> list[str | None]:
+    return [mention.stated(kind) for mention in mentions]
 
 
 def false_changes(scene: Scene, caption: str, language: str) -> list[tuple[str, str, str]]:
@@ -75,14 +90,15 @@ def false_changes(scene: Scene, caption: str, language: str) -> list[tuple[str, 
     claim = parse(caption, language)
     colours = {object.colour for object in scene.objects}
     shapes = {object.shape for object in scene.objects}
-    changes = [("background", claim.background, other) for other in BACKGROUNDS]
-    changes += [("count", claim.count, other) for other in WORDS[language]["count"]]
-    changes += [("relation", claim.relation, other) for other in RELATIONS]
+    kinds = {"background": BACKGROUNDS, "count": WORDS[language]["count"], "relation": DIRECTIONS}
+    changes = [(kind, claim.stated(kind), other) for kind, values in kinds.items() for other in values]
+    noun = "plural" if scene.is_group else "shape"
     for mention in claim.mentions:
-        changes += [("colour", mention.colour, other) for other in COLOURS if other not in colours]
-        changes += [("shape", mention.shape, other) for other in SHAPES if other not in shapes]
-        if {other.size for other in claim.mentions} == {mention.size}:  # else "big" may belong to the other mention
-            changes += [("size", mention.size, other) for other in ("big", "small")]
+        changes += [("colour", mention.stated("colour"), other) for other in COLOURS if other not in colours]
+        changes += [("count", mention.stated("count"), other) for other in WORDS[language]["count"]]
+        changes += [(noun, mention.stated("shape"), other) for other in SHAPES if other not in shapes]
+        if set(stated(claim.mentions, "size")) == {mention.stated("size")}:  # else "big" may belong to another mention
+            changes += [("size", mention.stated("size"), other) for other in ("big", "small")]
     return [(kind, stated, other) for kind, stated, other in changes if stated is not None and stated != other]
 
 
@@ -123,6 +139,9 @@ def test_a_caption_that_repeats_its_end_is_false(captioned_scene, data):
         ("en", "a circle above a star on the grass", False),
         ("en", "a circle and a circle on the grass", False),  # there is only one
         ("en", "three shapes on the grass, a circle and a star", False),
+        ("en", "two stars on the grass", False),
+        ("en", "there are two circles on the grass", False),
+        ("en", "a star between a circle and a square on the grass", False),  # there is no square
         ("en", "two shapes on the grass, a circle and a star", True),
         ("en", "a blue, big circle and a star on the grass", False),
         ("en", "circle grass", False),
@@ -143,6 +162,77 @@ def test_a_caption_that_repeats_its_end_is_false(captioned_scene, data):
 )
 def test_is_true_agrees_with_people(language, caption, true):
     assert is_true(caption, PAIR, language) is true
+
+
+@pytest.mark.parametrize(
+    "language, scene, caption, true",
+    [
+        ("en", ROW, "a white, small square between a circle and a blue, small star in the sky", True),
+        ("en", ROW, "in the sky, a square is between a star and a circle", True),  # either order
+        ("en", ROW, "in the sky, a circle is between a square and a star", False),
+        ("en", ROW, "a square between a circle and a circle in the sky", False),
+        ("en", ROW, "a square to the left of a star in the sky", True),
+        ("zh", ROW, "天空里，一个白色的小正方形在一个圆形和一颗蓝色的小星星之间", True),
+        ("zh", ROW, "天空里有一个正方形，在一颗星星和一个圆形之间", True),
+        ("zh", ROW, "天空里，一颗星星在一个圆形和一个正方形之间", False),
+        ("zh", ROW, "天空里，一个正方形在一个圆形之间", False),
+        ("en", GROUP, "three blue, small stars on the sand", True),
+        ("en", GROUP, "there are three stars on the sand", True),
+        ("en", GROUP, "two stars on the sand", False),  # there are three: a count is exact
+        ("en", GROUP, "four blue, small stars on the sand", False),
+        ("en", GROUP, "three red, small stars on the sand", False),
+        ("en", GROUP, "a star on the sand", True),
+        ("en", GROUP, "three star on the sand", False),
+        ("en", GROUP, "five stars on the sand", False),
+        ("zh", GROUP, "沙滩上有三颗蓝色的小星星", True),
+        ("zh", GROUP, "三颗星星在沙滩上", True),
+        ("zh", GROUP, "两颗星星在沙滩上", False),
+        ("zh", GROUP, "沙滩上有三颗蓝色的大星星", False),
+        ("zh", GROUP, "沙滩上有三颗", False),
+    ],
+)
+def test_rows_and_groups_are_judged_as_people_do(language, scene, caption, true):
+    assert is_true(caption, scene, language) is true
+
+
+def test_each_statement_is_judged_alone():
+    statements = judge("a red, big star to the right of a blue, small star on the sand", PAIR, "en")
+    judged = {(s.kind, s.fact.value): s.is_true for s in statements if s.kind != "shape"}
+    assert judged == {
+        ("background", "sand"): False,
+        ("relation", "right"): False,
+        ("colour", "red"): True,
+        ("size", "big"): True,
+        ("combination", "red star"): False,
+        ("colour", "blue"): True,
+        ("size", "small"): True,
+        ("combination", "blue star"): True,
+    }
+    assert [s.is_true for s in statements if s.kind == "shape"] == [False, True]
+    assert judge("a star star", PAIR, "en") is None
+
+
+def test_the_count_of_a_group_is_judged_apart_from_its_colour():
+    statements = judge("three red, small stars on the sand", GROUP, "en")
+    false = {statement.kind for statement in statements if not statement.is_true}
+    assert false == {"colour", "combination"}
+
+
+def test_more_mentions_than_objects_are_false_statements():
+    statements = judge("a circle and a star on the grass", Scene("grass", (RED,)), "en")
+    assert sorted((s.kind, s.is_true) for s in statements) == [("background", True), ("shape", False), ("shape", True)]
+
+
+def test_the_words_of_a_statement_are_found():
+    words = "A circle to the left of a blue, small star, on the grass.".split()
+    found = {s.kind: [words[i] for i in scenes.words_of(s.fact, words, "en")] for s in judge(words, PAIR, "en")}
+    assert found["background"] == ["on", "the", "grass."]
+    assert found["relation"] == ["to", "the", "left", "of"]
+    assert found["combination"] == ["blue,", "small", "star,"]
+    joined = ["草地", "上", "有", "一颗", "蓝色", "的", "小星星"]  # jieba joins size and noun
+    found = {s.kind: [joined[i] for i in scenes.words_of(s.fact, joined, "zh")] for s in judge(joined, PAIR, "zh")}
+    assert found["background"] == ["草地", "上"]
+    assert found["size"] == found["shape"] == ["小星星"]
 
 
 def test_the_relation_of_the_larger_distance_holds():
@@ -166,7 +256,7 @@ def test_the_vocabulary_is_small_and_every_word_is_frequent(drawn):
 
 def test_every_noun_gives_the_boxes_of_its_object(drawn):
     language, records, scenes_by_id = drawn
-    nouns = {shape: tuple(words) for shape, words in WORDS[language]["shape"].items()}
+    nouns = {shape: (*words, *WORDS[language]["plural"][shape]) for shape, words in WORDS[language]["shape"].items()}
     for record in records:
         boxes = {object.box: object.shape for object in scenes_by_id[record.id].objects}
         for caption in record.captions:
@@ -174,7 +264,7 @@ def test_every_noun_gives_the_boxes_of_its_object(drawn):
             named = named_objects(words, scenes_by_id[record.id], language)
             assert len(named) == len(parse(words, language).mentions)
             assert all(words[word].endswith(nouns[boxes[box]]) for word, found in named for box in found)
-            assert len({box for _, found in named for box in found}) == len(named)
+            assert len({box for _, found in named for box in found}) == len(boxes)
             assert [word for word, _ in named] == sorted(word for word, _ in named)
 
 
@@ -208,7 +298,7 @@ def test_a_shape_fills_its_box(shape, size, side):
 
 @given(st.integers(0, 2**32))
 def test_every_shape_stands_out_from_its_background_in_its_own_colour(seed):
-    scene = random_scene("train", random.Random(seed))
+    scene = random_scene("train", random.Random(seed), "relations")
     photo, bare = (draw(Scene(scene.background, objects), random.Random(seed)) for objects in (scene.objects, ()))
     for object in scene.objects:
         left, top, right, bottom = (round(SIZE * value) for value in object.box)
@@ -231,9 +321,9 @@ def _within(box: tuple, margin: int) -> np.ndarray:
 
 @given(st.integers(0, 2**32), st.sampled_from(["train", "val", "test"]))
 def test_objects_are_apart_inside_the_photo_and_unlike_their_background(seed, split):
-    scene = random_scene(split, random.Random(seed))
+    scene = random_scene(split, random.Random(seed), "relations")
     inside = [value for object in scene.objects for value in object.box]
-    assert 1 <= len(scene.objects) <= 2 and 0 < min(inside) and max(inside) < 1
+    assert 1 <= len(scene.objects) <= 4 and 0 < min(inside) and max(inside) < 1
     masks = sum(_within(object.box, margin=-2).astype(int) for object in scene.objects)
     assert masks.max() == 1
     assert BACKGROUNDS[scene.background].similar_colour not in {object.colour for object in scene.objects}
@@ -253,13 +343,69 @@ def test_pairs_in_val_and_test_do_not_occur_in_train(drawn):
     assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
 
 
-def test_of_two_objects_the_big_one_is_named_first(drawn):
+def test_objects_are_named_in_the_order_of_the_scene(drawn):
     language, records, scenes_by_id = drawn
     for record in records:
-        assert [object.size for object in scenes_by_id[record.id].objects] in (["big"], ["small"], ["big", "small"])
+        objects = scenes_by_id[record.id].objects
+        assert len(objects) != 2 or scenes_by_id[record.id].is_group or objects[0].size == "big"
         for caption in record.captions:
-            mentions = sorted(parse(caption, language).mentions, key=lambda mention: mention.position)
-            assert all(map(type(mentions[0]).matches, mentions, scenes_by_id[record.id].objects))
+            mentions = sorted(parse(caption, language).mentions, key=lambda mention: mention.facts["shape"].start)
+            assert all(map(type(mentions[0]).matches, mentions, objects))
+
+
+def test_captions_state_a_relation_where_it_is_clear_and_only_there(drawn):
+    language, records, scenes_by_id = drawn
+    kinds = Counter()
+    for record in records:
+        kind = scenes._kind_of_sentence(scenes_by_id[record.id])
+        kinds[kind] += 1
+        for caption in record.captions:
+            claim = parse(caption, language)
+            relations = {"relation", "between"}
+            assert relations & claim.facts.keys() == relations & {kind}
+    assert min(kinds[kind] for kind in ("one", "two", "relation", "between", "group")) >= 5
+
+
+@pytest.mark.parametrize("language, digest", SIMPLE_DIGESTS.items())
+def test_the_simple_set_is_drawn_as_ever_so_that_published_figures_remain_true_of_it(language, digest):
+    drawn_scenes = []
+    for id in (f"{split}-0-{number:05}" for split in ("train", "val", "test") for number in range(20)):
+        scene = random_scene(id.partition("-")[0], random.Random(f"{id} scene"))
+        captions = scenes._make_captions(scene, language, random.Random(f"{id} {language}"))
+        drawn_scenes.append((scenes._scene_to_dict(scene), captions))
+    assert hashlib.sha256(repr(drawn_scenes).encode()).hexdigest() == digest
+    first = random_scene("train", random.Random("train-0-00000 scene"))
+    pixels = np.asarray(draw(first, random.Random("train-0-00000 texture")), int)
+    expected = [(95, 168, 231), (136, 68, 186), (146, 200, 242)]  # other versions of Pillow may round otherwise
+    assert np.abs(pixels[(20, 64, 100), (20, 64, 100)] - expected).max() <= 2
+
+
+def test_simple_scenes_have_one_or_two_objects_and_half_of_their_captions_of_two_state_the_relation():
+    rng = random.Random(0)
+    simple = [random_scene("train", rng) for _ in range(200)]
+    counts = Counter(len(scene.objects) for scene in simple)
+    assert set(counts) == {1, 2} and 70 < counts[1] < 130
+    claims = [parse(caption, "zh") for scene in simple for caption in scenes._make_captions(scene, "zh", rng)]
+    related = [claim.stated("relation") is not None for claim in claims if len(claim.mentions) == 2]
+    assert 0.4 < np.mean(related) < 0.6
+    assert NEW_COMBINATIONS & frozenset().union(*(scene.combinations for scene in simple))
+
+
+def test_every_number_of_shapes_that_are_alike_is_equally_frequent():
+    rng = random.Random(0)
+    drawn_scenes = [random_scene("train", rng, "relations") for _ in range(600)]
+    counts = Counter(len(scene.objects) for scene in drawn_scenes if scene.is_group)
+    assert set(counts) == {2, 3, 4} and all(24 < number < 56 for number in counts.values())  # 40 are expected
+
+
+def test_new_combinations_are_in_some_test_scenes_and_in_no_others():
+    rng = random.Random(0)
+    for split in ("train", "val", "test"):
+        drawn_scenes = [random_scene(split, rng, "relations") for _ in range(40)]
+        new = [bool(scene.combinations & NEW_COMBINATIONS) for scene in drawn_scenes]
+        assert 3 <= sum(new) <= 25 if split == "test" else not any(new)
+    known = {(colour, shape) for colour in COLOURS for shape in SHAPES} - NEW_COMBINATIONS
+    assert {colour for colour, _ in known} == set(COLOURS) and {shape for _, shape in known} == set(SHAPES)
 
 
 @pytest.mark.parametrize("count, expected", [(3, (1, 1, 1)), (10, (8, 1, 1)), (25, (21, 2, 2))])
