@@ -1,6 +1,7 @@
 """Faster equivalents of what the decoders' equations say: same values, same gradients.
 
 DeferredGradLinear: a linear layer of a recurrence, whose weight gets its gradient from one product over all steps.
+DeferredGradProduct: the same for products with matrices of each caption, such as keys and values.
 ChunkedAttentionScores: attention scores that never hold their (R, P, A) activations in memory.
 attend_all_steps: attention of all words at once, for decoders whose hidden state does not depend on it.
 kernels_for: the Triton kernels of captioning/decoders/kernels.py, where they apply.
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
 from captioning.decoders.protocol import photo_of_each_word, upcast
@@ -79,6 +81,50 @@ class _LinearStep(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.linear.deferred.save(ctx.step, *ctx.saved_tensors, gradient)
         return gradient @ ctx.linear.weight, None, None
+
+
+class DeferredGradProduct:
+    """y_t = x_t M at every step of one forward pass, with a matrix M of each head of each caption.
+
+    The gradient of M is dM = sum_t x_t^T dy_t, and each term is as large as M itself. As in DeferredGradLinear, one
+    product after the last step computes the sum.
+    """
+
+    def __init__(self, matrices: Tensor):
+        """matrices (R, h, I, O)."""
+        self.matrices = matrices.detach()
+        self.deferred = DeferredGradient(_matrix_gradients, matrices)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(R', h, 1, I) of the first R' captions -> (R', h, 1, O)."""
+        return _ProductStep.apply(inputs.to(self.matrices.dtype), self.deferred.anchor, self)
+
+
+def _matrix_gradients(steps: Sequence[Saved], matrices: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the matrices from x_t (R', h, 1, I) and dy_t (R', h, 1, O) of each step."""
+    rows = torch.tensor([len(inputs) for inputs, _ in steps])  # fewer in every step: captions end
+    inputs, gradients = (
+        pad_packed_sequence(PackedSequence(torch.cat(tensors).squeeze(2), rows), batch_first=True)[0].transpose(1, 2)
+        for tensors in zip(*steps, strict=True)
+    )  # (R, h, T, I), (R, h, T, O): zero after the end of a caption
+    return (inputs.mT @ gradients,)
+
+
+class _ProductStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, product: DeferredGradProduct) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.product = product
+        ctx.step = product.deferred.next_step()
+        return inputs @ product.matrices[: len(inputs)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        product = ctx.product
+        if ctx.needs_input_grad[1]:
+            product.deferred.save(ctx.step, *ctx.saved_tensors, gradient)
+        return gradient @ product.matrices[: len(gradient)].mT, None, None
 
 
 _kernels_enabled: ContextVar[bool] = ContextVar("kernels_enabled", default=True)
