@@ -51,7 +51,7 @@ RUNS = {
     "transformer": ("transformer", {"encoder_layers": 1, "layers": 2, "heads": 4, "memory_slots": 3}, 9),
     "updown": ("updown", {}, 9),
     "xlan": ("xlan", {"heads": 2, "encoder_layers": 1}, 3),
-    "aoa": ("aoa", {"heads": 2, "encoder_layers": 1}, 3),
+    "aoa": ("aoa", {"heads": 2, "encoder_layers": 1}, 75),
 }
 EXAMPLE = Path(__file__).with_name("caption_with_onnxruntime.py")
 
@@ -72,8 +72,8 @@ def write_run(
     torch.manual_seed(seed)
     model = build_decoder(decoder, sizes)
     scales = {"output_layer": 20, "embedding": 1, "photo_projection": 3, "initial": 3, "value": 3, "whole": 3, "key": 3}
-    if decoder == "xlan":
-        scales |= {"cell": 3, "layers": 1, "attention": 1}
+    if decoder in ("xlan", "aoa"):
+        scales |= {"cell": 3, "layers": 1, "attention": 1, "query": 1, "keys_values": 1}
     with torch.no_grad():
         for name, weights in model.named_parameters():
             weights *= scales.get(name.partition(".")[0], scale)
