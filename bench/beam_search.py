@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
 from timeit import timeit
 from typing import Literal
 
@@ -172,8 +171,7 @@ def compare_with_toolkit(bench: Bench) -> None:
     for dtype in dict.fromkeys((torch.float32, pick_precision("auto", torch.device("cpu")))):
         name = f"Kantu, {str(dtype).removeprefix('torch.')}"
         ways[name] = way_of(kantu, bench, Grid(grid.cells.to(dtype), grid.pooling), dtype)
-    # The time that one thread computes, which other processes of a busy machine do not prolong
-    clock, timer = ("CPU time", process_time) if bench.threads == 1 else ("wall time", perf_counter)
+    clock, timer = decoders.clock(bench.threads)
     times = [{name: timeit(way, timer=timer, number=1) for name, way in ways.items()} for _ in range(bench.rounds)]
     seconds = {name: median(row[name] for row in times) for name in ways}
     for name, taken in seconds.items():
