@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import lstm_update
-from captioning.decoders.fused_ops import DeferredGradLinear, DeferredGradProduct, Layer
+from captioning.decoders.fused_ops import DeferredGradLinear, DeferredGradProduct, Layer, OutputLayer
 from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
@@ -131,7 +131,7 @@ class AoaDecoder(nn.Module):
         self.keys_values = nn.Linear(hidden_size, 2 * hidden_size)
         self.information = nn.Linear(2 * hidden_size, 2 * hidden_size)
         self.dropout = nn.Dropout(dropout)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
         init_gates(hidden_size, self.word_gates, self.context_gates, self.hidden_gates)
 

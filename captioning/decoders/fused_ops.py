@@ -2,6 +2,7 @@
 
 DeferredGradLinear: a linear layer of a recurrence, whose weight gets its gradient from one product over all steps.
 DeferredGradProduct: the same for products with matrices of each caption, such as keys and values.
+OutputLayer: the linear layer to the logits, faster for the few rows of a search.
 ChunkedAttentionScores: attention scores that never hold their (R, P, A) activations in memory.
 attend_all_steps: attention of all words at once, for decoders whose hidden state does not depend on it.
 kernels_for: the Triton kernels of captioning/decoders/kernels.py, where they apply.
@@ -81,6 +82,31 @@ class _LinearStep(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.linear.deferred.save(ctx.step, *ctx.saved_tensors, gradient)
         return gradient @ ctx.linear.weight, None, None
+
+
+class OutputLayer(nn.Linear):
+    """The linear layer to the logits of all words.
+
+    Its weight is larger than the caches of a core, and a step of a search has only a few dozen rows. A CPU then
+    computes the product faster in pieces of the vocabulary (bench/NOTES.md).
+    """
+
+    WORDS = 1024  # of a piece
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., V)."""
+        if not self._is_faster_in_pieces(hidden):
+            return super().forward(hidden)
+        logits = hidden.new_empty(len(hidden), self.out_features)
+        pieces = zip(*(tensor.split(self.WORDS) for tensor in (self.weight, self.bias, logits.T)), strict=True)
+        for weight, bias, piece in pieces:
+            torch.addmm(bias, hidden, weight.T, out=piece.T)
+        return logits
+
+    def _is_faster_in_pieces(self, hidden: Tensor) -> bool:
+        """Whether this is a step without gradients on a CPU, in full precision. An exported graph has no loops."""
+        is_step = hidden.dim() == 2 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return is_step and hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 class DeferredGradProduct:
