@@ -60,11 +60,11 @@ class RefiningLayer(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         """A (B, N, H) -> A' (B, N, H)."""
-        parts = self.query_keys_values(cells).chunk(3, 2)
-        attended = join_heads(F.scaled_dot_product_attention(*(split_heads(part, self.heads) for part in parts)))
-        return self.norm(
-            cells + attention_on_attention(self.information, self.dropout(attended), self.dropout(parts[0]))
-        )
+        query, keys, values = self.query_keys_values(cells).chunk(3, 2)
+        heads = [split_heads(part, self.heads) for part in (query, keys, values)]
+        attended = join_heads(F.scaled_dot_product_attention(heads[0], heads[1], heads[2]))
+        information = attention_on_attention(self.information, self.dropout(attended), self.dropout(query))
+        return self.norm(cells + information)
 
 
 Product = Callable[[Tensor], Tensor]  # a product with keys or values, or its DeferredGradProduct
