@@ -3,7 +3,7 @@
     python bench/beam_search.py                                                   random weights and features
     python bench/beam_search.py --run checkpoints/att --data data/aic             a trained run, photos of val
     python bench/beam_search.py --photos 5000 --batch-size 500 --device cuda      only Kantu, on a GPU
-    python bench/beam_search.py --decoder updown --photos 32                      beside the toolkits' way; or xlan
+    python bench/beam_search.py --decoder updown --photos 32                      beside the toolkits' way; or xlan, aoa
     python bench/beam_search.py --decoder updown --photos 32 --words 10 --max-length 20
 
 Both have the same weights. In the tutorial, a finished hypothesis makes the beam smaller. With the rule of
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
 from timeit import timeit
 from typing import Literal
 
@@ -43,7 +42,7 @@ from preprocess.vocabulary import END
 
 @dataclass(frozen=True)
 class Bench:
-    decoder: Literal["attention", "updown", "xlan"] = "attention"
+    decoder: Literal["attention", "updown", "xlan", "aoa"] = "attention"
     run: Path | None = None  # run of --decoder attention; random weights unless given
     data: Path | None = None  # with --run
     features: Path | None = None  # with --run: data/NAME/features.h5 unless given
@@ -51,8 +50,8 @@ class Bench:
     beam_size: int = 5
     max_length: int = 12  # words per caption; random weights always reach it
     batch_size: int = 32
-    rounds: int = 5  # with --decoder updown or xlan
-    words: int | None = None  # with --decoder updown or xlan: words after which captions end; never unless given
+    rounds: int = 5  # with --decoder updown, xlan or aoa
+    words: int | None = None  # with --decoder updown, xlan or aoa: words after which captions end; never unless given
     vocabulary: int = 9490
     channels: int = 2048
     size: int = 512
@@ -172,8 +171,7 @@ def compare_with_toolkit(bench: Bench) -> None:
     for dtype in dict.fromkeys((torch.float32, pick_precision("auto", torch.device("cpu")))):
         name = f"Kantu, {str(dtype).removeprefix('torch.')}"
         ways[name] = way_of(kantu, bench, Grid(grid.cells.to(dtype), grid.pooling), dtype)
-    # The time that one thread computes, which other processes of a busy machine do not prolong
-    clock, timer = ("CPU time", process_time) if bench.threads == 1 else ("wall time", perf_counter)
+    clock, timer = decoders.clock(bench.threads)
     times = [{name: timeit(way, timer=timer, number=1) for name, way in ways.items()} for _ in range(bench.rounds)]
     seconds = {name: median(row[name] for row in times) for name in ways}
     for name, taken in seconds.items():
@@ -188,7 +186,7 @@ def way_of(
     model: nn.Module, bench: Bench, grid: Grid, dtype: torch.dtype = torch.float32
 ) -> Callable[[], list[list[int]]]:
     """A function that returns the caption of each photo, as ids. dtype: of Kantu's arithmetic, under autocast."""
-    own_cells = bench.decoder == "xlan" or not isinstance(model, Toolkit)
+    own_cells = bench.decoder != "updown" or not isinstance(model, Toolkit)
     cells = grid.cells if own_cells else grid.spread(grid.cells)
     search = SearchOptions(bench.beam_size, bench.max_length)
 

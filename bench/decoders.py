@@ -4,7 +4,7 @@ The others are written like the tutorials (bench/tutorial.py) and the captioning
 
     python bench/decoders.py                                     attention, 32 captions of 8 photos
     python bench/decoders.py --photos 32 --captions-per-photo 1     one caption per photo: captions share no work
-    python bench/decoders.py --decoder lstm                      or updown, xlan
+    python bench/decoders.py --decoder lstm                      or updown, xlan, aoa
     python bench/decoders.py --encoder resnet101                 the tutorial also runs its encoder, as in every epoch
 
 Both have the same weights and captions, and their losses and gradients are compared before anything is timed. A step is
@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter, process_time
 from timeit import timeit
 from typing import Literal
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import tyro
 from synthetic import coco_lengths
-from toolkits import ToolkitUpDown, ToolkitXlan
+from toolkits import ToolkitAoa, ToolkitUpDown, ToolkitXlan
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -42,7 +43,7 @@ from preprocess.vocabulary import END, SPECIAL, START
 
 @dataclass(frozen=True)
 class Bench:
-    decoder: Literal["attention", "lstm", "updown", "xlan"] = "attention"
+    decoder: Literal["attention", "lstm", "updown", "xlan", "aoa"] = "attention"
     photos: int = 8
     captions_per_photo: int = 4  # not COCO's 5: 32 captions per batch, equally many per photo for BatchNorm
     length_factor: int = 1  # multiplies the lengths of COCO captions
@@ -53,8 +54,8 @@ class Bench:
     encoder: str | None = None  # such as resnet101: the tutorial then encodes one photo per caption, already decoded
     image_size: int = 256
     rounds: int = 5
-    heads: int = 8  # of xlan
-    encoder_layers: int = 4  # of xlan
+    heads: int = 8  # of xlan and aoa
+    encoder_layers: int | None = None  # of xlan and aoa; the published 4 and 6 unless given
     threads: int = torch.get_num_threads()
 
     @property
@@ -123,10 +124,10 @@ def make_decoders(bench: Bench, dropout: float = 0.5) -> tuple[nn.Module, nn.Mod
         updown = build_decoder("updown", sizes)
         updown.score.weight.data *= 10
         return updown, ToolkitUpDown(*tutorial_sizes, bench.size, bench.size, dropout).copy_weights(updown)
-    if bench.decoder == "xlan":
-        xlan = build_decoder("xlan", sizes)
-        xlan_sizes = (*tutorial_sizes, dropout, bench.encoder_layers, bench.heads)
-        return xlan, ToolkitXlan(*xlan_sizes).copy_weights(xlan)
+    if bench.decoder in ("xlan", "aoa"):
+        decoder = build_decoder(bench.decoder, sizes)
+        toolkit = ToolkitXlan if bench.decoder == "xlan" else ToolkitAoa
+        return decoder, toolkit(*tutorial_sizes, dropout, len(decoder.layers), bench.heads).copy_weights(decoder)
     attention = build_decoder("attention", sizes)
     # As peaked as trained attention: the gradients of uniform attention are dominated by rounding errors.
     attention.score.weight.data *= 10
@@ -192,12 +193,19 @@ def compute_kantu_gradient(bench: Bench, data: Data, dtype: torch.dtype) -> tupl
     return loss, parameters_to_vector(tutorial.copy_weights(kantu).parameters()).detach()
 
 
-def best_of(rounds: int, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+def clock(threads: int) -> tuple[str, Callable[[], float]]:
+    """What to time with, and its name: of one thread, the time that it computes, whatever else the machine does."""
+    return ("CPU time", process_time) if threads == 1 else ("wall time", perf_counter)
+
+
+def best_of(
+    rounds: int, functions: dict[str, Callable[[], object]], timer: Callable[[], float] = perf_counter
+) -> dict[str, float]:
     """Name -> seconds, the best of `rounds` rounds in which all functions run. An extra first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            seconds[name].append(timeit(function, number=1))
+            seconds[name].append(timeit(function, timer=timer, number=1))
     return {name: min(times[1:]) for name, times in seconds.items()}
 
 
@@ -221,13 +229,14 @@ def main(bench: Bench) -> None:
         steps[name] = partial(kantu_step, decoder, make_optimizer(decoder.parameters()), data.kantu_batch(dtype), dtype)
     if bench.encoder:
         steps[bench.other] = tutorial_epoch_step(bench, steps[bench.other])
-    seconds = best_of(bench.rounds, steps)
+    name_of_clock, timer = clock(bench.threads)
+    seconds = best_of(bench.rounds, steps, timer)
     for name, taken in seconds.items():
         print(f"{name:>16}  {taken:7.3f} s per step  {seconds[bench.other] / taken:5.1f} times as fast")
     print(f"{len(data.lengths)} captions of {bench.photos} photos, {data.lengths.sum()} words of {bench.vocabulary:,}")
     print(
         f"{bench.grid_side}x{bench.grid_side} cells of {bench.channels}; "
-        f"{bench.threads} threads, torch {torch.__version__}"
+        f"{name_of_clock}, {bench.threads} threads, torch {torch.__version__}"
     )
 
 

@@ -1,29 +1,33 @@
-"""UpDown and X-LAN for the benchmarks, written the way of captioning toolkits such as self-critical.pytorch.
+"""UpDown, X-LAN and AoANet for the benchmarks, written the way of captioning toolkits such as self-critical.pytorch.
 
 Bottom-Up and Top-Down Attention: Anderson et al., 2018, https://arxiv.org/abs/1707.07998
 X-Linear Attention Networks: Pan et al., 2020, https://arxiv.org/abs/2003.14080
+Attention on Attention: Huang et al., 2019, https://arxiv.org/abs/1908.06954
 
 What depends on the photo alone is computed once per photo and repeated for its captions. Then every step computes all
 rows of the padded captions: an LSTMCell per LSTM, the attention, the output layer and its log-softmax. A beam search
 runs the same step, with a row per hypothesis.
 
 Letters: B photos, R captions, T words of the longest caption, P cells, C channels, A attention size, H hidden size,
-D attention size of X-LAN, h heads, d = D / h.
+D attention size of X-LAN, h heads, d = D / h (of AoANet H / h).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captioning.decoders.aoa import AoaDecoder, RefiningLayer
 from captioning.decoders.updown import UpDownDecoder
 from captioning.decoders.xlan import XlanDecoder, XLinearAttention
 from preprocess.vocabulary import END, START
 
 
 class Toolkit(nn.Module):
-    """The loop over the words of padded captions, which both decoders share."""
+    """The loop over the words of padded captions, which the decoders share."""
 
     num_states: int  # tensors (R, H) that a step hands to the next
 
@@ -87,7 +91,7 @@ class Toolkit(nn.Module):
         """One step: word (R, E), what `prepare` returned, repeated, and the state -> output (R, H), next state."""
         raise NotImplementedError
 
-    def copy_common(self, decoder: UpDownDecoder | XlanDecoder) -> None:
+    def copy_common(self, decoder: UpDownDecoder | XlanDecoder | AoaDecoder) -> None:
         self.embedding.load_state_dict(decoder.embedding.state_dict())
         self.output_layer.load_state_dict(decoder.output_layer.state_dict())
 
@@ -216,6 +220,90 @@ class ToolkitXlan(Toolkit):
             joint.weight.copy_(torch.cat([layer.from_photo.weight, layer.from_cell.weight], 1))
             joint.bias.copy_(layer.from_photo.bias)
             norm.load_state_dict(layer.norm.state_dict())
+        inputs = [decoder.word_gates.weight, decoder.context_gates.weight]
+        copy_cell(self.lstm, inputs, decoder.hidden_gates.weight, decoder.word_gates.bias)
+        return self
+
+
+class ToolkitAoaAttention(nn.Module):
+    """Multi-head attention, and attention on it, with keys and values that are given."""
+
+    def __init__(self, size: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(size, size)
+        self.information = nn.Linear(2 * size, 2 * size)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, dropout: nn.Module) -> Tensor:
+        """(R, T, H), (R, P, H) twice -> (R, T, H). dropout: of the inputs of the information and the gate."""
+        query = self.query(query)
+        heads = (x.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for x in (query, keys, values))
+        query_heads, key_heads, value_heads = heads
+        scores = torch.matmul(query_heads, key_heads.transpose(2, 3)) / math.sqrt(query_heads.shape[3])
+        attended = torch.matmul(scores.softmax(3), value_heads).transpose(1, 2).flatten(2)
+        return F.glu(self.information(torch.cat([dropout(attended), dropout(query)], 2)), 2)
+
+
+class ToolkitRefiner(nn.Module):
+    """A layer of AoANet's encoder."""
+
+    def __init__(self, size: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention = ToolkitAoaAttention(size, heads)
+        self.key = nn.Linear(size, size)
+        self.value = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return self.norm(cells + self.attention(cells, self.key(cells), self.value(cells), self.dropout))
+
+    def copy_weights(self, layer: RefiningLayer) -> None:
+        targets = self.attention.query, self.key, self.value
+        weights, biases = layer.query_keys_values.weight.chunk(3), layer.query_keys_values.bias.chunk(3)
+        for target, weight, bias in zip(targets, weights, biases, strict=True):
+            target.weight.copy_(weight)
+            target.bias.copy_(bias)
+        self.attention.information.load_state_dict(layer.information.state_dict())
+        self.norm.load_state_dict(layer.norm.state_dict())
+
+
+class ToolkitAoa(Toolkit):
+    """Attention on Attention on the native cells."""
+
+    num_states = 3
+
+    def __init__(self, vocabulary: int, channels: int, size: int, dropout: float, layers: int, heads: int):
+        super().__init__(vocabulary, size, size, dropout)
+        self.cell = nn.Linear(channels, size)
+        self.refiners = nn.ModuleList(ToolkitRefiner(size, heads, dropout / 2) for _ in range(layers))
+        self.keys_values = nn.Linear(size, 2 * size)
+        self.lstm = one_bias(nn.LSTMCell(2 * size, size))
+        self.attention = ToolkitAoaAttention(size, heads)
+
+    def prepare(self, cells: Tensor) -> tuple[Tensor, ...]:
+        cells = self.dropout(self.cell(cells).relu())
+        for refiner in self.refiners:
+            cells = refiner(cells)
+        return cells.mean(1), self.keys_values(cells)
+
+    def core(self, word: Tensor, per_photo: list[Tensor], state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        photo, keys_values = per_photo
+        hidden, cell, context = state
+        hidden, cell = self.lstm(torch.cat([word, photo + self.dropout(context)], 1), (hidden, cell))
+        context = self.attention(hidden[:, None], *keys_values.chunk(2, 2), nn.Identity()).squeeze(1)
+        return context, [hidden, cell, context]
+
+    @torch.no_grad()
+    def copy_weights(self, decoder: AoaDecoder) -> ToolkitAoa:
+        """Take the weights of Kantu's decoder."""
+        self.copy_common(decoder)
+        for refiner, layer in zip(self.refiners, decoder.layers, strict=True):
+            refiner.copy_weights(layer)
+        for name in ("query", "information"):
+            getattr(self.attention, name).load_state_dict(getattr(decoder, name).state_dict())
+        for name in ("cell", "keys_values"):
+            getattr(self, name).load_state_dict(getattr(decoder, name).state_dict())
         inputs = [decoder.word_gates.weight, decoder.context_gates.weight]
         copy_cell(self.lstm, inputs, decoder.hidden_gates.weight, decoder.word_gates.bias)
         return self

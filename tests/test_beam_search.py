@@ -204,7 +204,7 @@ def test_a_batch_equals_one_photo_at_a_time_with_a_real_decoder(name):
     decoder = build_decoder(name, {**sizes, **OWN_SIZES.get(name, {})}).eval()
     with torch.no_grad():  # sharpen the distributions, so that captions differ and end at different steps
         for weights in decoder.parameters():
-            weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(2 if name == "xlan" else 4)
+            weights.normal_(0, 0.5) if name == "adaptive" else weights.mul_(2 if name in ("xlan", "aoa") else 4)
         decoder.output_layer.bias[END] = -2
     grid = Grid(3 * torch.randn(6, 64, 6), grid_pooling(8, 8))
     together = best_captions(decoder, grid, 3, 9)

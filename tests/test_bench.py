@@ -100,7 +100,8 @@ def test_the_decoder_benchmark_compares_the_results_before_it_times_them(capsys,
     monkeypatch.setattr(decoders, "pick_precision", lambda name, device: getattr(torch, precisions[-1]))
     small = {"photos": 2, "captions_per_photo": 2, "vocabulary": 30, "channels": 8, "size": 4, "rounds": 1}
     small |= {"heads": 1, "encoder_layers": 1}
-    for name, other in (("attention", "tutorial"), ("lstm", "tutorial"), ("updown", "toolkit"), ("xlan", "toolkit")):
+    for name in ("attention", "lstm", "updown", "xlan", "aoa"):
+        other = "tutorial" if name in ("attention", "lstm") else "toolkit"
         decoders.main(decoders.Bench(name, **small, threads=1))
         output = capsys.readouterr().out
         assert re.search(rf"float64: Kantu and the {other} differ by \S+ in the loss, (0|[1-9])e[-+]\d+", output)
@@ -122,7 +123,7 @@ def test_the_beam_search_benchmark_finds_the_captions_of_the_tutorial(capsys):
     assert "6 of 6 captions equal the tutorial's with Kantu's rule" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("decoder, words", [("updown", 3), ("xlan", None)])
+@pytest.mark.parametrize("decoder, words", [("updown", 3), ("xlan", None), ("aoa", 3)])
 def test_the_beam_search_benchmark_finds_the_captions_of_the_toolkits(decoder, words, capsys):
     search = bench("beam_search")
     sizes = {"vocabulary": 40, "channels": 8, "size": 16, "max_length": 6, "rounds": 1, "threads": 1}

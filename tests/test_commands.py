@@ -220,7 +220,7 @@ def test_live_photos_and_cached_features_give_the_same_losses_and_gradients(
     here, tmp_path, decoder, dtype, tolerance, times
 ):
     """Frozen encoder, no augmentation: the decoder cannot tell a Grid of the cache from one of the live encoder."""
-    if (decoder, dtype) in (("updown", "float16"), ("xlan", "float16")) and times(True, False):
+    if (dtype == "float16" and decoder in ("updown", "xlan") or decoder == "aoa") and times(True, False):
         pytest.skip("long form: make torture")
     torch.manual_seed(2)
     torch.save(models.resnet18().state_dict(), tmp_path / "start.pth")

@@ -28,8 +28,9 @@ SIZES = {
 OWN_SIZES = {  # of decoders that those above do not fit
     "transformer": {"hidden_size": 8, "heads": 2, "layers": 2, "encoder_layers": 2, "feed_forward_size": 9},
     "xlan": {"attention_size": 8, "heads": 2, "encoder_layers": 2},
+    "aoa": {"hidden_size": 8, "heads": 2, "encoder_layers": 2},
 }
-OVER_NATIVE_CELLS = ("xlan",)  # these decoders do not attend to the 14x14 map
+OVER_NATIVE_CELLS = ("xlan", "aoa")  # these decoders do not attend to the 14x14 map
 POSITIONS_IN_CELLS = ("attention", "hard-attention", "adaptive", "updown")  # others: in a projection of the cells
 LENGTHS = [5, 4, 4, 2, 1]
 PHOTO = torch.tensor([1, 0, 2, 1, 0])  # photo_index: the photo of each caption
@@ -257,6 +258,39 @@ def xlan_equations(d, native, words):
     return torch.stack(logits), torch.stack(attentions)
 
 
+def aoa_equations(d, native, words):
+    """Huang et al. 2019, one caption: logits (T, V) and attention (T, P), from the native cells."""
+
+    def attention_on_attention(layer, attended, query):
+        (w_i, w_g), (b_i, b_g) = layer.weight.chunk(2), layer.bias.chunk(2)
+        both = torch.cat([attended, query], -1)
+        return torch.sigmoid(both @ w_g.T + b_g) * (both @ w_i.T + b_i)
+
+    cells = torch.relu(d.cell(native))
+    cells = cells + native_positions(d, cells.shape[1])
+    for layer in d.layers:
+        query, keys, values = layer.query_keys_values(cells).chunk(3, 1)
+        attended = multi_head(query, keys, values, layer.heads)[0]
+        cells = layer.norm(cells + attention_on_attention(layer.information, attended, query))
+    keys, values = d.keys_values(cells).chunk(2, 1)
+    size = cells.shape[1]
+    h = m = torch.zeros(1, size).double()
+    c = torch.zeros(size).double()
+    from_x = torch.cat([d.word_gates.weight, d.context_gates.weight], 1)
+    zeros = torch.zeros(4 * size).double()
+    logits, attentions = [], []
+    for word in words:
+        x = torch.cat([d.embedding(word), cells.mean(0) + c])[None]
+        h, m = torch.lstm_cell(x, (h, m), from_x, d.hidden_gates.weight, d.word_gates.bias, zeros)
+        query = d.query(h)
+        attended, attention = multi_head(query, keys, values, d.heads)
+        c = attention_on_attention(d.information, attended, query)[0]
+        logits.append(d.output_layer(c))
+        spread = grid_pooling(8, 8).double() @ attention[:, 0].mean(0)
+        attentions.append(spread / spread.sum())
+    return torch.stack(logits), torch.stack(attentions)
+
+
 EQUATIONS = {
     "transformer": transformer_equations,
     "attention": attention_equations,
@@ -265,6 +299,7 @@ EQUATIONS = {
     "adaptive": adaptive_equations,
     "updown": updown_equations,
     "xlan": xlan_equations,
+    "aoa": aoa_equations,
 }
 
 

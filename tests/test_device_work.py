@@ -5,6 +5,7 @@ back to the host is an error. The words' batch_sizes stay on the host, as on a G
 """
 
 import gc
+from itertools import product
 
 import pytest
 import torch
@@ -103,8 +104,10 @@ def test_work_that_waits_for_the_device_is_found(wrong):
         wrong(tensor)
 
 
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"feature_dropout": 0.1}], ids=str)
-@pytest.mark.parametrize("name", CAPTURABLE)
+BOTH = {"label_smoothing": 0.1, "feature_dropout": 0.1}
+
+
+@pytest.mark.parametrize("name, settings", [*((name, BOTH) for name in CAPTURABLE), ("attention", {})], ids=str)
 def test_training_on_captions_is_work_of_the_device_alone(name, settings):
     options = Train("data", "run", **settings)
     decoder = small_decoder(name).train().to(META)
@@ -158,18 +161,16 @@ def meta_grid():
     return Grid(rng.to(META), torch.zeros(196, 64, device=META))
 
 
-@pytest.mark.parametrize(
-    "search",
-    [
-        SearchOptions(1, 11),
-        SearchOptions(3, 11, length_penalty=0.7, num_captions=2),
-        SearchOptions(3, 9, min_length=6),
-        SearchOptions(3, 11, no_repeat_ngram=2),
-        SearchOptions(4, 8, num_captions=4, beam_groups=2),
-    ],
-    ids=str,
+GROUPS = SearchOptions(4, 8, num_captions=4, beam_groups=2)
+SEARCHES = (  # of one decoder: what a search does with a decoder's steps does not depend on the decoder
+    SearchOptions(1, 11),
+    SearchOptions(3, 11, length_penalty=0.7, num_captions=2),
+    SearchOptions(3, 9, min_length=6),
+    SearchOptions(3, 11, no_repeat_ngram=2),
 )
-@pytest.mark.parametrize("name", DECODERS)
+
+
+@pytest.mark.parametrize("name, search", [*product(DECODERS, [GROUPS]), *product(["attention"], SEARCHES)])
 @torch.no_grad()
 def test_the_steps_of_a_beam_search_are_work_of_the_device_alone(name, search):
     decoder = small_decoder(name).eval().to(META)

@@ -31,12 +31,12 @@ from preprocess.vocabulary import END, START, VOCABULARY_FILE, Vocabulary
 
 GREEDY = SearchOptions(beam_size=1, max_length=8)
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "transformer", "updown", "xlan"]
-TORCH_RUNS = ["rnn", "attention", "hard-attention", "adaptive", "transformer", "updown", "xlan"]
+ONNX_RUNS = ["lstm", "gru", "attention", "hard-attention", "adaptive", "transformer", "updown", "xlan", "aoa"]
+TORCH_RUNS = ["rnn", "attention", "hard-attention", "adaptive", "transformer", "updown", "xlan", "aoa"]
 # Under --torture only: other cells of the lstm decoder, and a second format of a decoder. The suite exports each once:
 # as ONNX, which takes three times as long, those whose layers differ most.
 LONG_FORM = (
-    *((run, "onnx") for run in ("gru", "hard-attention", "adaptive", "updown", "xlan")),
+    *((run, "onnx") for run in ("gru", "hard-attention", "adaptive", "updown", "xlan", "aoa")),
     *((run, "torch") for run in ("rnn", "attention", "transformer")),
 )
 # Run -> decoder, its special sizes, and a seed with which the most likely word leads by at least 0.009 in
@@ -51,6 +51,7 @@ RUNS = {
     "transformer": ("transformer", {"encoder_layers": 1, "layers": 2, "heads": 4, "memory_slots": 3}, 9),
     "updown": ("updown", {}, 9),
     "xlan": ("xlan", {"heads": 2, "encoder_layers": 1}, 3),
+    "aoa": ("aoa", {"heads": 2, "encoder_layers": 1}, 75),
 }
 EXAMPLE = Path(__file__).with_name("caption_with_onnxruntime.py")
 
@@ -71,8 +72,8 @@ def write_run(
     torch.manual_seed(seed)
     model = build_decoder(decoder, sizes)
     scales = {"output_layer": 20, "embedding": 1, "photo_projection": 3, "initial": 3, "value": 3, "whole": 3, "key": 3}
-    if decoder == "xlan":
-        scales |= {"cell": 3, "layers": 1, "attention": 1}
+    if decoder in ("xlan", "aoa"):
+        scales |= {"cell": 3, "layers": 1, "attention": 1, "query": 1, "keys_values": 1}
     with torch.no_grad():
         for name, weights in model.named_parameters():
             weights *= scales.get(name.partition(".")[0], scale)

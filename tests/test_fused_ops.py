@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from captioning.decoders import fused_ops
-from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, photo_by_photo, step_by_step
+from captioning.decoders.fused_ops import (
+    ChunkedAttentionScores,
+    DeferredGradLinear,
+    DeferredGradProduct,
+    OutputLayer,
+    photo_by_photo,
+    step_by_step,
+)
 from captioning.runtime.device import autocast
 
 STEP_SIZES = (5, 5, 3, 1)  # rows of each step: captions end
@@ -175,3 +183,30 @@ def test_photo_by_photo_and_step_by_step_give_the_same_context():
     )
     for gradient, expected_gradient in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_output_layer_computes_in_pieces_what_a_linear_layer_does_at_once(rows):
+    layer = OutputLayer(5, 2 * OutputLayer.WORDS + 3).double()
+    hidden = torch.randn(rows, 5, dtype=torch.float64)
+    pieces = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "addmm", lambda *args, out, addmm=torch.addmm: pieces.append(addmm(*args, out=out)))
+        found = layer(hidden)
+    torch.testing.assert_close(found, F.linear(hidden, layer.weight, layer.bias), rtol=1e-12, atol=1e-12)
+    assert [piece.shape[1] for piece in pieces] == [1024, 1024, 3]
+    assert layer(hidden).requires_grad, "with gradients it is a linear layer"
+
+
+def test_gradients_of_products_with_each_captions_own_matrices_equal_those_of_every_step():
+    """Captions end: the later steps have fewer rows."""
+    gradients = []
+    for make in (DeferredGradProduct, lambda matrices: lambda x: x @ matrices[: len(x)]):
+        torch.manual_seed(0)
+        matrices = torch.randn(4, 2, 3, 5, dtype=torch.float64, requires_grad=True)
+        inputs = [torch.randn(rows, 2, 1, 3, dtype=torch.float64, requires_grad=True) for rows in (4, 3, 3, 1)]
+        product = make(matrices)
+        sum(product(rows).square().sum() for rows in inputs).backward()
+        gradients.append([matrices.grad, *(rows.grad for rows in inputs)])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

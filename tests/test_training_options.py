@@ -70,7 +70,7 @@ def test_a_decoder_of_ones_own_has_the_settings_that_its_constructor_takes(monke
     assert Train("data", "run", decoder="own", layers=3).layers == 3
     with pytest.raises(UserError, match="^--layers requires --decoder lstm, transformer or own$"):
         Train("data", "run", layers=3)
-    with pytest.raises(UserError, match="^--heads requires --decoder transformer or xlan$"):
+    with pytest.raises(UserError, match="^--heads requires --decoder transformer, xlan or aoa$"):
         Train("data", "run", decoder="own", heads=3)
 
 
@@ -89,8 +89,8 @@ def comment_of(source, field):
 
 def defaults_in(comment):
     """The last parentheses of a comment: decoder -> default, and "" -> that of the others."""
-    first, *parts = re.split("[;,] ", re.findall(r"\(([^()]*)\)", comment)[-1])
+    first, _, rest = re.findall(r"\(([^()]*)\)", comment)[-1].partition("; ")
     said = {"": first}
-    for names, value in (part.rsplit(" ", 1) for part in parts):
-        said |= dict.fromkeys(re.split(" and ", names), value)
+    for names, value in re.findall(r"((?:[a-z-]+(?:, | and ))*[a-z-]+) ([\w.-]+)", rest):  # such as: xlan and aoa 1024
+        said |= dict.fromkeys(re.split(", | and ", names), value)
     return said

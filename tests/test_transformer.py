@@ -262,7 +262,7 @@ def test_a_run_of_before_the_defaults_depended_on_the_decoder_resumes_without_th
     [
         ({"heads": 4}, "--heads requires --decoder transformer"),
         ({"encoder_layers": 0}, "--encoder-layers requires --decoder transformer"),
-        ({"decoder": "lstm", "positions": "none"}, "--positions requires --decoder attention, .* or xlan"),
+        ({"decoder": "lstm", "positions": "none"}, "--positions requires --decoder attention, .* or aoa"),
         ({"layers": 2}, "--layers requires --decoder lstm or transformer"),
         ({"decoder": "transformer", "cell": "gru"}, "--cell requires --decoder lstm"),
         ({"decoder": "transformer", "memory_slots": -1}, "--memory-slots -1: must be 0 or more"),

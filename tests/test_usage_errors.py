@@ -21,8 +21,8 @@ ERRORS = {
     "unrecognized options: --rum, x",
     "train data/x --run a --epochs three": "--epochs: must be INT, not 'three'",
     "train data/x --run a --learning-rate 1e-3x": "--learning-rate: must be FLOAT, not '1e-3x'",
-    "train data/x --run a --decoder lstn": "--decoder lstn: must be one of adaptive, attention, hard-attention, lstm, "
-    "transformer, updown, xlan",
+    "train data/x --run a --decoder lstn": "--decoder lstn: must be one of adaptive, aoa, attention, hard-attention, "
+    "lstm, transformer, updown, xlan",
     "train data/x --run a --resum": "unrecognized options: --resum; perhaps you meant --resume",
     "train data/x --run": "--run: needs a value",
     "preprocess --scenes 9": "PATH is required (folder to write, such as data/aic)",

@@ -17,6 +17,7 @@ DECODERS = Registry(
         "transformer": "captioning.decoders.transformer:TransformerDecoder",
         "updown": "captioning.decoders.updown:UpDownDecoder",
         "xlan": "captioning.decoders.xlan:XlanDecoder",
+        "aoa": "captioning.decoders.aoa:AoaDecoder",
     },
 )
 

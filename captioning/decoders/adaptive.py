@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, attend_all_steps
+from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, OutputLayer, attend_all_steps
 from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
@@ -69,7 +69,7 @@ class AdaptiveDecoder(nn.Module):
         self.photo_gates = nn.Linear(embedding_size, 5 * hidden_size, bias=False)
         self.hidden_gates = nn.Linear(hidden_size, 5 * hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
         init_gates(hidden_size, self.word_gates, self.photo_gates, self.hidden_gates)
 

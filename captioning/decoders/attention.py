@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer, kernels_for
+from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer, OutputLayer, kernels_for
 from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
@@ -84,7 +84,7 @@ class AttentionDecoder(nn.Module):
         self.word_gates = nn.Linear(embedding_size, 4 * hidden_size)
         self.context_gates = nn.Linear(channels, 4 * hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer: nn.Linear = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
         init_gates(hidden_size, self.word_gates, self.context_gates)
 

@@ -1,6 +1,8 @@
 """Faster equivalents of what the decoders' equations say: same values, same gradients.
 
 DeferredGradLinear: a linear layer of a recurrence, whose weight gets its gradient from one product over all steps.
+DeferredGradProduct: the same for products with matrices of each caption, such as keys and values.
+OutputLayer: the linear layer to the logits, faster for the few rows of a search.
 ChunkedAttentionScores: attention scores that never hold their (R, P, A) activations in memory.
 attend_all_steps: attention of all words at once, for decoders whose hidden state does not depend on it.
 kernels_for: the Triton kernels of captioning/decoders/kernels.py, where they apply.
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from captioning.decoders.deferred_grad import DeferredGradient, Saved
 from captioning.decoders.protocol import photo_of_each_word, upcast
@@ -79,6 +82,75 @@ class _LinearStep(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.linear.deferred.save(ctx.step, *ctx.saved_tensors, gradient)
         return gradient @ ctx.linear.weight, None, None
+
+
+class OutputLayer(nn.Linear):
+    """The linear layer to the logits of all words.
+
+    Its weight is larger than the caches of a core, and a step of a search has only a few dozen rows. A CPU then
+    computes the product faster in pieces of the vocabulary (bench/NOTES.md).
+    """
+
+    WORDS = 1024  # of a piece
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., V)."""
+        if not self._is_faster_in_pieces(hidden):
+            return super().forward(hidden)
+        logits = hidden.new_empty(len(hidden), self.out_features)
+        pieces = zip(*(tensor.split(self.WORDS) for tensor in (self.weight, self.bias, logits.T)), strict=True)
+        for weight, bias, piece in pieces:
+            torch.addmm(bias, hidden, weight.T, out=piece.T)
+        return logits
+
+    def _is_faster_in_pieces(self, hidden: Tensor) -> bool:
+        """Whether this is a step without gradients on a CPU, in full precision. An exported graph has no loops."""
+        is_step = hidden.dim() == 2 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return is_step and hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+class DeferredGradProduct:
+    """y_t = x_t M at every step of one forward pass, with a matrix M of each head of each caption.
+
+    The gradient of M is dM = sum_t x_t^T dy_t, and each term is as large as M itself. As in DeferredGradLinear, one
+    product after the last step computes the sum.
+    """
+
+    def __init__(self, matrices: Tensor):
+        """matrices (R, h, I, O)."""
+        self.matrices = matrices.detach()
+        self.deferred = DeferredGradient(_matrix_gradients, matrices)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(R', h, 1, I) of the first R' captions -> (R', h, 1, O)."""
+        return _ProductStep.apply(inputs.to(self.matrices.dtype), self.deferred.anchor, self)
+
+
+def _matrix_gradients(steps: Sequence[Saved], matrices: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the matrices from x_t (R', h, 1, I) and dy_t (R', h, 1, O) of each step."""
+    rows = torch.tensor([len(inputs) for inputs, _ in steps])  # fewer in every step: captions end
+    inputs, gradients = (
+        pad_packed_sequence(PackedSequence(torch.cat(tensors).squeeze(2), rows), batch_first=True)[0].transpose(1, 2)
+        for tensors in zip(*steps, strict=True)
+    )  # (R, h, T, I), (R, h, T, O): zero after the end of a caption
+    return (inputs.mT @ gradients,)
+
+
+class _ProductStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, product: DeferredGradProduct) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.product = product
+        ctx.step = product.deferred.next_step()
+        return inputs @ product.matrices[: len(inputs)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        product = ctx.product
+        if ctx.needs_input_grad[1]:
+            product.deferred.save(ctx.step, *ctx.saved_tensors, gradient)
+        return gradient @ product.matrices[: len(gradient)].mT, None, None
 
 
 _kernels_enabled: ContextVar[bool] = ContextVar("kernels_enabled", default=True)

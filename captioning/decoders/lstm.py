@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from captioning.decoders.fused_ops import OutputLayer
 from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, upcast
 from captioning.encoders.grid import Grid
 from captioning.runtime.distributed import SyncBatchNorm1d
@@ -50,7 +51,7 @@ class LstmDecoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.recurrent = CELLS[cell](embedding_size, hidden_size, layers, dropout=dropout if layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
 
     def init_state(self, grid: Grid) -> State:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from captioning.decoders.fused_ops import OutputLayer
 from captioning.decoders.positions import make_positions, sinusoids
 from captioning.decoders.protocol import DecoderOutput, State, Step, init_weights, spread_attention, upcast
 from captioning.encoders.grid import Grid
@@ -72,7 +73,7 @@ class TransformerDecoder(nn.Module):
             DecoderLayer(hidden_size, heads, feed_forward_size, self.dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(hidden_size)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import GridAttention, lstm_update, soft_weights
-from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer
+from captioning.decoders.fused_ops import ChunkedAttentionScores, DeferredGradLinear, Layer, OutputLayer
 from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
@@ -80,7 +80,7 @@ class UpDownDecoder(nn.Module):
         self.context_gates = nn.Linear(channels, 4 * hidden_size)
         self.language_gates = nn.Linear(2 * hidden_size, 4 * hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
         init_gates(hidden_size, self.word_gates, self.photo_gates, self.attention_gates)
         init_gates(hidden_size, self.context_gates, self.language_gates)

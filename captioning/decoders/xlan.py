@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from captioning.decoders.attention import lstm_update
-from captioning.decoders.fused_ops import DeferredGradLinear, Layer
+from captioning.decoders.fused_ops import DeferredGradLinear, Layer, OutputLayer
 from captioning.decoders.positions import make_positions
 from captioning.decoders.protocol import (
     DecoderOutput,
@@ -176,7 +176,7 @@ class XlanDecoder(nn.Module):
         self.attention = XLinearAttention(hidden_size, attention_size, attention_size, heads)
         self.context = nn.Linear(attention_size + hidden_size, 2 * hidden_size)
         self.dropout = nn.Dropout(dropout)
-        self.output_layer = nn.Linear(hidden_size, vocabulary_size)
+        self.output_layer = OutputLayer(hidden_size, vocabulary_size)
         init_weights(self.embedding, self.output_layer)
         init_gates(hidden_size, self.word_gates, self.context_gates, self.hidden_gates)
 

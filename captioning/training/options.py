@@ -43,6 +43,8 @@ PUBLISHED_DEFAULTS = {
     "transformer": Defaults(50, 4.4e-4, 0.9, "inverse-sqrt"),
     # The authors' experiments: 1024^-0.5 10,000^-0.5
     "xlan": Defaults(50, 3.1e-4, 0.9, "inverse-sqrt"),
+    # AoANet (Huang et al. 2019, section 4): 10 photos of 5 captions. The smoothing: the authors' experiments
+    "aoa": Defaults(50, 2e-4, 0.0, "step", 0.2),
 }
 
 # Settings of some decoders, refused with a decoder whose constructor does not take them
@@ -71,7 +73,7 @@ class TrainingOptions:
     recipe: str | None = None
     # lstm: Show and Tell; attention, hard-attention: Show, Attend and Tell; adaptive: Knowing When to Look;
     # transformer: Attention Is All You Need; updown: Bottom-Up and Top-Down Attention;
-    # xlan: X-Linear Attention Networks
+    # xlan: X-Linear Attention Networks; aoa: Attention on Attention
     decoder: DecoderName = "attention"
     objective: ObjectiveName = "cross-entropy"  # cider: optimise the CIDEr-D of a trained run (with --start-from RUN)
     # cached features: files of views and parts of the photos; data/NAME/features.h5 and features.*.h5 unless given
@@ -79,20 +81,20 @@ class TrainingOptions:
     features_on: Literal["auto", "gpu", "ram", "disk"] = "auto"  # where the cached features are held during training
     quantize_features: bool = False  # hold them in 8 bits: half of float16; they change by 0.2 to 1 %
     epochs: int = 20  # at most
-    # captions, over all processes; all captions of a photo are in one batch (32; transformer and xlan 50); 512 in place
-    # of 32 on a GPU, with cached features and cross entropy
+    # captions, over all processes; all captions of a photo are in one batch (32; transformer, xlan and aoa 50); 512 in
+    # place of 32 on a GPU, with cached features and cross entropy
     batch_size: int | None = None
     grad_accumulation: int = 1  # batches per update: large batches in little memory
-    embedding_size: int | None = None  # of a word (512; updown 1000, xlan 1024)
+    embedding_size: int | None = None  # of a word (512; updown 1000, xlan and aoa 1024)
     attention_size: int | None = None  # of keys and queries (512; xlan 1024)
-    # of the recurrent state; with --decoder transformer, of all layers (512; updown 1000, xlan 1024)
+    # of the recurrent state; with --decoder transformer or aoa, of all layers (512; updown 1000, xlan and aoa 1024)
     hidden_size: int | None = None
     cell: Literal["lstm", "gru", "rnn"] = "lstm"  # with --decoder lstm: recurrent cell
     # with --decoder lstm or transformer: layers that read the words (1; transformer 3)
     layers: int | None = None
-    # with --decoder transformer or xlan: layers that relate the cells first; may be 0 (3; xlan 4)
+    # with --decoder transformer, xlan or aoa: layers that relate the cells first; may be 0 (3; xlan 4, aoa 6)
     encoder_layers: int | None = None
-    heads: int | None = None  # with --decoder transformer or xlan: heads of each attention (8)
+    heads: int | None = None  # with --decoder transformer, xlan or aoa: heads of each attention (8)
     feed_forward_size: int = 2048  # with --decoder transformer: inner size of the feed-forward layers
     memory_slots: int = 0  # with --decoder transformer: learnt keys and values in the encoder layers; 40 in M2
     # not with --decoder lstm: how the row and column of a cell are encoded and added to it (none; transformer learnt)
@@ -106,7 +108,7 @@ class TrainingOptions:
     # transformer 0.1)
     dropout: float | None = None
     feature_dropout: float = 0.0  # probability that a channel of a photo's features is zeroed
-    label_smoothing: float | None = None  # fraction of each target spread over the vocabulary (0)
+    label_smoothing: float | None = None  # fraction of each target spread over the vocabulary (0; aoa 0.2)
     scheduled_sampling: float = 0.0  # highest probability that an input word is the decoder's own sample
     scheduled_sampling_step: float = 0.05  # increase of that probability per epoch, from 0
     reinforce_weight: float = 1.0  # with --decoder hard-attention: weight of the REINFORCE term
@@ -114,7 +116,7 @@ class TrainingOptions:
     samples: int = 5  # with --objective cider: captions sampled per photo
     # with --objective cider: the baseline of a reward: the mean of the photo's other samples, or its greedy caption
     baseline: Literal["leave-one-out", "greedy"] = "leave-one-out"
-    # of the decoder (0.0004; transformer 0.00044, xlan 0.00031); with the 512 captions of a GPU 0.0032
+    # of the decoder (0.0004; transformer 0.00044, xlan 0.00031, aoa 0.0002); with the 512 captions of a GPU 0.0032
     learning_rate: float | None = None
     weight_decay: float = 0.0  # AdamW's, of weight matrices; 0 is Adam
     # of the learning rates; cosine: to 0 at --epochs; inverse-sqrt: as 1 / sqrt(epoch) after --warmup-epochs (step;
