@@ -24,10 +24,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import numpy as np
 import tyro
 from tyro.conf import Positional
 
 from captioning import serve
+from captioning.caption import CaptionResult
 from captioning.captioner import DEFAULT_SEARCH, Captioner
 from captioning.dataset.caption_dataset import photos_in_split
 from captioning.search.options import SearchOptions
@@ -46,6 +48,7 @@ DEVICE_FLAGS = {
     ),
 }
 TIMEOUT = 600  # seconds to load the model, and for each photo
+Judgement = tuple[list[float], float | None]  # evidence of the words of a caption, and its probability
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ def main(bench: Bench) -> None:
         before = cpu_seconds(driver.service.process.pid)
         page.add(photos[1:])
         cpu = cpu_seconds(driver.service.process.pid) - before
-        found = [page.captions(number) for number in range(len(photos))]
+        found, judged = [], []
+        for number in range(len(photos)):
+            found.append(page.captions(number))
+            judged.append(page.judgement())
         seconds = [page.seconds(number) for number in range(len(photos))]
         if bench.picture:
             page.captions(0)
@@ -78,12 +84,27 @@ def main(bench: Bench) -> None:
         print(page.text("about"))
     captioner = Captioner.load(bench.run, "cpu", "float32")
     search = SearchOptions(num_captions=DEFAULT_SEARCH.beam_size)
-    beams = [[result.text, *(other.text for other in result.others)] for result in captioner.caption(photos, search)]
+    results = captioner.caption(photos, search)
+    beams = [[result.text, *(other.text for other in result.others)] for result in results]
     same = sum(expected[0] == captions[0] for expected, captions in zip(beams, found, strict=True))
     same_beams = sum(expected == captions for expected, captions in zip(beams, found, strict=True))
     print(f"{same} of {len(photos)} captions are Kantu's; all {search.num_captions} beams of {same_beams} photos")
+    if captioner.calibration:
+        pairs = zip(judged, results, beams, found, strict=True)
+        print_differences([(one, other) for one, other, expected, captions in pairs if expected[0] == captions[0]])
     print(f"{median(seconds):.2f} s a photo (median; slowest {max(seconds):.2f} s)")
     print(f"{cpu / (len(photos) - 1):.2f} CPU seconds a photo, of all processes of the browser")
+
+
+def print_differences(pairs: Sequence[tuple[Judgement, CaptionResult]]) -> None:
+    """How far the page's evidence of words and probability of captions are from Kantu's."""
+    evidence = np.concatenate([np.subtract(one[0], other.evidence) for one, other in pairs])
+    print(
+        f"evidence of {len(evidence)} words: differs by {median(abs(evidence)):.4f} (largest {max(abs(evidence)):.4f})"
+    )
+    differences = [abs(one[1] - other.probability) for one, other in pairs if one[1] is not None]
+    if differences:
+        print(f"probability: differs by {median(differences):.4f} (largest {max(differences):.4f})")
 
 
 def cpu_seconds(process: int) -> float:
@@ -128,6 +149,13 @@ class Page:
             return [self.text("caption")]
         script = "return [...document.querySelectorAll('#alternatives button')].map(button => button.textContent)"
         return self.driver.execute_script(script)
+
+    def judgement(self) -> Judgement:
+        """The evidence of each word of the caption that is shown, and its probability; empty and None if unknown."""
+        evidence = "return [...document.querySelectorAll('.word[data-evidence]')].map(word => +word.dataset.evidence)"
+        probability = "return document.querySelector('#trust:not(:empty)')?.dataset.probability"
+        shown = self.driver.execute_script(probability)
+        return self.driver.execute_script(evidence), None if shown is None else float(shown)
 
     def seconds(self, number: int) -> float:
         """The seconds that a photo took."""

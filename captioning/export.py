@@ -46,6 +46,7 @@ from captioning.runtime.checkpoint import checkpoint_errors
 from captioning.runtime.files import atomic_write, write_errors
 from captioning.runtime.library_errors import reason
 from captioning.web.site import fetch_runtime, site_files, smallest_models
+from captioning.web.trust import trust_of
 from preprocess.vocabulary import END, PAD, START, UNKNOWN
 
 if TYPE_CHECKING:
@@ -273,8 +274,9 @@ def write_site(config: Export, folder: Path) -> None:
     runtime = fetch_runtime()
     captioner, modules, description = _load(config)
     models = {name: export_module(name, module, config.format) for name, module in modules.items()}
+    trust = trust_of(captioner, num_cells=modules["begin"].inputs["cells"].shape[1])
     choice = smallest_models(captioner, models, config.data, config.max_changed)
-    files = site_files(captioner, config.run, description, choice, runtime)
+    files = site_files(captioner, config.run, description, choice, trust, runtime)
     with contextlib.ExitStack() as stack:  # description.json is opened first, as above
         for file, content in [(_open_atomic(stack, folder / path), content) for path, content in files.items()]:
             file.write(content)
@@ -284,7 +286,8 @@ def write_site(config: Export, folder: Path) -> None:
 
 def _load(config: Export) -> tuple[Captioner, dict[str, ExportModule], dict]:
     """The run, its modules, and the content of description.json. Raises UserError."""
-    captioner = Captioner.load(config.run, "cpu", "float32", trust=False)  # a calibration is not exported
+    is_site = config.format == "web"  # the others hold no calibration
+    captioner = Captioner.load(config.run, "cpu", "float32", trust=is_site)
     with checkpoint_errors(config.run):
         modules = make_modules(captioner)
     return captioner, modules, describe(captioner, modules, config.format)

@@ -20,6 +20,10 @@ from captioning.decoders import DECODERS
 from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Transform, resize_with_pillow, resize_with_torch
 from captioning.errors import UserError
+from captioning.evaluation.candidates import FEATURES, find_candidates
+from captioning.evaluation.consensus import NGramWeights
+from captioning.evaluation.logistic import LogisticModel
+from captioning.evaluation.ngrams import known_ngrams
 from captioning.runtime import npm
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
@@ -27,6 +31,7 @@ from captioning.web import precision, site
 from captioning.web.onnx_decoder import OnnxModels
 from captioning.web.precision import Choice, choices, quantize, store
 from captioning.web.site import ONNXRUNTIME_WEB, PAGE, runtime_folder
+from captioning.web.trust import mean_cells, trust_of
 from config import Export, Serve
 from preprocess.vocabulary import END, PAD, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 from tests.test_beam_search import TableDecoder, make_grid
@@ -145,6 +150,99 @@ def test_the_pages_beam_search_finds_what_kantus_finds(tmp_path, times):
             assert caption.finished == other["finished"]
             assert caption.log_probability == pytest.approx(other["logProbability"], rel=1e-6)
             assert caption.attention.tolist() == other["attention"]
+
+
+TRUST = """
+import { Trust } from "PAGE/trust.js";
+import { readFileSync } from "node:fs";
+class Table {
+  constructor(rows) {
+    this.rows = rows;
+  }
+  restart() {
+    this.prefixes = [[]];
+  }
+  async step(parents, words) {
+    this.prefixes = parents.map((parent, i) => [...this.prefixes[parent], words[i]]);
+    const unread = new Array(this.rows.size).fill(0); // after <end>
+    return { logProbabilities: this.prefixes.flatMap((prefix) => this.rows[prefix.join()] ?? unread) };
+  }
+}
+const folder = process.argv[1];
+const content = new Uint8Array(readFileSync(`${folder}/trust.bin`)); // a copy, alone in its buffer
+const { description, options, cases } = JSON.parse(readFileSync(`${folder}/cases.json`));
+const results = [];
+for (const { photo, meanPhoto, captions } of cases) {
+  let features;
+  const trust = await Trust.load(description, content, async (...found) => {
+    features = found;
+    return new Table(meanPhoto);
+  });
+  results.push(await trust.judge(new Table(photo), captions.map((words) => ({ words })), options));
+  if (String(features) !== "2,2,2,2,2,2,1,2,3") throw new Error(String(features)); // and their shape
+}
+console.log(JSON.stringify(results));
+"""
+
+
+def make_calibration(cells, seed=0):
+    """A calibration of nothing in particular, which knows n-grams of the words 4 to 8. cells: see `Calibration`."""
+    random = np.random.default_rng(seed)
+    captions = [random.integers(4, 9, random.integers(1, 7)) for _ in range(40)]
+    lengths = np.array([len(caption) for caption in captions])
+    known = known_ngrams(np.concatenate(captions), lengths, np.arange(20).repeat(2), 20, min_photos=2)
+    size = len(FEATURES)
+    model = LogisticModel(random.normal(size=size), random.uniform(1, 3, size), random.normal(size=size), -0.3)
+    return SimpleNamespace(
+        threshold=0.5, models={"log-probability": model}, mean_photo=cells, weights=NGramWeights(known)
+    )
+
+
+def stub_captioner(calibration, obstacle=None):
+    return SimpleNamespace(calibration=calibration, probability_obstacle=lambda search: obstacle)
+
+
+def test_the_page_judges_captions_as_kantu_does(tmp_path, times):
+    """Evidence and probability, also of captions that are cut off, and of one alone."""
+    calibration = make_calibration(torch.full((1, 1, 3), 2.0))
+    description, content = trust_of(stub_captioner(calibration), 2)
+    (tmp_path / "trust.bin").write_bytes(content)
+    cases, expected = [], []
+    for seed in range(times(30, 300)):
+        decoder = TableDecoder(seed, end=seed % 3 - 1.0)
+        search = SearchOptions(beam_size=1 + seed % 5, max_length=2 + seed % 4)
+        (candidates,) = find_candidates(decoder, make_grid(0), search, decoder, make_grid(1), calibration.weights)
+        expected.append(candidates)
+        photo, mean_photo = (
+            {"size": decoder.vocab_size}
+            | {",".join(map(str, prefix)): row.tolist() for (of, *prefix), row in decoder.rows.items() if of == number}
+            for number in (0, 1)
+        )
+        captions = [caption.words for caption in candidates.captions]
+        cases.append({"photo": photo, "meanPhoto": mean_photo, "captions": captions})
+    options = {"start": START, "end": END}
+    (tmp_path / "cases.json").write_text(json.dumps({"description": description, "options": options, "cases": cases}))
+    actual = json.loads(run_in_node(TRUST, tmp_path))
+    probabilities = []
+    for candidates, found in zip(expected, actual, strict=True):
+        for evidence, caption in zip(candidates.evidence, found, strict=True):
+            np.testing.assert_allclose(caption["evidence"], evidence[: len(caption["words"])], atol=1e-5)
+        probabilities.append(found[0]["probability"])
+        expected_probability = calibration.models["log-probability"].predict(candidates.features()[0])
+        assert probabilities[-1] == pytest.approx(expected_probability, abs=1e-6)
+        assert all("probability" not in caption for caption in found[1:])
+    assert np.std(probabilities) > 0.1
+
+
+def test_what_a_page_does_not_show_of_trust_is_said_at_the_export(capsys):
+    assert trust_of(stub_captioner(None, "the run is not calibrated"), 4) is None
+    assert capsys.readouterr().out.startswith("the page shows no probability and no evidence: the run is not calib")
+    cells = torch.rand(2, 2, 3)
+    captioner = stub_captioner(make_calibration(cells), "the run was calibrated with --samples 12")
+    description, content = trust_of(captioner, 4)
+    assert capsys.readouterr().out == "the page shows no probability: the run was calibrated with --samples 12\n"
+    assert description == {"file": "model/trust.bin", "mean_photo": [4, 3]}
+    assert np.frombuffer(content, "<f4").tolist() == cells.flatten().tolist()
 
 
 TEXTS = """
@@ -404,6 +502,11 @@ def test_captions_of_validation_photos_decide_and_without_photos_models_stay_flo
 # ---- the server
 
 
+def tiny_calibration():
+    """Of `tiny_models`: the mean photo is a dark one."""
+    return make_calibration(torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1)) / 2)
+
+
 @pytest.fixture(scope="module")
 def tiny_site(tmp_path_factory):
     """A site of `tiny_models`, without onnxruntime-web, and its description."""
@@ -428,7 +531,8 @@ def tiny_site(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if not npm.is_fetched(ONNXRUNTIME_WEB, runtime_folder()):
             patch.setattr(site, "RUNTIME", {})
-        files = site.site_files(captioner, folder, description, choice, runtime_folder())
+        trust = trust_of(stub_captioner(tiny_calibration()), 4)
+        files = site.site_files(captioner, folder, description, choice, trust, runtime_folder())
     page = json.loads(files["model/description.json"])
     files["model/description.json"] = json.dumps({**page, "grid": [2, 2]}).encode()
     for path, content in files.items():
@@ -498,7 +602,12 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
         Image.fromarray(photo.permute(1, 2, 0).numpy()).save(paths[-1])
     models = {name: (tiny_site / f"model/{name}.onnx").read_bytes() for name in ("encoder", "begin", "step")}
     search = SearchOptions(max_length=6)
-    expected = [" ".join(f"word{i}" for i in words) for words in tiny_captions(models, photos, search)]
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: the extra named export")
+    calibration = tiny_calibration()
+    candidates = OnnxModels(models, (1, 1), torch.ones(196, 4)).find_candidates(
+        photos, search, mean_cells(calibration, 4), calibration.weights
+    )
+    expected = [" ".join(f"word{i}" for i in found.captions[0].words) for found in candidates]
     assert len(set(expected)) == 3
     (tmp_path / "3.png").write_bytes(paths[0].read_bytes()[:60])
     (tmp_path / "4.txt").write_text("not a photo")
@@ -509,15 +618,24 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
     assert [found[0] for found in captions[:3]] == expected and len(captions[0]) == 5
     assert captions[3] == ["3.png is not a photo that this browser can read. Try a JPEG, PNG or WebP file."]
     assert "4.txt is not a photo" in captions[4][0]
+    for number, found in enumerate(candidates):
+        page.show(number)
+        evidence, probability = page.judgement()
+        np.testing.assert_allclose(evidence, found.evidence[0][:-1], atol=1e-3)
+        model = calibration.models["log-probability"]
+        assert probability == pytest.approx(model.predict(found.features()[0]), abs=1e-3)
 
     page.show(0)
     page.point_at(1)
     veil = driver.execute_script("return [...veil.getContext('2d').getImageData(0, 0, 2, 2).data]")[3::4]
     assert min(veil) == 0 < max(veil) <= 217, "clear where attention was"
-    assert re.fullmatch(r"“word\d+”: 100 % from the photo, 0 % from language alone", page.text("hint"))
+    said = r"“word\d+”: 100 % from the photo, 0 % from language alone · evidence [+−]\d.\d, [\d.]+ times as .*"
+    assert re.fullmatch(said, page.text("hint"))
+    assert re.fullmatch(r"Probability that this is a good caption: \d+ %", page.text("trust"))
     driver.execute_script("arguments[0].click()", driver.find_element("id", "language"))
     page.wait(lambda: page.count("#caption.complete"))
-    assert page.text("hint") == "指向一个词，看模型当时看的是哪里。 · 达到最大长度，被截断"
+    habit = "颜色浅的词出于语言习惯，而不是来自照片。"
+    assert page.text("hint") == f"指向一个词，看模型当时看的是哪里。 · {habit} · 达到最大长度，被截断"
     assert driver.execute_script("return crossOriginIsolated"), "threads"
 
     requests = page.requests()

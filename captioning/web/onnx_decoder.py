@@ -1,11 +1,11 @@
 """The exported models in onnxruntime, for `beam_search`: what a page writes, computed here.
 
-Letters: B photos, R captions, S pixels per side.
+Letters: B photos, R captions, S pixels per side, N native cells, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from captioning.decoders.protocol import Decoder, State, Step, repeat_for_captions
 from captioning.encoders.grid import Grid
+from captioning.evaluation.candidates import Candidates, find_candidates
+from captioning.evaluation.consensus import NGramWeights
 from captioning.search.beam_search import beam_search
 from captioning.search.options import SearchOptions
 
@@ -36,11 +38,29 @@ class OnnxModels:
     def caption(self, photos: Tensor, search: SearchOptions) -> list[list[int]]:
         """The word ids of the best caption of each photo (B, 3, S, S) uint8."""
         words: list[list[int]] = []
-        for batch in photos.split(BATCH_SIZE):
-            (cells,) = self._run("encoder", [batch.contiguous()])
-            captions_of_photos = beam_search(cast(Decoder, self), Grid(cells, self.pooling), search)
+        for grid in self._grids(photos):
+            captions_of_photos = beam_search(cast(Decoder, self), grid, search)
             words += [captions[0].words for captions in captions_of_photos]
         return words
+
+    def find_candidates(
+        self, photos: Tensor, search: SearchOptions, mean_cells: Tensor, weights: NGramWeights
+    ) -> list[Candidates]:
+        """All captions found for each photo (B, 3, S, S) uint8, measured.
+
+        mean_cells: those of the mean photo (1, N, C) float32; weights: see `Calibration`.
+        """
+        mean_photo = Grid(mean_cells, self.pooling)
+        decoder = cast(Decoder, self)
+        candidates: list[Candidates] = []
+        for grid in self._grids(photos):
+            candidates += find_candidates(decoder, grid, search, decoder, mean_photo, weights)
+        return candidates
+
+    def _grids(self, photos: Tensor) -> Iterator[Grid]:
+        for batch in photos.split(BATCH_SIZE):
+            (cells,) = self._run("encoder", [batch.contiguous()])
+            yield Grid(cells, self.pooling)
 
     def init_state(self, grid: Grid) -> State:
         """See `Decoder`."""

@@ -2,7 +2,8 @@
 
     site/index.html, style.css, *.js, icon.svg      captioning/web/page/
     site/runtime/                                   onnxruntime-web, without a GPU and with one
-    site/model/                                     encoder.onnx, begin.onnx, step.onnx, description.json
+    site/model/                                     encoder.onnx, begin.onnx, step.onnx, description.json; of a
+                                                    calibrated run trust.bin
 
 The files are static: any web server shows them. `python -m captioning.serve site/` does, on this machine.
 """
@@ -24,6 +25,7 @@ from captioning.errors import UserError
 from captioning.runtime.npm import Source, fetch
 from captioning.web.onnx_decoder import OnnxModels
 from captioning.web.precision import Choice, Models, choices
+from captioning.web.trust import compare_probabilities, describe_good
 from preprocess.captions import read_captions
 
 PAGE = Path(__file__).with_name("page")
@@ -76,7 +78,8 @@ def smallest_models(captioner: Captioner, models: Models, data: Path | None, max
     grid = captioner.encoder(photos[:1])
     state = captioner.decoder.init_state(grid)
     sizes = len(state.per_photo), len(state.per_caption)
-    expected = [result.words for batch in photos.split(COMPARED_BATCH) for result in captioner.caption_resized(batch)]
+    results = [result for batch in photos.split(COMPARED_BATCH) for result in captioner.caption_resized(batch)]
+    expected = [result.words for result in results]
 
     def search(candidate: Models) -> list[list[str]]:
         ids = OnnxModels(candidate, sizes, grid.pooling).caption(photos, DEFAULT_SEARCH)
@@ -85,6 +88,9 @@ def smallest_models(captioner: Captioner, models: Models, data: Path | None, max
     for choice in choices(models, expected, search):
         print(choice, flush=True)
         if choice.changed <= max_changed:
+            if results[0].probability is not None:
+                models_of_page = OnnxModels(choice.models, sizes, grid.pooling)
+                print(compare_probabilities(models_of_page, photos, captioner, results))
             return choice
     print(f"even float32 changes more than {max_changed:.1%}: onnxruntime rounds differently from torch")
     return unchanged
@@ -113,10 +119,17 @@ def _read_validation_photos(captioner: Captioner, folder: Path | None) -> Tensor
     return batch.photos
 
 
-def site_files(captioner: Captioner, run: Path, description: dict, choice: Choice, runtime: Path) -> dict[str, bytes]:
+def site_files(
+    captioner: Captioner,
+    run: Path,
+    description: dict,
+    choice: Choice,
+    trust: tuple[dict[str, Any], bytes] | None,
+    runtime: Path,
+) -> dict[str, bytes]:
     """The content of every file of a site, by its path in it; that of description.json, which names the others, first.
 
-    description: that of captioning/export.py, to which this adds what the page needs.
+    description: that of captioning/export.py, to which this adds what the page needs. trust: from `trust_of`.
     """
     files = {path.name: path.read_bytes() for path in sorted(PAGE.iterdir()) if path.is_file()}
     files |= {f"runtime/{name}": (runtime / name).read_bytes() for names in RUNTIME.values() for name in names}
@@ -125,6 +138,8 @@ def site_files(captioner: Captioner, run: Path, description: dict, choice: Choic
         path = f"model/{description['parts'][name]['file']}"
         files[path] = model
         parts[name] = {**description["parts"][name], "file": path, "precision": choice.precisions[name]}
+    if trust:
+        files[trust[0]["file"]] = trust[1]
     runtime_paths = {
         device: dict(zip(("script", "module", "binary"), (f"runtime/{name}" for name in names), strict=True))
         for device, names in RUNTIME.items()
@@ -140,6 +155,7 @@ def site_files(captioner: Captioner, run: Path, description: dict, choice: Choic
         "has_sentinel": captioner.decoder.has_sentinel,
         "grid": [GRID_SIZE, GRID_SIZE],
         "language": captioner.vocabulary.language,
+        **({"trust": trust[0]} if trust else {}),
         "runtime": runtime_paths,
         "bytes": {path: len(content) for path, content in files.items()},
         **words,
@@ -149,8 +165,10 @@ def site_files(captioner: Captioner, run: Path, description: dict, choice: Choic
 
 def service_description(captioner: Captioner, run: Path) -> dict[str, Any]:
     """What the page needs to know of a model that runs on the server."""
+    calibration = captioner.calibration
     return {
         "service": captioner.device.type,
+        **({"trust": {"probability": {"good": describe_good(calibration)}}} if calibration else {}),
         "run": run_name(run),
         "decoder": captioner.decoder_name,
         "encoder": captioner.encoder.name,

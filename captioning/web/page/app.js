@@ -8,6 +8,7 @@ import { has, say, switchLanguage, translate } from "./text.js";
 
 const MOST_PHOTOS = 300; // shown at once
 const WORD_MILLISECONDS = 220; // between two words as they appear
+const STRONG_EVIDENCE = 2; // nats, from which a word is as dark as it gets; at 0 and below it is as pale as it gets
 const $ = (id) => document.getElementById(id);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -137,7 +138,7 @@ function show(index) {
 function showCaption() {
   const photo = album[shown];
   hideVeil();
-  $("hint").textContent = "";
+  $("hint").textContent = $("trust").textContent = "";
   $("alternatives").replaceChildren();
   $("others").hidden = true;
   $("caption").classList.toggle("waiting", !photo.result && !photo.error);
@@ -151,46 +152,79 @@ function showCaption() {
 
 /** Lets the words appear, one after another. number: that of this call; a later one ends this one. */
 async function showWords(captions, number) {
-  const { words, attention, finished } = captions[chosen];
-  const buttons = words.map((word, i) => wordButton(word, attention?.[i]));
+  const { words, attention, evidence, finished, probability } = captions[chosen];
+  const buttons = words.map((word, i) => wordButton(word, attention?.[i], evidence?.[i]));
   $("caption").classList.toggle("spaced", description.joined_by === " ");
   $("caption").ariaLabel = textOf(captions[chosen]);
   $("caption").replaceChildren(...buttons);
   for (const [i, button] of buttons.entries()) {
     if (still.matches) break;
     button.classList.add("appearing");
-    if (attention) look(words[i], attention[i]);
+    if (attention) look(attention[i]);
     await new Promise((resolve) => setTimeout(resolve, WORD_MILLISECONDS));
     if (number !== reveal) return;
   }
   $("caption").classList.add("complete");
   hideVeil();
-  $("hint").textContent = [say(attention ? "point" : "noAttention"), ...(finished ? [] : [say("unfinished")])].join(" · ");
+  const hints = [say(attention ? "point" : "noAttention")];
+  if (evidence) hints.push(say("pale"));
+  if (!finished) hints.push(say("unfinished"));
+  $("hint").textContent = hints.join(" · ");
+  showProbability(probability);
   showAlternatives(captions);
 }
 
-function wordButton(word, attention) {
+/** Says how probable it is that the caption is good, if that is known. */
+function showProbability(probability) {
+  if (probability === undefined) return;
+  $("trust").dataset.probability = probability;
+  $("trust").textContent = say("probability", { percent: Math.round(100 * probability) });
+  $("trust").title = say("good", { cider: description.trust.probability.good });
+}
+
+function wordButton(word, attention, evidence) {
   const button = document.createElement("button");
   button.textContent = word;
   button.className = "word";
-  if (!attention) {
+  if (evidence !== undefined) {
+    const strength = Math.min(Math.max(evidence / STRONG_EVIDENCE, 0), 1);
+    button.style.setProperty("--evidence", `${100 * strength}%`);
+    button.dataset.evidence = evidence;
+  }
+  if (!attention && evidence === undefined) {
     button.disabled = true;
     return button;
   }
-  if (description.has_sentinel) button.style.setProperty("--photo", `${100 * photoShare(attention)}%`);
-  button.onpointerenter = button.onfocus = button.onclick = () => look(word, attention, button);
+  if (attention && description.has_sentinel) {
+    button.classList.add("shared");
+    button.style.setProperty("--photo", `${100 * photoShare(attention)}%`);
+  }
+  button.onpointerenter = button.onfocus = button.onclick = () => point(button, word, attention, evidence);
   button.onpointerleave = button.onblur = hideVeil;
   return button;
 }
 
-/** Shows where a word looked. */
-function look(word, attention, button = null) {
+/** Shows where a word looked, and where it came from. */
+function point(button, word, attention, evidence) {
+  if (attention) look(attention);
+  for (const other of document.querySelectorAll(".word")) other.classList.toggle("looking", other === button);
+  const hints = [];
+  if (attention && description.has_sentinel) {
+    const photo = Math.round(100 * photoShare(attention));
+    hints.push(say("sentinel", { photo, language: 100 - photo }));
+  }
+  if (evidence !== undefined) {
+    const sign = evidence < 0 ? "−" : "+";
+    const times = Number(Math.exp(evidence).toPrecision(2)).toLocaleString();
+    hints.push(say("evidence", { evidence: sign + Math.abs(evidence).toFixed(1), times }));
+  }
+  if (hints.length) $("hint").textContent = say("word", { word, hints: hints.join(" · ") });
+}
+
+/** Lights the photo where a word looked. */
+function look(attention) {
   drawVeil($("veil"), attention, description.grid);
   $("veil").classList.add("visible");
-  for (const other of document.querySelectorAll(".word")) other.classList.toggle("looking", other === button);
-  if (!description.has_sentinel) return;
-  const photo = Math.round(100 * photoShare(attention));
-  $("hint").textContent = say("sentinel", { word, photo, language: 100 - photo });
 }
 
 function hideVeil() {

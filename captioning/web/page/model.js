@@ -1,6 +1,6 @@
 // The exported models, encoder, begin and step, in onnxruntime-web: description.json has their inputs and outputs.
 
-/** Captions one photo after another. */
+/** Reads photos. */
 export class OnnxModel {
   constructor(runtime, sessions, description) {
     this.runtime = runtime;
@@ -8,14 +8,38 @@ export class OnnxModel {
     this.description = description;
   }
 
-  /** Reads a photo, (3, S, S) bytes; the next step starts its first caption. */
+  /** A photo, (3, S, S) bytes -> the decoder before it. */
   async read(pixels) {
     const size = this.description.image_size;
     const photos = new this.runtime.Tensor("uint8", pixels, [1, 3, size, size]);
-    const state = await this.sessions.begin.run(await this.sessions.encoder.run({ photos }));
+    const { cells } = await this.sessions.encoder.run({ photos });
+    return this.decodingOf(cells);
+  }
+
+  /** The features of a photo, a Float32Array of this shape (1, N, C) -> the decoder before it. */
+  async begin(features, shape) {
+    return this.decodingOf(new this.runtime.Tensor("float32", features, shape));
+  }
+
+  async decodingOf(cells) {
+    return new Decoding(this.runtime, this.sessions.step, await this.sessions.begin.run({ cells }));
+  }
+}
+
+/** The decoder before a photo. */
+class Decoding {
+  constructor(runtime, session, state) {
+    this.runtime = runtime;
+    this.session = session;
     this.photo = entries(state, "photo_");
-    this.rows = entries(state, "row_");
+    this.first = entries(state, "row_");
     this.repeated = new Map(); // number of captions -> the state of the photo, once for each
+    this.restart();
+  }
+
+  /** The next step starts from the empty caption again. */
+  restart() {
+    this.rows = this.first;
   }
 
   /** See beamSearch. */
@@ -23,7 +47,7 @@ export class OnnxModel {
     const { Tensor } = this.runtime;
     const rows = mapValues(this.rows, (tensor) => select(Tensor, tensor, parents));
     const inputs = { words: new Tensor("int64", BigInt64Array.from(words, BigInt), [words.length]) };
-    const outputs = await this.sessions.step.run({ ...inputs, ...this.photoOf(words.length), ...rows });
+    const outputs = await this.session.run({ ...inputs, ...this.photoOf(words.length), ...rows });
     this.rows = mapValues(this.rows, (_, name) => outputs[`next_${name}`]);
     return { logProbabilities: outputs.log_probabilities.data, attention: outputs.attention?.data ?? null };
   }

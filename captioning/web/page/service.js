@@ -27,9 +27,4 @@ export class Service {
   }
 }
 
-const captionOf = ({ words, attention, finished, log_probability: logProbability }) => ({
-  words,
-  attention,
-  finished,
-  logProbability,
-});
+const captionOf = ({ log_probability: logProbability, ...caption }) => ({ ...caption, logProbability });

@@ -6,10 +6,11 @@
 import { readPhoto } from "./image.js";
 import { OnnxModel } from "./model.js";
 import { beamSearch } from "./search.js";
+import { Trust } from "./trust.js";
 
 const MOST_THREADS = 8; // more gain nothing at these sizes
 const address = (path) => new URL(path, import.meta.url).href;
-let loading; // the promise of an OnnxModel
+let loading; // the promise of {model, trust}: an OnnxModel, and a Trust if the run is calibrated
 let queue = Promise.resolve(); // photos are captioned one after another
 
 self.onmessage = ({ data }) => {
@@ -24,12 +25,13 @@ self.onmessage = ({ data }) => {
 /** Captions a photo, and sends the result. */
 async function captionPhoto({ id, file }) {
   try {
-    const model = await loading;
+    const { model, trust } = await loading;
     const { description } = model;
     const started = performance.now();
-    await model.read(await readPhoto(file, description));
-    const found = await beamSearch(model, description);
-    const captions = found.map((caption) => ({ ...caption, words: caption.words.map((word) => description.words[word]) }));
+    const photo = await model.read(await readPhoto(file, description));
+    const found = await beamSearch(photo, description);
+    const judged = trust ? await trust.judge(photo, found, description) : found;
+    const captions = judged.map((caption) => ({ ...caption, words: caption.words.map((word) => description.words[word]) }));
     self.postMessage({ id, captions, seconds: (performance.now() - started) / 1000 });
   } catch (error) {
     self.postMessage({ id, error: error.message });
@@ -51,7 +53,9 @@ async function load(device) {
 async function loadOn(device, problem) {
   const description = await (await fetchOrThrow("model/description.json")).json();
   const files = description.runtime[device];
-  const content = await download({ binary: files.binary, ...mapParts(description, (part) => part.file) }, description.bytes);
+  const paths = { binary: files.binary, ...mapParts(description, (part) => part.file) };
+  if (description.trust) paths.trust = description.trust.file;
+  const content = await download(paths, description.bytes);
   const runtime = await import(address(files.script));
   runtime.env.wasm.wasmPaths = { mjs: address(files.module) };
   runtime.env.wasm.wasmBinary = content.binary;
@@ -62,8 +66,11 @@ async function loadOn(device, problem) {
     const executionProviders = device === "gpu" && name === "encoder" ? ["webgpu"] : ["wasm"];
     sessions[name] = await runtime.InferenceSession.create(content[name], { executionProviders });
   }
+  const model = new OnnxModel(runtime, sessions, description);
+  const begin = (cells, shape) => model.begin(cells, shape);
+  const trust = description.trust ? await Trust.load(description.trust, content.trust, begin) : null;
   self.postMessage({ ready: { device, threads: runtime.env.wasm.numThreads, problem } });
-  return new OnnxModel(runtime, sessions, description);
+  return { model, trust };
 }
 
 const mapParts = (description, value) =>
