@@ -3,8 +3,9 @@
     python -m captioning.export checkpoints/att --format web --out site
     python bench/web.py checkpoints/att site --data data/f8k-zh --photos 100
 
-Chromium opens the page without a network and is given validation photos. Their captions, and the beams that the page
-shows beside them, are compared with Kantu's in float32. Needs chromium and chromedriver, and the extras serve and test.
+Chromium, or --browser firefox, opens the page without a network and is given validation photos. Their captions, and the
+beams that the page shows beside them, are compared with Kantu's in float32, and so are evidence and probability. Needs
+chromium and chromedriver, or firefox, and the extras serve and test.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,9 @@ from captioning.captioner import DEFAULT_SEARCH, Captioner
 from captioning.dataset.caption_dataset import photos_in_split
 from captioning.search.options import SearchOptions
 from preprocess.captions import read_captions
+
+sys.path.append(str(Path(__file__).parents[1]))  # of a script, Python looks in its own folder alone
+from bench.firefox import firefox  # noqa: E402
 
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--force-prefers-reduced-motion", OFFLINE)
@@ -61,17 +66,20 @@ class Bench:
     word: int = 1  # that the screenshot points at
     size: tuple[int, int] = (1280, 800)  # of the window, in pixels; less than 600 is a phone
     device: Literal["cpu", "gpu"] = "cpu"  # gpu: WebGPU on SwiftShader, an imitation of a GPU: minutes for each photo
+    browser: Literal["chromium", "firefox"] = "chromium"  # firefox: --device cpu alone
 
 
 def main(bench: Bench) -> None:
     dataset = list(read_captions(bench.data))
     photos = [photo.image for photo in photos_in_split(dataset, "val", bench.data, bench.photos)]
-    with served(bench.site) as url, browser(bench.size, bench.device) as driver:
-        page = Page(driver, f"{url}?device={bench.device}")
+    opened = firefox(bench.size) if bench.browser == "firefox" else browser(bench.size, bench.device)
+    kind = FirefoxPage if bench.browser == "firefox" else Page
+    with served(bench.site) as url, opened as driver:
+        page = kind(driver, f"{url}?device={bench.device}")
         page.add(photos[:1])  # waits for the model
-        before = cpu_seconds(driver.service.process.pid)
+        before = cpu_seconds(page.process)
         page.add(photos[1:])
-        cpu = cpu_seconds(driver.service.process.pid) - before
+        cpu = cpu_seconds(page.process) - before
         found, judged = [], []
         for number in range(len(photos)):
             found.append(page.captions(number))
@@ -132,10 +140,12 @@ class Page:
     def add(self, photos: Sequence[str | Path]) -> None:
         """Choose photos, and wait until all are captioned, or refused."""
         before = self.count("#strip button")
-        self.driver.find_element("id", "photo-input").send_keys(
-            "\n".join(str(Path(photo).resolve()) for photo in photos)
-        )
+        self.choose([str(Path(photo).resolve()) for photo in photos])
         self.wait(lambda: self.count("#strip .done") == before + len(photos), TIMEOUT * len(photos))
+
+    def choose(self, paths: Sequence[str]) -> None:
+        """Choose files in the page's dialog."""
+        self.driver.find_element("id", "photo-input").send_keys("\n".join(paths))
 
     def show(self, number: int) -> None:
         """Show a photo that was added, and wait for its caption or its problem."""
@@ -165,6 +175,10 @@ class Page:
     def point_at(self, word: int) -> None:
         """Give a word of the caption the keyboard's focus, and wait until the veil is there."""
         self.driver.execute_script("document.querySelectorAll('.word')[arguments[0]].focus()", word)
+        self.wait_for_veil()
+
+    def wait_for_veil(self) -> None:
+        """Wait until the veil has appeared."""
         self.wait(lambda: self.driver.execute_script("return getComputedStyle(veil).opacity") == "1")
 
     def text(self, name: str) -> str:
@@ -193,6 +207,35 @@ class Page:
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
         return [(request["method"], request["url"]) for request in sent]
+
+    @property
+    def process(self) -> int:
+        """The id of the process that started the browser's."""
+        return self.driver.service.process.pid
+
+
+class FirefoxPage(Page):
+    """The page in Firefox."""
+
+    def choose(self, paths: Sequence[str]) -> None:
+        self.driver.choose_files("photo-input", paths)
+
+    def point_at(self, word: int) -> None:
+        """Point at a word with the mouse: a window without a screen never has the keyboard's focus."""
+        box = "const box = document.querySelectorAll('.word')[arguments[0]].getBoundingClientRect(); "
+        middle = "return [box.x + box.width / 2, box.y + box.height / 2].map(Math.round)"
+        self.driver.point_at(*self.driver.execute_script(box + middle, word))
+        self.wait_for_veil()
+
+    def log(self) -> list[str]:
+        return self.driver.log()
+
+    def requests(self) -> list[tuple[str, str]]:
+        return self.driver.requests()
+
+    @property
+    def process(self) -> int:
+        return self.driver.process
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench import firefox
 from bench import web as bench
 from captioning import export, serve
 from captioning.captioner import DEFAULT_SEARCH
@@ -93,6 +94,41 @@ def test_the_page_resizes_photos_as_training_does_bit_for_bit(tmp_path):
         expected = resize(photo, 16, case["interpolation"]).numpy()
         actual = np.fromfile(tmp_path / f"{i}.resized", np.uint8).reshape(3, 16, 16)
         np.testing.assert_array_equal(actual, expected, err_msg=str(case))
+
+
+TRUNCATION = """
+import { isTruncated } from "PAGE/truncation.js";
+import { readFileSync } from "node:fs";
+const folder = process.argv[1];
+const found = JSON.parse(readFileSync(`${folder}/ends.json`)).map(([name, ends]) => {
+  const bytes = readFileSync(`${folder}/${name}`);
+  return ends.map((end) => isTruncated(bytes.subarray(0, end)));
+});
+console.log(JSON.stringify(found));
+"""
+
+
+def test_photo_files_that_end_too_early_are_refused_in_every_browser(tmp_path):
+    """Firefox would decode them. A thumbnail in a file is complete before the photo is."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    photo.save(tmp_path / "thumbnail", "jpeg")
+    exif = b"Exif\0\0" + (tmp_path / "thumbnail").read_bytes()
+    photo.save(tmp_path / "plain", "jpeg")
+    photo.save(tmp_path / "progressive", "jpeg", progressive=True, exif=exif)
+    photo.save(tmp_path / "chunks", "png")
+    photo.save(tmp_path / "other", "webp")
+    names = ("plain", "progressive", "chunks", "other")
+    cases, expected = [], []
+    for name in names:
+        size = (tmp_path / name).stat().st_size
+        with open(tmp_path / name, "ab") as file:
+            file.write(b"what a phone appends")
+        ends = [size + 20, size, size - 1, size // 2, size // 3, 12]
+        cases.append((name, ends))
+        expected.append([name != "other" and end < size for end in ends])
+    (tmp_path / "ends.json").write_text(json.dumps(cases))
+    assert json.loads(run_in_node(TRUNCATION, tmp_path)) == expected
 
 
 SEARCH = """
@@ -592,7 +628,9 @@ def driver():
         yield driver
 
 
-def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url, tiny_site, tmp_path):
+@pytest.fixture
+def photo_paths(tmp_path):
+    """Three photos, and two files that are none."""
     random = np.random.default_rng(0)
     quarters = random.integers(0, 256, (3, 3, 2, 2), dtype=np.uint8)
     photos = torch.from_numpy(quarters).repeat_interleave(4, 2).repeat_interleave(4, 3)  # (3, 3, 8, 8)
@@ -600,6 +638,14 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
     for i, photo in enumerate(photos):
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(photo.permute(1, 2, 0).numpy()).save(paths[-1])
+    (tmp_path / "3.png").write_bytes(paths[0].read_bytes()[:60])
+    (tmp_path / "4.txt").write_text("not a photo")
+    return [*paths, tmp_path / "3.png", tmp_path / "4.txt"]
+
+
+def check_captions(page, paths, tiny_site):
+    """The page's captions of photos, their evidence and their probability are Kantu's; what is no photo is refused."""
+    photos = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths[:3]])).permute(0, 3, 1, 2)
     models = {name: (tiny_site / f"model/{name}.onnx").read_bytes() for name in ("encoder", "begin", "step")}
     search = SearchOptions(max_length=6)
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: the extra named export")
@@ -609,11 +655,7 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
     )
     expected = [" ".join(f"word{i}" for i in found.captions[0].words) for found in candidates]
     assert len(set(expected)) == 3
-    (tmp_path / "3.png").write_bytes(paths[0].read_bytes()[:60])
-    (tmp_path / "4.txt").write_text("not a photo")
-
-    page = bench.Page(driver, url)
-    page.add([*paths, tmp_path / "3.png", tmp_path / "4.txt"])
+    page.add(paths)
     captions = [page.captions(number) for number in range(5)]
     assert [found[0] for found in captions[:3]] == expected and len(captions[0]) == 5
     assert captions[3] == ["3.png is not a photo that this browser can read. Try a JPEG, PNG or WebP file."]
@@ -625,6 +667,10 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
         model = calibration.models["log-probability"]
         assert probability == pytest.approx(model.predict(found.features()[0]), abs=1e-3)
 
+
+def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url, tiny_site, photo_paths):
+    page = bench.Page(driver, url)
+    check_captions(page, photo_paths, tiny_site)
     page.show(0)
     page.point_at(1)
     veil = driver.execute_script("return [...veil.getContext('2d').getImageData(0, 0, 2, 2).data]")[3::4]
@@ -650,6 +696,24 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
 
     driver.get((tiny_site / "index.html").as_uri())
     assert "python -m captioning.serve" in driver.find_element("id", "static").text
+
+
+def test_firefox_shows_the_same_captions_and_sends_nothing(url, tiny_site, photo_paths, times):
+    if times(True, False):
+        pytest.skip("long form: make torture")
+    if firefox.binary() is None or not npm.is_fetched(ONNXRUNTIME_WEB, runtime_folder()):
+        pytest.skip("firefox is not installed, or onnxruntime-web is not downloaded: apt install firefox-esr")
+    with firefox.firefox() as driver:
+        page = bench.FirefoxPage(driver, url)
+        check_captions(page, photo_paths, tiny_site)
+        page.show(0)
+        page.point_at(1)
+        assert page.text("hint").startswith("“word")
+        assert driver.execute_script("return crossOriginIsolated"), "threads"
+        requests = page.requests()
+        assert {method for method, _ in requests} == {"GET"}
+        assert all(address.startswith((url, "blob:", "data:")) for _, address in requests)
+        assert not page.log()
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -5,6 +5,8 @@
 // is a sum of input pixels with integer weights, which are real weights times 2^bits. Pillow has 22 bits, torch as many
 // as let the largest weight fit into 16.
 
+import { isTruncated } from "./truncation.js";
+
 const FILTERS = {
   bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
   bicubic: { support: 2, weight: cubic },
@@ -119,6 +121,7 @@ export class Resizer {
  * Throws an Error whose message is a key of text.js: "unreadable" or "tooLarge".
  */
 export async function readPhoto(file, description) {
+  if (isTruncated(new Uint8Array(await file.arrayBuffer()))) throw new Error("unreadable");
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, {
