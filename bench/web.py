@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # of a script, Python looks in 
 from bench.firefox import firefox  # noqa: E402
 
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--force-prefers-reduced-motion", OFFLINE)
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", OFFLINE)
 DEVICE_FLAGS = {
     "cpu": ("--disable-gpu",),
     "gpu": (
@@ -177,6 +177,13 @@ class Page:
         self.driver.execute_script("document.querySelectorAll('.word')[arguments[0]].focus()", word)
         self.wait_for_veil()
 
+    def middle_of(self, word: int) -> tuple[int, int]:
+        """Where a word of the caption is in the window, in pixels."""
+        box = "const box = document.querySelectorAll('.word')[arguments[0]].getBoundingClientRect(); "
+        middle = "return [box.x + box.width / 2, box.y + box.height / 2].map(Math.round)"
+        x, y = self.driver.execute_script(box + middle, word)
+        return x, y
+
     def wait_for_veil(self) -> None:
         """Wait until the veil has appeared."""
         self.wait(lambda: self.driver.execute_script("return getComputedStyle(veil).opacity") == "1")
@@ -222,9 +229,7 @@ class FirefoxPage(Page):
 
     def point_at(self, word: int) -> None:
         """Point at a word with the mouse: a window without a screen never has the keyboard's focus."""
-        box = "const box = document.querySelectorAll('.word')[arguments[0]].getBoundingClientRect(); "
-        middle = "return [box.x + box.width / 2, box.y + box.height / 2].map(Math.round)"
-        self.driver.point_at(*self.driver.execute_script(box + middle, word))
+        self.driver.point_at(*self.middle_of(word))
         self.wait_for_veil()
 
     def log(self) -> list[str]:
@@ -277,8 +282,11 @@ def served(site: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def browser(size: tuple[int, int] = (1280, 800), device: str = "cpu") -> Iterator[Any]:
-    """Chromium without a network, driven by selenium, while the block runs. device: a key of DEVICE_FLAGS."""
+def browser(size: tuple[int, int] = (1280, 800), device: str = "cpu", motion: bool = False) -> Iterator[Any]:
+    """Chromium without a network, driven by selenium, while the block runs.
+
+    device: a key of DEVICE_FLAGS. motion: words appear one after another, as for most users.
+    """
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -286,6 +294,8 @@ def browser(size: tuple[int, int] = (1280, 800), device: str = "cpu") -> Iterato
     options.binary_location = str(shutil.which("chromium") or shutil.which("google-chrome"))
     for flag in (*FLAGS, *DEVICE_FLAGS[device], f"--window-size={max(size[0], 600)},{size[1]}"):
         options.add_argument(flag)
+    if not motion:
+        options.add_argument("--force-prefers-reduced-motion")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:

@@ -675,13 +675,13 @@ def test_the_page_captions_photos_shows_attention_and_sends_nothing(driver, url,
     page.point_at(1)
     veil = driver.execute_script("return [...veil.getContext('2d').getImageData(0, 0, 2, 2).data]")[3::4]
     assert min(veil) == 0 < max(veil) <= 217, "clear where attention was"
-    said = r"“word\d+”: 100 % from the photo, 0 % from language alone · evidence [+−]\d.\d, [\d.]+ times as .*"
+    said = r"“word\d+”: 100 % from the photo, 0 % from language alone\nevidence [+−]\d.\d: [\d.]+ times as .*"
     assert re.fullmatch(said, page.text("hint"))
     assert re.fullmatch(r"Probability that this is a good caption: \d+ %", page.text("trust"))
     driver.execute_script("arguments[0].click()", driver.find_element("id", "language"))
     page.wait(lambda: page.count("#caption.complete"))
     habit = "颜色浅的词出于语言习惯，而不是来自照片。"
-    assert page.text("hint") == f"指向一个词，看模型当时看的是哪里。 · {habit} · 达到最大长度，被截断"
+    assert page.text("hint") == f"指向一个词，看模型当时看的是哪里。\n{habit}\n描述达到最大长度，被截断。"
     assert driver.execute_script("return crossOriginIsolated"), "threads"
 
     requests = page.requests()

@@ -128,11 +128,19 @@ function show(index) {
   document.body.classList.add("viewing");
   $("strip").hidden = album.length < 2;
   album.forEach(({ button }, i) => button.toggleAttribute("aria-current", i === index));
-  photo.button.scrollIntoView({ block: "nearest", inline: "nearest" });
   $("stage").hidden = Boolean(photo.error);
+  scrollTo(photo.button);
   $("photo").src = photo.url;
   $("photo").onload = () => $("frame").style.setProperty("--ratio", $("photo").naturalWidth / $("photo").naturalHeight);
   showCaption();
+}
+
+/** Brings the thumbnail into sight within the strip, and the photo within the page. */
+function scrollTo(button) {
+  const strip = $("strip").getBoundingClientRect();
+  const { left, right } = button.getBoundingClientRect();
+  $("strip").scrollLeft += Math.min(0, left - strip.left) + Math.max(0, right - strip.right);
+  $(album[shown].error ? "says" : "stage").scrollIntoView({ block: "nearest" });
 }
 
 function showCaption() {
@@ -169,7 +177,7 @@ async function showWords(captions, number) {
   const hints = [say(attention ? "point" : "noAttention")];
   if (evidence) hints.push(say("pale"));
   if (!finished) hints.push(say("unfinished"));
-  $("hint").textContent = hints.join(" · ");
+  $("hint").textContent = hints.join("\n");
   showProbability(probability);
   showAlternatives(captions);
 }
@@ -218,7 +226,7 @@ function point(button, word, attention, evidence) {
     const times = Number(Math.exp(evidence).toPrecision(2)).toLocaleString();
     hints.push(say("evidence", { evidence: sign + Math.abs(evidence).toFixed(1), times }));
   }
-  if (hints.length) $("hint").textContent = say("word", { word, hints: hints.join(" · ") });
+  if (hints.length) $("hint").textContent = say("word", { word, hints: hints.join("\n") });
 }
 
 /** Lights the photo where a word looked. */
