@@ -1,7 +1,9 @@
 """Record the animation of the README: a photo is dropped on the page, captioned, and the mouse points at words.
 
-    python -m captioning.export checkpoints/scenes-en --format web --out site       (after make demo LANGUAGE=en)
-    python bench/animation.py site data/scenes-en/photos/test-0-00003.png docs/web.webp
+    make demo LANGUAGE=en
+    python -m captioning.calibrate checkpoints/scenes-en
+    python -m captioning.export checkpoints/scenes-en --format web --out site
+    python bench/animation.py site data/scenes-en/photos/test-0-00013.png docs/web.webp --words 1 6 8
 
 It is the real page in Chromium, with a real drop and real moves of the mouse; only the arrow of the mouse and the photo
 beneath it are drawn here, since screenshots do not have them, and time is stopped for each picture. Needs chromium and
@@ -26,7 +28,7 @@ from tyro.conf import Positional
 sys.path.append(str(Path(__file__).parents[1]))  # of a script, Python looks in its own folder alone
 from bench.web import Page, browser, served  # noqa: E402
 
-SIZE = 1000, 560  # of the page: the caption is beside the photo
+SIZE = 1100, 720  # of the page: the caption is beside the photo
 THUMBNAIL = 110  # pixels of the photo under the mouse
 SETTLE_SECONDS = 0.5  # longer than any transition of style.css
 ARROW = [(0, 0), (0, 17), (4, 13), (7, 20), (10, 19), (7, 12), (12, 12)]
@@ -97,7 +99,7 @@ class Film:
         """Write an animated WebP that repeats."""
         first, *others = self.pictures
         first.save(
-            path, save_all=True, append_images=others, duration=self.milliseconds, loop=0, quality=quality, method=6
+            path, save_all=True, append_images=others, duration=self.milliseconds, loop=0, quality=quality, method=4
         )
 
 
