@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,21 +42,25 @@ HEAD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Runs</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; background: #f4f1eb; color: #282522; margin: 2em }
-.scroll { overflow-x: auto; background: #fff; border-radius: 12px; padding: 12px; margin: 16px 0 }
-table { border-collapse: collapse; white-space: nowrap }
-th, td { text-align: left; padding: 4px 14px 4px 4px }
-td:last-child { white-space: normal; min-width: 24em; color: #77706a }
-th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer; color: inherit }
+body { font: 14px/1.5 system-ui, sans-serif; background: #f4f1eb; color: #282522; margin: min(2em, 4vw) }
+.scroll { overflow-x: auto; background: #fff; border-radius: 12px; padding: 12px 0; margin: 16px 0 }
+table { border-collapse: collapse }
+th, td { text-align: left; padding: 4px 10px 4px 4px }
+th:not(:last-child), td:first-child, td:last-child span { white-space: nowrap }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; padding-left: 12px; min-width: 6em }
+td:last-child { min-width: 15em; font-size: 13px; color: #77706a }
+th button { font: inherit; font-weight: 600; text-align: left; border: 0; background: none; padding: 0;
+  cursor: pointer; color: inherit }
 th[aria-sort=ascending] button::after { content: " \\2191" }
 th[aria-sort=descending] button::after { content: " \\2193" }
-tbody tr:hover, tbody tr:focus-within { background: #fff3dc }
-svg { max-width: 100%; height: auto }
+tbody tr:hover, tbody tr:hover td { background: #fff3dc }
+svg { width: 100%; min-width: 45em; height: auto }
 svg.one g[id^=curve-] { opacity: .12 }
 svg.one g.shown { opacity: 1 }
 p { color: #77706a }
 </style>
 <h1>Runs</h1>
+<p>A heading sorts the table. Point at a row to see its curves alone.</p>
 """
 SCRIPT = """<script>
 const body = document.querySelector("tbody"), plots = document.querySelector("svg");
@@ -122,7 +127,9 @@ def write_page(runs: Sequence[RunSummary], path: Path) -> None:
 
 def _cells(run: RunSummary) -> Iterator[str]:
     for column in COLUMNS.values():
-        yield f'<td data-value="{html.escape(_sort_value(column, run))}">{html.escape(column.cell(run))}</td>'
+        # lines do not break within a flag and its value
+        flags = (f"<span>{html.escape(part)}</span>" for part in re.split(" (?=--)", column.cell(run)))
+        yield f'<td data-value="{html.escape(_sort_value(column, run))}">{" ".join(flags)}</td>'
 
 
 def _sort_value(column: Column, run: RunSummary) -> str:
