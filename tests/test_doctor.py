@@ -270,6 +270,7 @@ def test_the_page_shows_captions_as_they_are_written_with_the_spaces_of_those_cu
         write_check_page(tmp_path / "check.html", "", vocabulary, [Check("name", "", "", [finding])])
         page = (tmp_path / "check.html").read_text("utf-8")
         assert all(f">{text}<" in page for text in shown)
+        assert "other captions of the photo:" in page and "(train)</figcaption>" in page
 
 
 def test_with_features_photos_are_checked_too(here, quick, monkeypatch, tmp_path):

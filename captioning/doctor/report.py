@@ -11,6 +11,7 @@ from captioning.doctor.findings import Check, Finding
 from captioning.runtime.files import atomic_text
 from captioning.runtime.progress import tqdm
 from captioning.viewing.html_report import HEAD, thumbnail
+from preprocess.captions import Photo
 from preprocess.vocabulary import Vocabulary
 
 SHOWN = 50  # findings of a check that the page shows
@@ -18,7 +19,9 @@ LISTED = 1_000  # findings of a check that the JSON file lists
 THUMBNAIL = 160  # pixels of the longer side
 STYLE = """<style>
 article { contain-intrinsic-size: auto 180px }
-article > :first-child { width: auto; display: flex; gap: 8px }
+article > :first-child { width: auto; max-width: 100%; display: flex; flex-wrap: wrap; gap: 8px }
+figure { margin: 0; width: 160px }
+figcaption { font-size: 11px; line-height: 1.3; color: #77706a; overflow-wrap: anywhere }
 </style>
 """
 
@@ -46,17 +49,23 @@ def write_check_page(path: Path, title: str, vocabulary: Vocabulary, checks: Seq
 
 
 def _article(finding: Finding, vocabulary: Vocabulary) -> Iterator[str]:
-    pictures = "".join(thumbnail(photo, THUMBNAIL)[0] for photo in finding.photos)
-    yield f"<article><div>{pictures}</div><div>\n"
+    yield f"<article><div>{''.join(map(_picture, finding.photos))}</div><div>\n"
     if finding.caption:
         yield f'<div class="caption">{html.escape(vocabulary.join(finding.caption))}</div>\n'
-    ids = ", ".join(f"{photo.id} ({photo.split})" for photo in finding.photos)
-    yield f'<div class="note">{html.escape(f"{finding.note} · {ids}")}</div>\n<ul>\n'
-    if len(finding.photos) <= 2:  # one photo, or one and that which it is compared with
-        for words in finding.photos[0].captions:
-            if words != finding.caption:
-                yield f"<li>{html.escape(vocabulary.join(words))}</li>\n"
-    yield "</ul></div></article>\n"
+    yield f'<div class="note">{html.escape(finding.note)}</div>\n'
+    others = [words for words in finding.photos[0].captions if words != finding.caption]
+    if len(finding.photos) <= 2 and others:  # one photo, or one and that which it is compared with
+        which = "photo" if len(finding.photos) == 1 else "first photo"
+        yield f'<div class="note">{"other " * bool(finding.caption)}captions of the {which}:</div>\n<ul>\n'
+        yield from (f"<li>{html.escape(vocabulary.join(words))}</li>\n" for words in others)
+        yield "</ul>"
+    yield "</div></article>\n"
+
+
+def _picture(photo: Photo) -> str:
+    """The photo with its id and split below it."""
+    label = html.escape(f"{photo.id} ({photo.split})")
+    return f"<figure>{thumbnail(photo, THUMBNAIL)[0]}<figcaption>{label}</figcaption></figure>"
 
 
 def write_check_json(path: Path, checks: Sequence[Check]) -> None:

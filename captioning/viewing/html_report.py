@@ -34,7 +34,8 @@ HEAD = """<!doctype html>
 <html lang="{language}"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; background: #f4f1eb; color: #282522; margin: 2em auto; max-width: 60em }}
+body {{ font: 16px/1.5 system-ui, sans-serif; background: #f4f1eb; color: #282522;
+       margin: 2em auto; padding: 0 16px; max-width: 60em; overflow-wrap: anywhere }}
 article {{ background: #fff; border-radius: 12px; padding: 16px; margin: 16px 0; display: flex; gap: 20px;
           position: relative; content-visibility: auto; contain-intrinsic-size: auto 290px }}
 article > :first-child {{ flex: none; width: 256px }}
@@ -43,6 +44,7 @@ article > :first-child {{ flex: none; width: 256px }}
 b {{ font-weight: inherit; border-bottom: 2px solid #ffaa3c; cursor: default }}
 b img {{ position: absolute; left: 16px; top: 16px; visibility: hidden; pointer-events: none }}
 b:hover img, b:focus img {{ visibility: visible }}
+@media (max-width: 40em) {{ article {{ flex-wrap: wrap }} }}
 body:has(#cells:checked) b img {{ image-rendering: pixelated }}
 </style>
 <h1>{title}</h1>
