@@ -233,6 +233,7 @@ def test_generate_writes_probabilities_and_the_evidence_of_each_word(there, tmp_
         rows = list(csv.DictReader(file))
     assert [float(row["probability"]) for row in rows] == [entry["probability"] for entry in entries]
     page = outputs["html"].read_text("utf-8")
+    assert "<p>Pale words come from habit" in page
     assert page.count(" · probability ") == 16 and page.count("opacity:") == sum(len(e["words"]) for e in entries)
 
 

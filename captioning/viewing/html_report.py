@@ -52,6 +52,7 @@ body:has(#cells:checked) b img {{ image-rendering: pixelated }}
 INSTRUCTIONS = (
     'Point at a word to see its attention. <label><input type="checkbox" id="cells"> show the grid cells</label>\n'
 )
+PALE = "<p>Pale words come from habit, not from the photo.</p>\n"
 
 
 class ReportEntry(NamedTuple):
@@ -69,11 +70,14 @@ def write_page(path: Path, title: str, language: str, sections: Sequence[tuple[s
     UserError if the page cannot be written.
     """
     has_attention = any(entry.caption.attention is not None for _, entries in sections for entry in entries)
+    has_evidence = any(entry.caption.evidence is not None for _, entries in sections for entry in entries)
     separator = " " if LANGUAGES[language].has_spaces else ""
     with atomic_text(path) as file:
         file.write(HEAD.format(title=html.escape(title), language=language))
         if has_attention:
             file.write(INSTRUCTIONS)
+        if has_evidence:
+            file.write(PALE)
         for heading, entries in sections:
             if heading:
                 file.write(f"<h2>{html.escape(heading)}</h2>\n")

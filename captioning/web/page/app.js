@@ -223,11 +223,13 @@ function point(button, word, attention, evidence) {
   }
   if (evidence !== undefined) {
     const sign = evidence < 0 ? "−" : "+";
-    const times = Number(Math.exp(evidence).toPrecision(2)).toLocaleString();
-    hints.push(say("evidence", { evidence: sign + Math.abs(evidence).toFixed(1), times }));
+    const values = { evidence: sign + Math.abs(evidence).toFixed(1), times: twoDigits(Math.exp(evidence)) };
+    hints.push(say("evidence", values));
   }
   if (hints.length) $("hint").textContent = say("word", { word, hints: hints.join("\n") });
 }
+
+const twoDigits = (value) => (value < 99 ? value.toPrecision(2) : Number(value.toPrecision(2)).toLocaleString());
 
 /** Lights the photo where a word looked. */
 function look(attention) {
