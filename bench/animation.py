@@ -28,7 +28,7 @@ from tyro.conf import Positional
 sys.path.append(str(Path(__file__).parents[1]))  # of a script, Python looks in its own folder alone
 from bench.web import Page, browser, served  # noqa: E402
 
-SIZE = 1100, 720  # of the page: the caption is beside the photo
+SIZE = 1100, 740  # of the page: the caption is beside the photo
 THUMBNAIL = 110  # pixels of the photo under the mouse
 SETTLE_SECONDS = 0.5  # longer than any transition of style.css
 ARROW = [(0, 0), (0, 17), (4, 13), (7, 20), (10, 19), (7, 12), (12, 12)]
