@@ -32,7 +32,7 @@ from captioning.web import precision, site
 from captioning.web.onnx_decoder import OnnxModels
 from captioning.web.precision import Choice, choices, quantize, store
 from captioning.web.site import ONNXRUNTIME_WEB, PAGE, runtime_folder
-from captioning.web.trust import mean_cells, trust_of
+from captioning.web.trust import compare_probabilities, mean_cells, trust_of
 from config import Export, Serve
 from preprocess.vocabulary import END, PAD, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 from tests.test_beam_search import TableDecoder, make_grid
@@ -244,7 +244,7 @@ def test_the_page_judges_captions_as_kantu_does(tmp_path, times):
     description, content = trust_of(stub_captioner(calibration), 2)
     (tmp_path / "trust.bin").write_bytes(content)
     cases, expected = [], []
-    for seed in range(times(30, 300)):
+    for seed in range(times(15, 300)):
         decoder = TableDecoder(seed, end=seed % 3 - 1.0)
         search = SearchOptions(beam_size=1 + seed % 5, max_length=2 + seed % 4)
         (candidates,) = find_candidates(decoder, make_grid(0), search, decoder, make_grid(1), calibration.weights)
@@ -541,6 +541,19 @@ def test_captions_of_validation_photos_decide_and_without_photos_models_stay_flo
 def tiny_calibration():
     """Of `tiny_models`: the mean photo is a dark one."""
     return make_calibration(torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1)) / 2)
+
+
+def test_the_export_says_how_far_the_probabilities_of_a_page_are_from_the_runs():
+    calibration = tiny_calibration()
+    photos = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: the extra named export")
+    models = OnnxModels(tiny_models(), (1, 1), torch.ones(196, 4))
+    found = models.find_candidates(photos, DEFAULT_SEARCH, mean_cells(calibration, 4), calibration.weights)
+    model = calibration.models["log-probability"]
+    of_run = [float(model.predict(candidates.features()[0])) + 0.1 * i for i, candidates in enumerate(found)]
+    expected = [SimpleNamespace(probability=probability) for probability in of_run]
+    said = compare_probabilities(models, photos, stub_captioner(calibration), expected)
+    assert said == "their probabilities differ by 0.050 (mean; largest 0.100)"
 
 
 @pytest.fixture(scope="module")
