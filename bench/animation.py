@@ -60,6 +60,7 @@ class Film:
     carried: Image.Image | None = None  # under the mouse
     pictures: list[Image.Image] = field(default_factory=list)
     milliseconds: list[int] = field(default_factory=list)
+    screen: Image.Image = field(init=False)  # the page as it was last
 
     def take(self, milliseconds: int) -> None:
         """Take a picture of the page as it is now."""
@@ -83,15 +84,7 @@ class Film:
         x, y = map(round, self.mouse)
         if self.carried:
             picture.paste(self.carried, (x - THUMBNAIL // 2, y - THUMBNAIL // 2))
-        size = tuple(SHARPNESS * side for side in (16, 24))
-        mask = Image.new("L", size)
-        outline = Image.new("L", size)
-        points = [(SHARPNESS * (px + 2), SHARPNESS * (py + 2)) for px, py in ARROW]
-        ImageDraw.Draw(mask).polygon(points, 255)
-        ImageDraw.Draw(outline).polygon(points, 255, 255, width=2 * SHARPNESS)
-        ImageDraw.Draw(outline).line([*points, points[0]], 255, 3 * SHARPNESS)
-        for colour, shape in (("white", outline), ("black", mask)):
-            picture.paste(colour, (x - 2, y - 2), shape.resize((16, 24), Image.Resampling.LANCZOS))
+        draw_arrow(picture, x, y)
         self.pictures.append(picture)
         self.milliseconds.append(milliseconds)
 
@@ -101,6 +94,18 @@ class Film:
         first.save(
             path, save_all=True, append_images=others, duration=self.milliseconds, loop=0, quality=quality, method=4
         )
+
+
+def draw_arrow(picture: Image.Image, x: int, y: int) -> None:
+    """Draw the mouse's arrow, black with a white outline, its point at (x, y)."""
+    width, height = 16, 24
+    inside, around = (Image.new("L", (SHARPNESS * width, SHARPNESS * height)) for _ in range(2))
+    points = [(SHARPNESS * (px + 2), SHARPNESS * (py + 2)) for px, py in ARROW]
+    ImageDraw.Draw(inside).polygon(points, 255)
+    ImageDraw.Draw(around).polygon(points, 255)
+    ImageDraw.Draw(around).line([*points, points[0]], 255, 3 * SHARPNESS)
+    for colour, shape in (("white", around), ("black", inside)):
+        picture.paste(colour, (x - 2, y - 2), shape.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def main(animation: Animation) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-START_SECONDS = 60.0
+SECONDS = 60.0  # for Firefox to start, and to answer a command
 PREFERENCES = {
     "ui.prefersReducedMotion": 1,
     # No network: every other host is asked of a proxy that is not there
@@ -136,8 +136,8 @@ def firefox(size: tuple[int, int] = (1280, 800)) -> Iterator[Firefox]:
             reader = threading.Thread(target=_read, args=(process.stderr or [], address))
             reader.start()
             try:
-                url = f"{address.get(timeout=START_SECONDS)}/session"
-                driver = Firefox(create_connection(url, suppress_origin=True), process.pid)
+                url = f"{address.get(timeout=SECONDS)}/session"
+                driver = Firefox(create_connection(url, timeout=SECONDS, suppress_origin=True), process.pid)
                 driver.set_size(size)
                 yield driver
             finally:

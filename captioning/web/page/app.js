@@ -129,14 +129,14 @@ function show(index) {
   $("strip").hidden = album.length < 2;
   album.forEach(({ button }, i) => button.toggleAttribute("aria-current", i === index));
   $("stage").hidden = Boolean(photo.error);
-  scrollTo(photo.button);
+  bringIntoSight(photo.button);
   $("photo").src = photo.url;
   $("photo").onload = () => $("frame").style.setProperty("--ratio", $("photo").naturalWidth / $("photo").naturalHeight);
   showCaption();
 }
 
 /** Brings the thumbnail into sight within the strip, and the photo within the page. */
-function scrollTo(button) {
+function bringIntoSight(button) {
   const strip = $("strip").getBoundingClientRect();
   const { left, right } = button.getBoundingClientRect();
   $("strip").scrollLeft += Math.min(0, left - strip.left) + Math.max(0, right - strip.right);
