@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 
 import pytest
 
 from captioning.errors import UserError
 from captioning.runtime.command_line import parse
-from captioning.runtime.recipes import FOLDER
+from captioning.runtime.recipes import FOLDER, read_recipe
 from captioning.runtime.settings import as_plain_data
 from captioning.training.options import TrainingOptions
 from captioning.viewing.model_card import train_command
@@ -93,6 +94,31 @@ def test_what_is_wrong_in_a_recipe_is_one_line_with_its_file_and_line(line, mess
         train("--recipe", path)
     text = capsys.readouterr().err or f"error: {error.value}"
     assert text.startswith(f"error: {path}, line 3: {message}") and text.count("\n") <= 1
+
+
+def test_train_without_any_word_says_what_it_requires(capsys):
+    with pytest.raises(SystemExit):
+        parse(Train, [])
+    assert capsys.readouterr().err.startswith("error: PATH is required")
+
+
+@pytest.mark.parametrize("typed", [["--recipe="], ["--recipe", ""]])
+def test_a_recipe_without_a_name_is_refused_not_left_out(typed):
+    with pytest.raises(UserError, match="no such recipe; give one of best"):
+        train(*typed)
+
+
+def test_a_recipe_may_come_from_any_editor_and_hold_any_value(recipe):
+    path = recipe("\ufeff# byte order mark\f, page\x85 and\u2028 line\r", "--start-from a#1  # not #2\r", "--dashboard")
+    expected = train("--start-from", "a#1", "--dashboard")
+    assert differences(train("--recipe", path), expected) == {"recipe": (path, None)}
+
+
+@pytest.mark.parametrize("value", ["'a b' # 'c", '"a \\" # b"# c', r"a\#b \'c#", "a'#'b \"#\" ''#", "a # it's"])
+def test_the_words_of_a_line_are_those_of_bash(value, recipe):
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {value}"], capture_output=True, text=True, check=True).stdout
+    path = recipe(f"--features {value}")
+    assert read_recipe(path).flags[0].words[1:] == words.split("\0")[:-1]
 
 
 def test_a_mistake_in_what_is_typed_is_not_blamed_on_the_recipe(recipe, capsys):

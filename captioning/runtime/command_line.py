@@ -36,10 +36,11 @@ def parse(command: type[Config], arguments: list[str] | None = None) -> Config:
     If `command` has a setting `recipe`, the flags of the recipe that is given are added, and printed.
     """
     errors = io.StringIO()
-    arguments = _add_dashboard_url(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     recipe = None
     if "recipe" in (field.name for field in dataclasses.fields(command)):  # type: ignore[arg-type]
         arguments, recipe = _add_recipe(arguments)
+    arguments = _add_dashboard_url(arguments)
     try:
         wraps = "--help" in arguments or "-h" in arguments  # help is for a terminal, an error is one line
         with contextlib.redirect_stderr(errors), contextlib.nullcontext() if wraps else unwrapped_errors():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from captioning.runtime.library_errors import reason
 FOLDER = Path(__file__).parents[2] / "recipes"
 SUFFIX = ".txt"
 FLAG = re.compile(r"--[\w-]+")
+WORDS = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^'"\\#]|(?<=\S)#)*""")  # what is before a comment
 
 
 class RecipeFlag(NamedTuple):
@@ -69,12 +71,12 @@ class Recipe(NamedTuple):
 def requested_recipe(typed: Sequence[str]) -> Recipe | None:
     """The recipe that the words of a command line ask for. Raises UserError if there is none of this name."""
     name = None
-    for word, following in zip(typed, [*typed[1:], None], strict=True):
+    for word, following in zip_longest(typed, typed[1:]):
         if word.startswith("--recipe="):
             name = word.partition("=")[2]
         elif word == "--recipe":
             name = following
-    return read_recipe(name) if name else None
+    return None if name is None else read_recipe(name)
 
 
 def read_recipe(name: str) -> Recipe:
@@ -82,7 +84,7 @@ def read_recipe(name: str) -> Recipe:
     is_path = "/" in name or name.endswith(SUFFIX)
     path = Path(name) if is_path else FOLDER / (name + SUFFIX)
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # Windows editors begin a file with a byte order mark
     except FileNotFoundError:
         there = ", ".join(sorted(file.stem for file in FOLDER.glob("*" + SUFFIX)))
         raise UserError(
@@ -123,8 +125,9 @@ def _read_flags(path: Path, lines: Sequence[str]) -> list[RecipeFlag]:
 
 
 def _split(line: str, place: str) -> list[str]:
-    """The words of a line, as a shell splits them, without its comment."""
+    """The words of a line, as a shell splits them, without its comment. To shlex, a#1 would hold a comment, too."""
+    end = WORDS.match(line).end()  # type: ignore[union-attr]  # it matches the empty text, too
     try:
-        return shlex.split(line, comments=True)
+        return shlex.split(line[:end] if line[end:].startswith("#") else line)
     except ValueError as error:  # a quotation mark without its partner
         raise UserError(f"{place}: {reason(error)}; correct it") from None
