@@ -19,6 +19,7 @@ from captioning import export, serve
 from captioning.captioner import DEFAULT_SEARCH
 from captioning.decoders import DECODERS
 from captioning.encoders.encoder import Encoder
+from captioning.encoders.grid import grid_pooling
 from captioning.encoders.images import Transform, resize_with_pillow, resize_with_torch
 from captioning.errors import UserError
 from captioning.evaluation.candidates import FEATURES, find_candidates
@@ -268,6 +269,18 @@ def test_the_page_judges_captions_as_kantu_does(tmp_path, times):
         assert probabilities[-1] == pytest.approx(expected_probability, abs=1e-6)
         assert all("probability" not in caption for caption in found[1:])
     assert np.std(probabilities) > 0.1
+
+
+@pytest.mark.parametrize("side", [12, 16])
+def test_the_mean_photo_of_a_feature_file_of_14x14_cells_is_that_of_native_cells(side):
+    """Those of 8 cells a side are read as native ones; those of 12 are not, nor those of more than 14."""
+    pooling = grid_pooling(side, side)
+    native = torch.rand(side**2, 3)
+    pooled = pooling @ native
+    (found,) = mean_cells(make_calibration(pooled.reshape(14, 14, 3)), side**2)
+    torch.testing.assert_close(pooling @ found, pooled, rtol=1e-4, atol=1e-4)
+    if side < 14:
+        torch.testing.assert_close(found, native, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_page_does_not_show_of_trust_is_said_at_the_export(capsys):

@@ -19,10 +19,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from captioning.caption import CaptionResult
 from captioning.captioner import DEFAULT_SEARCH, Captioner
+from captioning.encoders.grid import grid_pooling
 from captioning.evaluation.calibration import Calibration
 from captioning.evaluation.consensus import NGramWeights
 from captioning.evaluation.ngrams import LAST_WORD, WORD_BITS
@@ -70,8 +72,14 @@ def compare_probabilities(
 
 
 def mean_cells(calibration: Calibration, num_cells: int) -> Tensor:
-    """The cells of the mean photo (1, N, C): if only their mean is known, N times that, which has the same mean."""
+    """The cells of the mean photo (1, N, C): if only their mean is known, N times that, which has the same mean.
+
+    If only the 14x14 output cells are known, from a feature file of these, native cells of which they are the pooling.
+    """
     cells = calibration.mean_photo.flatten(0, 1)
+    if len(cells) not in (1, num_cells):
+        side = round(num_cells**0.5)  # photos are resized to squares
+        cells = (torch.linalg.pinv(grid_pooling(side, side).double()) @ cells.double()).float()
     return cells.expand(num_cells, -1)[None].contiguous()
 
 
