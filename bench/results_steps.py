@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -136,19 +137,15 @@ class Workshop:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as output:
             print(f"$ {shlex.join(words)}", file=output, flush=True)
-            cost, status = self._run_process(words, output)
-        record = self.record(name)
-        record["attempts"].append(cost)
-        if status == 0:
-            record |= {"made": now(), "commit": commit(), "machine": processor()}
-        self._write_record(name, record)
+            status = self._run_process(name, words, output)
         if status != 0:
             raise UserError(f"{last_words(log)} ({log})")
+        self._write_record(name, self.record(name) | {"made": now(), "commit": commit(), "machine": processor()})
         if missing := [output for output in self.steps[name].outputs if not (self.folder / output).exists()]:
             raise UserError(f"the command has made no {missing[0]} ({log})")
 
-    def _run_process(self, words: Sequence[str], output: Any) -> tuple[dict[str, float], int]:
-        """Run a command in the work folder -> what it cost, and its exit status."""
+    def _run_process(self, name: str, words: Sequence[str], output: Any) -> int:
+        """Run a command in the work folder and record what it cost, also if it is stopped -> its exit status."""
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -167,14 +164,21 @@ class Workshop:
             preexec_fn=os.setpgrp,  # Ctrl-C comes to this process alone, which hands it on once
         )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # wait4 below takes its exit status
         except BaseException:
-            process.terminate()  # a training saves its state first
-            os.wait4(process.pid, 0)
+            os.kill(process.pid, signal.SIGTERM)  # a training saves its state first
             raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds, cpu_seconds = time.monotonic() - started, usage.ru_utime + usage.ru_stime
-        return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}, process.returncode
+        finally:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self._add_attempt(name, time.monotonic() - started, usage.ru_utime + usage.ru_stime)
+        return process.returncode
+
+    def _add_attempt(self, name: str, seconds: float, cpu_seconds: float) -> None:
+        """Record what an attempt cost."""
+        record = self.record(name)
+        record["attempts"].append({"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
+        self._write_record(name, record)
 
     # ---- records
 

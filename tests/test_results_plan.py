@@ -188,6 +188,7 @@ def test_a_stop_is_handed_on_to_the_command_which_is_resumed_next_time(workshop,
     assert not (tmp_path / "made.txt").exists(), "the command was stopped, too"
     assert shop.left("a") == {"a": "interrupted"} and shop.make("a") == []
     assert (tmp_path / "a.txt").read_text("utf-8") == "xx"
+    assert len(shop.record("a")["attempts"]) == 2, "what the stopped one cost counts, too"
 
 
 # ---- the page
