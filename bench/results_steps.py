@@ -243,8 +243,9 @@ def remove(path: Path) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The line in which a failed command says why, or else its last line."""
-    lines = [line for line in re.split(r"[\r\n]+", log.read_text("utf-8", "replace")) if line.strip()]
+    """The line in which a failed command says why, or else its last line. Earlier attempts do not count."""
+    text = log.read_text("utf-8", "replace")
+    lines = [line for line in re.split(r"[\r\n]+", text[text.rfind("\n$ ") + 1 :]) if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].strip()
 

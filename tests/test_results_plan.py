@@ -139,6 +139,14 @@ def test_a_failed_step_is_one_line_and_those_that_do_not_need_it_go_on(workshop,
     assert silent.make(["none"]) == ["none"], "no output, no success"
 
 
+def test_why_a_step_failed_is_what_its_last_attempt_said(tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text("$ python a\nerror: no photos\n", encoding="utf-8")
+    assert results_steps.last_words(log) == "no photos"
+    log.write_text("$ python a\nerror: no photos\n$ python a --resume\nMemoryError\n", encoding="utf-8")
+    assert results_steps.last_words(log) == "MemoryError"
+
+
 def test_an_interrupted_step_is_resumed_and_files_of_another_command_are_not_its(workshop, tmp_path):
     code = "import sys; open('a.txt', 'a').write(sys.argv[-1]); sys.exit(sys.argv[-1] != '--resume')"
     step = Step("a", f"python -c {shlex.quote(code)} begin", ("a.txt",), resume="--resume")
