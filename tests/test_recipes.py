@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
 import subprocess
+import sys
 
 import pytest
 
 from captioning.errors import UserError
-from captioning.runtime.command_line import parse
+from captioning.runtime.command_line import parse, run
 from captioning.runtime.recipes import FOLDER, read_recipe
 from captioning.runtime.settings import as_plain_data
 from captioning.training.options import TrainingOptions
@@ -119,6 +121,14 @@ def test_the_words_of_a_line_are_those_of_bash(value, recipe):
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {value}"], capture_output=True, text=True, check=True).stdout
     path = recipe(f"--features {value}")
     assert read_recipe(path).flags[0].words[1:] == words.split("\0")[:-1]
+
+
+def test_a_terminal_without_chinese_characters_can_show_a_recipe(recipe, monkeypatch):
+    path = recipe("--run 看图")
+    monkeypatch.setattr(sys, "argv", ["train.py", "data/x", "--recipe", path])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    run(Train, lambda config: None)
+    assert sys.stdout.buffer.getvalue().decode() == f"recipe {path}: --run '\\u770b\\u56fe'\n"
 
 
 def test_a_mistake_in_what_is_typed_is_not_blamed_on_the_recipe(recipe, capsys):

@@ -104,9 +104,9 @@ def _outcome(
 ) -> BaseException | None:
     """Parse and work. Returns the error or the interrupt that ended the work, or None."""
     try:
+        _escape_in_stdout("backslashreplace")
         config = parse(command)
         handlers.install()  # not before: Python's own parser, which tyro uses, turns an exception into a SystemError
-        _escape_in_stdout("backslashreplace")
         work(config)
         sys.stdout.flush()
     except KeyboardInterrupt:
