@@ -151,7 +151,7 @@ def views() -> Iterator[Row]:
 
 
 def decoders() -> Iterator[Row]:
-    """Every decoder, trained as its authors say."""
+    """The decoders as their authors train them, without aoa, which is not in the plan yet."""
     for language in LANGUAGES:
         for decoder in ("attention", "lstm", "hard-attention", "adaptive", "updown", "transformer", "xlan"):
             run = Run(f"{language}-{decoder}", language, f"--decoder {decoder} --epochs 10")
