@@ -8,6 +8,11 @@ The scenes are those that the run was trained on, unless --data names others; do
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from captioning.runtime.start import start_command
+
+    start_command()
+
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -186,14 +186,21 @@ def test_two_processes_in_one_folder_make_no_step_twice(workshop, tmp_path):
 
 
 def test_a_stop_is_handed_on_to_the_command_which_is_resumed_next_time(workshop, tmp_path):
-    shop = workshop(slow_step("a"))
+    code = (
+        "import os, time; open('a.txt', 'a').write('x'); open('process.txt', 'a').write(f'{os.getpid()}\\n'); "
+        "time.sleep(60 if open('a.txt').read() == 'x' else 0)"  # only the first time
+    )
+    shop = workshop(Step("a", f"python -c {shlex.quote(code)}", ("a.txt",)))
     process = start_shop(shop, "a")
-    while not (tmp_path / "a.txt").exists():
+    command = tmp_path / "process.txt"
+    while not (command.exists() and command.read_text("utf-8").endswith("\n")):
         time.sleep(0.01)
+    start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     process.join()
-    time.sleep(0.6)
-    assert not (tmp_path / "made.txt").exists(), "the command was stopped, too"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(command.read_text("utf-8")), 0)
+    assert time.monotonic() - start < 50, "the command was stopped, too"
     assert shop.left("a") == {"a": "interrupted"} and shop.make("a") == []
     assert (tmp_path / "a.txt").read_text("utf-8") == "xx"
     assert len(shop.record("a")["attempts"]) == 2, "what the stopped one cost counts, too"
