@@ -163,7 +163,12 @@ def test_an_interrupted_step_is_resumed_and_files_of_another_command_are_not_its
 
 def start_shop(shop, names):
     """Make steps in a process of its own. Forked: importing everything again takes longer than all tests here."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(len(shop.make(names))))
+
+    def make():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and background jobs ignore it
+        sys.exit(len(shop.make(names)))
+
+    process = multiprocessing.get_context("fork").Process(target=make)
     process.start()
     return process
 
