@@ -27,6 +27,7 @@ from captioning.decoders.protocol import (
     init_weights,
     photo_of_each_word,
     repeat_for_captions,
+    run_steps,
     spread_attention,
     upcast,
 )
@@ -166,7 +167,7 @@ class AoaDecoder(nn.Module):
             self.information,
         )
         gates = self.word_gates(self.embedding(words)) + repeat_for_captions(photo_gates, words)
-        per_caption, attention = self._advance(operations, gates, state.per_caption, keys.shape[0])
+        per_caption, attention = self._advance(operations, gates, state, keys.shape[0])
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
         attention = spread_attention(attention.mean(1), pooling)
         return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption))
@@ -183,14 +184,11 @@ class AoaDecoder(nn.Module):
         photo_of_word = photo_of_each_word(photo_index, step_sizes)  # (W,)
         # Independent of the hidden states: one product for all words, one for all photos
         gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 4H)
-        contexts: list[Tensor] = []
-        for step_gates in gates.split(step_sizes):
-            rows = len(step_gates)
-            state = state.truncate(rows)
-            per_caption, _ = self._advance(operations, step_gates, state.per_caption, rows)
-            state = State((), per_caption)
-            contexts.append(per_caption[2])
-        return DecoderOutput(self.output_layer(self.dropout(torch.cat(contexts))), None)  # (W, V): one product
+        steps = run_steps(
+            lambda gates, state: self._advance(operations, gates, state, photos=len(gates)), gates, step_sizes, state
+        )
+        contexts = torch.cat([per_caption[2] for per_caption, _ in steps])  # (W, H)
+        return DecoderOutput(self.output_layer(self.dropout(contexts)), None)  # (W, V): one product
 
     def _training_operations(self, keys: Tensor, values: Tensor) -> Operations:
         """The fastest operations for one forward pass, with keys and values of each caption (R, h, N, d)."""
@@ -204,13 +202,13 @@ class AoaDecoder(nn.Module):
         )
 
     def _advance(
-        self, operations: Operations, gates: Tensor, per_caption: tuple[Tensor, ...], photos: int
+        self, operations: Operations, gates: Tensor, state: State, photos: int
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Run one step of R = B K captions, of as many photos as `operations` has keys.
 
-        gates from word and photo (R, 4H), per_caption -> next per_caption, attention of each head (B, h, K, N).
+        gates from word and photo (R, 4H), state -> next per_caption, attention of each head (B, h, K, N).
         """
-        hidden, cell, context = per_caption
+        hidden, cell, context = state.per_caption
         gates = gates + operations.context_gates(self.dropout(context)) + operations.hidden_gates(hidden)
         hidden, cell = lstm_update(gates, cell)
         query = operations.query(hidden)  # (R, H)

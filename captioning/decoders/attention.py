@@ -7,6 +7,7 @@ C channels, A attention size, E embedding size, H hidden size, V vocabulary size
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from captioning.decoders.protocol import (
     concat_samples,
     init_gates,
     init_weights,
+    run_steps,
     upcast,
 )
 from captioning.encoders.grid import Grid
@@ -103,7 +105,7 @@ class AttentionDecoder(nn.Module):
         attend = GridAttention(cells, pooling, scores, self.weigh_cells)
         operations = Operations(self.from_hidden, attend, self.context_gates, lstm_cell)
         word_gates = self.word_gates(self.embedding(words))
-        per_caption, attention, samples = self._advance(operations, word_gates, state.per_caption)
+        per_caption, attention, samples = self._advance(operations, word_gates, state)
         logits = self.output_layer(self.dropout(per_caption[0]))  # (R, V)
         return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption), samples)
 
@@ -120,10 +122,8 @@ class AttentionDecoder(nn.Module):
         hiddens: list[Tensor] = []
         attentions: list[Tensor] = []
         samples: list[HardSamples | None] = []
-        for step_gates in word_gates.split(words.batch_sizes.tolist()):
-            state = state.truncate(len(step_gates))
-            per_caption, attention, step_samples = self._advance(operations, step_gates, state.per_caption)
-            state = State((), per_caption)
+        steps = run_steps(partial(self._advance, operations), word_gates, words.batch_sizes.tolist(), state)
+        for per_caption, attention, step_samples in steps:
             hiddens.append(per_caption[0])
             attentions.append(attention)
             samples.append(step_samples)
@@ -143,10 +143,10 @@ class AttentionDecoder(nn.Module):
         return Operations(from_hidden, attend, context_gates, lstm_cell)
 
     def _advance(
-        self, operations: Operations, word_gates: Tensor, per_caption: tuple[Tensor, ...]
+        self, operations: Operations, word_gates: Tensor, state: State
     ) -> tuple[tuple[Tensor, ...], Tensor, HardSamples | None]:
-        """Run one step: word_gates (R, 4H), per_caption -> next per_caption, attention (R, P), samples (R,)."""
-        hidden, cell, *extra = per_caption
+        """Run one step: word_gates (R, 4H), state -> next per_caption, attention (R, P), samples (R,)."""
+        hidden, cell, *extra = state.per_caption
         query, gate, hidden_gates = operations.from_hidden(hidden).split(self.split_sizes, 1)
         context, attention, samples = operations.attend(query, gate, *extra)
         hidden, cell = operations.lstm_cell(word_gates, operations.context_gates(context), hidden_gates, cell)

@@ -58,7 +58,8 @@ embedding_size, attention_size, hidden_size and dropout.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,22 @@ def spread_attention(attention: Tensor, pooling: Tensor) -> Tensor:
 def photo_of_each_word(photo_index: Tensor, step_sizes: list[int]) -> Tensor:
     """The photo of each packed word (W,) int64. photo_index (R,): that of each caption. step_sizes: rows per step."""
     return torch.cat([photo_index[:size] for size in step_sizes])
+
+
+def run_steps(
+    advance: Callable[[Tensor, State], tuple[Any, ...]], inputs: Tensor, step_sizes: Sequence[int], state: State
+) -> Iterator[tuple[Any, ...]]:
+    """Run the steps of packed captions, whose words are given, one after another: yields what each `advance` returns.
+
+    advance: inputs of a step (R_t, ...) and the state of its captions -> their next per_caption, and whatever else.
+    inputs (W, ...): of all words, packed; step_sizes: R_t of every step. state: one row per caption, longest first;
+    the captions that have ended are dropped.
+    """
+    for step_inputs in inputs.split(step_sizes):
+        state = state.truncate(len(step_inputs))
+        result = advance(step_inputs, state)
+        state = State(state.per_photo, result[0])
+        yield result
 
 
 def repeat_for_captions(per_photo: Tensor, words: Tensor) -> Tensor:

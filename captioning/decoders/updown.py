@@ -6,6 +6,7 @@ C channels, A attention size, E embedding size, H hidden size, V vocabulary size
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from captioning.decoders.protocol import (
     init_weights,
     photo_of_each_word,
     repeat_for_captions,
+    run_steps,
     upcast,
 )
 from captioning.encoders.grid import Grid
@@ -109,7 +111,7 @@ class UpDownDecoder(nn.Module):
             self.language_gates,
         )
         gates = self.word_gates(self.embedding(words)) + repeat_for_captions(photo_gates, words)
-        per_caption, attention = self._advance(operations, gates, state.per_caption)
+        per_caption, attention = self._advance(operations, gates, state)
         logits = self.output_layer(self.dropout(per_caption[2]))  # (R, V)
         return Step(F.log_softmax(upcast(logits), 1), attention, State(state.per_photo, per_caption))
 
@@ -125,13 +127,9 @@ class UpDownDecoder(nn.Module):
         photo_of_word = photo_of_each_word(photo_index, step_sizes)  # (W,)
         # Independent of the hidden states: one product for all words, one for all photos
         gates = self.word_gates(self.embedding(words.data)) + photo_gates.index_select(0, photo_of_word)  # (W, 4H)
-        hiddens: list[Tensor] = []
-        for step_gates in gates.split(step_sizes):
-            state = state.truncate(len(step_gates))
-            per_caption, _ = self._advance(operations, step_gates, state.per_caption)
-            state = State((), per_caption)
-            hiddens.append(per_caption[2])
-        return DecoderOutput(self.output_layer(self.dropout(torch.cat(hiddens))), None)  # (W, V): one product
+        steps = run_steps(partial(self._advance, operations), gates, step_sizes, state)
+        hiddens = torch.cat([per_caption[2] for per_caption, _ in steps])  # (W, H)
+        return DecoderOutput(self.output_layer(self.dropout(hiddens)), None)  # (W, V): one product
 
     def _training_operations(self, cells: Tensor, keys: Tensor, pooling: Tensor, photo_index: Tensor) -> Operations:
         """The fastest operations for one forward pass over captions of the photos photo_index (R,)."""
@@ -144,11 +142,9 @@ class UpDownDecoder(nn.Module):
             DeferredGradLinear(self.language_gates),
         )
 
-    def _advance(
-        self, operations: Operations, gates: Tensor, per_caption: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Run one step: gates from word and photo (R, 4H), per_caption -> next per_caption, attention (R, P)."""
-        hidden1, cell1, hidden2, cell2 = per_caption
+    def _advance(self, operations: Operations, gates: Tensor, state: State) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run one step: gates from word and photo (R, 4H), state -> next per_caption, attention (R, P)."""
+        hidden1, cell1, hidden2, cell2 = state.per_caption
         gates = gates + operations.attention_gates(torch.cat([hidden2, hidden1], 1))
         hidden1, cell1 = lstm_update(gates, cell1)
         context, attention, _ = operations.grid_attention.attend(operations.query(hidden1))  # (R, C), (R, P)

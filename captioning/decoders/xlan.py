@@ -6,6 +6,7 @@ C channels, D attention size, h heads, d = D / h, E embedding size, H hidden siz
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from captioning.decoders.protocol import (
     init_weights,
     photo_of_each_word,
     repeat_for_captions,
+    run_steps,
     spread_attention,
     upcast,
 )
@@ -225,13 +227,9 @@ class XlanDecoder(nn.Module):
         layers = (self.context_gates, self.hidden_gates, self.attention.query, self.context)
         operations = Operations(*map(DeferredGradLinear, layers))
         state = State((keys, values), per_caption).expand_to_captions(photo_index)
-        contexts: list[Tensor] = []
-        for step_gates in gates.split(step_sizes):
-            state = state.truncate(len(step_gates))
-            per_caption, _ = self._advance(operations, step_gates, state)
-            state = State(state.per_photo, per_caption)
-            contexts.append(per_caption[2])
-        return DecoderOutput(self.output_layer(self.dropout(torch.cat(contexts))), None)  # (W, V): one product
+        steps = run_steps(partial(self._advance, operations), gates, step_sizes, state)
+        contexts = torch.cat([per_caption[2] for per_caption, _ in steps])  # (W, H)
+        return DecoderOutput(self.output_layer(self.dropout(contexts)), None)  # (W, V): one product
 
     def _advance(self, operations: Operations, gates: Tensor, state: State) -> tuple[tuple[Tensor, ...], Tensor]:
         """Run one step: gates from word and photo (R, 4H), state -> next per_caption, s (R, h, N).
