@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # it runs where the package is 
 
 from captioning.errors import UserError  # noqa: E402
 from captioning.runtime.files import atomic_text  # noqa: E402
+from captioning.runtime.log import commit  # noqa: E402
 
 REQUIRED = ("torch", "torchvision", "numpy", "h5py", "tqdm", "PIL", "simplejpeg")
 RESULTS = Path("gpu-results") / "results.json"
@@ -113,7 +114,7 @@ def run_steps(steps: dict[str, Step], out: Path, seconds: float, toy: bool) -> d
     """Run the steps one after the other for at most `seconds` -> the results, which are written after every step."""
     results: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit(),
+        "commit": commit() or "",
         "command": shlex.join(["python", "bench/gpu.py", *sys.argv[1:]]),
         "toy": toy,
         "steps": {},
@@ -202,15 +203,6 @@ def describe_exit(status: int | None, seconds: float, tail: list[str]) -> str:
     if status < 0:
         return f"crashed with {signal.Signals(-status).name}" + (", out of memory?" if status == -9 else "")
     return tail[-1] if tail else f"exit status {status}"
-
-
-def commit() -> str:
-    """The commit of this code; empty if it is no git checkout."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 # ---- the table

@@ -29,11 +29,11 @@ from results_plan import (
 )
 from results_steps import Workshop
 
+from captioning.evaluation.metrics import METRICS
 from captioning.runtime.files import atomic_text, atomic_write, write_errors
 from captioning.runtime.log import best_epoch, read_log
 from captioning.viewing.run_plots import STYLE
 
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 PROTOCOL = "word"
 PAGE = Path("docs") / "results.md"
 JSON_FOLDER = Path("bench") / "results"

@@ -26,6 +26,7 @@ from results_plan import Step
 
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_text, locked
+from captioning.runtime.log import commit
 from captioning.runtime.recipes import requested_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +141,8 @@ class Workshop:
             status = self._run_process(name, words, output)
         if status != 0:
             raise UserError(f"{last_words(log)} ({log})")
-        self._write_record(name, self.record(name) | {"made": now(), "commit": commit(), "machine": processor()})
+        made = {"made": now(), "commit": commit(marks_changes=True) or "", "machine": processor()}
+        self._write_record(name, self.record(name) | made)
         if missing := [output for output in self.steps[name].outputs if not (self.folder / output).exists()]:
             raise UserError(f"the command has made no {missing[0]} ({log})")
 
@@ -248,15 +250,6 @@ def last_words(log: Path) -> str:
     lines = [line for line in re.split(r"[\r\n]+", text[text.rfind("\n$ ") + 1 :]) if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].strip()
-
-
-def commit() -> str:
-    """The commit of this code, with a + if files differ from it; empty if it is no git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def processor() -> str:

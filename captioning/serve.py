@@ -63,10 +63,9 @@ def main(config: Serve) -> None:
 
 def is_run(folder: Path) -> bool:
     """Whether this is a run, in any form that `Captioner.load` reads, rather than a site."""
-    from captioning.runtime.packed_run import is_packed
+    from captioning.runtime.packed_run import has_checkpoint, is_packed
 
-    checkpoints = ("best.pt", "last.pt")
-    return folder.suffix == ".pt" or any((folder / name).exists() for name in checkpoints) or is_packed(folder)
+    return folder.suffix == ".pt" or has_checkpoint(folder) or is_packed(folder)
 
 
 def serve_run(config: Serve) -> None:

@@ -34,6 +34,7 @@ from captioning.runtime.log import best_epoch, preview_picture, read_log
 from captioning.runtime.packed_run import (
     CALIBRATION,
     PACKED_FILES,
+    has_checkpoint,
     import_safetensors,
     is_packed,
     read_packed,
@@ -88,20 +89,16 @@ def pack(config: Share) -> None:
 
 def _check_new(folder: Path, run: Path, overwrite: bool) -> None:
     """Raise UserError if the folder to write is another's, or the run is packed already."""
-    if is_packed(run) and not _has_checkpoint(run):
+    if is_packed(run) and not has_checkpoint(run):
         raise UserError(f"{run}: is packed already; copy the folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if _has_checkpoint(folder):
+    if has_checkpoint(folder):
         raise UserError(f"{folder}: is a run; give another folder")
     if not (overwrite and is_packed(folder)):
         raise UserError(f"{folder}: is not empty; give another folder, or --overwrite for one that was packed before")
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return (folder / "best.pt").exists() or (folder / "last.pt").exists()
 
 
 def _for_others(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from captioning.runtime.checkpoint import (
     read_checkpoint,
     state_sha256,
 )
+from captioning.runtime.packed_run import CHECKPOINTS
 
 DEFAULT_ENCODER = "resnet101"
 ENCODER_ENDING = ".encoder.pt"  # of the file that stores the encoder of a feature file
@@ -136,7 +137,7 @@ def calibrate_batch_norm(encoder: Encoder, paths: Sequence[str], batch_size: int
 
 
 def _is_run(path: Path) -> bool:
-    return path.is_dir() or path.name in ("best.pt", "last.pt")
+    return path.is_dir() or path.name in CHECKPOINTS
 
 
 def _load_published_weights(encoder: Encoder) -> None:

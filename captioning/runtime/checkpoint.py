@@ -19,7 +19,7 @@ import torch
 from captioning.errors import UserError
 from captioning.runtime.files import atomic_write
 from captioning.runtime.library_errors import reason
-from captioning.runtime.packed_run import is_packed, read_packed
+from captioning.runtime.packed_run import CHECKPOINTS, is_packed, read_packed
 from captioning.runtime.settings import OLD_DEFAULTS, OLDER_VERSION, flag, has_old_settings
 from captioning.runtime.signals import defer_signals
 
@@ -91,7 +91,7 @@ def checkpoint_path(path: Path) -> Path:
 
 def _checkpoint_in(folder: Path) -> Path:
     """The checkpoint file to load of a run; the folder itself if it is packed."""
-    for name in ("best.pt", "last.pt"):
+    for name in CHECKPOINTS:
         if (folder / name).exists():
             return folder / name
     if is_packed(folder):

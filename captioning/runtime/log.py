@@ -106,7 +106,7 @@ class Log:
         event = {
             "event": "start",
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": _commit(),
+            "commit": commit(),
             "versions": _versions(),
             **description,
             "config": self.settings,
@@ -208,9 +208,10 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _commit() -> str | None:
-    """The commit of this code, if it is a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+def commit(marks_changes: bool = False) -> str | None:
+    """The commit of this code, if it is a git checkout. marks_changes: with a + if files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
+    command += ["--dirty=+"] if marks_changes else []
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -26,6 +26,7 @@ from captioning.runtime.library_errors import reason
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHECKPOINTS = ("best.pt", "last.pt")  # of a run that is not packed, in the order in which they are preferred
 PACKED_FORMAT = "kantu packed run 1"
 CONFIG = "config.json"
 VOCABULARY = "vocab.json"
@@ -35,6 +36,11 @@ CONTENT = (CONFIG, VOCABULARY, *WEIGHTS.values())
 CHECKSUMS = "SHA256SUMS"
 PACKED_FILES = (*CONTENT, CHECKSUMS)
 REMEDY = "pack the run again, or get the folder again"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a run as train.py writes it, with a checkpoint."""
+    return any((folder / name).exists() for name in CHECKPOINTS)
 
 
 def is_packed(folder: Path) -> bool:

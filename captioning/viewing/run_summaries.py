@@ -17,6 +17,7 @@ from captioning.errors import UserError
 from captioning.runtime.files import atomic_text, lock_holder
 from captioning.runtime.library_errors import reason
 from captioning.runtime.log import best_epoch, read_log
+from captioning.runtime.packed_run import has_checkpoint
 from captioning.runtime.settings import OLD_DEFAULTS, as_flag, as_plain_data
 from captioning.training.options import TrainingOptions
 from captioning.viewing import NOT_LEARNT
@@ -102,7 +103,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def _has_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("log.jsonl", "best.pt", "last.pt"))
+    return (folder / "log.jsonl").exists() or has_checkpoint(folder)
 
 
 def read_run(folder: Path, name: str) -> RunSummary:
