@@ -88,6 +88,14 @@ def write_run(
     return folder
 
 
+def write_tiny_run(folder: Path, small_data: Path, decoder: str, scale: float) -> Path:
+    """The same with a tiny encoder of random weights, and the words of data/small."""
+    vocabulary = Vocabulary.load(small_data / VOCABULARY_FILE)
+    torch.manual_seed(0)  # of the encoder's weights
+    encoder = Encoder("resnet18.layer1", "random", Transform(32))
+    return write_run(folder, encoder, vocabulary, decoder, {}, seed=0, scale=scale)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
     """Silence torch's log of every step of a trace: pytest captures logs of all levels, which is slow."""

@@ -10,20 +10,17 @@ import sys
 import threading
 
 import pytest
-import torch
 from PIL import Image
 
 from bench import web as bench
 from captioning import serve
 from captioning.caption import CaptionResult
 from captioning.captioner import Captioner
-from captioning.encoders.encoder import Encoder
 from captioning.encoders.images import Transform
 from captioning.search.options import SearchOptions
 from captioning.web.service import MAX_PHOTOS, Limits, Service, answer, caption_handler
 from captioning.web.site import PAGE
-from preprocess.vocabulary import VOCABULARY_FILE, Vocabulary
-from tests.test_export import write_run
+from tests.test_export import write_tiny_run
 
 pytest.importorskip("tornado", reason="tornado is not installed: the extra named serve")
 from tornado.simple_httpclient import SimpleAsyncHTTPClient  # noqa: E402
@@ -270,10 +267,7 @@ sys.exit("torch" in sys.modules)
 @pytest.fixture(scope="module")
 def run(small_data, tmp_path_factory):
     """An untrained run with a tiny encoder."""
-    vocabulary = Vocabulary.load(small_data / VOCABULARY_FILE)
-    torch.manual_seed(0)  # of the encoder's weights
-    encoder = Encoder("resnet18.layer1", "random", Transform(32))
-    return write_run(tmp_path_factory.mktemp("runs") / "att", encoder, vocabulary, "adaptive", {}, seed=0, scale=5)
+    return write_tiny_run(tmp_path_factory.mktemp("runs") / "att", small_data, "adaptive", scale=5)
 
 
 def test_the_page_shows_what_the_server_finds(run, small_data, tmp_path, times):

@@ -37,7 +37,7 @@ from captioning.web.trust import compare_probabilities, mean_cells, trust_of
 from config import Export, Serve
 from preprocess.vocabulary import END, PAD, START, UNKNOWN, VOCABULARY_FILE, Vocabulary
 from tests.test_beam_search import TableDecoder, make_grid
-from tests.test_export import RUNS, write_run
+from tests.test_export import RUNS, write_run, write_tiny_run
 
 # ---- the page's modules, in node
 
@@ -317,10 +317,7 @@ def test_the_page_says_the_same_in_english_and_in_chinese():
 @pytest.fixture(scope="module")
 def run(small_data, tmp_path_factory):
     """An untrained run with a tiny encoder."""
-    vocabulary = Vocabulary.load(small_data / VOCABULARY_FILE)
-    torch.manual_seed(0)  # of the encoder's weights
-    encoder = Encoder("resnet18.layer1", "random", Transform(32))
-    return write_run(tmp_path_factory.mktemp("runs") / "att", encoder, vocabulary, "attention", {}, seed=0, scale=1)
+    return write_tiny_run(tmp_path_factory.mktemp("runs") / "att", small_data, "attention", scale=1)
 
 
 @pytest.fixture
