@@ -145,6 +145,8 @@ def measure(
     """
     vocabulary = Vocabulary.load(data / VOCABULARY_FILE)
     photos, pooled = read_features(list(read_captions(data)), data, features, allow_missing=0.01)
+    if len(photos) < SWAPPED:
+        raise SystemExit(f"{data}: {len(photos)} photos, of which {SWAPPED} would swap captions; use more")
     known = read_wrong(wrong, photos, vocabulary) if wrong else set()
     if clean:
         photos = leave_out(photos, known)
