@@ -1,6 +1,5 @@
 """Encoders return the classifier's own feature map, with the weights that they claim to have."""
 
-import ctypes
 import functools
 import shutil
 
@@ -269,16 +268,8 @@ def measure_memory(results, photos_per_step):
         results.put(peak_resident_memory() - before)
 
 
-def give_back_freed_memory():
-    """Return whether that is possible: a forked process would first reuse what this one has freed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim:
-        trim(0)
-    return trim is not None
-
-
 def test_recomputed_activations_take_less_memory(times):
-    context = mp.get_context("fork" if give_back_freed_memory() else "spawn")
+    context = mp.get_context("spawn")  # a forked process has a heap with holes, whatever this one does
     results = context.SimpleQueue()
     process = context.Process(target=measure_memory, args=(results, times(12, 24)))
     process.start()
