@@ -75,7 +75,8 @@ def test_killed_at_any_moment_the_next_start_ends_as_if_nothing_had_happened(wor
         remove_outputs()
         if killed == count:
             break
-    assert killed == count and len(phases) >= times(1, 3), (killed, phases)
+    # Kills came before and after the first file; what lasts a moment only is left by kills before a change of the disk
+    assert killed == count and len(phases) >= times(1, 2), (killed, phases)
     tally(f"kills of {what}", killed)
 
 
