@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ class Artefacts:
             make_artefacts()
             paths = [path for path in sorted(Path("").rglob("*")) if path.is_file()]
             self.files = {path: path.read_bytes() for path in paths}
+            self.times = {path: path.stat().st_mtime_ns for path in paths}  # features know those of their photos
             self.stamps = {path: stamp(path) for path in paths}
 
     def enter(self, patch: pytest.MonkeyPatch) -> None:
@@ -55,6 +57,7 @@ class Artefacts:
             if not path.exists() or stamp(path) != self.stamps[name]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(self.files[name])
+                os.utime(path, ns=(self.times[name], self.times[name]))
                 self.stamps[name] = stamp(path)
 
 
