@@ -4,12 +4,14 @@ It runs on the meta device, which has shapes but no numbers: the code takes the 
 back to the host is an error. The words' batch_sizes stay on the host, as on a GPU.
 """
 
+import contextlib
 import gc
 from itertools import product
 
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,8 +35,20 @@ READ_LENGTHS = {"_pack_padded_sequence", "_pack_padded_sequence_backward", "_pad
 WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "multinomial", "equal", "lift_fresh", "_unique2"}
 
 
-class DeviceAlone(TorchDispatchMode):
-    """Raises AssertionError at an operation that waits for the device or copies between it and the host."""
+class NoNumbersOfTheHost(TorchFunctionMode):
+    """Raises AssertionError where numbers of the host become a tensor on the device.
+
+    Before torch 2.15 a dispatch mode does not see it.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert function is not torch.tensor or not result.is_meta, f"torch.tensor({args[0]}) is copied to the device"
+        return result
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises AssertionError at an operation that waits for the device or computes with tensors of the host, too."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -49,6 +63,13 @@ class DeviceAlone(TorchDispatchMode):
             assert not is_masked, f"{function}: the number of rows in a mask is read back"
             assert function is not torch.ops.aten.repeat_interleave.Tensor, f"{function}: the length is read back"
         return result
+
+
+@contextlib.contextmanager
+def device_alone():
+    """Context manager: inside it, a wait for the device or a copy between it and the host raises AssertionError."""
+    with NoNumbersOfTheHost(), NoWaits():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +99,7 @@ def small_decoder(name):
 def check_twice(work):
     """Run the work as before a capture, which makes the tensors that are kept, and then as in a capture."""
     work()
-    with DeviceAlone():
+    with device_alone():
         work()
 
 
@@ -89,10 +110,7 @@ def check_twice(work):
         lambda tensor: tensor[tensor > 0],
         lambda tensor: tensor.cpu(),
         lambda tensor: tensor + torch.ones(3).to(META),
-        pytest.param(
-            lambda tensor: torch.tensor([1, 2], device=META),
-            marks=pytest.mark.skipif(torch.__version__ < "2.15", reason="older torch hides it from a dispatch mode"),
-        ),
+        lambda tensor: torch.tensor([1, 2], device=META),
         lambda tensor: tensor.multinomial(1),
         lambda tensor: tensor.index_put((tensor > 0,), torch.ones(3, device=META)),
         lambda tensor: tensor.repeat_interleave(tensor.long()),
@@ -100,7 +118,7 @@ def check_twice(work):
 )
 def test_work_that_waits_for_the_device_is_found(wrong):
     tensor = torch.ones(3, device=META)
-    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), DeviceAlone():
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), device_alone():
         wrong(tensor)
 
 
