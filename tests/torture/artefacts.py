@@ -38,7 +38,6 @@ class Artefacts:
             make_artefacts()
             paths = [path for path in sorted(Path("").rglob("*")) if path.is_file()]
             self.files = {path: path.read_bytes() for path in paths}
-            self.times = {path: path.stat().st_mtime_ns for path in paths}  # features know those of their photos
             self.stamps = {path: stamp(path) for path in paths}
 
     def enter(self, patch: pytest.MonkeyPatch) -> None:
@@ -57,7 +56,8 @@ class Artefacts:
             if not path.exists() or stamp(path) != self.stamps[name]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(self.files[name])
-                os.utime(path, ns=(self.times[name], self.times[name]))
+                modified = self.stamps[name][0]  # features know when their photos were
+                os.utime(path, ns=(modified, modified))
                 self.stamps[name] = stamp(path)
 
 
