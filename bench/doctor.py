@@ -144,9 +144,10 @@ def measure(
     wrong: lists captions that are wrong, as for `read_wrong`; clean: they are left out.
     """
     vocabulary = Vocabulary.load(data / VOCABULARY_FILE)
-    photos, pooled = read_features(list(read_captions(data)), data, features, allow_missing=0.01)
+    photos = list(read_captions(data))
     if len(photos) < SWAPPED:
-        raise SystemExit(f"{data}: {len(photos)} photos, of which {SWAPPED} would swap captions; use more")
+        raise SystemExit(f"error: {data}: {len(photos)} photos, of which {SWAPPED} would swap captions; use more")
+    photos, pooled = read_features(photos, data, features, allow_missing=0.01)
     known = read_wrong(wrong, photos, vocabulary) if wrong else set()
     if clean:
         photos = leave_out(photos, known)
